@@ -1,0 +1,383 @@
+"""Divergence of a student from a teacher, from hidden states: the one mechanism behind the named losses.
+
+Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies, K entries of a support
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_sd import checks
+from fused_sd.combinations import METRIC_NEEDS, check_combination, check_metric_needs
+from fused_sd.divergence import Divergence, divergence_term
+from fused_sd.divergence_rows import DivergenceRows
+from fused_sd.heads import LMHead, as_head
+from fused_sd.loss_output import LossOutput, Reduction, reduce_loss
+from fused_sd.support import (
+    FULL_VOCABULARY,
+    FullVocabulary,
+    Remainder,
+    StudentTopK,
+    Support,
+    TeacherTopK,
+    TokenIds,
+    UnionTopK,
+)
+from fused_sd.walk import walk
+from fused_sd.weighting import ImportanceCap
+
+_KINDS = {
+    FullVocabulary: "full",
+    StudentTopK: "student",
+    TeacherTopK: "teacher",
+    UnionTopK: "union",
+    TokenIds: "ids",
+}
+TokenClip = float | tuple[float | None, float | None] | None
+
+
+def divergence_loss(
+    student_hidden: Tensor,  # (..., D)
+    student_head: Tensor | LMHead,  # (V, D)
+    teacher_hidden: Tensor,  # (..., D')
+    teacher_head: Tensor | LMHead,  # (V', D')
+    *,
+    divergence: Divergence = "reverse_kl",
+    support: Support = FULL_VOCABULARY,
+    remainder: Remainder = "tail",
+    tail_floor: float | None = None,
+    entry_clip: float | None = None,
+    token_clip: TokenClip = None,
+    token_weights: Tensor | None = None,  # (...)
+    token_ids: Tensor | None = None,  # (...)
+    importance: ImportanceCap | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    reduction: Reduction = "sum",
+    metrics: Sequence[str] = (),
+    compact: bool = True,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> LossOutput:
+    """Divergence between the next-token distributions of a student and a teacher.
+
+    ``sum_n w_n ratio_n clip(sum_{v in S_n} term(log_s[n, v], log_t[n, v]))`` with
+    ``log_s = log_softmax(student_hidden @ student_head.T / temperature)`` and ``log_t`` likewise.  No
+    (tokens, vocabulary) tensor is made; logits are fp32 (float64 for float64 operands).
+
+    Args:
+        student_hidden: states that enter the student's lm_head; fp32, fp64, bf16 or fp16.
+        student_head: its weight, or an ``LMHead`` with bias, scale, soft-cap or padding.
+        teacher_hidden: the teacher's states at the same tokens, without gradient.
+        teacher_head: as student_head; may be the student's own, which then counts as constant here.
+        divergence: ``"forward_kl"`` KL(t||s), ``"reverse_kl"`` KL(s||t), ``Jsd(beta)`` or
+            ``MixedKl(forward_weight)``.
+        support: the entries compared: ``FULL_VOCABULARY``, ``StudentTopK(k)``, ``TeacherTopK(k)``,
+            ``UnionTopK(k)`` or ``TokenIds(ids)``.
+        remainder: of a truncated support: ``"tail"`` one bucket on each side, ``"renormalize"`` both
+            sides over the support, ``"drop"``, or ``"teacher_renormalize"`` (cross entropy of the
+            renormalised teacher against the student's whole softmax).
+        tail_floor: SDPO's official code keeps the mass on the support below ``exp(-1e-7)``, which
+            stops the tail's gradient there; pass 1e-7 for its arithmetic.  None: the exact tail.
+        entry_clip: upper bound of each vocabulary entry's term, before the sum (OPSD); the loss may
+            then be negative.
+        token_clip: upper bound, or (lower, upper), of each token's loss, after the sum.
+        token_weights: mask, normaliser and advantage in one; a token of weight 0 contributes
+            exactly 0 and costs nothing, whatever its states hold.  None: ones.
+        token_ids: sampled tokens, for ``importance`` and the log-prob metrics.
+        importance: multiplies each token by its capped importance ratio (SDPO).
+        temperature: divides the logits of both sides; there is no temperature-squared factor.
+        teacher_temperature: divides the teacher's logits instead, where given.
+        reduction: ``"sum"``; ``"mean"``, the sum divided by the sum of the weights; ``"none"``.
+        metrics: names from ``fused_sd.METRICS``, returned per token.
+        compact: drop tokens of weight 0 before any GEMM.  Their number is read from the device once;
+            False computes and discards them instead.
+        backend: ``"auto"``: Triton on a GPU, PyTorch elsewhere; or one of them by name.
+        chunk_size: tokens whose logits are held at a time; changes memory and time, not the result.
+
+    Returns:
+        Loss, token losses and metrics.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, a number is out of range, the teacher requires
+            a gradient, or settings do not go together; the message says what to do.
+    """
+    student, teacher = as_head(student_head), as_head(teacher_head)
+    shape = _check_sides(student_hidden, student, teacher_hidden, teacher)
+    kind = _support_kind(support)
+    term = divergence_term(divergence)
+    _check_reach(student.num_tokens, teacher.num_tokens, term.name, kind)
+    inputs: dict[str, Tensor] = {}
+    k = 0
+    if isinstance(support, TokenIds):
+        vocab = max(student.num_tokens, teacher.num_tokens)
+        checks.check_entry_ids(support.ids, shape, student_hidden.device, vocab)
+        inputs["entry_ids"] = support.ids
+    elif not isinstance(support, FullVocabulary):
+        k = int(support.k)
+        vocab = min(student.num_tokens, teacher.num_tokens)
+        checks.check_support_size(type(support).__name__, k, vocab)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    return _distill(
+        (student_hidden, student),
+        (teacher_hidden, teacher),
+        inputs,
+        shape,
+        kind=kind,
+        k=k,
+        divergence=divergence,
+        remainder=remainder,
+        tail_floor=tail_floor,
+        entry_clip=entry_clip,
+        token_clip=token_clip,
+        token_weights=token_weights,
+        token_ids=token_ids,
+        importance=importance,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        reduction=reduction,
+        metrics=metrics,
+        compact=compact,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+
+
+def topk_divergence_loss(
+    student_hidden: Tensor,  # (..., D)
+    student_head: Tensor | LMHead,  # (V, D)
+    teacher_token_ids: Tensor,  # (..., K)
+    teacher_log_probs: Tensor,  # (..., K)
+    *,
+    divergence: Divergence = "forward_kl",
+    remainder: Remainder = "tail",
+    tail_floor: float | None = None,
+    entry_clip: float | None = None,
+    token_clip: TokenClip = None,
+    token_weights: Tensor | None = None,  # (...)
+    token_ids: Tensor | None = None,  # (...)
+    importance: ImportanceCap | None = None,
+    temperature: float = 1.0,
+    reduction: Reduction = "sum",
+    metrics: Sequence[str] = (),
+    compact: bool = True,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> LossOutput:
+    """Divergence from a teacher that is known by its log-probabilities of K entries only.
+
+    What a teacher server returns: its top-k ids and their log-probabilities, at the temperature it
+    used.  The settings are those of ``divergence_loss`` with the given entries as support; a tail
+    bucket holds what the K log-probabilities leave of 1.
+
+    Args:
+        student_hidden, student_head: as in ``divergence_loss``.
+        teacher_token_ids: (..., K) int64; a repeated id counts once, a negative one not at all.
+        teacher_log_probs: (..., K) nats, at most 0; -inf marks padding.
+        temperature: divides the student's logits.
+
+    Returns:
+        Loss, token losses and metrics.
+
+    Raises:
+        ValueError: as ``divergence_loss``.
+    """
+    student = as_head(student_head)
+    checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
+    shape = student_hidden.shape[:-1]
+    checks.check_entry_ids(teacher_token_ids, shape, student_hidden.device, student.num_tokens)
+    checks.check_teacher_entries(teacher_token_ids, teacher_log_probs)
+    return _distill(
+        (student_hidden, student),
+        None,
+        {"entry_ids": teacher_token_ids, "teacher_log_probs": teacher_log_probs},
+        shape,
+        kind="entries",
+        k=0,
+        divergence=divergence,
+        remainder=remainder,
+        tail_floor=tail_floor,
+        entry_clip=entry_clip,
+        token_clip=token_clip,
+        token_weights=token_weights,
+        token_ids=token_ids,
+        importance=importance,
+        temperature=temperature,
+        teacher_temperature=1.0,
+        reduction=reduction,
+        metrics=metrics,
+        compact=compact,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+
+
+def _distill(
+    student: tuple[Tensor, LMHead],
+    teacher: tuple[Tensor, LMHead] | None,
+    inputs: dict[str, Tensor],
+    shape: torch.Size,
+    *,
+    kind: str,
+    k: int,
+    divergence: Divergence,
+    remainder: str,
+    tail_floor: float | None,
+    entry_clip: float | None,
+    token_clip: TokenClip,
+    token_weights: Tensor | None,
+    token_ids: Tensor | None,
+    importance: ImportanceCap | None,
+    temperature: float,
+    teacher_temperature: float,
+    reduction: Reduction,
+    metrics: Sequence[str],
+    compact: bool,
+    backend: str,
+    chunk_size: int | None,
+) -> LossOutput:
+    """Check what both kinds of teacher have in common, and walk."""
+    term, device = divergence_term(divergence), student[0].device
+    check_combination(term.name, kind, remainder, entry_clip is not None, tail_floor is not None)
+    if entry_clip is not None:
+        checks.check_positive("entry_clip", entry_clip, "pass None for no clip")
+    if tail_floor is not None:
+        checks.check_positive("tail_floor", tail_floor, "pass None for the exact tail")
+    bounds = _token_bounds(token_clip)
+    check_run(reduction, backend, chunk_size, temperature=temperature)
+    checks.check_positive("teacher_temperature", teacher_temperature)
+    checks.check_per_token("token_weights", token_weights, shape, device, "student_hidden")
+    checks.check_metrics(metrics, METRIC_NEEDS)
+    given = {
+        "teacher states": teacher is not None,
+        "truncated support": kind != "full",
+        "top-k support": k > 0,
+        "token_ids": token_ids is not None,
+        "entry_clip": entry_clip is not None,
+        "token_clip": token_clip is not None,
+        "importance": importance is not None,
+    }
+    check_metric_needs(tuple(metrics), given)
+    if token_ids is not None:
+        vocab = student[1].num_tokens
+        checks.check_ids(
+            "token_ids", token_ids, shape, device, vocab, token_weights, "student_hidden"
+        )
+        inputs["token_ids"] = token_ids
+    if importance is not None:
+        if token_ids is None:
+            checks.fail("importance", "come with token_ids", "none", "pass the sampled tokens")
+        old = importance.old_log_probs
+        checks.check_per_token("old_log_probs", old, shape, device, "student_hidden")
+        inputs["old_log_probs"] = old
+    rows = DivergenceRows(
+        term,
+        "ids" if kind == "entries" else kind,
+        k,
+        remainder,
+        tail_floor,
+        entry_clip,
+        bounds,
+        None if importance is None else importance.cap,
+        tuple(inputs),
+        tuple(metrics),
+    )
+    walked = walk(
+        rows,
+        student,
+        teacher,
+        [flatten_tokens(tensor, shape) for tensor in inputs.values()],
+        None if token_weights is None else token_weights.reshape(-1),
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        reduced=reduction != "none",
+        compact=compact,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+    token_loss, *observed = walked.extras
+    extras = dict(zip(metrics, observed, strict=True))
+    return reduce_loss(walked, token_loss, extras, token_weights, reduction, shape)
+
+
+def flatten_tokens(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """(..., rest) as (N, rest), integers as int64."""
+    flat = tensor.reshape(shape.numel(), *tensor.shape[len(shape) :])
+    return flat if flat.is_floating_point() else flat.long()
+
+
+def check_run(
+    reduction: str, backend: str, chunk_size: int | None, *, temperature: float
+) -> None:
+    """Check how a loss is to be run."""
+    checks.check_reduction(reduction)
+    checks.check_backend_choice(backend)
+    checks.check_positive("temperature", temperature)
+    if chunk_size is not None:
+        checks.check_positive_int("chunk_size", chunk_size)
+
+
+def _check_sides(
+    student_hidden: Any, student: LMHead, teacher_hidden: Any, teacher: LMHead
+) -> torch.Size:
+    """Both sides fit their heads and each other; returns the tokens' shape."""
+    checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
+    checks.check_hidden(teacher_hidden, "teacher_hidden", teacher.weight, "teacher_head")
+    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
+        checks.fail(
+            "teacher_hidden",
+            f"have the tokens {tuple(student_hidden.shape[:-1])} of student_hidden",
+            tuple(teacher_hidden.shape[:-1]),
+            "select the response positions on both sides",
+        )
+    if teacher_hidden.device != student_hidden.device:
+        checks.fail(
+            "teacher_hidden",
+            f"be on {student_hidden.device} as student_hidden",
+            teacher_hidden.device,
+            "move it there",
+        )
+    checks.check_teacher("teacher_hidden", teacher_hidden, student_hidden)
+    checks.check_teacher("teacher_head", teacher.weight, student.weight)
+    checks.check_teacher("teacher_head.bias", teacher.bias, student.bias)
+    return student_hidden.shape[:-1]
+
+
+def _support_kind(support: Support) -> str:
+    kind = _KINDS.get(type(support))
+    if kind is None:
+        checks.fail(
+            "support",
+            "be FULL_VOCABULARY, StudentTopK(k), TeacherTopK(k), UnionTopK(k) or TokenIds(ids)",
+            repr(support),
+            "pass one of them",
+        )
+    assert kind is not None
+    return kind
+
+
+def _check_reach(student_vocab: int, teacher_vocab: int, name: str, kind: str) -> None:
+    """A KL over the whole vocabulary is infinite where only its first argument has mass."""
+    if kind == "full":
+        checks.check_vocabularies(
+            student_vocab,
+            teacher_vocab,
+            infinite_if_student_smaller=name in ("forward_kl", "mixed_kl"),
+            infinite_if_teacher_smaller=name in ("reverse_kl", "mixed_kl"),
+        )
+
+
+def _token_bounds(token_clip: TokenClip) -> tuple[float | None, float | None] | None:
+    if token_clip is None:
+        return None
+    bounds = token_clip if isinstance(token_clip, tuple) else (None, token_clip)
+    for bound in bounds:
+        if bound is not None:
+            checks.check_finite("token_clip", bound, "pass a bound or (lower, upper)")
+    low, high = bounds
+    if (low is None and high is None) or (low is not None and high is not None and low >= high):
+        checks.fail("token_clip", "be (lower, upper) with lower < upper", token_clip, "order them")
+    return low, high

@@ -1,0 +1,269 @@
+"""The row function of every divergence: a chunk's logits of both sides to losses and gradients.
+
+Dimension key:  C rows in a chunk, W columns of a chunk's logits, K entries of the support
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sd import specs
+from fused_sd.divergence import DivergenceTerm
+from fused_sd.support import (
+    Buckets,
+    bucket_terms,
+    first_occurrence,
+    fold_tail,
+    log_complement,
+    overlap,
+    top_k,
+)
+from fused_sd.walk import Chunk, RowFunction
+from fused_sd.weighting import capped_ratio
+
+SUPPORT_METRICS = ("student_mass", "teacher_mass", "student_tail_mass", "teacher_tail_mass")
+SUMMARY_METRICS = ("forward_kl", "reverse_kl", "jsd", "student_entropy", "teacher_entropy")
+
+
+class _Entries(NamedTuple):
+    """The support's entries of a chunk."""
+
+    ids: Tensor  # (C, K) int64
+    active: Tensor | None  # (C, K) bool; None: all
+    student: Tensor  # (C, K) logits, -inf where not active
+    teacher: Tensor  # (C, K) logits, or log-probabilities where a server gave them
+
+
+@specs.setting
+class DivergenceRows(NamedTuple):
+    """A divergence over a support, with its clips, its importance cap and its metrics.
+
+    The per-token inputs are, in this order and where the settings ask for them: ``entry_ids`` (C, K),
+    ``teacher_log_probs`` (C, K), ``token_ids`` (C,), ``old_log_probs`` (C,).
+    """
+
+    term: DivergenceTerm
+    support: str  # "full", "student", "teacher", "union" (top-k of), "ids"
+    k: int
+    remainder: str
+    tail_floor: float | None
+    entry_clip: float | None
+    token_clip: tuple[float | None, float | None] | None
+    importance_cap: float | None
+    input_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+    @property
+    def num_values(self) -> int:
+        return 1
+
+    def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
+        return [(False, ())] * (1 + len(self.metrics))
+
+    def replay(self, extras: list[Tensor]) -> tuple[RowFunction, list[Tensor]]:
+        return self, []
+
+    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        inputs = dict(zip(self.input_names, chunk.inputs, strict=True))
+        metrics: dict[str, Tensor] = {}
+        token_ids = inputs.get("token_ids")
+        sampled = None if token_ids is None else chunk.student.gather(1, token_ids[:, None])[:, 0]
+        self._observe(chunk, token_ids, metrics)
+        row = _FullRow(self, chunk) if self.support == "full" else _BucketRow(self, chunk, inputs)
+        row.observe(metrics)
+
+        loss, open_token = self._token_clip(row.loss)
+        metrics["token_clip_fraction"] = 1 - open_token
+        ratio = torch.ones_like(loss)
+        if self.importance_cap is not None and sampled is not None:
+            log_prob = sampled - row.student_normalizer()
+            ratio, capped = capped_ratio(log_prob, inputs["old_log_probs"], self.importance_cap)
+            metrics["importance_ratio"], metrics["importance_cap_fraction"] = ratio, capped
+        dlogits = None
+        if chunk.upstream is not None:
+            factor = chunk.shaping.factor
+            dlogits = row.gradient_(chunk.upstream[:, 0] * ratio * open_token * factor)
+        return (ratio * loss)[:, None], [loss, *(metrics[name] for name in self.metrics)], dlogits
+
+    def _token_clip(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """The clipped loss, and 1 where it follows the logits."""
+        if self.token_clip is None:
+            return loss, torch.ones_like(loss)
+        clipped = loss.clamp(*self.token_clip)
+        return clipped, (clipped == loss).to(loss)
+
+    def _observe(self, chunk: Chunk, token_ids: Tensor | None, metrics: dict[str, Tensor]) -> None:
+        """Metrics of whole rows, taken before any entry is masked or overwritten."""
+        wanted = set(self.metrics)
+        for name, logits in (("student", chunk.student), ("teacher", chunk.teacher)):
+            if f"{name}_log_prob" in wanted and logits is not None and token_ids is not None:
+                label = logits.gather(1, token_ids[:, None])[:, 0]
+                metrics[f"{name}_log_prob"] = label - chunk.rows.log_normalizer(logits)
+        if chunk.teacher is None:
+            if "student_entropy" in wanted:
+                lse = chunk.rows.log_normalizer(chunk.student)
+                metrics["student_entropy"] = chunk.rows.entropy(chunk.student, lse)
+            return
+        if wanted.intersection(SUMMARY_METRICS):
+            lse = [chunk.rows.log_normalizer(side) for side in (chunk.student, chunk.teacher)]
+            metrics |= chunk.rows.summary(chunk.student, chunk.teacher, *lse)._asdict()
+        if "top1_agreement" in wanted:
+            agree = chunk.student.argmax(-1) == chunk.teacher.argmax(-1)
+            metrics["top1_agreement"] = agree.to(chunk.student)
+        if "topk_overlap" in wanted:
+            chosen = [
+                top_k(side, self.k, chunk.rows.block_maxima)
+                for side in (chunk.student, chunk.teacher)
+            ]
+            metrics["topk_overlap"] = overlap(*chosen).to(chunk.student)
+
+
+class _FullRow:
+    """Every entry of the vocabulary is compared."""
+
+    def __init__(self, settings: DivergenceRows, chunk: Chunk) -> None:
+        assert chunk.teacher is not None
+        self.settings, self.chunk = settings, chunk
+        normalizers = [chunk.rows.log_normalizer(side) for side in (chunk.student, chunk.teacher)]
+        self.pair = (chunk.student, chunk.teacher, *normalizers, settings.term, settings.entry_clip)
+        self.loss, self.total, self.clipped = chunk.rows.divergence(*self.pair)
+
+    def observe(self, metrics: dict[str, Tensor]) -> None:
+        num_entries = (self.chunk.student > -torch.inf).sum(-1) if self.settings.entry_clip else 1
+        metrics["entry_clip_fraction"] = self.clipped / num_entries
+
+    def student_normalizer(self) -> Tensor:
+        return self.pair[2]
+
+    def gradient_(self, upstream: Tensor) -> Tensor:
+        cap, dtype = self.chunk.shaping.cap, self.chunk.gradient_dtype
+        gradient = self.chunk.rows.divergence_gradient_
+        return gradient(*self.pair, self.total, upstream, cap, dtype)
+
+
+class _BucketRow:
+    """The entries of a truncated support are compared, and perhaps a bucket for the remainder."""
+
+    def __init__(self, settings: DivergenceRows, chunk: Chunk, inputs: dict[str, Tensor]) -> None:
+        self.settings, self.chunk = settings, chunk
+        self.entries = self._entries(inputs)
+        self.lse: Tensor | None = None  # of the student's row, where the remainder needs it
+        self.buckets = self._buckets()
+        remainder, clip = settings.remainder, settings.entry_clip
+        value, self.dlog_s, self.clipped = bucket_terms(
+            self.buckets, settings.term, remainder, clip
+        )
+        self.loss = value.sum(-1)
+
+    def _entries(self, inputs: dict[str, Tensor]) -> _Entries:
+        """Choose the entries and gather both sides' logits there."""
+        chunk, support, k = self.chunk, self.settings.support, self.settings.k
+        active = None
+        if support == "ids":
+            ids = inputs["entry_ids"]
+            active = first_occurrence(ids)
+            ids = ids.clamp(min=0)
+        else:
+            sides = {"student": (chunk.student,), "teacher": (chunk.teacher,)}
+            chosen = sides.get(support, (chunk.student, chunk.teacher))
+            ids = torch.cat([top_k(side, k, chunk.rows.block_maxima) for side in chosen], -1)
+            active = first_occurrence(ids) if support == "union" else None
+        given = inputs.get("teacher_log_probs")
+        if given is not None:
+            active = active & (given > -torch.inf) if active is not None else given > -torch.inf
+        teacher = given if chunk.teacher is None else chunk.teacher.gather(1, ids)
+        assert teacher is not None
+        student = chunk.student.gather(1, ids)
+        teacher = teacher.to(student)
+        if active is not None:
+            student = student.masked_fill(~active, -torch.inf)
+            teacher = teacher.masked_fill(~active, -torch.inf)
+        return _Entries(ids, active, student, teacher)
+
+    def _buckets(self) -> Buckets:
+        """Log-probabilities of the buckets, by the settings' remainder."""
+        remainder, floor = self.settings.remainder, self.settings.tail_floor
+        student, teacher = self.entries.student, self.entries.teacher
+        given = self.chunk.teacher is None
+        if remainder == "renormalize":
+            return Buckets(student.log_softmax(-1), teacher.log_softmax(-1), None, True)
+        if remainder == "tail" and floor is None:
+            rest = self._mask_entries(self.chunk.student)
+            self.lse = torch.logaddexp(student.logsumexp(-1), rest)
+            log_s = torch.cat([student, rest[:, None]], -1) - self.lse[:, None]
+            if given:
+                log_t = torch.cat([teacher, log_complement(teacher, 0.0)], -1)
+            else:
+                rest_t = self._mask_entries(self.chunk.teacher)
+                log_t = torch.cat([teacher, rest_t[:, None]], -1).log_softmax(-1)
+            return Buckets(log_s, log_t, torch.where(rest == -torch.inf, 0, rest), True)
+        self.lse = self.chunk.rows.log_normalizer(self.chunk.student)
+        log_s = student - self.lse[:, None]
+        if remainder == "teacher_renormalize":
+            return Buckets(log_s, teacher.log_softmax(-1), self.lse, False)
+        log_t = teacher
+        if not given:
+            log_t = teacher - self.chunk.rows.log_normalizer(self.chunk.teacher)[:, None]
+        if remainder == "tail":
+            assert floor is not None
+            log_s = torch.cat([log_s, log_complement(log_s, floor)], -1)
+            log_t = torch.cat([log_t, log_complement(log_t, floor)], -1)
+        return Buckets(log_s, log_t, self.lse, False)
+
+    def _mask_entries(self, logits: Tensor | None) -> Tensor:
+        """Take the entries out of a row and return the log-sum-exp of what is left: (C,)."""
+        assert logits is not None
+        logits.scatter_(1, self._columns(logits), -torch.inf)
+        return self.chunk.rows.log_normalizer(logits)
+
+    def _columns(self, logits: Tensor) -> Tensor:
+        """The entries' columns; those that do not count point to the padding."""
+        ids, active = self.entries.ids, self.entries.active
+        return ids if active is None else torch.where(active, ids, logits.shape[1] - 1)
+
+    def student_normalizer(self) -> Tensor:
+        if self.lse is None:
+            self.lse = self.chunk.rows.log_normalizer(self.chunk.student)
+        return self.lse
+
+    def observe(self, metrics: dict[str, Tensor]) -> None:
+        wanted = set(self.settings.metrics)
+        num_entries = self.clipped.shape[-1]
+        metrics["entry_clip_fraction"] = self.clipped.sum(-1).to(self.loss) / num_entries
+        if not wanted.intersection(SUPPORT_METRICS):
+            return
+        teacher_lse: Tensor | float = 0.0
+        if self.chunk.teacher is not None:
+            teacher_lse = self._whole_normalizer(self.chunk.teacher, self.entries.teacher)
+        student_lse = self._whole_normalizer(self.chunk.student, self.entries.student)
+        for name, entries, lse in (
+            ("student", self.entries.student, student_lse),
+            ("teacher", self.entries.teacher, teacher_lse),
+        ):
+            log_mass = (entries.logsumexp(-1) - lse).clamp(max=0)
+            metrics[f"{name}_mass"] = log_mass.exp()
+            metrics[f"{name}_tail_mass"] = -torch.expm1(log_mass)
+
+    def _whole_normalizer(self, logits: Tensor, entries: Tensor) -> Tensor:
+        """Log-sum-exp of a row whose entries may have been masked."""
+        rest = self.chunk.rows.log_normalizer(logits)
+        masked = self.settings.remainder == "tail" and self.settings.tail_floor is None
+        return torch.logaddexp(rest, entries.logsumexp(-1)) if masked else rest
+
+    def gradient_(self, upstream: Tensor) -> Tensor:
+        """A constant times a softmax outside the entries, and the entries written over it."""
+        floor, k = self.settings.tail_floor, self.entries.ids.shape[-1]
+        dlog_s, log_s = self.dlog_s, self.buckets.log_s
+        if self.settings.remainder == "tail" and floor is not None:
+            dlog_s, log_s = fold_tail(dlog_s, log_s, floor), log_s[:, :k]
+        total = dlog_s.sum(-1, keepdim=True)
+        share = (dlog_s - log_s.exp() * total) * upstream[:, None]  # by the buckets' logits
+        outside = share[:, k] if share.shape[-1] > k else -total[:, 0] * upstream
+        inside = share[:, :k]
+        if self.entries.active is not None:
+            inside = inside.masked_fill(~self.entries.active, 0)
+        columns = self._columns(self.chunk.student)
+        return self.chunk.write_gradient_(
+            self.buckets.background, outside, None, columns, self.entries.student, inside
+        )

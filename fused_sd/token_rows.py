@@ -1,0 +1,124 @@
+"""Row functions of the token path: log-probabilities of chosen entries, and losses made of one.
+
+Dimension key:  C rows in a chunk, K chosen entries of a row
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sd import specs
+from fused_sd.policy import Surrogate, cross_entropy, surrogate
+from fused_sd.support import top_k
+from fused_sd.walk import Chunk, RowFunction
+
+
+@specs.setting
+class LogProbRows(NamedTuple):
+    """Log-probabilities of K entries, and the log-mass of the others or the entropy.
+
+    The per-token input is ``token_ids`` (C, K), or nothing where the student's own top-k is asked for.
+    Values are the K log-probabilities, then the tail's where asked for, then the entropy likewise.
+    """
+
+    k: int
+    is_top_k: bool
+    tail: bool
+    entropy: bool
+
+    @property
+    def num_values(self) -> int:
+        return self.k + self.tail + self.entropy
+
+    def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
+        return [(True, (self.k,))] if self.is_top_k else []
+
+    def replay(self, extras: list[Tensor]) -> tuple[RowFunction, list[Tensor]]:
+        """A second walk reads the entries that the first one chose."""
+        return self._replace(is_top_k=False), extras
+
+    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        rows, logits = chunk.rows, chunk.student
+        ids = top_k(logits, self.k, rows.block_maxima) if self.is_top_k else chunk.inputs[0]
+        chosen = logits.gather(1, ids)
+        lse = rows.log_normalizer(logits)
+        values = [chosen - lse[:, None]]
+        normalizer = lse
+        if self.entropy:
+            values.append(rows.entropy(logits, lse)[:, None])
+        if self.tail:
+            logits.scatter_(1, ids, -torch.inf)
+            rest = rows.log_normalizer(logits)
+            values.insert(1, (rest - lse)[:, None])
+            normalizer = torch.where(rest == -torch.inf, 0, rest)
+        result = torch.cat(values, -1)
+        extras = [ids] if self.is_top_k else []
+        if chunk.upstream is None:
+            return result, extras, None
+        return result, extras, self._gradient_(chunk, ids, chosen, result, normalizer)
+
+    def _gradient_(
+        self, chunk: Chunk, ids: Tensor, chosen: Tensor, values: Tensor, normalizer: Tensor
+    ) -> Tensor:
+        """Gradient of ``sum(upstream * values)``; a tail and an entropy are never asked for at once."""
+        assert chunk.upstream is not None
+        upstream = chunk.upstream * chunk.shaping.factor
+        by_entry, log_probs = upstream[:, : self.k], values[:, : self.k]
+        total = upstream[:, : self.k + self.tail].sum(-1, keepdim=True)
+        constant, slope = -total[:, 0], None
+        at_entries = by_entry - log_probs.exp() * total
+        if self.tail:
+            constant = upstream[:, -1] - values[:, -1].exp() * total[:, 0]
+        if self.entropy:
+            slope = -upstream[:, -1]
+            constant = constant + slope * values[:, -1]
+            at_entries = at_entries + log_probs.exp() * slope[:, None] * (log_probs + values[:, -1:])
+        return chunk.write_gradient_(normalizer, constant, slope, ids, chosen, at_entries)
+
+
+@specs.setting
+class TokenLossRows(NamedTuple):
+    """A loss of the sampled token's log-probability.
+
+    The per-token inputs are those that ``input_names`` lists: ``token_ids`` (C,) and what the surrogate
+    reads, each (C,).  A teacher given by its hidden states contributes its log-probability.
+    """
+
+    surrogate: Surrogate | None  # None: cross entropy
+    input_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+    @property
+    def num_values(self) -> int:
+        return 1
+
+    def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
+        return [(False, ())] * len(self.metrics)
+
+    def replay(self, extras: list[Tensor]) -> tuple[RowFunction, list[Tensor]]:
+        return self, []
+
+    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        rows, logits = chunk.rows, chunk.student
+        inputs = dict(zip(self.input_names, chunk.inputs, strict=True))
+        ids = inputs["token_ids"][:, None]
+        chosen, lse = logits.gather(1, ids), rows.log_normalizer(logits)
+        log_prob = chosen[:, 0] - lse
+        if chunk.teacher is not None:
+            label = chunk.teacher.gather(1, ids)[:, 0]
+            inputs["teacher_log_probs"] = label - rows.log_normalizer(chunk.teacher)
+        if self.surrogate is None:
+            term = cross_entropy(log_prob)
+        else:
+            term = surrogate(self.surrogate, log_prob, inputs)
+        metrics = {"log_prob": log_prob, "teacher_log_prob": inputs.get("teacher_log_probs")}
+        metrics |= term.metrics
+        if "entropy" in self.metrics:
+            metrics["entropy"] = rows.entropy(logits, lse)
+        dlogits = None
+        if chunk.upstream is not None:
+            coefficient = chunk.upstream[:, 0] * term.dlog_prob * chunk.shaping.factor
+            at_token = (-coefficient * torch.expm1(log_prob))[:, None]
+            dlogits = chunk.write_gradient_(lse, -coefficient, None, ids, chosen, at_token)
+        return term.loss[:, None], [metrics[name] for name in self.metrics], dlogits

@@ -1,0 +1,428 @@
+"""The token path: log-probabilities of chosen tokens, and the losses that need nothing else.
+
+Dimension key:  (...) tokens, D hidden size, V vocabulary, K entries
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sd import checks
+from fused_sd.distill import check_run, flatten_tokens
+from fused_sd.heads import LMHead, as_head
+from fused_sd.loss_output import LossOutput, Reduction, reduce_loss
+from fused_sd.policy import Surrogate
+from fused_sd.token_rows import LogProbRows, TokenLossRows
+from fused_sd.walk import walk
+from fused_sd.weighting import Evidence
+
+KlEstimator = Literal["k1", "k2", "k3"]
+
+
+class TokenLogProbs(NamedTuple):
+    """Log-probabilities in nats, differentiable; 0 for a token of weight 0."""
+
+    log_probs: Tensor  # (...)
+    entropy: Tensor | None  # (...), where asked for
+
+
+class EntryLogProbs(NamedTuple):
+    """Log-probabilities of K entries of each token's distribution, differentiable."""
+
+    token_ids: Tensor  # (..., K) int64
+    log_probs: Tensor  # (..., K) nats
+    tail: Tensor | None  # (...) log-mass of all other entries, where asked for
+
+
+def token_log_probs(
+    hidden: Tensor,  # (..., D)
+    head: Tensor | LMHead,  # (V, D)
+    token_ids: Tensor,  # (...)
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    token_weights: Tensor | None = None,  # (...)
+    compact: bool = True,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> TokenLogProbs:
+    """Log-probability of each given token and, where asked for, the entropy of its distribution.
+
+    Both are differentiable; backward walks the chunks again, so that nothing of the vocabulary's size
+    is kept.
+
+    Args:
+        hidden: states that enter lm_head.
+        head: lm_head's weight, or an ``LMHead``.
+        token_ids: int64 ids.
+        temperature: divides the logits.
+        entropy: return the entropies too, nats.
+        token_weights: only says which tokens to leave out: those of weight 0, whose values are 0.
+        compact, backend, chunk_size: as in ``divergence_loss``.
+
+    Returns:
+        fp32 values (fp64 for fp64 operands).
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or an id is not in the vocabulary (CPU).
+    """
+    lm_head = as_head(head)
+    shape = _check_tokens(hidden, lm_head, token_ids, token_weights)
+    check_run("none", backend, chunk_size, temperature=temperature)
+    ids = flatten_tokens(token_ids, shape)[:, None]
+    rows = LogProbRows(1, False, False, bool(entropy))
+    walked = walk(
+        rows,
+        (hidden, lm_head),
+        None,
+        [ids],
+        None if token_weights is None else token_weights.reshape(-1),
+        temperature=temperature,
+        reduced=False,
+        compact=compact,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+    values = walked.values
+    entropies = values[:, 1].reshape(shape) if entropy else None
+    return TokenLogProbs(values[:, 0].reshape(shape), entropies)
+
+
+def entry_log_probs(
+    hidden: Tensor,  # (..., D)
+    head: Tensor | LMHead,  # (V, D)
+    entries: Tensor | int,  # (..., K) or K
+    *,
+    tail: bool = False,
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,  # (...)
+    compact: bool = True,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> EntryLogProbs:
+    """Log-probabilities of K entries of each distribution: its own top-k, or given ids.
+
+    With these a top-k divergence can be formed in two steps that never need both heads at once: the
+    student's top-k first, the teacher at the student's ids next.  The ids are not differentiated.
+
+    Args:
+        entries: K, for the K most likely entries, or (..., K) int64 ids, distinct for each token.
+        tail: return the log-mass of all other entries, from their own log-sum-exp.
+        token_weights: as in ``token_log_probs``.
+        hidden, head, temperature, compact, backend, chunk_size: as in ``token_log_probs``.
+
+    Returns:
+        Ids, log-probabilities and tail; fp32 (fp64 for fp64 operands).
+
+    Raises:
+        ValueError: as ``token_log_probs``, or K exceeds the vocabulary, or ids repeat (CPU).
+    """
+    lm_head = as_head(head)
+    checks.check_hidden(hidden, "hidden", lm_head.weight, "head")
+    shape = hidden.shape[:-1]
+    checks.check_per_token("token_weights", token_weights, shape, hidden.device, "hidden")
+    check_run("none", backend, chunk_size, temperature=temperature)
+    inputs = []
+    if isinstance(entries, Tensor):
+        checks.check_entry_ids(entries, shape, hidden.device, lm_head.num_tokens)
+        checks.check_distinct("entries", entries, token_weights)
+        inputs = [flatten_tokens(entries, shape)]
+        k = entries.shape[-1]
+    else:
+        checks.check_positive_int("entries", entries)
+        checks.check_support_size("entries", entries, lm_head.num_tokens)
+        k = int(entries)
+    walked = walk(
+        LogProbRows(k, not inputs, bool(tail), False),
+        (hidden, lm_head),
+        None,
+        inputs,
+        None if token_weights is None else token_weights.reshape(-1),
+        temperature=temperature,
+        reduced=False,
+        compact=compact,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+    ids = inputs[0] if inputs else walked.extras[0]
+    return EntryLogProbs(
+        ids.reshape(*shape, k),
+        walked.values[:, :k].reshape(*shape, k),
+        walked.values[:, k].reshape(shape) if tail else None,
+    )
+
+
+def cross_entropy_loss(
+    hidden: Tensor,  # (..., D)
+    head: Tensor | LMHead,  # (V, D)
+    token_ids: Tensor,  # (...)
+    *,
+    token_weights: Tensor | None = None,  # (...)
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    reduction: Reduction = "sum",
+    metrics: Sequence[str] = (),
+    compact: bool = True,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> LossOutput:
+    """Cross entropy of given tokens: SFT, RFT, and both parts of SD-Zero's first phase.
+
+    Args:
+        token_ids: int64 targets; those equal to ``ignore_index`` have weight 0.
+        token_weights: weight of each token; None: ones.
+        metrics: of "log_prob", "entropy".
+        hidden, head, temperature, reduction, compact, backend, chunk_size: as in ``divergence_loss``.
+
+    Returns:
+        Loss, token losses (nats) and metrics.
+
+    Raises:
+        ValueError: as ``token_log_probs``.
+
+    Reference:
+        SD-Zero's phase 1 (arXiv 2604.12002) is the sum of two of these: L_rev with the weights on the
+        revision only, L_gen with weights on the whole assistant turn.
+    """
+    checks.check_tensor("token_ids", token_ids)
+    counted = token_ids != ignore_index
+    if token_weights is None:
+        checks.check_tensor("hidden", hidden)
+        token_weights = counted.to(torch.float32)
+    else:
+        checks.check_leading("token_weights", token_weights, token_ids.shape, "token_ids")
+        token_weights = torch.where(counted, token_weights, 0)
+    return _token_loss(
+        hidden,
+        head,
+        {"token_ids": token_ids},
+        None,
+        None,
+        token_weights,
+        temperature=temperature,
+        teacher_temperature=1.0,
+        reduction=reduction,
+        metrics=metrics,
+        legal_metrics=("log_prob", "entropy"),
+        compact=compact,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+
+
+def policy_loss(
+    hidden: Tensor,  # (..., D)
+    head: Tensor | LMHead,  # (V, D)
+    token_ids: Tensor,  # (...)
+    advantages: Tensor,  # (...)
+    *,
+    old_log_probs: Tensor | None = None,  # (...)
+    teacher: tuple[Tensor, Tensor | LMHead] | None = None,  # (..., D') and (V', D')
+    teacher_log_probs: Tensor | None = None,  # (...)
+    evidence: Evidence | None = None,
+    ratio_clip: tuple[float, float] | None = (0.2, 0.2),
+    dual_clip: float | None = None,
+    reference_log_probs: Tensor | None = None,  # (...)
+    kl_coefficient: float = 0.0,
+    kl_estimator: KlEstimator = "k3",
+    token_weights: Tensor | None = None,  # (...)
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    reduction: Reduction = "sum",
+    metrics: Sequence[str] = (),
+    compact: bool = True,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> LossOutput:
+    """GRPO's clipped policy loss, with RLSD's evidence from a teacher and a KL to a reference.
+
+    ``-min(rho A', clip(rho, 1 - low, 1 + high) A') + kl_coefficient KL`` for each token, where
+    ``rho = pi / pi_old`` and ``A' = A ((1 - mix) + mix w)`` with the evidence's weight w, or A without it.
+    Student log-probability, teacher log-probability, weight, ratio, loss and gradient come out of one
+    walk over the chunks.
+
+    Args:
+        hidden, head: the policy.
+        token_ids: int64 sampled tokens.
+        advantages: A, without gradient.
+        old_log_probs: of the policy that sampled, nats; None: the current one (ratio 1).
+        teacher: hidden states and head of the evidence's teacher,
+        teacher_log_probs: or its log-probabilities of the tokens.
+        evidence: RLSD's settings; None: advantages as they are.
+        ratio_clip: (low, high); None: no clip.
+        dual_clip: bound c > 1 on the loss of tokens with A' < 0: at most ``-c A'``.
+        reference_log_probs: of the reference policy, for the KL.
+        kl_coefficient: weight of the KL to the reference.
+        kl_estimator: ``"k1"`` as ``sg(d) log_prob``, ``"k2"`` or ``"k3"`` of d = log_prob - reference.  The
+            gradients of k1 and k2 are in expectation that of KL(policy||reference), k3's that of
+            KL(reference||policy).
+        token_weights: mask and normaliser; a token of weight 0 contributes exactly 0.
+        temperature: divides the policy's logits, and the teacher's unless
+        teacher_temperature: is given.
+        metrics: of "log_prob", "teacher_log_prob", "evidence" (delta), "evidence_weight",
+            "evidence_clip_fraction", "ratio", "ratio_clip_fraction", "reference_kl", "entropy".
+        reduction, compact, backend, chunk_size: as in ``divergence_loss``.
+
+    Returns:
+        Loss, token losses and metrics.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, the teacher is missing or given twice, or a
+            divergence is passed as advantage.
+
+    Reference:
+        Shao et al., *DeepSeekMath* (GRPO), arXiv 2402.03300, eq. 3; Ye et al. (dual clip), arXiv
+        1912.09729; RLSD, arXiv 2604.03128, eq. 13-15.
+    """
+    if isinstance(advantages, LossOutput):
+        checks.fail(
+            "advantages",
+            "not be a divergence: summed over the vocabulary it does not depend on the sampled "
+            "token, so its expected policy gradient is 0",
+            "a LossOutput",
+            "add its loss to the policy loss and differentiate both",
+        )
+    settings, inputs, metrics_of = _surrogate(
+        hidden,
+        advantages=advantages,
+        old_log_probs=old_log_probs,
+        has_teacher=teacher is not None,
+        teacher_log_probs=teacher_log_probs,
+        evidence=evidence,
+        ratio_clip=ratio_clip,
+        dual_clip=dual_clip,
+        reference_log_probs=reference_log_probs,
+        kl_coefficient=kl_coefficient,
+        kl_estimator=kl_estimator,
+    )
+    checks.check_tensor("token_ids", token_ids)
+    return _token_loss(
+        hidden,
+        head,
+        {"token_ids": token_ids, **inputs},
+        settings,
+        teacher,
+        token_weights,
+        temperature=temperature,
+        teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
+        reduction=reduction,
+        metrics=metrics,
+        legal_metrics=metrics_of,
+        compact=compact,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+
+
+def _surrogate(
+    hidden: Any,
+    *,
+    advantages: Tensor,
+    old_log_probs: Tensor | None,
+    has_teacher: bool,
+    teacher_log_probs: Tensor | None,
+    evidence: Evidence | None,
+    ratio_clip: tuple[float, float] | None,
+    dual_clip: float | None,
+    reference_log_probs: Tensor | None,
+    kl_coefficient: float,
+    kl_estimator: str,
+) -> tuple[Surrogate, dict[str, Tensor], tuple[str, ...]]:
+    """The surrogate's settings, the tensors it reads, and the metrics that it can give."""
+    checks.check_tensor("hidden", hidden)
+    metrics = ["log_prob", "entropy", "ratio", "ratio_clip_fraction"]
+    inputs: dict[str, Tensor | None] = {"advantages": advantages, "old_log_probs": old_log_probs}
+    checks.check_evidence(evidence is not None, has_teacher, teacher_log_probs is not None)
+    if evidence is not None:
+        inputs["mix"] = hidden.new_full(hidden.shape[:-1], evidence.mix, dtype=torch.float32)
+        metrics += ["evidence", "evidence_weight", "evidence_clip_fraction", "teacher_log_prob"]
+        inputs["teacher_log_probs"] = teacher_log_probs
+        if evidence.log_prob == "old" and old_log_probs is None:
+            checks.fail(
+                "evidence.log_prob",
+                'be "current" without old_log_probs',
+                "'old'",
+                "pass old_log_probs, or Evidence(log_prob='current')",
+            )
+    if ratio_clip is not None:
+        checks.check_ratio_clip(ratio_clip)
+    if dual_clip is not None and not dual_clip > 1:
+        checks.fail("dual_clip", "be above 1", dual_clip, "verl and RLSD use 3.0; None is no clip")
+    checks.check_kl(kl_coefficient, kl_estimator, reference_log_probs is not None)
+    if kl_coefficient:
+        inputs["reference_log_probs"] = reference_log_probs
+        metrics.append("reference_kl")
+    settings = Surrogate(
+        None if ratio_clip is None else tuple(float(bound) for bound in ratio_clip),  # type: ignore[arg-type]
+        dual_clip,
+        None if evidence is None else evidence.clip,
+        evidence is not None and evidence.log_prob == "old",
+        float(kl_coefficient),
+        kl_estimator,
+    )
+    return settings, {k: v for k, v in inputs.items() if v is not None}, tuple(metrics)
+
+
+def _token_loss(
+    hidden: Tensor,
+    head: Tensor | LMHead,
+    inputs: dict[str, Tensor],
+    settings: Surrogate | None,
+    teacher: tuple[Tensor, Tensor | LMHead] | None,
+    token_weights: Tensor | None,
+    *,
+    temperature: float,
+    teacher_temperature: float,
+    reduction: Reduction,
+    metrics: Sequence[str],
+    legal_metrics: tuple[str, ...],
+    compact: bool,
+    backend: str,
+    chunk_size: int | None,
+) -> LossOutput:
+    """Check what the token losses have in common, and walk."""
+    lm_head = as_head(head)
+    shape = _check_tokens(hidden, lm_head, inputs["token_ids"], token_weights)
+    for name, tensor in inputs.items():
+        if name != "token_ids":
+            checks.check_per_token(name, tensor, shape, hidden.device, "hidden")
+    check_run(reduction, backend, chunk_size, temperature=temperature)
+    checks.check_positive("teacher_temperature", teacher_temperature)
+    checks.check_metrics(metrics, legal_metrics)
+    side = None
+    if teacher is not None:
+        t_hidden, t_head = teacher[0], as_head(teacher[1])
+        checks.check_hidden(t_hidden, "teacher hidden", t_head.weight, "teacher head")
+        checks.check_leading("teacher hidden[..., 0]", t_hidden[..., 0], shape, "hidden")
+        checks.check_teacher("teacher hidden", t_hidden, hidden)
+        checks.check_teacher("teacher head", t_head.weight, lm_head.weight)
+        side = (t_hidden, t_head)
+    walked = walk(
+        TokenLossRows(settings, tuple(inputs), tuple(metrics)),
+        (hidden, lm_head),
+        side,
+        [flatten_tokens(tensor, shape) for tensor in inputs.values()],
+        None if token_weights is None else token_weights.reshape(-1),
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        reduced=reduction != "none",
+        compact=compact,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+    extras = dict(zip(metrics, walked.extras, strict=True))
+    token_loss = walked.values[:, 0]
+    return reduce_loss(walked, token_loss, extras, token_weights, reduction, shape)
+
+
+def _check_tokens(
+    hidden: Any, head: LMHead, token_ids: Any, token_weights: Tensor | None
+) -> torch.Size:
+    """Hidden states, ids and weights are of the same tokens; returns the tokens' shape."""
+    checks.check_hidden(hidden, "hidden", head.weight, "head")
+    shape, device = hidden.shape[:-1], hidden.device
+    checks.check_per_token("token_weights", token_weights, shape, device, "hidden")
+    checks.check_ids("token_ids", token_ids, shape, device, head.num_tokens, token_weights, "hidden")
+    return shape

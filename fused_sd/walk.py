@@ -1,0 +1,393 @@
+"""The walk over chunks of tokens: every fused loss is this one operator with other row functions.
+
+A chunk's hidden states become logits, a row function turns them into its values and, where a gradient
+is wanted, overwrites them with the gradient by themselves; two GEMMs carry that on to the hidden states
+and the head, and the chunk is forgotten.  Extra memory is O(C V), never O(N V).
+
+The gradient is that of ``sum(upstream * values)``.  Where the loss is reduced inside, ``upstream`` is the
+token weights and forward keeps the finished gradients, which backward only scales (out of place, so that
+a second backward is right).  Otherwise backward walks again with autograd's gradient as ``upstream``.
+
+Dimension key:  N tokens, A tokens with a weight, C tokens in a chunk, D hidden size, V vocabulary,
+                J values that a row function returns for each token
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fused_sd import specs
+from fused_sd.backend import Rows, choose_rows
+from fused_sd.chunking import chunk_rows, chunk_size_for, gradient_view, workspace_width
+from fused_sd.heads import (
+    LMHead,
+    Projection,
+    Shaping,
+    accumulation_dtype,
+    matmul,
+    matmul_add_,
+)
+
+
+class Chunk(NamedTuple):
+    """What a row function sees of a chunk."""
+
+    student: Tensor  # (C, W) logits in fp32 or fp64, -inf behind the vocabulary; may be overwritten
+    teacher: Tensor | None  # (C, W), as student
+    inputs: list[Tensor]  # per-token inputs, each (C, ...)
+    upstream: Tensor | None  # (C, J) or (C, 1); None where no gradient is wanted
+    shaping: Shaping  # of the student's logits
+    gradient_dtype: torch.dtype
+    rows: Rows  # the row functions of the backend
+
+    def write_gradient_(
+        self,
+        background: Tensor | None,  # (C,) log-normaliser of the entries outside; None: they get 0
+        constant: Tensor,  # (C,)
+        slope: Tensor | None,  # (C,)
+        columns: Tensor,  # (C, K)
+        logits: Tensor,  # (C, K) at the columns
+        values: Tensor,  # (C, K) gradient by the logits there
+    ) -> Tensor:
+        """A softmax gradient over whole rows of logits, and entries' own values over it: (C, W).
+
+        The entries are set and not added, so that each is rounded once.
+        """
+        cap, dtype = self.shaping.cap, self.gradient_dtype
+        if background is None:
+            dlogits = gradient_view(self.student, dtype).zero_()
+        else:
+            fill = self.rows.softmax_gradient_
+            dlogits = fill(self.student, background, constant, slope, cap, dtype)
+        if cap is not None:
+            values = torch.where(values == 0, 0, values * (1 - (logits / cap).square()))
+        return dlogits.scatter_(1, columns, values.to(dtype))
+
+
+class RowFunction(Protocol):
+    """What is done to a chunk of logits."""
+
+    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """Values (C, J), extras (C, ...), and the gradient by the product (C, W) where wanted."""
+
+    def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
+        """Of each extra: whether it holds token ids, and its shape behind the token axis."""
+
+    @property
+    def num_values(self) -> int:
+        """J."""
+
+    def replay(self, extras: list[Tensor]) -> tuple["RowFunction", list[Tensor]]:
+        """The row function of a second walk, and inputs for it beside the first walk's.
+
+        A choice that the first walk made must not be made anew.
+        """
+
+
+class Walked(NamedTuple):
+    """What the walk returns, in the shape of the tokens flattened to (N, ...)."""
+
+    total: Tensor  # (), sum(upstream * values); differentiable when the loss is reduced inside
+    values: Tensor  # (N, J); differentiable when it is not
+    extras: list[Tensor]  # (N, ...), detached; 0 for a token without a weight
+
+
+def walk(
+    rows: RowFunction,
+    student: tuple[Tensor, LMHead],
+    teacher: tuple[Tensor, LMHead] | None,
+    inputs: list[Tensor],  # each (N, ...)
+    token_weights: Tensor | None,  # (N,)
+    *,
+    temperature: float,
+    teacher_temperature: float = 1.0,
+    reduced: bool,
+    compact: bool = True,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> Walked:
+    """Apply a row function to the logits of all tokens, differentiably.
+
+    Args:
+        rows: the row function.
+        student: hidden states (..., D) and head, differentiated.
+        teacher: hidden states (..., D') and head, constants.
+        inputs: what the row function needs for each token.
+        token_weights: the weight of each token's value; a token of weight 0 is left out.
+        temperature: divides the student's logits.
+        teacher_temperature: divides the teacher's logits.
+        reduced: whether ``total`` is differentiable, or ``values`` are.
+        compact: drop tokens of weight 0 before any GEMM, which waits for their number once.
+        backend: "auto", "triton" or "torch".
+        chunk_size: tokens in a chunk; None: by memory.
+    """
+    hidden, weight, bias = student[1].operands(student[0])
+    t_hidden = t_weight = t_bias = t_shaping = None
+    if teacher is not None:
+        t_hidden, t_weight, t_bias = teacher[1].operands(teacher[0])
+        t_shaping = teacher[1].shaping(teacher_temperature)
+        t_hidden, t_weight = t_hidden.detach(), t_weight.detach()
+        t_bias = None if t_bias is None else t_bias.detach()
+    wanted = [
+        tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+        for tensor in (hidden, weight, bias)
+    ]
+    options = Options(
+        student[1].shaping(temperature), t_shaping, reduced, compact, backend, chunk_size
+    )
+    wide = accumulation_dtype(hidden.dtype)
+    upstream = None
+    if token_weights is not None:
+        weights = token_weights.detach().to(wide)
+        upstream = (weights if reduced else (weights != 0).to(wide))[:, None]
+    flat = torch.ops.fused_sd.walk(
+        hidden,
+        weight,
+        bias,
+        t_hidden,
+        t_weight,
+        t_bias,
+        upstream,
+        [tensor.detach() for tensor in inputs],
+        specs.encode(rows),
+        specs.encode(options),
+        wanted,
+    )
+    total, values, extras = flat[0], flat[1], [extra.detach() for extra in flat[5:]]
+    return Walked(total, values.detach(), extras) if reduced else Walked(total.detach(), values, extras)
+
+
+@specs.setting
+class Options(NamedTuple):
+    """How the walk runs, beside its tensors."""
+
+    student: Shaping
+    teacher: Shaping | None
+    reduced: bool
+    compact: bool
+    backend: str
+    chunk_size: int | None
+
+
+@torch.library.custom_op("fused_sd::walk", mutates_args=())
+def _walk(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    teacher_hidden: Tensor | None,  # (N, D')
+    teacher_weight: Tensor | None,  # (V', D')
+    teacher_bias: Tensor | None,  # (V',)
+    upstream: Tensor | None,  # (N, J) or (N, 1); None: ones
+    inputs: list[Tensor],  # each (N, ...)
+    row_spec: str,
+    option_spec: str,
+    wanted: list[bool],  # gradients by hidden, weight, bias
+) -> list[Tensor]:
+    """Total, values, the three gradients (empty where not formed), extras."""
+    rows: RowFunction = specs.decode(row_spec)
+    options: Options = specs.decode(option_spec)
+    num_tokens, wide = hidden.shape[0], accumulation_dtype(hidden.dtype)
+    if upstream is None:
+        upstream = hidden.new_ones((num_tokens, 1), dtype=wide)
+    outputs = _outputs(rows, hidden, weight, bias, _formed(options, rows, wanted))
+    active = _Active(upstream, options.compact)
+    hidden, upstream = active.select(hidden), active.select(upstream)
+    inputs = [active.select(tensor) for tensor in inputs]
+    forming = any(tensor.numel() for tensor in outputs[2:5])
+
+    # an fp16 gradient is formed from weights near 1 and scaled where there is room for it
+    unit = upstream.abs().amax().clamp(min=1e-30) if _fp16_gradient(hidden) else None
+    student = Projection(hidden, weight, bias, options.student)
+    teacher = None
+    width = workspace_width(weight.shape[0])
+    if teacher_hidden is not None and teacher_weight is not None:
+        assert options.teacher is not None
+        teacher = Projection(
+            active.select(teacher_hidden), teacher_weight, teacher_bias, options.teacher
+        )
+        width = workspace_width(max(weight.shape[0], teacher.vocab))
+    size = options.chunk_size or chunk_size_for(width, hidden.device, sides=2 if teacher else 1)
+    size = max(1, min(size, hidden.shape[0]))
+    workspaces = [hidden.new_empty((size, width), dtype=wide) for _ in (student, teacher)]
+    row_functions = choose_rows(options.backend, hidden.device, wide)
+    selected = [active.buffer(tensor, at) for at, tensor in enumerate(outputs)]
+    _, values, dhidden, dweight, dbias, *extras = selected
+
+    for at in chunk_rows(hidden.shape[0], size):
+        count = at.stop - at.start
+        scaled = upstream[at] if unit is None else upstream[at] / unit
+        chunk = Chunk(
+            student.logits(at, workspaces[0][:count]),
+            None if teacher is None else teacher.logits(at, workspaces[1][:count]),
+            [tensor[at] for tensor in inputs],
+            scaled if forming else None,
+            options.student,
+            student.dtype,
+            row_functions,
+        )
+        values[at], chunk_extras, dlogits = rows(chunk)
+        for buffer, extra in zip(extras, chunk_extras, strict=True):
+            buffer[at] = extra
+        if dlogits is None:
+            continue
+        dlogits = dlogits[:, : student.vocab]
+        if dhidden.numel():
+            matmul(dlogits, student.weight, dhidden[at])
+        if dweight.numel():
+            matmul_add_(dweight, dlogits.t(), student.chunk(at))
+        if dbias.numel():
+            dbias += dlogits.sum(0, dtype=wide)
+
+    if unit is not None:
+        for gradient in (dhidden, dweight, dbias):
+            gradient *= unit
+    values.masked_fill_(active.dead(values), 0)
+    outputs[0].copy_((upstream * values).sum())
+    for at, (output, buffer) in enumerate(zip(outputs, selected, strict=True)):
+        active.restore(output, buffer, at)
+    return outputs
+
+
+@_walk.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    upstream: Tensor | None,
+    inputs: list[Tensor],
+    row_spec: str,
+    option_spec: str,
+    wanted: list[bool],
+) -> list[Tensor]:
+    rows, options = specs.decode(row_spec), specs.decode(option_spec)
+    return _outputs(rows, hidden, weight, bias, _formed(options, rows, wanted))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *tensors, row_inputs, row_spec, option_spec, wanted = inputs
+    ctx.options, ctx.wanted, ctx.num_inputs = option_spec, wanted, len(row_inputs)
+    options, rows = specs.decode(option_spec), specs.decode(row_spec)
+    ctx.recompute = wanted != _formed(options, rows, wanted)
+    hidden, weight, bias = tensors[:3]
+    ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
+    if ctx.recompute:
+        replayed, chosen = rows.replay(output[5:])
+        ctx.rows = specs.encode(replayed)
+        ctx.save_for_backward(*tensors, *row_inputs, *chosen)
+    else:
+        ctx.save_for_backward(*output[2:5])
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    options = specs.decode(ctx.options)
+    upstream = grads[0] if options.reduced else grads[1]
+    gradients: list[Tensor | None] = [None, None, None]
+    if any(ctx.wanted) and upstream is not None:
+        if ctx.recompute:
+            *tensors, old_upstream = ctx.saved_tensors[:7]
+            upstream = _masked(upstream, old_upstream)
+            formed = torch.ops.fused_sd.walk(
+                *tensors,
+                upstream,
+                list(ctx.saved_tensors[7:]),
+                ctx.rows,
+                specs.encode(options._replace(reduced=True)),
+                ctx.wanted,
+            )[2:5]
+        else:
+            # one number, or one for each token, which only the rows of dhidden can follow
+            formed = [upstream * gradient for gradient in ctx.saved_tensors]
+        gradients = [
+            gradient.to(dtype) if wanted else None
+            for gradient, dtype, wanted in zip(formed, ctx.dtypes, ctx.wanted, strict=True)
+        ]
+    return (*gradients, None, None, None, None, [None] * ctx.num_inputs, None, None, None)
+
+
+_walk.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _masked(gradient: Tensor, weights: Tensor | None) -> Tensor:
+    """The gradient by the values, 0 for the tokens that the forward walk left out."""
+    return gradient if weights is None else torch.where(weights != 0, gradient, 0)
+
+
+def _formed(options: Options, rows: RowFunction, wanted: list[bool]) -> list[bool]:
+    """Which gradients this walk forms: those that backward can reach by scaling them."""
+    hidden_only = wanted == [True, False, False] and rows.num_values == 1
+    return wanted if options.reduced or hidden_only else [False, False, False]
+
+
+def _fp16_gradient(hidden: Tensor) -> bool:
+    return hidden.is_cuda and hidden.dtype == torch.float16 and hidden.shape[0] > 0
+
+
+def _outputs(
+    rows: RowFunction, hidden: Tensor, weight: Tensor, bias: Tensor | None, formed: list[bool]
+) -> list[Tensor]:
+    """The operator's outputs, all zero."""
+    num_tokens, wide = hidden.shape[0], accumulation_dtype(hidden.dtype)
+    shapes: list[tuple[int, ...]] = [(), (num_tokens, rows.num_values)]
+    for tensor, is_formed in zip((hidden, weight, bias), formed, strict=True):
+        shapes.append(tuple(tensor.shape) if is_formed and tensor is not None else (0,))
+    outputs = [hidden.new_zeros(shape, dtype=wide) for shape in shapes]
+    for is_ids, trailing in rows.extras():
+        dtype = torch.int64 if is_ids else wide
+        outputs.append(hidden.new_zeros((num_tokens, *trailing), dtype=dtype))
+    return outputs
+
+
+class _Active:
+    """The tokens that have a weight: chosen before the walk, put back in their places after it.
+
+    Without compaction every token is walked; those of weight 0 are emptied first, so that nothing they
+    hold can reach a sum.
+    """
+
+    PER_TOKEN = (1, 2)  # of the outputs: values and dhidden, and all from the extras on
+
+    def __init__(self, upstream: Tensor, compact: bool) -> None:
+        alive = (upstream != 0).any(-1)
+        capturing = upstream.is_cuda and torch.cuda.is_current_stream_capturing()
+        self.index = alive.nonzero()[:, 0] if compact and not capturing else None
+        self.alive = alive
+        self.all = self.index is not None and self.index.numel() == alive.numel()
+
+    def select(self, tensor: Tensor) -> Tensor:
+        """The tensor's rows of the active tokens."""
+        if self.all:
+            return tensor
+        if self.index is not None:
+            return tensor.index_select(0, self.index)
+        return torch.where(self._along(tensor), tensor, 0)
+
+    def dead(self, tensor: Tensor) -> Tensor:
+        """Where the selected rows belong to a token without a weight."""
+        if self.index is not None:
+            return tensor.new_zeros((), dtype=torch.bool)
+        return ~self._along(tensor)
+
+    def buffer(self, output: Tensor, at: int) -> Tensor:
+        """Where the walk writes an output: itself, or as many rows as are active."""
+        if self.all or self.index is None or not self._per_token(output, at):
+            return output
+        return output.new_empty((self.index.numel(), *output.shape[1:]))
+
+    def restore(self, output: Tensor, buffer: Tensor, at: int) -> None:
+        """Put the active tokens' rows in their places."""
+        if not self._per_token(output, at):
+            return
+        if buffer is not output:
+            output.index_copy_(0, self.index, buffer)
+        elif self.index is None:
+            output.masked_fill_(self.dead(output), 0)
+
+    def _per_token(self, output: Tensor, at: int) -> bool:
+        return at in self.PER_TOKEN and output.shape[0] == self.alive.shape[0] or at >= 5
+
+    def _along(self, tensor: Tensor) -> Tensor:
+        return self.alive.view(-1, *[1] * (tensor.dim() - 1))
