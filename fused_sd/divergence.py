@@ -65,8 +65,8 @@ def excess(log_ratio: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def forward_kl(log_s: Tensor, log_t: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
     """KL(t||s); ``parameter`` is unused."""
-    s, t = log_s.exp(), log_t.exp()
-    return excess(log_s - log_t, s, t), s - t
+    s, t, r = log_s.exp(), log_t.exp(), log_s - log_t
+    return excess(r, s, t), torch.where(r.abs() < 0.5, -s * torch.expm1(-r), s - t)
 
 
 def reverse_kl(log_s: Tensor, log_t: Tensor, parameter: float) -> tuple[Tensor, Tensor]:

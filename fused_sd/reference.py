@@ -417,8 +417,8 @@ def rlcsd_advantages(
     """
     advantages, wrong = advantages.detach().double(), wrong_log_probs.detach().double()
     num_wrong = (~wrong.isneginf()).double().sum(-1)
-    e = correct_log_prob.detach().double() - (log_mass(wrong).squeeze(-1) - num_wrong.log())
-    e = e.masked_fill(num_wrong == 0, 0.0)
+    log_mean = log_mass(wrong).squeeze(-1) - num_wrong.log()
+    e = (correct_log_prob.detach().double() - log_mean).masked_fill(num_wrong == 0, 0.0)
     r = (scale * mix * torch.tanh(e / temperature)).clamp(*clip)
     selected = r.abs() > threshold
     moved = advantages + r.masked_fill(~selected, 0.0)

@@ -36,6 +36,16 @@ def random_logits(*shape: int, seed: int = 0, scale: float = 3.0) -> Tensor:
     return scale * torch.randn(*shape, generator=generator, dtype=torch.double)
 
 
+def numbers(*values: float) -> Tensor:
+    """The numbers, in float64."""
+    return torch.tensor(values, dtype=torch.double)
+
+
+def logs(*values: float) -> Tensor:
+    """The natural logarithms of the numbers, in float64."""
+    return numbers(*values).log()
+
+
 def loss_and_gradient(loss_of: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
     """The per-token losses at the given logits and the gradient of their sum."""
     leaf = at.detach().clone().requires_grad_(True)
@@ -439,38 +449,54 @@ def test_a_tail_of_impossible_tokens_contributes_nothing(divergence: str) -> Non
 
 
 def test_a_token_impossible_on_one_side_costs_what_the_mathematics_says() -> None:
-    s, t = random_logits(1, 9), random_logits(1, 9, seed=1)
-    less = t.clone()
+    whole, less = random_logits(1, 9), random_logits(1, 9, seed=1)
     less[0, 4] = NEVER
-
-    def loss(student: Tensor, teacher: Tensor, divergence: str) -> tuple[Tensor, Tensor]:
-        return loss_and_gradient(
-            lambda x: reference.divergence(x, teacher, divergence=divergence), student
-        )
-
     others = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])
-    p, q = s.softmax(-1)[0, others], less.softmax(-1)[0, others]
-    for value, expected in [
-        (loss(s, less, "forward_kl"), (q * (q / p).log()).sum()),
-        (loss(less, s, "reverse_kl"), (q * (q / p).log()).sum()),
-        (loss(s, less, "reverse_kl"), torch.inf),
-        (loss(less, s, "forward_kl"), torch.inf),
+    w, x = whole.softmax(-1)[0, others], less.softmax(-1)[0, others]
+    finite, infinite = (x * (x / w).log()).sum(), torch.tensor(torch.inf)
+    for student, teacher, divergence, expected in [
+        (whole, less, "forward_kl", finite),
+        (less, whole, "reverse_kl", finite),
+        (whole, less, "reverse_kl", infinite),
+        (less, whole, "forward_kl", infinite),
+        (whole, less, "jsd", jsd_by_probabilities(whole, less)),
+        (less, whole, "jsd", jsd_by_probabilities(less, whole)),
     ]:
-        assert_equal(value[0], expected)
-        assert value[1].isfinite().all()
-    for one, other in ((s, less), (less, s)):
-        value, gradient = loss(one, other, "jsd")
-        assert 0 < value.item() < math.log(2)
+        loss, gradient = loss_and_gradient(
+            lambda z, teacher=teacher, divergence=divergence: reference.divergence(
+                z, teacher, divergence=divergence
+            ),
+            student,
+        )
+        assert_equal(loss, expected)
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("weight, divergence", [(0.0, "reverse_kl"), (1.0, "forward_kl")])
+def test_the_ends_of_mixed_kl_forget_the_other_side_even_when_it_is_infinite(
+    weight: float, divergence: str
+) -> None:
+    student, teacher = random_logits(1, 9), random_logits(1, 9, seed=1)
+    (student if divergence == "reverse_kl" else teacher)[0, 4] = NEVER
+    mixed = reference.divergence(student, teacher, divergence="mixed_kl", forward_weight=weight)
+    assert_equal(mixed, reference.divergence(student, teacher, divergence=divergence))
+    assert mixed.isfinite().all()
+
+
+def jsd_by_probabilities(student: Tensor, teacher: Tensor) -> Tensor:
+    """JSD at beta 1/2 as H(m) - H(s) / 2 - H(t) / 2."""
+    s, t = student.softmax(-1), teacher.softmax(-1)
+    h_m, h_s, h_t = (torch.special.entr(x).sum(-1) for x in ((s + t) / 2, s, t))
+    return h_m - (h_s + h_t) / 2
+
+
 def test_an_infinite_entry_can_be_clipped() -> None:
-    s, t = random_logits(1, 9), random_logits(1, 9, seed=1)
-    t[0, 4] = NEVER
-    loss, gradient = loss_and_gradient(lambda x: reference.divergence(x, t, entry_clip=0.05), s)
-    p, q = s.softmax(-1)[0], t.softmax(-1)[0]
-    keep = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])
-    assert_equal(loss, (p * (p / q).log())[keep].clamp(max=0.05).sum() + 0.05)
+    z, u = random_logits(1, 9), random_logits(1, 9, seed=1)
+    u[0, 4] = NEVER
+    loss, gradient = loss_and_gradient(lambda x: reference.divergence(x, u, entry_clip=0.05), z)
+    s, t = z.softmax(-1)[0], u.softmax(-1)[0]
+    others = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])
+    assert_equal(loss, (s * (s / t).log())[others].clamp(max=0.05).sum() + 0.05)
     assert gradient.isfinite().all()
 
 
@@ -481,35 +507,25 @@ def test_impossible_tokens_have_no_entropy() -> None:
     assert_equal(gradient, 0.0)
 
 
-def row(*values: float) -> Tensor:
-    """The numbers, in float64."""
-    return torch.tensor(values, dtype=torch.double)
-
-
-def logs(*probabilities: float) -> Tensor:
-    """The natural logarithms of the numbers, in float64."""
-    return row(*probabilities).log()
-
-
 def test_the_policy_loss_of_each_clip_case_is_the_one_done_by_hand() -> None:
     # ratios 2, 1.1, 0.5, then the same for A = -1; low 0.2, high 0.3
     a, old = logs(0.8, 0.44, 0.2).repeat(2), logs(0.4, 0.4, 0.4).repeat(2)
-    advantages = row(1.0, 1, 1, -1, -1, -1)
+    advantages = numbers(1.0, 1, 1, -1, -1, -1)
     loss, gradient = loss_and_gradient(
         lambda x: reference.policy(x, advantages, old, ratio_clip=(0.2, 0.3)), a
     )
-    assert_equal(loss, row(-1.3, -1.1, -0.5, 2.0, 1.1, 0.8))
-    assert_equal(gradient, row(0, -1.1, -0.5, 2.0, 1.1, 0))
+    assert_equal(loss, numbers(-1.3, -1.1, -0.5, 2.0, 1.1, 0.8))
+    assert_equal(gradient, numbers(0, -1.1, -0.5, 2.0, 1.1, 0))
 
 
 def test_the_dual_clip_bounds_the_loss_of_negative_advantages_only() -> None:
     a, old = logs(0.8, 0.8, 0.4), logs(0.1, 0.1, 0.4)
-    advantages = row(-2.0, 2.0, -2.0)
+    advantages = numbers(-2.0, 2.0, -2.0)
     loss, gradient = loss_and_gradient(
         lambda x: reference.policy(x, advantages, old, dual_clip=3.0), a
     )
-    assert_equal(loss, row(6.0, -2.4, 2.0))
-    assert_equal(gradient, row(0.0, 0.0, 2.0))
+    assert_equal(loss, numbers(6.0, -2.4, 2.0))
+    assert_equal(gradient, numbers(0.0, 0.0, 2.0))
 
 
 def test_on_policy_the_surrogate_is_reinforce() -> None:
@@ -523,43 +539,43 @@ def test_the_reference_adds_its_k3() -> None:
     a, b = logs(0.5, 0.25), logs(0.25, 0.5)
     loss = reference.grpo(a, torch.zeros(2), reference_log_prob=b, kl_coefficient=0.1)
     by_hand = [0.1 * (0.5 + math.log(2) - 1), 0.1 * (2 - math.log(2) - 1)]
-    assert_equal(loss, row(*by_hand))
+    assert_equal(loss, numbers(*by_hand))
 
 
 def test_huge_log_ratios_are_bounded() -> None:
-    a = row(0.0, -500.0)
+    a = numbers(0.0, -500.0)
     ratio = reference.importance(a, a.flip(0))
-    assert_equal(ratio / row(math.exp(20), math.exp(-20)), 1.0)
-    assert_equal(reference.importance(logs(0.6, 0.2), logs(0.2, 0.4), cap=2.0), row(2.0, 0.5))
+    assert_equal(ratio / numbers(math.exp(20), math.exp(-20)), 1.0)
+    assert_equal(reference.importance(logs(0.6, 0.2), logs(0.2, 0.4), cap=2.0), numbers(2.0, 0.5))
 
 
 def test_rlsd_scales_advantages_as_done_by_hand() -> None:
     # e^delta = 1.1, 2, 0.5 for a positive, a negative and a zero advantage each
     a, b = logs(0.4, 0.4, 0.4).repeat(3), logs(0.44, 0.8, 0.2).repeat(3)
-    advantages = row(2.0, -2.0, 0.0).repeat_interleave(3)
+    advantages = numbers(2.0, -2.0, 0.0).repeat_interleave(3)
     full = reference.rlsd_advantages(a, b, advantages, mix=1.0, clip=(0.2, 0.3))
     negative = (-2 / 1.1, -2 * 0.8, -2 * 1.3)  # e^-delta = 0.909, 0.5 and 2
-    assert_equal(full, row(2.2, 2.6, 1.6, *negative, 0, 0, 0))
+    assert_equal(full, numbers(2.2, 2.6, 1.6, *negative, 0, 0, 0))
     half = reference.rlsd_advantages(a, b, advantages, mix=0.5, clip=(0.2, 0.3))
     assert_equal(half, (advantages + full) / 2)
 
 
 def test_rlsd_survives_a_teacher_that_excludes_the_token() -> None:
     a, b = logs(0.4, 0.4, 0.4), torch.full((3,), NEVER, dtype=torch.double)
-    advantages = row(1.0, -1.0, 0.0)
+    advantages = numbers(1.0, -1.0, 0.0)
     shaped = reference.rlsd_advantages(a, b, advantages, mix=1.0)
-    assert_equal(shaped, row(0.8, -1.2, 0.0))
+    assert_equal(shaped, numbers(0.8, -1.2, 0.0))
 
 
 def test_rlsd_is_the_policy_loss_of_its_advantages() -> None:
     a, b, old = logs(0.5, 0.5), logs(0.55, 0.45), logs(0.4, 0.5)
-    advantages = row(1.0, -1.0)
+    advantages = numbers(1.0, -1.0)
     loss, gradient = loss_and_gradient(lambda x: reference.rlsd(x, b, advantages, old, mix=1.0), a)
     # token 1: w = 1.1, rho = 1.25 < 1.28;  token 2: w = 1 / 0.9, rho = 1
-    assert_equal(loss, row(-1.1 * 1.25, 1 / 0.9))
+    assert_equal(loss, numbers(-1.1 * 1.25, 1 / 0.9))
     assert_equal(gradient, loss)
     against_old = reference.rlsd(a, b, advantages, old, evidence_log_prob=old, mix=1.0)
-    assert_equal(against_old, row(-1.2 * 1.25, 1 / 0.9))
+    assert_equal(against_old, numbers(-1.2 * 1.25, 1 / 0.9))
 
 
 def test_rlsd_without_evidence_is_grpo() -> None:
@@ -568,16 +584,29 @@ def test_rlsd_without_evidence_is_grpo() -> None:
     assert_equal(reference.rlsd(a, b, advantages, old, mix=0.0), grpo)
 
 
+def test_the_defaults_of_the_shaped_policies_are_their_codes() -> None:
+    a, b, c, old, advantages = (random_logits(99, seed=seed, scale=1.0) for seed in range(5))
+    shaped = reference.rlsd_advantages(a, b, advantages, mix=0.5, clip=(0.2, 0.2))
+    rlsd = reference.policy(a, shaped, old, ratio_clip=(0.2, 0.28), dual_clip=3.0)
+    assert_equal(reference.rlsd(a, b, advantages, old), rlsd)
+    contrast = 0.5 * torch.tanh((b - c) / 0.02)
+    moved, selected = reference.rlcsd_advantages(advantages, b, c[:, None])
+    assert torch.equal(selected, contrast.abs() > 0.02)
+    assert_equal(moved[advantages > 0.5], (advantages + contrast)[advantages > 0.5])
+    rlcsd = reference.policy(a, moved, old, ratio_clip=(0.2, 0.2))
+    assert_equal(reference.rlcsd(a, advantages, b, c[:, None], old), rlcsd)
+
+
 def test_rlcsd_moves_advantages_as_done_by_hand() -> None:
     # contrasts +, -, none and an empty set of hints; tau so small that tanh is the sign
     correct = logs(0.6, 0.1, 0.2, 0.9)
     wrong = torch.stack([logs(0.1, 0.3), logs(0.8, 0.4), logs(0.1, 0.3), logs(0.0, 0.0)])
-    advantages = row(1.0, 0.3, 1.0, 1.0)
+    advantages = numbers(1.0, 0.3, 1.0, 1.0)
     moved, selected = reference.rlcsd_advantages(advantages, correct, wrong, temperature=1e-6)
     assert selected.tolist() == [True, True, False, False]
-    assert_equal(moved, row(1.5, 0.0, 1.0, 1.0))
+    assert_equal(moved, numbers(1.5, 0.0, 1.0, 1.0))
     moved, _ = reference.rlcsd_advantages(-advantages, correct, wrong, temperature=1e-6)
-    assert_equal(moved, row(-0.5, -0.8, -1.0, -1.0))
+    assert_equal(moved, numbers(-0.5, -0.8, -1.0, -1.0))
     moved, _ = reference.rlcsd_advantages(0 * advantages, correct, wrong, temperature=1e-6)
     assert_equal(moved, 0.0)
 
@@ -598,7 +627,7 @@ def test_iw_opd_weighs_the_start_of_a_sequence_more() -> None:
     mask = torch.tensor([[1, 1, 1, 0]])
     loss, gradient = loss_and_gradient(lambda x: reference.iw_opd(x, b, rollout, mask), a)
     # gaps 1, -2, 1 of 4 in all: weights 1.5, 1.375, 1.125
-    assert_equal(gradient, -row(1.5, -2 * 1.375, 1.125, 0)[None])
+    assert_equal(gradient, -numbers(1.5, -2 * 1.375, 1.125, 0)[None])
     assert_equal(loss, gradient * a)
 
 
@@ -633,7 +662,7 @@ def test_presets_are_the_divergences_they_name() -> None:
     a = reference.token_log_prob(s, ids)
     old = a - logs(3.0, 1.5, 1.0, 0.5)
     weighted = reference.sdpo(s, t, ids, old)
-    assert_equal(weighted, reference.sdpo(s, t) * row(2.0, 1.5, 1.0, 0.5))
+    assert_equal(weighted, reference.sdpo(s, t) * numbers(2.0, 1.5, 1.0, 0.5))
 
 
 LOSS = torch.tensor([[1.0, 2, 3, 4], [5, 6, torch.nan, torch.inf], [torch.nan] * 4])
