@@ -1,12 +1,31 @@
 """Fused self-distillation losses for LLM post-training, from hidden states, without the logits."""
 
-__version__ = "0.1.0"
-
 from fused_sd.combinations import METRIC_NEEDS
 from fused_sd.distill import divergence_loss, topk_divergence_loss
 from fused_sd.divergence import Jsd, MixedKl, generalized_jsd
 from fused_sd.heads import LMHead
 from fused_sd.loss_output import LossOutput
+from fused_sd.losses import (
+    gkd_loss,
+    grpo_loss,
+    opsd_loss,
+    rlcsd_loss,
+    rlsd_loss,
+    sd_zero_loss,
+    sdft_loss,
+    sdpo_loss,
+)
+from fused_sd.modules import (
+    CrossEntropyLoss,
+    GKDLoss,
+    GRPOLoss,
+    OPSDLoss,
+    RLCSDLoss,
+    RLSDLoss,
+    SDFTLoss,
+    SDPOLoss,
+    SDZeroLoss,
+)
 from fused_sd.support import (
     FULL_VOCABULARY,
     StudentTopK,
@@ -20,6 +39,7 @@ from fused_sd.tokens import (
     cross_entropy_loss,
     entry_log_probs,
     policy_loss,
+    sampled_kl_loss,
     token_log_probs,
 )
 from fused_sd.weighting import (
@@ -29,6 +49,56 @@ from fused_sd.weighting import (
     aggregation_weights,
     iw_opd_advantages,
     rlcsd_advantages,
+    skip_first_tokens,
 )
 
-METRICS = tuple(METRIC_NEEDS)
+METRICS = tuple(METRIC_NEEDS)  # what divergence_loss can return beside the loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FULL_VOCABULARY",
+    "METRICS",
+    "CrossEntropyLoss",
+    "EntryLogProbs",
+    "Evidence",
+    "EvidenceSchedule",
+    "GKDLoss",
+    "GRPOLoss",
+    "ImportanceCap",
+    "Jsd",
+    "LMHead",
+    "LossOutput",
+    "MixedKl",
+    "OPSDLoss",
+    "RLCSDLoss",
+    "RLSDLoss",
+    "SDFTLoss",
+    "SDPOLoss",
+    "SDZeroLoss",
+    "StudentTopK",
+    "TeacherTopK",
+    "TokenIds",
+    "TokenLogProbs",
+    "UnionTopK",
+    "aggregation_weights",
+    "cross_entropy_loss",
+    "divergence_loss",
+    "entry_log_probs",
+    "generalized_jsd",
+    "gkd_loss",
+    "grpo_loss",
+    "iw_opd_advantages",
+    "opsd_loss",
+    "policy_loss",
+    "rlcsd_advantages",
+    "rlcsd_loss",
+    "rlsd_loss",
+    "sampled_kl_loss",
+    "sd_zero_loss",
+    "sdft_loss",
+    "sdpo_loss",
+    "skip_first_tokens",
+    "token_log_probs",
+    "topk_divergence_loss",
+]

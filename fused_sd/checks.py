@@ -1,13 +1,11 @@
 """What a caller must satisfy, and the wording of every error.
 
-A message says the rule, the value and the remedy.  Only shapes, dtypes, devices and Python numbers are
-read; values of tensors are read on the CPU alone, where reading does not wait for a device.
+A message says the rule, the value and the remedy.  Only shapes, dtypes, devices and Python numbers
+are read; values of tensors are read on the CPU alone, where reading does not wait for a device.
 """
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from numbers import Integral, Real
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,51 +19,55 @@ def fail(argument: str, rule: str, got: object, remedy: str) -> None:
 
 
 def check_number(argument: str, value: object, rule: str, ok: bool, remedy: str) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool) or not ok:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not ok:
         fail(argument, rule, repr(value), remedy)
 
 
 def check_positive(argument: str, value: object, remedy: str = "pass 1.0 to leave it out") -> None:
-    ok = isinstance(value, Real) and math.isfinite(value) and value > 0
+    ok = isinstance(value, int | float) and math.isfinite(value) and value > 0
     check_number(argument, value, "be a finite number above 0", ok, remedy)
 
 
 def check_finite(argument: str, value: object, remedy: str) -> None:
-    ok = isinstance(value, Real) and math.isfinite(value)
+    ok = isinstance(value, int | float) and math.isfinite(value)
     check_number(argument, value, "be a finite number", ok, remedy)
 
 
 def check_non_negative(argument: str, value: object, remedy: str) -> None:
-    ok = isinstance(value, Real) and math.isfinite(value) and value >= 0
+    ok = isinstance(value, int | float) and math.isfinite(value) and value >= 0
     check_number(argument, value, "be a finite number of at least 0", ok, remedy)
 
 
 def check_unit_interval(argument: str, value: object) -> None:
-    ok = isinstance(value, Real) and 0 <= value <= 1
+    ok = isinstance(value, int | float) and 0 <= value <= 1
     check_number(argument, value, "lie in [0, 1]", ok, "it is the share of one of two parts")
 
 
 def check_positive_int(argument: str, value: object) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         fail(argument, "be an integer of at least 1", repr(value), "pass the number of entries")
 
 
 def check_beta(beta: object) -> None:
-    if isinstance(beta, Real) and beta in (0, 1):
+    if isinstance(beta, int | float) and beta in (0, 1):
         name = "forward_kl" if beta == 0 else "reverse_kl"
         fail(
             "beta",
             "lie in the open interval (0, 1)",
             repr(beta),
-            f'the divergence tends to 0 there: pass divergence="{name}", the KL trainers mean by it',
+            f'the divergence tends to 0 there: pass divergence="{name}", the KL that is meant',
         )
-    ok = isinstance(beta, Real) and 0 < beta < 1
-    check_number("beta", beta, "lie in the open interval (0, 1)", ok, "0.5 weighs both sides equally")
+    ok = isinstance(beta, int | float) and 0 < beta < 1
+    check_number(
+        "beta", beta, "lie in the open interval (0, 1)", ok, "0.5 weighs both sides equally"
+    )
 
 
 def check_one_of(argument: str, value: object, legal: Collection[str]) -> None:
     if value not in legal:
-        fail(argument, f"be one of {', '.join(map(repr, legal))}", repr(value), "choose one of them")
+        fail(
+            argument, f"be one of {', '.join(map(repr, legal))}", repr(value), "choose one of them"
+        )
 
 
 def check_divergence_name(divergence: object) -> None:
@@ -133,7 +135,7 @@ def check_head(
     if softcap is not None:
         check_positive("softcap", softcap, "pass None for no soft-cap")
     if valid_vocab is not None and (
-        not isinstance(valid_vocab, Integral) or not 0 < valid_vocab <= weight.shape[0]
+        not isinstance(valid_vocab, int) or not 0 < valid_vocab <= weight.shape[0]
     ):
         fail(
             "valid_vocab",
@@ -146,7 +148,9 @@ def check_head(
 def check_same(a: Tensor, name_a: str, b: Tensor, name_b: str) -> None:
     """Same device, and same dtype but for autocast, which settles it."""
     if a.device != b.device:
-        fail(name_a, f"be on {b.device} as {name_b}", a.device, f"move it with .to({name_b}.device)")
+        fail(
+            name_a, f"be on {b.device} as {name_b}", a.device, f"move it with .to({name_b}.device)"
+        )
     if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
         fail(
             name_a,
@@ -173,7 +177,7 @@ def check_hidden(hidden: object, name: str, weight: Tensor, head_name: str) -> N
 
 
 def check_teacher(name: str, tensor: Tensor | None, student: Tensor | None = None) -> None:
-    """The teacher is a constant of the loss; a tensor that it shares with the student may be live."""
+    """The teacher is a constant; a tensor that it shares with the student may be live."""
     if tensor is None or tensor is student:
         return
     if tensor.requires_grad and torch.is_grad_enabled():
@@ -264,7 +268,9 @@ def check_entry_ids(ids: object, shape: Sequence[int], device: torch.device, voc
         fail("token ids", f"be on {device}", ids.device, f"move them to {device}")
     on_cpu = ids.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_cpu and ids.numel() and int(ids.max()) >= vocab:
-        fail("token ids", f"lie below V = {vocab}", int(ids.max()), "mark padding with a negative id")
+        fail(
+            "token ids", f"lie below V = {vocab}", int(ids.max()), "mark padding with a negative id"
+        )
 
 
 def check_teacher_entries(ids: Tensor, log_probs: object) -> None:
@@ -304,14 +310,14 @@ def check_vocabularies(
             "teacher_head",
             f"have no tokens beyond the student's {student} for a KL from the teacher",
             teacher,
-            f"the KL is infinite on them: pass LMHead(weight, valid_vocab={student}) for the teacher",
+            f"the KL is infinite on them: pass LMHead(weight, valid_vocab={student}) there",
         )
     if teacher < student and infinite_if_teacher_smaller:
         fail(
             "student_head",
             f"have no tokens beyond the teacher's {teacher} for a KL from the student",
             student,
-            f"the KL is infinite on them: pass LMHead(weight, valid_vocab={teacher}) for the student",
+            f"the KL is infinite on them: pass LMHead(weight, valid_vocab={teacher}) there",
         )
 
 
@@ -329,7 +335,7 @@ def check_ratio_clip(ratio_clip: object) -> None:
     ok = (
         isinstance(ratio_clip, Sequence)
         and len(ratio_clip) == 2
-        and all(isinstance(c, Real) and c >= 0 for c in ratio_clip)
+        and all(isinstance(c, int | float) and c >= 0 for c in ratio_clip)
         and ratio_clip[0] <= 1
     )
     if not ok:

@@ -1,4 +1,5 @@
-"""Divergence of a student from a teacher, from hidden states: the one mechanism behind the named losses.
+"""Divergence of a student from a teacher, from hidden states: the one mechanism behind the named
+losses.
 
 Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies, K entries of a support
 """
@@ -64,8 +65,8 @@ def divergence_loss(
     """Divergence between the next-token distributions of a student and a teacher.
 
     ``sum_n w_n ratio_n clip(sum_{v in S_n} term(log_s[n, v], log_t[n, v]))`` with
-    ``log_s = log_softmax(student_hidden @ student_head.T / temperature)`` and ``log_t`` likewise.  No
-    (tokens, vocabulary) tensor is made; logits are fp32 (float64 for float64 operands).
+    ``log_s = log_softmax(student_hidden @ student_head.T / temperature)`` and ``log_t`` likewise.
+    No (tokens, vocabulary) tensor is made; logits are fp32 (float64 for float64 operands).
 
     Args:
         student_hidden: states that enter the student's lm_head; fp32, fp64, bf16 or fp16.
@@ -76,9 +77,9 @@ def divergence_loss(
             ``MixedKl(forward_weight)``.
         support: the entries compared: ``FULL_VOCABULARY``, ``StudentTopK(k)``, ``TeacherTopK(k)``,
             ``UnionTopK(k)`` or ``TokenIds(ids)``.
-        remainder: of a truncated support: ``"tail"`` one bucket on each side, ``"renormalize"`` both
-            sides over the support, ``"drop"``, or ``"teacher_renormalize"`` (cross entropy of the
-            renormalised teacher against the student's whole softmax).
+        remainder: of a truncated support: ``"tail"`` one bucket on each side, ``"renormalize"``
+            both sides over the support, ``"drop"``, or ``"teacher_renormalize"`` (cross entropy of
+            the renormalised teacher against the student's whole softmax).
         tail_floor: SDPO's official code keeps the mass on the support below ``exp(-1e-7)``, which
             stops the tail's gradient there; pass 1e-7 for its arithmetic.  None: the exact tail.
         entry_clip: upper bound of each vocabulary entry's term, before the sum (OPSD); the loss may
@@ -92,8 +93,8 @@ def divergence_loss(
         teacher_temperature: divides the teacher's logits instead, where given.
         reduction: ``"sum"``; ``"mean"``, the sum divided by the sum of the weights; ``"none"``.
         metrics: names from ``fused_sd.METRICS``, returned per token.
-        compact: drop tokens of weight 0 before any GEMM.  Their number is read from the device once;
-            False computes and discards them instead.
+        compact: drop tokens of weight 0 before any GEMM.  Their number is read from the device
+            once; False computes and discards them instead.
         backend: ``"auto"``: Triton on a GPU, PyTorch elsewhere; or one of them by name.
         chunk_size: tokens whose logits are held at a time; changes memory and time, not the result.
 
@@ -101,8 +102,8 @@ def divergence_loss(
         Loss, token losses and metrics.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, a number is out of range, the teacher requires
-            a gradient, or settings do not go together; the message says what to do.
+        ValueError: shapes, dtypes or devices disagree, a number is out of range, the teacher
+            requires a gradient, or settings do not go together; the message says what to do.
     """
     student, teacher = as_head(student_head), as_head(teacher_head)
     shape = _check_sides(student_hidden, student, teacher_hidden, teacher)
@@ -309,9 +310,7 @@ def flatten_tokens(tensor: Tensor, shape: torch.Size) -> Tensor:
     return flat if flat.is_floating_point() else flat.long()
 
 
-def check_run(
-    reduction: str, backend: str, chunk_size: int | None, *, temperature: float
-) -> None:
+def check_run(reduction: str, backend: str, chunk_size: int | None, *, temperature: float) -> None:
     """Check how a loss is to be run."""
     checks.check_reduction(reduction)
     checks.check_backend_choice(backend)

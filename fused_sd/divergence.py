@@ -1,13 +1,13 @@
 """How two log-probabilities become a term of the loss: the divergences.
 
 A divergence is a function ``(log_s, log_t, parameter) -> (term, dlog_s)`` of the student's and the
-teacher's log-probabilities of one vocabulary entry, with ``dlog_s`` the derivative of the term as if
-``log_s`` were free.  Log-softmax backward is then common to all of them:
+teacher's log-probabilities of one vocabulary entry, with ``dlog_s`` the derivative of the term as
+if ``log_s`` were free.  Log-softmax backward is then common to all of them:
 ``dlogit_v = dlog_s_v - s_v * sum_u dlog_s_u``.  ``kernels/divergence.py`` holds the same functions,
 under the same names and in the same order, for Triton.
 
-The terms are *balanced*: where both sides sum to 1 the plain term ``t (log t - log s)`` may be shifted
-by ``s - t``, which adds nothing to the sum and makes every term non-negative and free of
+The terms are *balanced*: where both sides sum to 1 the plain term ``t (log t - log s)`` may be
+shifted by ``s - t``, which adds nothing to the sum and makes every term non-negative and free of
 cancellation, so that a KL of 1e-7 keeps its digits in fp32.  ``slope`` undoes the shift where the
 sides do not sum to 1 (``plain = balanced + slope (s - t)``).
 
@@ -29,8 +29,8 @@ class Jsd:
     """Generalised Jensen-Shannon divergence ``beta KL(t||m) + (1 - beta) KL(s||m)``.
 
     Args:
-        beta: weight of the teacher in the mixture, in the open interval (0, 1).  The divergence tends
-            to 0 at both ends, where trainers that take ``beta=0`` or ``beta=1`` mean a KL.
+        beta: weight of the teacher in the mixture, in the open interval (0, 1).  The divergence
+            tends to 0 at both ends, where trainers that take ``beta=0`` or ``beta=1`` mean a KL.
 
     Reference:
         Agarwal et al., *On-Policy Distillation of Language Models* (GKD), arXiv 2306.13649, eq. 1.
@@ -44,7 +44,7 @@ class Jsd:
 
 @dataclass(frozen=True)
 class MixedKl:
-    """``forward_weight * KL(t||s) + (1 - forward_weight) * KL(s||t)``, the loss of SD-Zero's code."""
+    """``forward_weight * KL(t||s) + (1 - forward_weight) * KL(s||t)``, as in SD-Zero's code."""
 
     forward_weight: float = 0.5
 
@@ -57,7 +57,7 @@ Term = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 def excess(log_ratio: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``(a - b) - b * log_ratio`` where ``log_ratio = log a - log b``: non-negative, 0 where a = b."""
+    """``(a - b) - b * log_ratio`` of ``log_ratio = log a - log b``: at least 0, and 0 at a = b."""
     near = b * (torch.expm1(log_ratio) - log_ratio)
     far = (a - b) - b * log_ratio
     return torch.where(b == 0, a, torch.where(log_ratio.abs() < 0.5, near, far))

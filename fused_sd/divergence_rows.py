@@ -39,8 +39,8 @@ class _Entries(NamedTuple):
 class DivergenceRows(NamedTuple):
     """A divergence over a support, with its clips, its importance cap and its metrics.
 
-    The per-token inputs are, in this order and where the settings ask for them: ``entry_ids`` (C, K),
-    ``teacher_log_probs`` (C, K), ``token_ids`` (C,), ``old_log_probs`` (C,).
+    The per-token inputs are, in this order and where the settings ask for them: ``entry_ids`` (C,
+    K), ``teacher_log_probs`` (C, K), ``token_ids`` (C,), ``old_log_probs`` (C,).
     """
 
     term: DivergenceTerm
@@ -165,8 +165,9 @@ class _BucketRow:
             active = first_occurrence(ids)
             ids = ids.clamp(min=0)
         else:
-            sides = {"student": (chunk.student,), "teacher": (chunk.teacher,)}
-            chosen = sides.get(support, (chunk.student, chunk.teacher))
+            assert chunk.teacher is not None
+            sides = {"student": [chunk.student], "teacher": [chunk.teacher]}
+            chosen = sides.get(support, [chunk.student, chunk.teacher])
             ids = torch.cat([top_k(side, k, chunk.rows.block_maxima) for side in chosen], -1)
             active = first_occurrence(ids) if support == "union" else None
         given = inputs.get("teacher_log_probs")

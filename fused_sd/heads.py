@@ -20,8 +20,8 @@ from fused_sd import checks, specs
 class LMHead:
     """An output projection with what some models do to its product.
 
-    ``logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``; without a soft-cap
-    just the scaled product.  Accepted wherever a (V, D) weight is.
+    ``logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``; without a
+    soft-cap just the scaled product.  Accepted wherever a (V, D) weight is.
 
     Args:
         weight: (V, D).

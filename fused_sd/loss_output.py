@@ -43,6 +43,8 @@ def reduce_loss(
         loss = walked.total / max(shape.numel(), 1)
     else:
         weight = token_weights.sum(dtype=walked.total.dtype)
-        loss = walked.total / torch.where(weight == 0, 1, weight)  # no weight, no loss: 0 and not NaN
+        loss = walked.total / torch.where(
+            weight == 0, 1, weight
+        )  # no weight, no loss: 0 and not NaN
     metrics = {name: values.reshape(*shape, *values.shape[1:]) for name, values in extras.items()}
     return LossOutput(loss, token_loss.reshape(shape).detach(), metrics)

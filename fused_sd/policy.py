@@ -1,4 +1,4 @@
-"""Losses whose coefficient is local to the token: from its log-probability to loss and derivative."""
+"""Losses whose coefficient is local to the token: its log-probability to loss and derivative."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import specs
-from fused_sd.weighting import MAX_LOG_RATIO, evidence_weight, log_ratio
+from fused_sd.weighting import MAX_LOG_RATIO, capped_ratio, evidence_weight, log_ratio
 
 
 @specs.setting
@@ -19,6 +19,7 @@ class Surrogate(NamedTuple):
     evidence_from_old: bool
     kl_coefficient: float
     kl_estimator: str
+    importance_cap: float | None
 
 
 class TokenTerm(NamedTuple):
@@ -67,11 +68,15 @@ def surrogate(settings: Surrogate, log_prob: Tensor, inputs: dict[str, Tensor]) 
     dlog_prob = torch.where(follows, -ratio * advantages, 0)
     metrics |= {"ratio": ratio, "ratio_clip_fraction": (~follows).to(log_prob)}
     if settings.kl_coefficient:
-        reference = inputs["reference_log_probs"].to(log_prob)
+        known = "reference_log_probs" if "reference_log_probs" in inputs else "teacher_log_probs"
+        reference = inputs[known].to(log_prob)
         kl, dkl = sampled_kl(log_prob, reference, settings.kl_estimator)
         loss = loss + settings.kl_coefficient * kl
         dlog_prob = dlog_prob + settings.kl_coefficient * dkl
         metrics["reference_kl"] = sampled_kl(log_prob, reference, "k3")[0]
+    if settings.importance_cap is not None:
+        weight, _ = capped_ratio(log_prob, old, settings.importance_cap)
+        loss, dlog_prob = loss * weight, dlog_prob * weight
     return TokenTerm(loss, dlog_prob, metrics)
 
 
@@ -79,8 +84,8 @@ def sampled_kl(log_prob: Tensor, reference: Tensor, estimator: str) -> tuple[Ten
     """Single-sample estimators of a KL to a reference, of ``d = log_prob - reference``.
 
     ``"k1"`` is ``sg(d) log_prob`` and ``"k2"`` is ``d^2 / 2``: their gradients, ``d`` times that of
-    log_prob, are in expectation the gradient of KL(s||reference).  ``"k3"`` is ``exp(-d) + d - 1``, whose
-    gradient is in expectation that of KL(reference||s).
+    log_prob, are in expectation the gradient of KL(s||reference).  ``"k3"`` is ``exp(-d) + d - 1``,
+    whose gradient is in expectation that of KL(reference||s).
     """
     gap = log_prob - reference
     if estimator == "k1":

@@ -1,7 +1,8 @@
 """Row functions in PyTorch: what is done to a chunk of logits between the GEMMs.
 
-The twin of ``kernels/rows.py``: same names, same arguments, same results.  Rows are (C, V) logits in
-fp32 or fp64; a column of -inf has no mass.  A trailing underscore says that the logits are spent.
+The twin of ``kernels/rows.py``: same names, same arguments, same results.  Rows are (C, V) logits
+in fp32 or fp64; a column of -inf has no mass.  A trailing underscore says that the logits are
+spent.
 
 Dimension key:  C rows in a chunk, V vocabulary (with padding columns of -inf), K support size
 Symbols:        lse_s, lse_t log-sum-exp of the student's and the teacher's rows
@@ -68,7 +69,7 @@ def divergence_gradient_(
     cap: float | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of ``sum(upstream * loss)`` by the logits before the soft-cap: (C, V) of ``dtype``."""
+    """Gradient of ``sum(upstream * loss)`` by the logits before the soft-cap: (C, V)."""
     _, dlog_s, _ = _terms(student, teacher, lse_s, lse_t, term, entry_clip)
     s = torch.exp(student - lse_s[:, None])
     dlogits = dlog_s.sub_(s.mul_(total[:, None])).mul_(upstream[:, None])
@@ -96,13 +97,15 @@ def summary(student: Tensor, teacher: Tensor, lse_s: Tensor, lse_t: Tensor) -> S
     """Both KLs, the JSD at 1/2 and both entropies over the full vocabulary."""
     names = (("forward_kl", 0.0), ("reverse_kl", 0.0), ("jsd", 0.5))
     terms = (DivergenceTerm(name, parameter, 0.0) for name, parameter in names)
-    sums = [divergence(student, teacher, lse_s, lse_t, term, None)[0] for term in terms]
-    return Summary(*sums, entropy(student, lse_s), entropy(teacher, lse_t))
+    forward, reverse, mixture = (
+        divergence(student, teacher, lse_s, lse_t, term, None)[0] for term in terms
+    )
+    return Summary(forward, reverse, mixture, entropy(student, lse_s), entropy(teacher, lse_t))
 
 
 def block_maxima(logits: Tensor) -> Tensor:
     """The largest logit of every ``BLOCK`` columns: (C, ceil(V / BLOCK))."""
-    num_rows, num_columns = logits.shape
+    num_columns = logits.shape[1]
     whole = num_columns // BLOCK * BLOCK
     blocks = logits[:, :whole].unflatten(1, (whole // BLOCK, BLOCK)).amax(-1)
     if whole == num_columns:

@@ -1,7 +1,7 @@
 """Settings of an operator as text and back: an operator's schema knows numbers and strings only.
 
-A setting is a named tuple of plain values and of other settings, registered by ``setting``.  Its text
-is traceable by ``torch.compile``; decoding is cached.
+A setting is a named tuple of plain values and of other settings, registered by ``setting``.  Its
+text is traceable by ``torch.compile``; decoding is cached.
 """
 
 import ast

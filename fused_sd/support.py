@@ -1,9 +1,9 @@
 """Which vocabulary entries are compared, and what becomes of the remainder.
 
-A truncated support turns a row of logits into K (or K + 1) bucket log-probabilities, and the gradient
-by the buckets back into a gradient by the logits: a constant times a softmax over the whole row,
-with the K entries of the support overwritten.  Everything here is (rows, K); the passes over the
-vocabulary are in ``rows.py``.
+A truncated support turns a row of logits into K (or K + 1) bucket log-probabilities, and the
+gradient by the buckets back into a gradient by the logits: a constant times a softmax over the
+whole row, with the K entries of the support overwritten.  Everything here is (rows, K); the passes
+over the vocabulary are in ``rows.py``.
 
 Dimension key:  C rows in a chunk, K entries of the support
 """
@@ -91,7 +91,8 @@ def first_occurrence(ids: Tensor) -> Tensor:
 
 
 def log_complement(log_probs: Tensor, floor: float) -> Tensor:
-    """Log-mass outside the entries (C, K), where all that is known of the rest is that it sums to 1.
+    """Log-mass outside the entries (C, K), where all that is known of the rest is that it sums to
+    1.
 
     The mass inside is kept below ``exp(-floor)``, as SDPO's official code does with 1e-7.
     """
@@ -112,7 +113,10 @@ def bucket_terms(
     log_s, log_t = buckets.log_s, buckets.log_t
     if remainder == "teacher_renormalize":
         t = log_t.exp()
-        value, dlog_s = torch.where(t == 0, t, -t * log_s), -t  # a cross entropy: no teacher entropy
+        value, dlog_s = (
+            torch.where(t == 0, t, -t * log_s),
+            -t,
+        )  # a cross entropy: no teacher entropy
     elif buckets.balanced and entry_clip is None:
         value, dlog_s = term.function(log_s, log_t, term.parameter)
     else:

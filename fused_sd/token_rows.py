@@ -18,8 +18,9 @@ from fused_sd.walk import Chunk, RowFunction
 class LogProbRows(NamedTuple):
     """Log-probabilities of K entries, and the log-mass of the others or the entropy.
 
-    The per-token input is ``token_ids`` (C, K), or nothing where the student's own top-k is asked for.
-    Values are the K log-probabilities, then the tail's where asked for, then the entropy likewise.
+    The per-token input is ``token_ids`` (C, K), or nothing where the student's own top-k is asked
+    for. Values are the K log-probabilities, then the tail's where asked for, then the entropy
+    likewise.
     """
 
     k: int
@@ -61,7 +62,7 @@ class LogProbRows(NamedTuple):
     def _gradient_(
         self, chunk: Chunk, ids: Tensor, chosen: Tensor, values: Tensor, normalizer: Tensor
     ) -> Tensor:
-        """Gradient of ``sum(upstream * values)``; a tail and an entropy are never asked for at once."""
+        """Gradient of ``sum(upstream * values)``; never of a tail and an entropy at once."""
         assert chunk.upstream is not None
         upstream = chunk.upstream * chunk.shaping.factor
         by_entry, log_probs = upstream[:, : self.k], values[:, : self.k]
@@ -73,7 +74,9 @@ class LogProbRows(NamedTuple):
         if self.entropy:
             slope = -upstream[:, -1]
             constant = constant + slope * values[:, -1]
-            at_entries = at_entries + log_probs.exp() * slope[:, None] * (log_probs + values[:, -1:])
+            at_entries = at_entries + log_probs.exp() * slope[:, None] * (
+                log_probs + values[:, -1:]
+            )
         return chunk.write_gradient_(normalizer, constant, slope, ids, chosen, at_entries)
 
 
@@ -81,8 +84,9 @@ class LogProbRows(NamedTuple):
 class TokenLossRows(NamedTuple):
     """A loss of the sampled token's log-probability.
 
-    The per-token inputs are those that ``input_names`` lists: ``token_ids`` (C,) and what the surrogate
-    reads, each (C,).  A teacher given by its hidden states contributes its log-probability.
+    The per-token inputs are those that ``input_names`` lists: ``token_ids`` (C,) and what the
+    surrogate reads, each (C,).  A teacher given by its hidden states contributes its
+    log-probability.
     """
 
     surrogate: Surrogate | None  # None: cross entropy

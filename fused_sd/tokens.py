@@ -16,7 +16,7 @@ from fused_sd.loss_output import LossOutput, Reduction, reduce_loss
 from fused_sd.policy import Surrogate
 from fused_sd.token_rows import LogProbRows, TokenLossRows
 from fused_sd.walk import walk
-from fused_sd.weighting import Evidence
+from fused_sd.weighting import Evidence, ImportanceCap
 
 KlEstimator = Literal["k1", "k2", "k3"]
 
@@ -50,8 +50,8 @@ def token_log_probs(
 ) -> TokenLogProbs:
     """Log-probability of each given token and, where asked for, the entropy of its distribution.
 
-    Both are differentiable; backward walks the chunks again, so that nothing of the vocabulary's size
-    is kept.
+    Both are differentiable; backward walks the chunks again, so that nothing of the vocabulary's
+    size is kept.
 
     Args:
         hidden: states that enter lm_head.
@@ -174,7 +174,8 @@ def cross_entropy_loss(
         token_ids: int64 targets; those equal to ``ignore_index`` have weight 0.
         token_weights: weight of each token; None: ones.
         metrics: of "log_prob", "entropy".
-        hidden, head, temperature, reduction, compact, backend, chunk_size: as in ``divergence_loss``.
+        hidden, head, temperature, reduction, compact, backend, chunk_size: as in
+            ``divergence_loss``.
 
     Returns:
         Loss, token losses (nats) and metrics.
@@ -183,8 +184,8 @@ def cross_entropy_loss(
         ValueError: as ``token_log_probs``.
 
     Reference:
-        SD-Zero's phase 1 (arXiv 2604.12002) is the sum of two of these: L_rev with the weights on the
-        revision only, L_gen with weights on the whole assistant turn.
+        SD-Zero's phase 1 (arXiv 2604.12002) is the sum of two of these: L_rev with the weights on
+        the revision only, L_gen with weights on the whole assistant turn.
     """
     checks.check_tensor("token_ids", token_ids)
     counted = token_ids != ignore_index
@@ -239,9 +240,9 @@ def policy_loss(
     """GRPO's clipped policy loss, with RLSD's evidence from a teacher and a KL to a reference.
 
     ``-min(rho A', clip(rho, 1 - low, 1 + high) A') + kl_coefficient KL`` for each token, where
-    ``rho = pi / pi_old`` and ``A' = A ((1 - mix) + mix w)`` with the evidence's weight w, or A without it.
-    Student log-probability, teacher log-probability, weight, ratio, loss and gradient come out of one
-    walk over the chunks.
+    ``rho = pi / pi_old`` and ``A' = A ((1 - mix) + mix w)`` with the evidence's weight w, or A
+    without it. Student log-probability, teacher log-probability, weight, ratio, loss and gradient
+    come out of one walk over the chunks.
 
     Args:
         hidden, head: the policy.
@@ -255,9 +256,9 @@ def policy_loss(
         dual_clip: bound c > 1 on the loss of tokens with A' < 0: at most ``-c A'``.
         reference_log_probs: of the reference policy, for the KL.
         kl_coefficient: weight of the KL to the reference.
-        kl_estimator: ``"k1"`` as ``sg(d) log_prob``, ``"k2"`` or ``"k3"`` of d = log_prob - reference.  The
-            gradients of k1 and k2 are in expectation that of KL(policy||reference), k3's that of
-            KL(reference||policy).
+        kl_estimator: ``"k1"`` as ``sg(d) log_prob``, ``"k2"`` or ``"k3"`` of d = log_prob -
+            reference.  The gradients of k1 and k2 are in expectation that of KL(policy||reference),
+            k3's that of KL(reference||policy).
         token_weights: mask and normaliser; a token of weight 0 contributes exactly 0.
         temperature: divides the policy's logits, and the teacher's unless
         teacher_temperature: is given.
@@ -316,6 +317,80 @@ def policy_loss(
     )
 
 
+def sampled_kl_loss(
+    hidden: Tensor,  # (..., D)
+    head: Tensor | LMHead,  # (V, D)
+    token_ids: Tensor,  # (...)
+    *,
+    teacher: tuple[Tensor, Tensor | LMHead] | None = None,  # (..., D') and (V', D')
+    teacher_log_probs: Tensor | None = None,  # (...)
+    estimator: KlEstimator = "k1",
+    importance: ImportanceCap | None = None,
+    token_weights: Tensor | None = None,  # (...)
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    reduction: Reduction = "sum",
+    metrics: Sequence[str] = (),
+    compact: bool = True,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> LossOutput:
+    """A divergence estimated from the sampled token alone: TRL's default SDPO, verl's k1 to k3.
+
+    With ``d = log P_S - log P_T`` of the token: ``"k1"`` is ``sg(d) log P_S`` (the gradient of
+    KL(s||t) in expectation; d itself, differentiated, would not see the teacher and is refused),
+    ``"k2"`` is ``d^2 / 2`` (the same gradient) and ``"k3"`` is ``exp(-d) + d - 1`` (that of
+    KL(t||s)).
+
+    Args:
+        token_ids: int64, sampled from the student.
+        teacher: hidden states and head of the teacher,
+        teacher_log_probs: or its log-probabilities of the tokens, nats.
+        importance: multiplies each token by its capped importance ratio.
+        metrics: of "log_prob", "teacher_log_prob", "reference_kl" (k3), "entropy".
+        hidden, head, token_weights, temperature, teacher_temperature, reduction, compact, backend,
+            chunk_size: as in ``policy_loss``.
+
+    Returns:
+        Loss, token losses and metrics.
+
+    Raises:
+        ValueError: as ``policy_loss``.
+
+    Reference:
+        SDPO, arXiv 2601.20802, its official code without full-logit distillation; Schulman,
+        *Approximating KL Divergence*, 2020.
+    """
+    checks.check_tensor("hidden", hidden)
+    checks.check_tensor("token_ids", token_ids)
+    checks.check_evidence(True, teacher is not None, teacher_log_probs is not None)
+    checks.check_kl(1.0, estimator, True)
+    old = None if importance is None else importance.old_log_probs
+    inputs = {
+        "token_ids": token_ids,
+        "advantages": hidden.new_zeros(hidden.shape[:-1], dtype=torch.float32),
+        "old_log_probs": old,
+        "teacher_log_probs": teacher_log_probs,
+    }
+    cap = None if importance is None else importance.cap
+    return _token_loss(
+        hidden,
+        head,
+        {name: tensor for name, tensor in inputs.items() if tensor is not None},
+        Surrogate(None, None, None, False, 1.0, estimator, cap),
+        teacher,
+        token_weights,
+        temperature=temperature,
+        teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
+        reduction=reduction,
+        metrics=metrics,
+        legal_metrics=("log_prob", "teacher_log_prob", "reference_kl", "entropy"),
+        compact=compact,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+
+
 def _surrogate(
     hidden: Any,
     *,
@@ -355,12 +430,13 @@ def _surrogate(
         inputs["reference_log_probs"] = reference_log_probs
         metrics.append("reference_kl")
     settings = Surrogate(
-        None if ratio_clip is None else tuple(float(bound) for bound in ratio_clip),  # type: ignore[arg-type]
+        ratio_clip,
         dual_clip,
         None if evidence is None else evidence.clip,
         evidence is not None and evidence.log_prob == "old",
         float(kl_coefficient),
         kl_estimator,
+        None,
     )
     return settings, {k: v for k, v in inputs.items() if v is not None}, tuple(metrics)
 
@@ -424,5 +500,7 @@ def _check_tokens(
     checks.check_hidden(hidden, "hidden", head.weight, "head")
     shape, device = hidden.shape[:-1], hidden.device
     checks.check_per_token("token_weights", token_weights, shape, device, "hidden")
-    checks.check_ids("token_ids", token_ids, shape, device, head.num_tokens, token_weights, "hidden")
+    checks.check_ids(
+        "token_ids", token_ids, shape, device, head.num_tokens, token_weights, "hidden"
+    )
     return shape

@@ -1,12 +1,13 @@
 """The walk over chunks of tokens: every fused loss is this one operator with other row functions.
 
-A chunk's hidden states become logits, a row function turns them into its values and, where a gradient
-is wanted, overwrites them with the gradient by themselves; two GEMMs carry that on to the hidden states
-and the head, and the chunk is forgotten.  Extra memory is O(C V), never O(N V).
+A chunk's hidden states become logits, a row function turns them into its values and, where a
+gradient is wanted, overwrites them with the gradient by themselves; two GEMMs carry that on to the
+hidden states and the head, and the chunk is forgotten.  Extra memory is O(C V), never O(N V).
 
-The gradient is that of ``sum(upstream * values)``.  Where the loss is reduced inside, ``upstream`` is the
-token weights and forward keeps the finished gradients, which backward only scales (out of place, so that
-a second backward is right).  Otherwise backward walks again with autograd's gradient as ``upstream``.
+The gradient is that of ``sum(upstream * values)``.  Where the loss is reduced inside, ``upstream``
+is the token weights and forward keeps the finished gradients, which backward only scales (out of
+place, so that a second backward is right).  Otherwise backward walks again with autograd's gradient
+as ``upstream``.
 
 Dimension key:  N tokens, A tokens with a weight, C tokens in a chunk, D hidden size, V vocabulary,
                 J values that a row function returns for each token
@@ -155,7 +156,11 @@ def walk(
         wanted,
     )
     total, values, extras = flat[0], flat[1], [extra.detach() for extra in flat[5:]]
-    return Walked(total, values.detach(), extras) if reduced else Walked(total.detach(), values, extras)
+    return (
+        Walked(total, values.detach(), extras)
+        if reduced
+        else Walked(total.detach(), values, extras)
+    )
 
 
 @specs.setting
@@ -244,8 +249,8 @@ def _walk(
             gradient *= unit
     values.masked_fill_(active.dead(values), 0)
     outputs[0].copy_((upstream * values).sum())
-    for at, (output, buffer) in enumerate(zip(outputs, selected, strict=True)):
-        active.restore(output, buffer, at)
+    for place, (output, buffer) in enumerate(zip(outputs, selected, strict=True)):
+        active.restore(output, buffer, place)
     return outputs
 
 
@@ -344,8 +349,8 @@ def _outputs(
 class _Active:
     """The tokens that have a weight: chosen before the walk, put back in their places after it.
 
-    Without compaction every token is walked; those of weight 0 are emptied first, so that nothing they
-    hold can reach a sum.
+    Without compaction every token is walked; those of weight 0 are emptied first, so that nothing
+    they hold can reach a sum.
     """
 
     PER_TOKEN = (1, 2)  # of the outputs: values and dhidden, and all from the extras on
@@ -381,13 +386,13 @@ class _Active:
         """Put the active tokens' rows in their places."""
         if not self._per_token(output, at):
             return
-        if buffer is not output:
-            output.index_copy_(0, self.index, buffer)
-        elif self.index is None:
+        if self.index is None:
             output.masked_fill_(self.dead(output), 0)
+        elif buffer is not output:
+            output.index_copy_(0, self.index, buffer)
 
     def _per_token(self, output: Tensor, at: int) -> bool:
-        return at in self.PER_TOKEN and output.shape[0] == self.alive.shape[0] or at >= 5
+        return (at in self.PER_TOKEN and output.shape[0] == self.alive.shape[0]) or at >= 5
 
     def _along(self, tensor: Tensor) -> Tensor:
         return self.alive.view(-1, *[1] * (tensor.dim() - 1))

@@ -1,7 +1,8 @@
-"""One number for each token: masks and means, importance ratios, and advantages that teachers shape.
+"""One number for each token: masks and means, importance ratios, and advantages that teachers
+shape.
 
-Every mode in which a trainer averages token losses is linear in them, so it is a vector of weights for
-``token_weights`` together with ``reduction="sum"``.
+Every mode in which a trainer averages token losses is linear in them, so it is a vector of weights
+for ``token_weights`` together with ``reduction="sum"``.
 
 Dimension key:  B sequences, T tokens of a sequence
 """
@@ -24,7 +25,8 @@ class ImportanceCap:
     It is formed inside the loss from the student's own log-probability, at the loss's temperature.
 
     Args:
-        old_log_probs: (...) log-probabilities of the loss's ``token_ids`` when they were sampled, nats.
+        old_log_probs: (...) log-probabilities of the loss's ``token_ids`` when they were sampled,
+            nats.
         cap: largest ratio.
 
     Reference:
@@ -71,11 +73,11 @@ def aggregation_weights(
 
     Args:
         mask: (B, T) 1 where a token counts.
-        mode: ``"token_sum"``; ``"token_mean"`` over the micro-batch, or over ``num_tokens`` tokens of
-            the whole batch (TRL's dapo, verl's and SD-Zero's global mean);
-            ``"sequence_mean_token_sum"`` and ``"sequence_mean_token_mean"`` over sequences that have
-            tokens (verl); ``"all_sequences_mean_token_mean"`` over all, empty ones too (TRL's SDPO,
-            SDFT and "grpo"); ``"constant_length"`` divides by ``B * length`` (Dr. GRPO).
+        mode: ``"token_sum"``; ``"token_mean"`` over the micro-batch, or over ``num_tokens`` tokens
+            of the whole batch (TRL's dapo, verl's and SD-Zero's global mean);
+            ``"sequence_mean_token_sum"`` and ``"sequence_mean_token_mean"`` over sequences that
+            have tokens (verl); ``"all_sequences_mean_token_mean"`` over all, empty ones too (TRL's
+            SDPO, SDFT and "grpo"); ``"constant_length"`` divides by ``B * length`` (Dr. GRPO).
         num_tokens: divisor of "token_mean"; None: the mask's own sum.
         length: tokens that a sequence counts as in "constant_length".
 
@@ -104,17 +106,24 @@ def aggregation_weights(
         checks.check_positive("length", length, "pass the completion length to divide by")
         assert length is not None
         return weights / (length * max(mask.shape[0], 1))
-    modes = Aggregation.__args__  # type: ignore[attr-defined]
+    modes = Aggregation.__args__
     checks.check_one_of("mode", mode, modes)
     raise AssertionError(mode)
+
+
+def skip_first_tokens(mask: Tensor, num_tokens: int) -> Tensor:
+    """The mask (B, T) without each sequence's first counted tokens (SDFT's code skips 3)."""
+    checks.check_non_negative("num_tokens", num_tokens, "pass 0 to skip none")
+    counted = mask != 0
+    return torch.where(counted & (counted.cumsum(-1) > num_tokens), mask, 0)
 
 
 @dataclass(frozen=True)
 class Evidence:
     """RLSD's reweighting of an advantage by what the teacher knows.
 
-    ``delta = log P_T - log P_S`` of the sampled token (a constant), ``w = exp(sign(A) delta)`` clipped
-    to ``[1 - clip[0], 1 + clip[1]]``, and the advantage becomes ``A ((1 - mix) + mix w)``.
+    ``delta = log P_T - log P_S`` of the sampled token (a constant), ``w = exp(sign(A) delta)``
+    clipped to ``[1 - clip[0], 1 + clip[1]]``, and the advantage becomes ``A ((1 - mix) + mix w)``.
 
     Args:
         clip: how far the weight may leave 1, downwards and upwards.
@@ -139,7 +148,10 @@ class Evidence:
 
 
 def evidence_weight(
-    teacher_log_prob: Tensor, student_log_prob: Tensor, advantages: Tensor, clip: tuple[float, float]
+    teacher_log_prob: Tensor,
+    student_log_prob: Tensor,
+    advantages: Tensor,
+    clip: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
     """RLSD's clipped weight of each token, and 1 where it was clipped."""
     delta = log_ratio(teacher_log_prob, student_log_prob)
@@ -218,16 +230,17 @@ def rlcsd_advantages(
 ) -> ContrastiveAdvantages:
     """RLCSD's advantages from a teacher that was shown a correct hint and others with wrong ones.
 
-    ``e = b_correct - (logsumexp_k b_wrong_k - log K)``, ``r = clip(scale mix tanh(e / temperature))``;
-    where ``|r| > threshold`` the advantage becomes ``A + r`` without changing its sign.
+    ``e = b_correct - (logsumexp_k b_wrong_k - log K)``, ``r = clip(scale mix tanh(e /
+    temperature))``; where ``|r| > threshold`` the advantage becomes ``A + r`` without changing its
+    sign.
 
     Args:
         advantages: (...) A.
         correct_log_probs: (...) the sampled token's log-probability under the correct hint.
         wrong_log_probs: (..., K) the same under each wrong hint.
         wrong_mask: (..., K) bool, False for hints that are missing; None: all there.
-        temperature, scale, mix, threshold, clip: tau_c, beta, lambda, delta and the residual's bounds.
-            The defaults are the official configuration's; its code's own defaults are
+        temperature, scale, mix, threshold, clip: tau_c, beta, lambda, delta and the residual's
+            bounds. The defaults are the official configuration's; its code's own defaults are
             (0.03, 0.2, 0.5, 0.02, (-0.5, 0.5)).
 
     Returns:

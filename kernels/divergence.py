@@ -32,7 +32,7 @@ def log1p(x):
 
 @triton.jit
 def excess(log_ratio, a, b):
-    """``(a - b) - b * log_ratio`` where ``log_ratio = log a - log b``: non-negative, 0 where a = b."""
+    """``(a - b) - b * log_ratio`` of ``log_ratio = log a - log b``: at least 0, and 0 at a = b."""
     is_near = tl.abs(log_ratio) < 0.5
     near = b * expm1_excess(tl.where(is_near, log_ratio, 0.0))
     far = (a - b) - b * log_ratio

@@ -1,6 +1,7 @@
 """Row functions in Triton: the twin of ``fused_sd/rows.py``, with the same names and arguments.
 
-One program walks one row of fp32 logits in blocks of columns.  Launchers stand above, kernels below.
+One program walks one row of fp32 logits in blocks of columns.  Launchers stand above, kernels
+below.
 
 Dimension key:  C rows in a chunk, V columns (with padding columns of -inf)
 """
@@ -269,7 +270,9 @@ def _divergence_gradient(
         log_t = _load(teacher_ptr + row * teacher_stride, offs_v, num_columns) - lse_t
         _, dlog_s, _ = _term(z - lse_s, log_t, parameter, slope, clip, DIVERGENCE, HAS_CLIP)
         dlogits = (dlog_s - tl.exp(z - lse_s) * total) * upstream
-        _overwrite(out_ptr + row * out_stride, offs_v, num_columns, dlogits, z, inverse_cap, HAS_CAP)
+        _overwrite(
+            out_ptr + row * out_stride, offs_v, num_columns, dlogits, z, inverse_cap, HAS_CAP
+        )
 
 
 @triton.jit
@@ -297,17 +300,17 @@ def _softmax_gradient(
         if HAS_SLOPE:
             factor += tl.load(slope_ptr + row) * tl.where(share == 0, 0.0, z - normalizer)
         dlogits = share * factor
-        _overwrite(out_ptr + row * out_stride, offs_v, num_columns, dlogits, z, inverse_cap, HAS_CAP)
+        _overwrite(
+            out_ptr + row * out_stride, offs_v, num_columns, dlogits, z, inverse_cap, HAS_CAP
+        )
 
 
 @triton.jit
-def _overwrite(
-    out_ptr, offs_v, num_columns, dlogits, logits, inverse_cap, HAS_CAP: tl.constexpr
-):
+def _overwrite(out_ptr, offs_v, num_columns, dlogits, logits, inverse_cap, HAS_CAP: tl.constexpr):
     """Store a block of gradient over the row of logits it was made from.
 
-    A 16-bit block lies where logits of this block or of earlier ones were: all threads must have read
-    theirs before any thread writes.
+    A 16-bit block lies where logits of this block or of earlier ones were: all threads must have
+    read theirs before any thread writes.
     """
     if HAS_CAP:
         share = logits * inverse_cap

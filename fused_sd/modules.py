@@ -1,0 +1,100 @@
+"""The named losses as modules: they hold the settings and call the functions."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fused_sd import checks, losses, tokens
+from fused_sd.loss_output import LossOutput
+
+
+class LossModule(nn.Module):
+    """A loss whose keyword settings are given once; those of a call go over them.
+
+    Args:
+        settings: keywords of the function of the same name.
+
+    Raises:
+        ValueError: when the function has no such keyword.
+    """
+
+    function: ClassVar[Callable[..., LossOutput]]
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        legal = _keywords(type(self).function)
+        for name in settings:
+            checks.check_one_of(f"setting of {type(self).__name__}", name, legal)
+        self.settings = settings
+
+    def forward(self, *tensors: Any, **settings: Any) -> LossOutput:
+        """Call the function: see its documentation."""
+        return type(self).function(*tensors, **{**self.settings, **settings})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+def _keywords(function: Callable[..., LossOutput]) -> tuple[str, ...]:
+    """Names of a loss's keyword settings, those that it hands on included."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        names += list(losses.Run.__annotations__)
+    return tuple(names)
+
+
+class SDPOLoss(LossModule):
+    """Module twin of ``sdpo_loss``."""
+
+    function = staticmethod(losses.sdpo_loss)
+
+
+class SDZeroLoss(LossModule):
+    """Module twin of ``sd_zero_loss``."""
+
+    function = staticmethod(losses.sd_zero_loss)
+
+
+class OPSDLoss(LossModule):
+    """Module twin of ``opsd_loss``."""
+
+    function = staticmethod(losses.opsd_loss)
+
+
+class SDFTLoss(LossModule):
+    """Module twin of ``sdft_loss``."""
+
+    function = staticmethod(losses.sdft_loss)
+
+
+class GKDLoss(LossModule):
+    """Module twin of ``gkd_loss``."""
+
+    function = staticmethod(losses.gkd_loss)
+
+
+class RLSDLoss(LossModule):
+    """Module twin of ``rlsd_loss``."""
+
+    function = staticmethod(losses.rlsd_loss)
+
+
+class RLCSDLoss(LossModule):
+    """Module twin of ``rlcsd_loss``."""
+
+    function = staticmethod(losses.rlcsd_loss)
+
+
+class GRPOLoss(LossModule):
+    """Module twin of ``grpo_loss``."""
+
+    function = staticmethod(losses.grpo_loss)
+
+
+class CrossEntropyLoss(LossModule):
+    """Module twin of ``cross_entropy_loss``."""
+
+    function = staticmethod(tokens.cross_entropy_loss)
