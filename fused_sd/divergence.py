@@ -82,7 +82,7 @@ def jsd(log_s: Tensor, log_t: Tensor, parameter: float) -> tuple[Tensor, Tensor]
     m = parameter * t + (1 - parameter) * s
     larger_s = r >= 0
     # log m relative to the larger side, whose ratio to the mixture is bounded
-    weight = torch.where(larger_s, parameter, 1 - parameter)
+    weight = torch.where(larger_s, torch.full_like(r, parameter), 1 - parameter)
     step = torch.log1p(weight * torch.expm1(-r.abs()))
     m_over_s = torch.where(larger_s, step, step - r)
     m_over_t = torch.where(larger_s, step + r, step)

@@ -190,14 +190,11 @@ class _BucketRow:
         if remainder == "renormalize":
             return Buckets(student.log_softmax(-1), teacher.log_softmax(-1), None, True)
         if remainder == "tail" and floor is None:
-            rest = self._mask_entries(self.chunk.student)
-            self.lse = torch.logaddexp(student.logsumexp(-1), rest)
-            log_s = torch.cat([student, rest[:, None]], -1) - self.lse[:, None]
+            log_s, rest, self.lse = self._with_tail(self.chunk.student, student)
             if given:
                 log_t = torch.cat([teacher, log_complement(teacher, 0.0)], -1)
             else:
-                rest_t = self._mask_entries(self.chunk.teacher)
-                log_t = torch.cat([teacher, rest_t[:, None]], -1).log_softmax(-1)
+                log_t, _, _ = self._with_tail(self.chunk.teacher, teacher)
             return Buckets(log_s, log_t, torch.where(rest == -torch.inf, 0, rest), True)
         self.lse = self.chunk.rows.log_normalizer(self.chunk.student)
         log_s = student - self.lse[:, None]
@@ -212,11 +209,16 @@ class _BucketRow:
             log_t = torch.cat([log_t, log_complement(log_t, floor)], -1)
         return Buckets(log_s, log_t, self.lse, False)
 
-    def _mask_entries(self, logits: Tensor | None) -> Tensor:
-        """Take the entries out of a row and return the log-sum-exp of what is left: (C,)."""
+    def _with_tail(self, logits: Tensor | None, entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Entries and tail as log-probabilities (C, K + 1), the log-sum-exp of the rest and of all.
+
+        The entries are taken out of the row, so that the rest has its own log-sum-exp.
+        """
         assert logits is not None
         logits.scatter_(1, self._columns(logits), -torch.inf)
-        return self.chunk.rows.log_normalizer(logits)
+        rest = self.chunk.rows.log_normalizer(logits)
+        lse = torch.logaddexp(entries.logsumexp(-1), rest)
+        return torch.cat([entries, rest[:, None]], -1) - lse[:, None], rest, lse
 
     def _columns(self, logits: Tensor) -> Tensor:
         """The entries' columns; those that do not count point to the padding."""
@@ -259,7 +261,9 @@ class _BucketRow:
         if self.settings.remainder == "tail" and floor is not None:
             dlog_s, log_s = fold_tail(dlog_s, log_s, floor), log_s[:, :k]
         total = dlog_s.sum(-1, keepdim=True)
+        cut = upstream[:, None] == 0  # a token that is cut may be infinite
         share = (dlog_s - log_s.exp() * total) * upstream[:, None]  # by the buckets' logits
+        share, total = share.masked_fill(cut, 0), total.masked_fill(cut, 0)
         outside = share[:, k] if share.shape[-1] > k else -total[:, 0] * upstream
         inside = share[:, :k]
         if self.entries.active is not None:

@@ -73,6 +73,7 @@ def divergence_gradient_(
     _, dlog_s, _ = _terms(student, teacher, lse_s, lse_t, term, entry_clip)
     s = torch.exp(student - lse_s[:, None])
     dlogits = dlog_s.sub_(s.mul_(total[:, None])).mul_(upstream[:, None])
+    dlogits.masked_fill_(upstream[:, None] == 0, 0)  # a token that is cut may be infinite
     return _into(student, dlogits, cap, dtype)
 
 

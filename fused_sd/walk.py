@@ -288,6 +288,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "fused_sd losses must not be differentiated twice, got create_graph=True: a second "
+            "derivative would need the logits; use the plain PyTorch loss for it"
+        )
     options = specs.decode(ctx.options)
     upstream = grads[0] if options.reduced else grads[1]
     gradients: list[Tensor | None] = [None, None, None]

@@ -270,6 +270,7 @@ def _divergence_gradient(
         log_t = _load(teacher_ptr + row * teacher_stride, offs_v, num_columns) - lse_t
         _, dlog_s, _ = _term(z - lse_s, log_t, parameter, slope, clip, DIVERGENCE, HAS_CLIP)
         dlogits = (dlog_s - tl.exp(z - lse_s) * total) * upstream
+        dlogits = tl.where(upstream == 0, 0.0, dlogits)  # a token that is cut may be infinite
         _overwrite(
             out_ptr + row * out_stride, offs_v, num_columns, dlogits, z, inverse_cap, HAS_CAP
         )

@@ -1,0 +1,131 @@
+"""Training: TRL's SDPO trainer, its settings, and what is measured while it runs.
+
+The student is the model with a LoRA adapter and sees the bare prompt; the teacher is the same model
+with the adapter switched off and sees four worked examples before the prompt.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fused_sd.demo import task
+from fused_sd.demo.probe import Probe
+
+TrainerKind = Literal["fused", "stock"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run; the report prints all of it."""
+
+    steps: int = 40
+    learning_rate: float = 2e-3
+    lora_rank: int = 16
+    prompts_per_step: int = 8
+    generations_per_prompt: int = 2
+    max_completion_length: int = 4
+    distillation_alpha: float = 0.0  # TRL's name for the direction: 0 is KL(teacher || student)
+    num_examples: int = 4
+    num_held_out: int = 60
+    probe_every: int = 10
+    seed: int = 0
+    trainer: TrainerKind = "fused"
+    device: str = "cpu"
+
+
+@dataclass
+class Run:
+    """What one run measured; ``curves`` maps a name to its (step, value) points."""
+
+    settings: Settings
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    examples: list[dict[str, str]] = field(default_factory=list)
+    credit: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.curves.setdefault(name, []).append((step, value))
+
+    def first(self, name: str) -> float:
+        return self.curves[name][0][1]
+
+    def last(self, name: str) -> float:
+        return self.curves[name][-1][1]
+
+
+def trainer_class(kind: TrainerKind) -> Any:
+    """TRL's own trainer, or the subclass of it that never holds the logits."""
+    if kind == "stock":
+        from trl.experimental.sdpo import SDPOTrainer
+
+        return SDPOTrainer
+    from fused_sd.integrations.trl import FusedSDPOTrainer
+
+    return FusedSDPOTrainer
+
+
+def build_trainer(
+    model: Any,
+    tokenizer: Any,
+    split: task.Split,
+    settings: Settings,
+    output_directory: Path,
+    callbacks: list[Any] | None = None,
+    activation_checkpointing: bool = False,
+) -> Any:
+    """An SDPO trainer on the task, ready to ``train()``.
+
+    The teacher's context is built by TRL: ``privileged_context`` is the environment's feedback and
+    comes before the bare prompt, so the teacher reads the examples and then the same question.
+    """
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl.experimental.sdpo import SDPOConfig
+
+    batch_size = settings.prompts_per_step * settings.generations_per_prompt
+    arguments = SDPOConfig(
+        output_dir=str(output_directory),
+        max_steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=4,
+        per_device_train_batch_size=batch_size,
+        num_generations=settings.generations_per_prompt,
+        max_completion_length=settings.max_completion_length,
+        distillation_mode="full_logits",
+        distillation_alpha=settings.distillation_alpha,
+        teacher_model_kind="base",
+        include_environment_feedback=True,
+        use_successful_as_teacher=False,
+        feedback_template="{feedback_raw}",
+        reprompt_template="{feedback}{prompt}",
+        gradient_checkpointing=activation_checkpointing,
+        use_cpu=settings.device == "cpu",
+        bf16=False,
+        seed=settings.seed,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        diagnostics_warning_interval=0,
+    )
+    adapter = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=2 * settings.lora_rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",  # every linear layer but the head
+    )
+    rows = task.training_rows(split, settings.seed, settings.num_examples)
+    return trainer_class(settings.trainer)(
+        model=model,
+        reward_funcs=task.reward,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=callbacks or [],
+        peft_config=adapter,
+    )

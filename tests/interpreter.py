@@ -1,0 +1,27 @@
+"""Mend what Triton's interpreter gets wrong: it truncates fp32 to bf16, where a GPU rounds."""
+
+import numpy as np
+
+
+def round_bf16_to_nearest() -> None:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def rounded(handle: TensorHandle) -> TensorHandle:
+        bits = np.ascontiguousarray(handle.data, dtype=np.float32).view(np.uint32)
+        nearest = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        is_nan = np.isnan(handle.data)
+        return TensorHandle(np.where(is_nan, 0x7FC0, nearest).astype(np.uint16), tl.bfloat16)
+
+    cast, narrow = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
+
+    def cast_impl(self, source, target):
+        to_bf16 = target.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32
+        return rounded(source) if to_bf16 else cast(self, source, target)
+
+    def create_fp_to_fp(self, source, target, rounding):
+        to_bf16 = target.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32
+        return rounded(source) if to_bf16 else narrow(self, source, target, rounding)
+
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
