@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 from fused_sd import checks
 from fused_sd.distill import divergence_loss
 from fused_sd.divergence import MixedKl, generalized_jsd
-from fused_sd.heads import LMHead
+from fused_sd.heads import LMHead, accumulation_dtype
 from fused_sd.loss_output import LossOutput, Reduction
 from fused_sd.support import FULL_VOCABULARY, Remainder, StudentTopK, Support, TeacherTopK
 from fused_sd.tokens import policy_loss
@@ -390,9 +390,10 @@ def rlcsd_loss(
         advantages, correct_log_probs, wrong_log_probs, wrong_mask=wrong_mask, **(contrast or {})
     )
     mask = torch.ones_like(shaped.advantages) if token_weights is None else token_weights
-    weights = torch.zeros_like(mask, dtype=torch.float32)
+    dtype = accumulation_dtype(hidden.dtype)
+    weights = torch.zeros_like(mask, dtype=dtype)
     for part, scale in ((~shaped.selected, 1.0), (shaped.selected, selected_weight)):
-        counted = torch.where(part, mask, 0).to(torch.float32)
+        counted = torch.where(part, mask, 0).to(dtype)
         weights = weights + scale * counted / counted.sum().clamp(min=1)
     return policy_loss(
         hidden,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_sd import checks
 from fused_sd.distill import check_run, flatten_tokens
-from fused_sd.heads import LMHead, as_head
+from fused_sd.heads import LMHead, accumulation_dtype, as_head
 from fused_sd.loss_output import LossOutput, Reduction, reduce_loss
 from fused_sd.policy import Surrogate
 from fused_sd.token_rows import LogProbRows, TokenLossRows
@@ -411,7 +411,8 @@ def _surrogate(
     inputs: dict[str, Tensor | None] = {"advantages": advantages, "old_log_probs": old_log_probs}
     checks.check_evidence(evidence is not None, has_teacher, teacher_log_probs is not None)
     if evidence is not None:
-        inputs["mix"] = hidden.new_full(hidden.shape[:-1], evidence.mix, dtype=torch.float32)
+        dtype = accumulation_dtype(hidden.dtype)
+        inputs["mix"] = hidden.new_full(hidden.shape[:-1], evidence.mix, dtype=dtype)
         metrics += ["evidence", "evidence_weight", "evidence_clip_fraction", "teacher_log_prob"]
         inputs["teacher_log_probs"] = teacher_log_probs
         if evidence.log_prob == "old" and old_log_probs is None:

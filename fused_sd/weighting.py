@@ -68,6 +68,7 @@ def aggregation_weights(
     *,
     num_tokens: Tensor | float | None = None,
     length: float | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Token weights (B, T) whose weighted sum is a trainer's average of the token losses.
 
@@ -80,14 +81,18 @@ def aggregation_weights(
             SDPO, SDFT and "grpo"); ``"constant_length"`` divides by ``B * length`` (Dr. GRPO).
         num_tokens: divisor of "token_mean"; None: the mask's own sum.
         length: tokens that a sequence counts as in "constant_length".
+        dtype: of the weights; float64 for a loss in float64.
 
     Returns:
-        fp32 weights; all 0 where the mask is.
+        Weights, 0 where the mask is.
+
+    Raises:
+        ValueError: when the mask is not (B, T), or the mode or its length is missing.
     """
     checks.check_tensor("mask", mask)
     if mask.dim() != 2:
         checks.fail("mask", "be (B, T)", tuple(mask.shape), "give one row for each sequence")
-    weights = mask.to(torch.float32)
+    weights = mask.to(dtype)
     per_sequence = weights.sum(-1, keepdim=True)
     num_nonempty = (per_sequence > 0).sum().clamp(min=1)
     if mode == "token_sum":
@@ -255,7 +260,7 @@ def rlcsd_advantages(
         wrong_mask = torch.ones_like(wrong_log_probs, dtype=torch.bool)
     num_wrong = wrong_mask.sum(-1)
     pooled = wrong_log_probs.detach().masked_fill(~wrong_mask, -torch.inf).logsumexp(-1)
-    evidence = correct_log_probs.detach() - (pooled - num_wrong.clamp(min=1).log())
+    evidence = correct_log_probs.detach() - (pooled - num_wrong.clamp(min=1).to(pooled).log())
     evidence = torch.where(num_wrong > 0, evidence, 0)
     residual = (scale * mix * torch.tanh(evidence / temperature)).clamp(*clip)
     selected = residual.abs() > threshold

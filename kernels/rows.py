@@ -130,10 +130,16 @@ def block_maxima(logits: Tensor) -> Tensor:
 
 
 def _launch(kernel, like: Tensor, *arguments, **constants) -> None:
-    """One program for each row."""
+    """One program for each row; what has one number for each row is read with stride 1."""
     if like.shape[0]:
         block = min(BLOCK_V, triton.next_power_of_2(like.shape[1]))
-        kernel[(like.shape[0],)](*arguments, **constants, BLOCK_V=block, num_warps=NUM_WARPS)
+        dense = (
+            argument.contiguous()
+            if isinstance(argument, Tensor) and argument.dim() == 1
+            else argument
+            for argument in arguments
+        )
+        kernel[(like.shape[0],)](*dense, **constants, BLOCK_V=block, num_warps=NUM_WARPS)
 
 
 def _pair(student: Tensor, teacher: Tensor, lse_s: Tensor, lse_t: Tensor) -> tuple:

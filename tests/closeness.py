@@ -21,7 +21,9 @@ def assert_close(value: Tensor, reference: Tensor, dtype: torch.dtype, name: str
     """Equal to a float64 reference within the dtype's tolerance, by maximum and by RMS."""
     assert value.shape == reference.shape, f"{name}: {value.shape} is not {reference.shape}"
     infinite = reference.isinf()
-    assert torch.equal(value[infinite].double(), reference[infinite].double()), f"{name}: inf differs"
+    assert torch.equal(value[infinite].double(), reference[infinite].double()), (
+        f"{name}: inf differs"
+    )
     largest, rms = errors(value[~infinite], reference[~infinite])
     bound = TOLERANCE[dtype]
     assert largest <= bound, f"{name}: {describe(value, reference, largest, rms)}"

@@ -129,7 +129,11 @@ def test_combination_is_refused_or_equals_the_reference(
 
 def test_every_refusal_of_the_table_is_met():
     rows = [
-        dict(zip(("divergence", "support", "remainder", "entry_clip", "tail_floor"), row, strict=True))
+        dict(
+            zip(
+                ("divergence", "support", "remainder", "entry_clip", "tail_floor"), row, strict=True
+            )
+        )
         for row in itertools.product(
             combinations.DIVERGENCES,
             combinations.SUPPORTS,

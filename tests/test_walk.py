@@ -18,9 +18,7 @@ def loss_of(case, **settings):
 def reference_of(case, *, temperature=1.0, teacher_temperature=None, **settings):
     head = {"logit_scale": case.logit_scale, "softcap": case.softcap}
     head["valid_vocab"] = case.valid_vocab
-    student = reference.logits(
-        case.hidden, case.weight, case.bias, temperature=temperature, **head
-    )
+    student = reference.logits(case.hidden, case.weight, case.bias, temperature=temperature, **head)
     teacher = reference.logits(
         case.teacher_hidden,
         case.teacher_weight,
@@ -219,7 +217,9 @@ def test_heads_with_bias_scale_softcap_and_padding(settings, kind):
         truncated = {"support": top, "remainder": remainder}
         head = dict(settings)
         student = reference.logits(case.hidden, case.weight, case.bias, temperature=0.7, **head)
-        teacher = reference.logits(case.teacher_hidden, case.teacher_weight, temperature=1.3, **head)
+        teacher = reference.logits(
+            case.teacher_hidden, case.teacher_weight, temperature=1.3, **head
+        )
         choose = reference.union_topk if kind == "union" else reference.student_topk
         choice = {"support": choose(student, teacher, 5), "remainder": remainder}
     output = loss_of(case, **double, **truncated)

@@ -78,7 +78,7 @@ def load(directory: Path, device: str) -> tuple[Any, Any]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, padding_side="left")
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     (newline,) = tokenizer("\n")["input_ids"]
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, newline]
     return model.to(device), tokenizer

@@ -59,9 +59,7 @@ def is_right(word: str, completion: str) -> bool:
     return answer(completion) == plural(word)
 
 
-def reward(
-    prompts: list[str], completions: list[str], word: list[str], **_: object
-) -> list[float]:
+def reward(prompts: list[str], completions: list[str], word: list[str], **_: object) -> list[float]:
     """The verdicts as TRL asks for them: 1.0 for a right answer, 0.0 for a wrong one."""
     return [float(is_right(asked, said)) for asked, said in zip(word, completions)]
 

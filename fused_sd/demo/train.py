@@ -129,3 +129,86 @@ def build_trainer(
         callbacks=callbacks or [],
         peft_config=adapter,
     )
+
+
+def train(
+    directory: Path,
+    output_directory: Path,
+    settings: Settings,
+    progress: Callable[[int, Run], None] = lambda step, run: None,
+) -> Run:
+    """Train once and measure before, during and after.
+
+    Args:
+        directory: the converted model.
+        output_directory: where TRL may write.
+        settings: the run.
+        progress: called after every measured or logged step.
+    """
+    from transformers import TrainerCallback
+
+    from fused_sd.demo.model import load
+
+    started = time.perf_counter()
+    model, tokenizer = load(directory, settings.device)
+    split = task.split_words(settings.num_held_out)
+    probe = Probe(tokenizer, split, settings.num_examples, settings.max_completion_length)
+    run = Run(settings)
+
+    class Collector(TrainerCallback):
+        """Puts TRL's logs and our measurements into the run."""
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            run.add(state.global_step, _training_values(kwargs["logs"]))
+            progress(state.global_step, run)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            step = state.global_step
+            if step % settings.probe_every == 0 and step < settings.steps:
+                run.add(step, probe.measure(trainer.model))
+                progress(step, run)
+
+    trainer = build_trainer(model, tokenizer, split, settings, output_directory, [Collector()])
+
+    teacher_answers = probe.answers(trainer.model, as_teacher=True)
+    before = _Snapshot(probe, trainer.model)
+    run.add(0, {"teacher accuracy": probe.accuracy(teacher_answers)} | before.values)
+    progress(0, run)
+
+    training_started = time.perf_counter()
+    trainer.train()
+    run.training_seconds = time.perf_counter() - training_started
+
+    after = _Snapshot(probe, trainer.model)
+    run.add(settings.steps, after.values)
+    run.examples = [
+        {"word": word, "right": task.plural(word), "before": old, "after": new, "teacher": shown}
+        for word, old, new, shown in zip(
+            probe.words, before.answers, after.answers, teacher_answers
+        )
+    ]
+    run.credit = [
+        {"word": word, "before": old, "after": new}
+        for word, old, new in zip(probe.words, before.credit, after.credit)
+    ]
+    run.seconds = time.perf_counter() - started
+    progress(settings.steps, run)
+    return run
+
+
+class _Snapshot:
+    """Everything the report shows twice: before training and after it."""
+
+    def __init__(self, probe: Probe, model: Any) -> None:
+        self.values = probe.measure(model)
+        self.answers = probe.answers(model)
+        self.credit = [[token.as_dict() for token in row] for row in probe.credits(model)]
+
+
+def _training_values(logs: dict[str, Any]) -> dict[str, float]:
+    names = {
+        "self_distillation/distillation_loss": "training loss",
+        "self_distillation/reward_mean": "training reward",
+        "grad_norm": "gradient norm",
+    }
+    return {name: float(logs[key]) for key, name in names.items() if key in logs}

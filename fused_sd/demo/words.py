@@ -1,7 +1,6 @@
 """The nouns of the task; the plurals follow from a rule, so only the singulars are listed."""
 
-NOUNS: tuple[str, ...] = tuple(
-    """
+_LIST = """
 actor album angle animal apple apron arrow artist atom author award baby badge bag baker ball banana
 band bank barrel basket battery beach bean bear bed bell belt bench berry bike bird blanket board
 boat body book boot bottle bowl box boy branch bridge brother brush bucket building bus bush button
@@ -21,8 +20,8 @@ rope rose sailor sandwich school secret ship shirt shoe shop sister sky snake so
 spoon stamp star station stone story street student table task teacher tent ticket tiger tomato tool
 tower town toy train tree truck tunnel turtle uncle valley village visitor wall watch wheel window
 wing winter witch word worker writer yard zebra
-""".split()
-)
+"""
+NOUNS: tuple[str, ...] = tuple(_LIST.split())
 
 
 def plural(noun: str) -> str:

@@ -1,0 +1,109 @@
+"""Line charts as inline SVG: no script, no font, no request; colours come from the page's CSS."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+Points = Sequence[tuple[float, float]]
+
+WIDTH, HEIGHT = 360, 220
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 30
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: its name in the legend, its points, and the CSS class that draws it."""
+
+    name: str
+    points: Points
+    css_class: str
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def plain(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that cover [low, high]; the first is at most low, the last at least high."""
+    if high <= low:
+        high = low + 1.0
+    rough = (high - low) / max(count - 1, 1)
+    magnitude = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough * (1 - 1e-9))
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [round(n * step, 12) for n in range(first, last + 1)]
+
+
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    form: Callable[[float], str] = plain,
+    low: float | None = None,
+    high: float | None = None,
+) -> str:
+    """A figure with a caption, a legend and one SVG; hovering a point shows its value.
+
+    Raises:
+        ValueError: when there is no point to draw.
+    """
+    drawn = [line for line in lines if line.points]
+    if not drawn:
+        raise ValueError(
+            f"lines must hold at least one point, got none for {title!r}; leave the chart out"
+        )
+    xs = [x for line in drawn for x, _ in line.points]
+    ys = [y for line in drawn for _, y in line.points]
+    x_ticks = ticks(min(xs), max(xs))
+    y_ticks = ticks(min(ys) if low is None else low, max(ys) if high is None else high)
+
+    def at_x(x: float) -> float:
+        share = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def at_y(y: float) -> float:
+        share = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    parts = [
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" '
+        f'y2="{at_y(y):.1f}"/><text class="tick" text-anchor="end" x="{LEFT - 6}" '
+        f'y="{at_y(y) + 4:.1f}">{form(y)}</text>'
+        for y in y_ticks
+    ]
+    parts += [
+        f'<text class="tick" text-anchor="middle" x="{at_x(x):.1f}" y="{HEIGHT - 10}">'
+        f"{plain(x)}</text>"
+        for x in x_ticks
+    ]
+    parts += [_curve(line, at_x, at_y, form) for line in drawn]
+    legend = "".join(
+        f'<span class="key"><i class="{escape(line.css_class)}"></i>{escape(line.name)}</span>'
+        for line in drawn
+    )
+    return (
+        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(parts)}</svg><div>{legend}</div></figure>"
+    )
+
+
+def _curve(
+    line: Line,
+    at_x: Callable[[float], float],
+    at_y: Callable[[float], float],
+    form: Callable[[float], str],
+) -> str:
+    places = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line.points)
+    dots = "".join(
+        f'<circle class="{escape(line.css_class)}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="2.5">'
+        f"<title>{escape(line.name)}, step {plain(x)}: {form(y)}</title></circle>"
+        for x, y in line.points
+    )
+    return f'<polyline class="{escape(line.css_class)}" points="{places}"/>{dots}'

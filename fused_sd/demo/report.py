@@ -1,0 +1,193 @@
+"""The report: one HTML file that needs nothing else, in light and in dark, on a phone too."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+
+from fused_sd.demo.charts import Line, line_chart, percent
+from fused_sd.demo.credit_map import credit_map
+from fused_sd.demo.memory import StepMemory
+from fused_sd.demo.style import STYLE
+from fused_sd.demo.task import is_right
+from fused_sd.demo.train import Run
+
+NUM_CREDIT_ROWS, NUM_EXAMPLES_SHOWN = 8, 12
+
+
+def render(
+    runs: Sequence[Run], memory: Sequence[StepMemory], environment: Mapping[str, str]
+) -> str:
+    """The whole page.
+
+    Args:
+        runs: one a seed, at least one.
+        memory: a measured step of each trainer; empty leaves the section out.
+        environment: versions and machine, by name.
+
+    Raises:
+        ValueError: when there is no run.
+    """
+    if not runs:
+        raise ValueError("runs must hold at least one run, got none; train before you report")
+    sections = [
+        _headline(runs),
+        _section("While it learned", _curves(runs)),
+        _section("Credit of every token", _credit(runs[0])),
+        _section("Held-out words, before and after", _examples(runs[0])),
+        _section("Memory of one step", _memory(memory)) if memory else "",
+        _section("Settings and versions", _settings(runs, environment)),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>fused_sd: a model teaches itself</title><style>{STYLE}</style></head>"
+        f"<body><main>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts; every cell is escaped."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def _headline(runs: Sequence[Run]) -> str:
+    name = "held-out accuracy"
+    settings = runs[0].settings
+    before = sum(run.first(name) for run in runs) / len(runs)
+    after = sum(run.last(name) for run in runs) / len(runs)
+    teacher = sum(run.first("teacher accuracy") for run in runs) / len(runs)
+    seeds = f"mean of {len(runs)} seeds" if len(runs) > 1 else f"seed {settings.seed}"
+    text = (
+        "SmolLM2-135M-Instruct is asked <code>cat -&gt;</code>. It knows plurals but not what is "
+        f"wanted. Shown {settings.num_examples} worked examples it does: that is the teacher. "
+        f"Distilled into itself for {settings.steps} steps, it answers without them. Accuracy is "
+        f"exact match on {settings.num_held_out} words that were neither asked nor shown."
+    )
+    rows = [
+        [
+            str(run.settings.seed),
+            percent(run.first(name)),
+            percent(run.last(name)),
+            percent(run.first("teacher accuracy")),
+            f"{run.first('held-out KL'):.2f} to {run.last('held-out KL'):.2f}",
+            f"{run.first('held-out entropy'):.2f} to {run.last('held-out entropy'):.2f}",
+            f"{run.training_seconds:.0f} s",
+        ]
+        for run in runs
+    ]
+    header = ["seed", "before", "after", "with examples", "KL, nat", "entropy, nat", "training"]
+    return (
+        f"<header><h1>A model teaches itself</h1><p>{text}</p>"
+        f'<p class="big"><b>{percent(before)}</b> <span>to</span> <b>{percent(after)}</b>'
+        f"<small>of held-out words, {escape(seeds)}; with the examples in the prompt the untrained "
+        f"model answers {percent(teacher)}</small></p>{table(header, rows)}</header>"
+    )
+
+
+def _curves(runs: Sequence[Run]) -> str:
+    def lines(name: str, label: str, css_class: str, names: Sequence[Run] = runs) -> list[Line]:
+        return [
+            Line(
+                label if len(names) == 1 else f"{label}, seed {run.settings.seed}",
+                run.curves.get(name, []),
+                f"{css_class} s{n % 5}",
+            )
+            for n, run in enumerate(names)
+        ]
+
+    teacher = runs[0].first("teacher accuracy")
+    level = Line("with examples", [(0, teacher), (runs[0].settings.steps, teacher)], "reference")
+    charts = [
+        ("Accuracy on held-out words", [*lines("held-out accuracy", "student", "held"), level]),
+        ("Share of right answers while sampling", lines("training reward", "student", "train")),
+        ("KL(teacher || student) on held-out words, nat", lines("held-out KL", "student", "held")),
+        ("Training loss, nat a token", lines("training loss", "loss", "train")),
+        ("Entropy on held-out words, nat", lines("held-out entropy", "student", "held")),
+    ]
+    shares = {"Accuracy on held-out words", "Share of right answers while sampling"}
+    figures = [
+        line_chart(title, drawn, form=percent, low=0.0, high=1.0)
+        if title in shares
+        else line_chart(title, drawn, low=0.0)
+        for title, drawn in charts
+        if any(line.points for line in drawn)
+    ]
+    return f'<div class="charts">{"".join(figures)}</div>'
+
+
+def _credit(run: Run) -> str:
+    rows = run.credit[:NUM_CREDIT_ROWS]
+    return (
+        "<p>The student's own greedy answers, judged by the model that sees the examples. "
+        '<span class="chip" style="background:var(--object)">orange</span> is a token the teacher '
+        'would not have written, <span class="chip" style="background:var(--approve)">blue</span> '
+        "one it wants more of, no colour one on which the two agree. Credit is "
+        "log P(teacher) - log P(student). Point at a token to see both distributions; "
+        "&#183; is a space, &#8629; the end of the line.</p>"
+        f'<div class="wide">{credit_map(rows)}</div>'
+    )
+
+
+def _examples(run: Run) -> str:
+    def mark(word: str, said: str) -> str:
+        sign = "\u2713" if is_right(word, said) else "\u2717"
+        return f"{said.strip() or '(nothing)'} {sign}"
+
+    rows = [
+        [
+            f"{row['word']} ->",
+            mark(row["word"], row["before"]),
+            mark(row["word"], row["after"]),
+            mark(row["word"], row["teacher"]),
+        ]
+        for row in run.examples
+    ]
+    header = ["question", "before", "after", "with examples, before"]
+    rest = table(header, rows[NUM_EXAMPLES_SHOWN:])
+    return (
+        table(header, rows[:NUM_EXAMPLES_SHOWN])
+        + f"<details><summary>The other {len(rows[NUM_EXAMPLES_SHOWN:])}</summary>{rest}</details>"
+    )
+
+
+def _memory(memory: Sequence[StepMemory]) -> str:
+    first = memory[0]
+    names = {"stock": "TRL's SDPOTrainer", "fused": "FusedSDPOTrainer"}
+    rows = [
+        [
+            names[step.trainer],
+            f"{step.peak_mib:.0f} MiB",
+            f"{step.peak_mib / step.logits_mib:.1f}",
+            f"{step.seconds:.1f} s",
+            f"{step.loss:.6f}",
+        ]
+        for step in memory
+    ]
+    header = ["trainer", "peak above the start", "in matrices of logits", "time", "loss"]
+    return (
+        f"<p>One <code>compute_loss</code> and <code>backward</code> on {first.num_tokens} random "
+        "tokens, each trainer in a process of its own. One float32 matrix of all the logits would "
+        f"be {first.logits_mib:.0f} MiB; layers and adapter gradients are in both numbers.</p>"
+        f"{table(header, rows)}"
+    )
+
+
+def _settings(runs: Sequence[Run], environment: Mapping[str, str]) -> str:
+    settings = {
+        name.replace("_", " "): str(value) for name, value in asdict(runs[0].settings).items()
+    }
+    settings["seed"] = ", ".join(str(run.settings.seed) for run in runs)
+    return table(["setting", "value"], list(settings.items())) + table(
+        ["environment", ""], list(environment.items())
+    )

@@ -1,0 +1,53 @@
+"""The page's style sheet; every colour is a variable with a light and a dark value."""
+
+STYLE = """
+:root{color-scheme:light dark;--page:#fbfaf8;--panel:#ffffff;--ink:#1d1f23;--quiet:#62666d;
+--rule:#dedcd6;--approve:#7db3ee;--object:#f2a35c;--c0:#1f6fc4;--c1:#c2571a;--c2:#2b8a57;
+--c3:#8a4bb0;--c4:#7a6a1d}
+@media (prefers-color-scheme:dark){:root{--page:#15171a;--panel:#1e2125;--ink:#e8e6e1;
+--quiet:#9aa0a8;--rule:#363a40;--approve:#2f6fb3;--object:#a85f1c;--c0:#6db1f7;--c1:#f09a5b;
+--c2:#66c894;--c3:#c796e6;--c4:#cbb85a}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
+main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 4rem}
+h1{font-size:1.9rem;line-height:1.2;margin:.5rem 0}
+h2{font-size:1.2rem;margin:2.6rem 0 .7rem}
+p{max-width:44rem}
+code{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.93em}
+.big b{font-size:2.8rem;line-height:1.1;color:var(--c0)}
+.big span{color:var(--quiet);padding:0 .3rem}
+.big small{display:block;color:var(--quiet);font-size:.95rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem}
+figure{margin:0;padding:.8rem;background:var(--panel);border:1px solid var(--rule);
+border-radius:8px}
+figcaption{font-weight:600;font-size:.92rem;margin-bottom:.4rem}
+svg{display:block;width:100%;height:auto}
+.grid{stroke:var(--rule)}
+.tick{fill:var(--quiet);font-size:11px}
+polyline{fill:none;stroke-width:2;stroke-linejoin:round}
+.s0{stroke:var(--c0)}.s1{stroke:var(--c1)}.s2{stroke:var(--c2)}.s3{stroke:var(--c3)}
+.s4{stroke:var(--c4)}
+circle{fill:var(--panel);stroke-width:1.6}
+.reference{stroke:var(--quiet);stroke-dasharray:5 4}
+.key{font-size:.82rem;color:var(--quiet);margin-right:.9rem;white-space:nowrap}
+.key i{display:inline-block;width:1rem;height:3px;margin-right:.35rem;vertical-align:middle;
+background:var(--quiet)}
+i.s0{background:var(--c0)}i.s1{background:var(--c1)}i.s2{background:var(--c2)}
+i.s3{background:var(--c3)}i.s4{background:var(--c4)}
+.wide{overflow-x:auto;margin:.8rem 0}
+table{border-collapse:collapse;font-size:.92rem;min-width:20rem}
+th,td{text-align:left;padding:.35rem .8rem .35rem 0;border-bottom:1px solid var(--rule);
+vertical-align:top;font-variant-numeric:tabular-nums}
+thead th{color:var(--quiet);font-weight:500;white-space:nowrap}
+.credit th,.credit td{font-family:ui-monospace,Menlo,Consolas,monospace;white-space:nowrap}
+.chip{position:relative;display:inline-block;padding:.05rem .3rem;margin:0 2px 2px 0;
+border-radius:4px;border:1px solid var(--rule);cursor:default}
+.note{display:none;position:fixed;left:1rem;right:1rem;bottom:1rem;z-index:2;margin:0 auto;
+max-width:40rem;padding:.7rem .9rem;background:var(--panel);color:var(--ink);
+border:1px solid var(--quiet);border-radius:8px;white-space:normal;font-size:.88rem;
+box-shadow:0 6px 24px rgba(0,0,0,.25)}
+.chip:hover>.note,.chip:focus>.note{display:block}
+.chip:focus{outline:2px solid var(--c0)}
+summary{cursor:pointer;color:var(--quiet)}
+"""

@@ -1,0 +1,116 @@
+"""Compile every row kernel for GPUs that are not here, and print what the compiler made of it as JSON.
+
+The launchers run on meta tensors with their real specialisation; nothing is launched.  A process of its
+own, since Triton either interprets or compiles: ``python compile_kernels.py cuda 90``.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import fused_sd
+from fused_sd.divergence import divergence_term
+from fused_sd.kernels import rows
+
+CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+VOCABULARIES = (151952, 100279)  # aligned rows, and rows that are aligned to nothing
+
+
+class AbsentDriver:
+    """Answers the launcher for a GPU that is not attached."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def compile_all(target: GPUTarget) -> list[tuple[str, object]]:
+    """Every kernel that the launchers launch, by name."""
+    compiled = []
+    launch = JITFunction.run
+
+    def compile_instead(self, *args, grid, warmup=False, **options):
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        compiled.append((self.fn.__name__, kernel))
+        return kernel
+
+    driver.set_active(AbsentDriver(target))
+    JITFunction.run = compile_instead
+    for vocab in VOCABULARIES:
+        launch_all(vocab)
+    return compiled
+
+
+def launch_all(vocab: int) -> None:
+    student, teacher = (torch.empty(1024, vocab, device="meta") for _ in range(2))
+    row = torch.empty(1024, device="meta")
+    rows.log_normalizer(student)
+    rows.entropy(student, row)
+    rows.summary(student, teacher, row, row)
+    rows.block_maxima(student)
+    for slope in (None, row):
+        rows.softmax_gradient_(student, row, row, slope, 30.0, torch.bfloat16)
+    for divergence in ("forward_kl", "reverse_kl", fused_sd.Jsd(0.5), fused_sd.MixedKl(0.5)):
+        pair = (student, teacher, row, row, divergence_term(divergence))
+        for entry_clip in (None, 0.05):
+            rows.divergence(*pair, entry_clip)
+            rows.divergence_gradient_(*pair, entry_clip, row, row, None, torch.bfloat16)
+
+
+def resources(kernel) -> dict[str, object]:
+    """Registers, bytes spilled, whether a function call is left, whether threads wait for each other."""
+    if "cubin" in kernel.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            dump = [CUOBJDUMP, "--dump-resource-usage", file.name]
+            usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+        found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+        ptx = kernel.asm["ptx"]
+        return {
+            "registers": int(found["REG"]),
+            "spilled": int(found["STACK"]),
+            "calls": len(re.findall(r"\bcall\b", ptx)),
+            "barriers": len(re.findall(r"\b(bar|barrier)(\.cta)?\.sync", ptx)),
+        }
+    assembly = kernel.asm["amdgcn"]
+
+    def count(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        assert found is not None
+        return int(found.group(1))
+
+    return {
+        "registers": count("vgpr_count"),
+        "spilled": 4 * count("vgpr_spill_count"),
+        "calls": assembly.count("s_swappc_b64"),
+        "barriers": assembly.count("s_barrier"),
+    }
+
+
+if __name__ == "__main__":
+    backend, arch = sys.argv[1:]
+    target = GPUTarget(
+        backend, int(arch) if arch.isdigit() else arch, 32 if backend == "cuda" else 64
+    )
+    print(json.dumps([{"name": name, **resources(k)} for name, k in compile_all(target)]))

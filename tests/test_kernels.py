@@ -1,0 +1,252 @@
+"""Triton's row functions against their PyTorch twins and float64 (interpreted where there is no GPU)."""
+
+import pytest
+import torch
+from cases import make_case
+from closeness import assert_close
+
+import fused_sd
+from fused_sd import reference, rows
+from fused_sd.backend import choose_rows
+from fused_sd.chunking import gradient_view
+from fused_sd.divergence import divergence_term
+
+triton = pytest.importorskip("triton")
+from fused_sd.kernels import divergence as kernel_divergence
+from fused_sd.kernels import rows as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DIVERGENCES = ("forward_kl", "reverse_kl", fused_sd.Jsd(0.3), fused_sd.MixedKl(0.4))
+pytestmark = [
+    # the interpreter computes both branches of a select in numpy, which warns of inf - inf
+    pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
+]
+
+
+def make_rows(num_columns=4201, gap=0.3, missing=True):
+    """Logits of both sides in fp32; 4201 is three blocks of columns, the last one ragged."""
+    student = torch.randn(3, num_columns) * 4
+    teacher = student + gap * torch.randn(3, num_columns)
+    if missing:
+        student[0, 5] = teacher[0, 5] = teacher[1, 7] = -torch.inf
+        student[:, -3:] = teacher[:, -3:] = -torch.inf
+    return student.to(DEVICE), teacher.to(DEVICE)
+
+
+def normalizers(module, *logits):
+    return [module.log_normalizer(side) for side in logits]
+
+
+def test_the_twins_have_the_same_names():
+    names = {"log_normalizer", "entropy", "divergence", "divergence_gradient_"}
+    names |= {"softmax_gradient_", "summary", "block_maxima"}
+    for module in (rows, kernels):
+        assert all(callable(getattr(module, name)) for name in names)
+    terms = {"forward_kl", "reverse_kl", "jsd", "mixed_kl"}
+    assert set(kernel_divergence.TERMS) == terms
+
+
+@pytest.mark.parametrize("num_columns", [1, 3, 2048, 4201])
+def test_statistics(num_columns):
+    student, _ = make_rows(num_columns, missing=num_columns > 10)
+    lse = kernels.log_normalizer(student)
+    exact = rows.log_normalizer(student.double())
+    assert_close(lse, exact, torch.float32)
+    entropy = rows.entropy(student.double(), exact)
+    if num_columns > 1:
+        assert_close(kernels.entropy(student, lse), entropy, torch.float32)
+    assert torch.equal(kernels.block_maxima(student), rows.block_maxima(student))
+
+
+def test_statistics_of_rows_without_any_mass_before_a_block():
+    student, _ = make_rows()
+    student[1, :3000] = -torch.inf
+    assert_close(kernels.log_normalizer(student), student.double().logsumexp(-1), torch.float32)
+    student[2] = -torch.inf
+    assert kernels.log_normalizer(student)[2] == -torch.inf
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("entry_clip", [None, 0.02])
+@pytest.mark.parametrize("cap", [None, 40.0])
+def test_divergence_and_gradient(divergence, entry_clip, cap):
+    term = divergence_term(divergence)
+    student, teacher = make_rows(missing=False)
+    student[0, 5] = teacher[0, 5] = -torch.inf
+    student[:, -3:] = teacher[:, -3:] = -torch.inf
+    upstream = torch.tensor([1.0, 0.0, -2.0], device=DEVICE)
+    found = []
+    for module, dtype in ((kernels, torch.float32), (rows, torch.float64)):
+        pair = student.to(dtype), teacher.to(dtype)
+        lse = normalizers(module, *pair)
+        loss, total, clipped = module.divergence(*pair, *lse, term, entry_clip)
+        spent = pair[0].clone()
+        gradient = module.divergence_gradient_(
+            spent, pair[1], *lse, term, entry_clip, total, upstream.to(dtype), cap, dtype
+        )
+        assert gradient.data_ptr() == spent.data_ptr()
+        found.append((loss, clipped, gradient))
+    mine, exact = found
+    assert_close(mine[0], exact[0], torch.float32, "loss")
+    assert_close(mine[1], exact[1], torch.float32, "clipped")
+    assert_close(mine[2], exact[2], torch.float32, "gradient")
+    assert (mine[2][1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_gradients_lie_in_the_logits_own_rows_rounded_once(dtype):
+    """The gradient overwrites logits that the same program still has to read: none may be lost."""
+    term = divergence_term("reverse_kl")
+    student, teacher = make_rows(missing=False)
+    lse = normalizers(kernels, student, teacher)
+    _, total, _ = kernels.divergence(student, teacher, *lse, term, None)
+    ones = torch.ones(3, device=DEVICE)
+    rest = (teacher, *lse, term, None, total, ones, None)
+    wide = kernels.divergence_gradient_(student.clone(), *rest, torch.float32)
+    narrow = kernels.divergence_gradient_(student, *rest, dtype)
+    assert narrow.dtype == dtype
+    assert narrow.data_ptr() == student.data_ptr()
+    assert torch.equal(narrow, wide.to(dtype))
+
+
+@pytest.mark.parametrize("slope", [None, 0.7])
+@pytest.mark.parametrize("cap", [None, 40.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_softmax_gradient(slope, cap, dtype):
+    student, _ = make_rows()
+    lse = kernels.log_normalizer(student)
+    constant = torch.tensor([1.0, 0.0, -2.0], device=DEVICE)
+    slopes = None if slope is None else torch.full_like(constant, slope)
+    exact = rows.softmax_gradient_(
+        student.double(),
+        rows.log_normalizer(student.double()),
+        constant.double(),
+        None if slopes is None else slopes.double(),
+        cap,
+        torch.float64,
+    )
+    found = kernels.softmax_gradient_(student, lse, constant, slopes, cap, dtype)
+    if dtype == torch.float32:
+        assert_close(found, exact, dtype)
+    else:
+        assert ((found.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
+
+
+def test_summary():
+    student, teacher = make_rows(missing=False)
+    student[0, 5] = teacher[0, 5] = -torch.inf
+    mine = kernels.summary(student, teacher, *normalizers(kernels, student, teacher))
+    pair = student.double(), teacher.double()
+    exact = rows.summary(*pair, *normalizers(rows, *pair))
+    for name, value in mine._asdict().items():
+        assert_close(value, getattr(exact, name), torch.float32, name)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("gap, bound", [(1e-4, 0.03), (1e-3, 0.003), (1e-2, 3e-4)])
+def test_small_divergences_keep_their_digits(divergence, gap, bound):
+    student, teacher = make_rows(20_000, gap, missing=False)
+    term = divergence_term(divergence)
+    lse = normalizers(kernels, student, teacher)
+    loss, _, _ = kernels.divergence(student, teacher, *lse, term, None)
+    pair = student.double(), teacher.double()
+    exact, _, _ = rows.divergence(*pair, *normalizers(rows, *pair), term, None)
+    assert ((loss.double() - exact).abs() <= bound * exact).all()
+    assert (loss >= 0).all()
+
+
+def test_equal_rows_give_exactly_zero():
+    student, _ = make_rows()
+    lse = kernels.log_normalizer(student)
+    for divergence in DIVERGENCES:
+        term = divergence_term(divergence)
+        loss, total, _ = kernels.divergence(student, student, lse, lse, term, None)
+        assert (loss == 0).all()
+        ones = torch.ones(3, device=DEVICE)
+        spent = student.clone()
+        rest = (student, lse, lse, term, None, total, ones, None, torch.float32)
+        assert (kernels.divergence_gradient_(spent, *rest) == 0).all()
+
+
+def test_no_rows():
+    empty = torch.empty(0, 100, device=DEVICE)
+    lse = kernels.log_normalizer(empty)
+    assert lse.shape == (0,)
+    assert kernels.block_maxima(empty).shape == (0, 1)
+    assert kernels.softmax_gradient_(empty, lse, lse, None, None, torch.float32).shape == (0, 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", ["full", "clip", "tail", "renormalize", "drop", "union"])
+def test_losses_through_triton_equal_the_reference(dtype, settings, poisoned_memory):
+    case = make_case(vocab=1009, bias=True, dtype=dtype, softcap=30.0)
+    for name, value in vars(case).items():
+        if isinstance(value, torch.Tensor):
+            setattr(case, name, value.detach().to(DEVICE))
+    case = case.to(dtype)
+    top = fused_sd.StudentTopK(2)
+    chosen = {
+        "full": {},
+        "clip": {"entry_clip": 0.05, "divergence": "forward_kl"},
+        "tail": {"support": top, "divergence": fused_sd.Jsd(0.5)},
+        "renormalize": {"support": top, "remainder": "renormalize"},
+        "drop": {"support": top, "remainder": "drop"},
+        "union": {"support": fused_sd.UnionTopK(2), "divergence": "forward_kl"},
+    }[settings]
+    sides = case.hidden, case.head, case.teacher_hidden, case.teacher_head
+    weights = {"token_weights": case.token_weights, "chunk_size": 3}
+    output = fused_sd.divergence_loss(*sides, backend="triton", **chosen, **weights)
+    found = torch.autograd.grad(output.loss, case.inputs)
+    double = case.to(torch.float64)
+    sides = double.hidden, double.head, double.teacher_hidden, double.teacher_head
+    weights["token_weights"] = double.token_weights
+    exact = fused_sd.divergence_loss(*sides, backend="torch", **chosen, **weights)
+    expected = torch.autograd.grad(exact.loss, double.inputs)
+    assert_close(output.loss, exact.loss, torch.float32)
+    for value, truth in zip(found, expected, strict=True):
+        error = float((value.double() - truth).norm() / truth.norm())
+        assert error <= (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+def test_token_path_through_triton():
+    case = make_case(vocab=1009, dtype=torch.float32)
+    hidden, weight = case.hidden.detach().to(DEVICE), case.weight.detach().to(DEVICE)
+    hidden.requires_grad_(True)
+    ids = case.token_ids.to(DEVICE)
+    found = fused_sd.token_log_probs(hidden, weight, ids, entropy=True, backend="triton")
+    logits = reference.logits(hidden, weight)
+    assert_close(found.log_probs, reference.token_log_prob(logits, ids), torch.float32)
+    assert_close(found.entropy, reference.entropy(logits), torch.float32)
+    upstream = torch.randn(2, 7, device=DEVICE)
+    loss = (found.log_probs * upstream[0] + found.entropy * upstream[1]).sum()
+    exact = reference.token_log_prob(logits, ids) * upstream[0].double()
+    exact = (exact + reference.entropy(logits) * upstream[1].double()).sum()
+    one, other = (torch.autograd.grad(x, hidden)[0] for x in (loss, exact))
+    assert_close(one, other, torch.float32)
+
+
+def test_top_k_is_exact_with_large_vocabularies():
+    from fused_sd.support import top_k
+
+    logits = torch.randn(4, 70_001, device=DEVICE)
+    for k in (1, 20, 100):
+        exact = logits.topk(k, dim=-1).indices
+        for module in (rows, kernels):
+            assert torch.equal(top_k(logits, k, module.block_maxima), exact)
+
+
+def test_triton_where_it_cannot_run_is_an_error(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="Triton needs a GPU"):
+        choose_rows("triton", torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="float64"):
+        choose_rows("triton", torch.device("cuda"), torch.float64)
+
+
+def test_gradient_view_keeps_rows_apart():
+    logits = torch.zeros(3, 32)
+    view = gradient_view(logits, torch.bfloat16)
+    assert view.shape == (3, 32)
+    view[1].fill_(1.0)
+    assert (logits[0] == 0).all()
+    assert (logits[2] == 0).all()
