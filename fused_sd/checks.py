@@ -24,17 +24,17 @@ def check_number(argument: str, value: object, rule: str, ok: bool, remedy: str)
 
 
 def check_positive(argument: str, value: object, remedy: str = "pass 1.0 to leave it out") -> None:
-    ok = isinstance(value, int | float) and math.isfinite(value) and value > 0
+    ok = isinstance(value, int | float) and 0 < value < math.inf
     check_number(argument, value, "be a finite number above 0", ok, remedy)
 
 
 def check_finite(argument: str, value: object, remedy: str) -> None:
-    ok = isinstance(value, int | float) and math.isfinite(value)
+    ok = isinstance(value, int | float) and -math.inf < value < math.inf
     check_number(argument, value, "be a finite number", ok, remedy)
 
 
 def check_non_negative(argument: str, value: object, remedy: str) -> None:
-    ok = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    ok = isinstance(value, int | float) and 0 <= value < math.inf
     check_number(argument, value, "be a finite number of at least 0", ok, remedy)
 
 

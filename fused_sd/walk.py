@@ -151,8 +151,7 @@ def walk(
         t_bias,
         upstream,
         [tensor.detach() for tensor in inputs],
-        specs.encode(rows),
-        specs.encode(options),
+        *specs.encode((rows, options)),
         wanted,
     )
     total, values, extras = flat[0], flat[1], [extra.detach() for extra in flat[5:]]
@@ -185,13 +184,15 @@ def _walk(
     teacher_bias: Tensor | None,  # (V',)
     upstream: Tensor | None,  # (N, J) or (N, 1); None: ones
     inputs: list[Tensor],  # each (N, ...)
-    row_spec: str,
-    option_spec: str,
+    text: str,  # rows and options, encoded
+    floats: list[float],
+    ints: list[int],
     wanted: list[bool],  # gradients by hidden, weight, bias
 ) -> list[Tensor]:
     """Total, values, the three gradients (empty where not formed), extras."""
-    rows: RowFunction = specs.decode(row_spec)
-    options: Options = specs.decode(option_spec)
+    rows: RowFunction
+    options: Options
+    rows, options = specs.decode(text, floats, ints)
     num_tokens, wide = hidden.shape[0], accumulation_dtype(hidden.dtype)
     if upstream is None:
         upstream = hidden.new_ones((num_tokens, 1), dtype=wide)
@@ -264,24 +265,25 @@ def _(
     teacher_bias: Tensor | None,
     upstream: Tensor | None,
     inputs: list[Tensor],
-    row_spec: str,
-    option_spec: str,
+    text: str,  # rows and options, encoded
+    floats: list[float],
+    ints: list[int],
     wanted: list[bool],
 ) -> list[Tensor]:
-    rows, options = specs.decode(row_spec), specs.decode(option_spec)
+    rows, options = specs.decode(text, floats, ints)
     return _outputs(rows, hidden, weight, bias, _formed(options, rows, wanted))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *tensors, row_inputs, row_spec, option_spec, wanted = inputs
-    ctx.options, ctx.wanted, ctx.num_inputs = option_spec, wanted, len(row_inputs)
-    options, rows = specs.decode(option_spec), specs.decode(row_spec)
+    *tensors, row_inputs, text, floats, ints, wanted = inputs
+    rows, options = specs.decode(text, floats, ints)
+    ctx.reduced, ctx.wanted, ctx.num_inputs = options.reduced, wanted, len(row_inputs)
     ctx.recompute = wanted != _formed(options, rows, wanted)
     hidden, weight, bias = tensors[:3]
     ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
     if ctx.recompute:
         replayed, chosen = rows.replay(output[5:])
-        ctx.rows = specs.encode(replayed)
+        ctx.spec = specs.encode((replayed, options._replace(reduced=True)))
         ctx.save_for_backward(*tensors, *row_inputs, *chosen)
     else:
         ctx.save_for_backward(*output[2:5])
@@ -293,8 +295,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             "fused_sd losses must not be differentiated twice, got create_graph=True: a second "
             "derivative would need the logits; use the plain PyTorch loss for it"
         )
-    options = specs.decode(ctx.options)
-    upstream = grads[0] if options.reduced else grads[1]
+    upstream = grads[0] if ctx.reduced else grads[1]
     gradients: list[Tensor | None] = [None, None, None]
     if any(ctx.wanted) and upstream is not None:
         if ctx.recompute:
@@ -304,8 +305,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
                 *tensors,
                 upstream,
                 list(ctx.saved_tensors[7:]),
-                ctx.rows,
-                specs.encode(options._replace(reduced=True)),
+                *ctx.spec,
                 ctx.wanted,
             )[2:5]
         else:
@@ -315,7 +315,8 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             gradient.to(dtype) if wanted else None
             for gradient, dtype, wanted in zip(formed, ctx.dtypes, ctx.wanted, strict=True)
         ]
-    return (*gradients, None, None, None, None, [None] * ctx.num_inputs, None, None, None)
+    settings = [None] * 4
+    return (*gradients, None, None, None, None, [None] * ctx.num_inputs, *settings)
 
 
 _walk.register_autograd(_backward, setup_context=_setup_context)

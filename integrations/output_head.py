@@ -51,8 +51,8 @@ class Projection:
     def operands(self, hidden: Tensor) -> tuple[Tensor, LMHead]:
         """Hidden states and head whose product are the logits.
 
-        An adapter becomes further columns, ``[h, s (h A^T)] [W, B]^T``, so that its gradients go to A
-        and B; that copies the weight once.
+        An adapter becomes further columns, ``[h, s (h A^T)] [W, B]^T``, so that its gradients go to
+        A and B; that copies the weight once.
         """
         weight, bias = self.weight, self.bias
         if self.low_rank:
@@ -77,7 +77,9 @@ def output_head(model: PreTrainedModel) -> Projection:
     """
     module = model.get_output_embeddings()
     if module is None:
-        fail("model", "have output embeddings", type(model).__name__, "pass a causal language model")
+        fail(
+            "model", "have output embeddings", type(model).__name__, "pass a causal language model"
+        )
     module = _saved_copy(module)
     low_rank: tuple[LowRank, ...] = ()
     linear = module

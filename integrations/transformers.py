@@ -1,14 +1,14 @@
 """Losses inside the forward of a transformers causal language model.
 
-``attach(model)`` lets ``model(**inputs, fused_sd=Request(compute))`` run the backbone, hand its hidden
-states and the output head to ``compute`` and return what that returns.  All of it happens inside the
-wrapped forward, and ``compute`` inside the forward of the head's own module: only there do DDP, FSDP2
-and ZeRO-3 hold the head's weight whole, and only then do their hooks fire again before backward.
-Without ``fused_sd`` the original forward runs, so that generation and evaluation are untouched.
+``attach(model)`` lets ``model(**inputs, fused_sd=Request(compute))`` run the backbone, hand its
+hidden states and the output head to ``compute`` and return what that returns.  All of it happens
+inside the wrapped forward, and ``compute`` inside the forward of the head's own module: only there
+do DDP, FSDP2 and ZeRO-3 hold the head's weight whole, and only then do their hooks fire again before
+backward.  Without ``fused_sd`` the original forward runs: generation and evaluation are untouched.
 
     attach(model)
-    score = Request(lambda hidden, head: token_log_probs(hidden, head, ids), completion_positions(T))
-    log_probs = model(input_ids=input_ids, attention_mask=mask, fused_sd=score).result.log_probs
+    score = Request(lambda h, head: token_log_probs(h, head, ids), completion_positions(T))
+    model(input_ids=input_ids, attention_mask=mask, fused_sd=score).result.log_probs
 
 Dimension key:  B sequences, L positions, D hidden size, V vocabulary
 """
@@ -47,14 +47,18 @@ class Request:
             whose states are (N, D); None: all, (B, L, D).
     """
 
-    # a function keeps its tensors out of the sight of wrappers that cast what they find in arguments
+    # a function hides its tensors from wrappers, which cast those that they find in arguments
     compute: Compute
     positions: slice | Tensor | None = None
 
     def select(self, hidden: Tensor) -> Tensor:
         if self.positions is None:
             return hidden
-        return hidden[self.positions] if isinstance(self.positions, Tensor) else hidden[:, self.positions]
+        return (
+            hidden[self.positions]
+            if isinstance(self.positions, Tensor)
+            else hidden[:, self.positions]
+        )
 
 
 @dataclass
@@ -92,8 +96,8 @@ class Attachment:
 def attach(model: nn.Module, *, autocast: Autocast | None = None) -> nn.Module:
     """Let a causal language model answer ``fused_sd`` requests.  Does nothing a second time.
 
-    Before that it compares logits rebuilt from hidden states and head with the model's own, for a few
-    tokens; where parameters are sharded, on the first request instead.
+    Before that it compares logits rebuilt from hidden states and head with the model's own, for a
+    few tokens; where parameters are sharded, on the first request instead.
 
     Args:
         model: a PreTrainedModel, or one inside PEFT, DDP or another wrapper.
@@ -178,7 +182,9 @@ def _answering(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     # generate and Trainer read the names of a model's arguments from its forward
     @functools.wraps(inspect.unwrap(forward.__func__))
-    def answering(self: PreTrainedModel, *args: Any, fused_sd: Request | None = None, **kwargs: Any):
+    def answering(
+        self: PreTrainedModel, *args: Any, fused_sd: Request | None = None, **kwargs: Any
+    ):
         # the state is found on the model, so that a deep copy uses its own weights
         state: Attachment = self.__dict__[ATTACHMENT]
         if fused_sd is None:
@@ -213,7 +219,9 @@ def _backbone(model: PreTrainedModel) -> nn.Module:
     """The model without its head; looked up on each call, since wrappers replace modules."""
     backbone = model.base_model
     if backbone is model:
-        fail("model", "have a backbone apart from its head", type(model).__name__, "use stock losses")
+        fail(
+            "model", "have a backbone apart from its head", type(model).__name__, "use stock losses"
+        )
     return backbone
 
 

@@ -26,8 +26,7 @@ def arguments(case, rows, inputs, *, reduced, wanted):
         None,
         upstream if reduced else (upstream != 0).double(),
         inputs,
-        specs.encode(rows),
-        specs.encode(options),
+        *specs.encode((rows, options)),
         wanted,
     )
 
@@ -51,9 +50,9 @@ def test_opcheck(reduced, kind):
 def test_settings_travel_as_text():
     term = divergence_term(fused_sd.Jsd(0.1))
     rows = DivergenceRows(term, "full", 0, "tail", None, 0.05, (None, 3.0), 2.0, ("a",), ())
-    assert specs.decode(specs.encode(rows)) == rows
+    assert specs.decode(*specs.encode(rows)) == rows
     options = Options(Shaping(1 / 3, None), None, True, False, "auto", None)
-    assert specs.decode(specs.encode(options)) == options
+    assert specs.decode(*specs.encode(options)) == options
 
 
 def step(case, **settings):
@@ -119,6 +118,34 @@ def test_inductor_compiles_around_the_loss():
     torch._dynamo.reset()
     compiled = torch.compile(forward, fullgraph=True, dynamic=True)
     assert_close(compiled(*args), forward(*args), torch.float32)
+
+
+def test_a_setting_that_changes_from_step_to_step_compiles_twice_at_most():
+    case = make_case()
+    compilations = []
+
+    def count(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    def forward(hidden, weight, mix):
+        evidence = fused_sd.Evidence(mix=mix)
+        old = case.old_log_probs
+        return fused_sd.rlsd_loss(
+            hidden,
+            weight,
+            case.token_ids,
+            case.token_weights,
+            teacher_log_probs=old,
+            evidence=evidence,
+        ).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, fullgraph=True, backend=count)
+    for mix in (0.1, 0.2, 0.3, 0.4):
+        args = case.hidden, case.weight, mix
+        assert_close(compiled(*args), forward(*args), torch.float64)
+    assert len(compilations) <= 2
 
 
 def test_activation_checkpointing_recomputes_the_same_gradient():

@@ -16,7 +16,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from fused_sd.demo.model import quiet_and_offline
 from fused_sd.demo.train import Settings, TrainerKind, build_trainer
@@ -165,5 +165,11 @@ def resident_bytes() -> int:
 
 if __name__ == "__main__":
     quiet_and_offline()
-    asked: TrainerKind = "stock" if sys.argv[1] == "stock" else "fused"
-    print(json.dumps(asdict(measure(asked, Path(sys.argv[2]), sys.argv[3]))))
+    if len(sys.argv) != 4 or sys.argv[1] not in get_args(TrainerKind):
+        raise SystemExit(
+            f"the arguments must be a trainer of {get_args(TrainerKind)}, a model's directory and "
+            f"a device, got {sys.argv[1:]}; python -m fused_sd.demo calls this for you"
+        )
+    print(
+        json.dumps(asdict(measure(cast(TrainerKind, sys.argv[1]), Path(sys.argv[2]), sys.argv[3])))
+    )

