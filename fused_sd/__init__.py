@@ -1,20 +1,14 @@
 """Fused self-distillation losses for LLM post-training, from hidden states, without the logits."""
 
+from fused_sd.advantages import iw_opd_advantages, rlcsd_advantages
 from fused_sd.combinations import METRIC_NEEDS
 from fused_sd.distill import divergence_loss, topk_divergence_loss
 from fused_sd.divergence import Jsd, MixedKl, generalized_jsd
+from fused_sd.evidence import Evidence, EvidenceSchedule
 from fused_sd.heads import LMHead
+from fused_sd.log_probs import EntryLogProbs, TokenLogProbs, entry_log_probs, token_log_probs
 from fused_sd.loss_output import LossOutput
-from fused_sd.losses import (
-    gkd_loss,
-    grpo_loss,
-    opsd_loss,
-    rlcsd_loss,
-    rlsd_loss,
-    sd_zero_loss,
-    sdft_loss,
-    sdpo_loss,
-)
+from fused_sd.losses import gkd_loss, opsd_loss, sd_zero_loss, sdft_loss, sdpo_loss
 from fused_sd.modules import (
     CrossEntropyLoss,
     GKDLoss,
@@ -26,6 +20,8 @@ from fused_sd.modules import (
     SDPOLoss,
     SDZeroLoss,
 )
+from fused_sd.policy_losses import policy_loss, sampled_kl_loss
+from fused_sd.rl_losses import grpo_loss, rlcsd_loss, rlsd_loss
 from fused_sd.support import (
     FULL_VOCABULARY,
     StudentTopK,
@@ -33,24 +29,8 @@ from fused_sd.support import (
     TokenIds,
     UnionTopK,
 )
-from fused_sd.tokens import (
-    EntryLogProbs,
-    TokenLogProbs,
-    cross_entropy_loss,
-    entry_log_probs,
-    policy_loss,
-    sampled_kl_loss,
-    token_log_probs,
-)
-from fused_sd.weighting import (
-    Evidence,
-    EvidenceSchedule,
-    ImportanceCap,
-    aggregation_weights,
-    iw_opd_advantages,
-    rlcsd_advantages,
-    skip_first_tokens,
-)
+from fused_sd.token_losses import cross_entropy_loss
+from fused_sd.weighting import ImportanceCap, aggregation_weights, skip_first_tokens
 
 METRICS = tuple(METRIC_NEEDS)  # what divergence_loss can return beside the loss
 

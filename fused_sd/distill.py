@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_sd import checks
+from fused_sd import checks, tensor_checks
 from fused_sd.combinations import METRIC_NEEDS, check_combination, check_metric_needs
 from fused_sd.divergence import Divergence, divergence_term
 from fused_sd.divergence_rows import DivergenceRows
@@ -114,7 +114,7 @@ def divergence_loss(
     k = 0
     if isinstance(support, TokenIds):
         vocab = max(student.num_tokens, teacher.num_tokens)
-        checks.check_entry_ids(support.ids, shape, student_hidden.device, vocab)
+        tensor_checks.check_entry_ids(support.ids, shape, student_hidden.device, vocab)
         inputs["entry_ids"] = support.ids
     elif not isinstance(support, FullVocabulary):
         k = int(support.k)
@@ -187,10 +187,12 @@ def topk_divergence_loss(
         ValueError: as ``divergence_loss``.
     """
     student = as_head(student_head)
-    checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
+    tensor_checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
     shape = student_hidden.shape[:-1]
-    checks.check_entry_ids(teacher_token_ids, shape, student_hidden.device, student.num_tokens)
-    checks.check_teacher_entries(teacher_token_ids, teacher_log_probs)
+    tensor_checks.check_entry_ids(
+        teacher_token_ids, shape, student_hidden.device, student.num_tokens
+    )
+    tensor_checks.check_teacher_entries(teacher_token_ids, teacher_log_probs)
     return _distill(
         (student_hidden, student),
         None,
@@ -248,9 +250,9 @@ def _distill(
     if tail_floor is not None:
         checks.check_positive("tail_floor", tail_floor, "pass None for the exact tail")
     bounds = _token_bounds(token_clip)
-    check_run(reduction, backend, chunk_size, temperature=temperature)
+    checks.check_run(reduction, backend, chunk_size, temperature=temperature)
     checks.check_positive("teacher_temperature", teacher_temperature)
-    checks.check_per_token("token_weights", token_weights, shape, device, "student_hidden")
+    tensor_checks.check_per_token("token_weights", token_weights, shape, device, "student_hidden")
     checks.check_metrics(metrics, METRIC_NEEDS)
     given = {
         "teacher states": teacher is not None,
@@ -264,7 +266,7 @@ def _distill(
     check_metric_needs(tuple(metrics), given)
     if token_ids is not None:
         vocab = student[1].num_tokens
-        checks.check_ids(
+        tensor_checks.check_ids(
             "token_ids", token_ids, shape, device, vocab, token_weights, "student_hidden"
         )
         inputs["token_ids"] = token_ids
@@ -272,7 +274,7 @@ def _distill(
         if token_ids is None:
             checks.fail("importance", "come with token_ids", "none", "pass the sampled tokens")
         old = importance.old_log_probs
-        checks.check_per_token("old_log_probs", old, shape, device, "student_hidden")
+        tensor_checks.check_per_token("old_log_probs", old, shape, device, "student_hidden")
         inputs["old_log_probs"] = old
     rows = DivergenceRows(
         term,
@@ -290,8 +292,8 @@ def _distill(
         rows,
         student,
         teacher,
-        [flatten_tokens(tensor, shape) for tensor in inputs.values()],
-        None if token_weights is None else token_weights.reshape(-1),
+        list(inputs.values()),
+        token_weights,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         reduced=reduction != "none",
@@ -304,27 +306,12 @@ def _distill(
     return reduce_loss(walked, token_loss, extras, token_weights, reduction, shape)
 
 
-def flatten_tokens(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """(..., rest) as (N, rest), integers as int64."""
-    flat = tensor.reshape(shape.numel(), *tensor.shape[len(shape) :])
-    return flat if flat.is_floating_point() else flat.long()
-
-
-def check_run(reduction: str, backend: str, chunk_size: int | None, *, temperature: float) -> None:
-    """Check how a loss is to be run."""
-    checks.check_reduction(reduction)
-    checks.check_backend_choice(backend)
-    checks.check_positive("temperature", temperature)
-    if chunk_size is not None:
-        checks.check_positive_int("chunk_size", chunk_size)
-
-
 def _check_sides(
     student_hidden: Any, student: LMHead, teacher_hidden: Any, teacher: LMHead
 ) -> torch.Size:
     """Both sides fit their heads and each other; returns the tokens' shape."""
-    checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
-    checks.check_hidden(teacher_hidden, "teacher_hidden", teacher.weight, "teacher_head")
+    tensor_checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
+    tensor_checks.check_hidden(teacher_hidden, "teacher_hidden", teacher.weight, "teacher_head")
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         checks.fail(
             "teacher_hidden",
@@ -339,9 +326,9 @@ def _check_sides(
             teacher_hidden.device,
             "move it there",
         )
-    checks.check_teacher("teacher_hidden", teacher_hidden, student_hidden)
-    checks.check_teacher("teacher_head", teacher.weight, student.weight)
-    checks.check_teacher("teacher_head.bias", teacher.bias, student.bias)
+    tensor_checks.check_teacher("teacher_hidden", teacher_hidden, student_hidden)
+    tensor_checks.check_teacher("teacher_head", teacher.weight, student.weight)
+    tensor_checks.check_teacher("teacher_head.bias", teacher.bias, student.bias)
     return student_hidden.shape[:-1]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import specs
+from fused_sd.chunk import Chunk, RowFunction
 from fused_sd.divergence import DivergenceTerm
 from fused_sd.support import (
     Buckets,
@@ -19,7 +20,6 @@ from fused_sd.support import (
     overlap,
     top_k,
 )
-from fused_sd.walk import Chunk, RowFunction
 from fused_sd.weighting import capped_ratio
 
 SUPPORT_METRICS = ("student_mass", "teacher_mass", "student_tail_mass", "teacher_tail_mass")

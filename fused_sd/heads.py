@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd import checks, specs
+from fused_sd import specs, tensor_checks
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,10 @@ class LMHead:
     valid_vocab: int | None = None
 
     def __post_init__(self) -> None:
-        checks.check_head(self.weight, self.bias, self.logit_scale, self.softcap, self.valid_vocab)
+        tensor_checks.check_head(self.weight, self.bias)
+        tensor_checks.check_shaping(
+            self.weight.shape[0], self.logit_scale, self.softcap, self.valid_vocab
+        )
 
     @property
     def num_tokens(self) -> int:

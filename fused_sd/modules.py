@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from fused_sd import checks, losses, tokens
+from fused_sd import checks, losses, rl_losses, token_losses
 from fused_sd.loss_output import LossOutput
 
 
@@ -79,22 +79,22 @@ class GKDLoss(LossModule):
 class RLSDLoss(LossModule):
     """Module twin of ``rlsd_loss``."""
 
-    function = staticmethod(losses.rlsd_loss)
+    function = staticmethod(rl_losses.rlsd_loss)
 
 
 class RLCSDLoss(LossModule):
     """Module twin of ``rlcsd_loss``."""
 
-    function = staticmethod(losses.rlcsd_loss)
+    function = staticmethod(rl_losses.rlcsd_loss)
 
 
 class GRPOLoss(LossModule):
     """Module twin of ``grpo_loss``."""
 
-    function = staticmethod(losses.grpo_loss)
+    function = staticmethod(rl_losses.grpo_loss)
 
 
 class CrossEntropyLoss(LossModule):
     """Module twin of ``cross_entropy_loss``."""
 
-    function = staticmethod(tokens.cross_entropy_loss)
+    function = staticmethod(token_losses.cross_entropy_loss)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fused_sd import specs
-from fused_sd.weighting import MAX_LOG_RATIO, capped_ratio, evidence_weight, log_ratio
+from fused_sd.evidence import evidence_weight
+from fused_sd.weighting import MAX_LOG_RATIO, capped_ratio, log_ratio
 
 
 @specs.setting

@@ -1,7 +1,7 @@
 """Settings of an operator as plain arguments and back: its schema knows text and numbers only.
 
-A setting is a named tuple of plain values and of other settings, registered by ``setting``.  Numbers
-travel beside the text, since ``torch.compile`` may hold them as symbols that have no text.
+A setting is a named tuple of plain values and of other settings, registered by ``setting``.
+Numbers travel beside the text, since ``torch.compile`` may hold them as symbols that have no text.
 """
 
 import ast
@@ -64,5 +64,6 @@ def _build(node: ast.expr, floats: list[float], ints: list[int]) -> Any:
         parts = [_build(part, floats, ints) for part in node.args]
         return tuple(parts) if node.func.id == "tuple" else _KINDS[node.func.id](*parts)
     if isinstance(node, ast.Name):
-        return {"f": floats, "i": ints}[node.id[0]][int(node.id[1:])]
+        numbers: list[Any] = [*floats] if node.id[0] == "f" else [*ints]
+        return numbers[int(node.id[1:])]
     return ast.literal_eval(node)

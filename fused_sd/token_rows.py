@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fused_sd import specs
+from fused_sd.chunk import Chunk, RowFunction
 from fused_sd.policy import Surrogate, cross_entropy, surrogate
 from fused_sd.support import top_k
-from fused_sd.walk import Chunk, RowFunction
 
 
 @specs.setting

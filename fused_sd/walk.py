@@ -13,14 +13,16 @@ Dimension key:  N tokens, A tokens with a weight, C tokens in a chunk, D hidden 
                 J values that a row function returns for each token
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_sd import specs
-from fused_sd.backend import Rows, choose_rows
-from fused_sd.chunking import chunk_rows, chunk_size_for, gradient_view, workspace_width
+from fused_sd.active import ActiveTokens
+from fused_sd.backend import choose_rows
+from fused_sd.chunk import Chunk, RowFunction
+from fused_sd.chunking import chunk_rows, chunk_size_for, workspace_width
 from fused_sd.heads import (
     LMHead,
     Projection,
@@ -31,63 +33,8 @@ from fused_sd.heads import (
 )
 
 
-class Chunk(NamedTuple):
-    """What a row function sees of a chunk."""
-
-    student: Tensor  # (C, W) logits in fp32 or fp64, -inf behind the vocabulary; may be overwritten
-    teacher: Tensor | None  # (C, W), as student
-    inputs: list[Tensor]  # per-token inputs, each (C, ...)
-    upstream: Tensor | None  # (C, J) or (C, 1); None where no gradient is wanted
-    shaping: Shaping  # of the student's logits
-    gradient_dtype: torch.dtype
-    rows: Rows  # the row functions of the backend
-
-    def write_gradient_(
-        self,
-        background: Tensor | None,  # (C,) log-normaliser of the entries outside; None: they get 0
-        constant: Tensor,  # (C,)
-        slope: Tensor | None,  # (C,)
-        columns: Tensor,  # (C, K)
-        logits: Tensor,  # (C, K) at the columns
-        values: Tensor,  # (C, K) gradient by the logits there
-    ) -> Tensor:
-        """A softmax gradient over whole rows of logits, and entries' own values over it: (C, W).
-
-        The entries are set and not added, so that each is rounded once.
-        """
-        cap, dtype = self.shaping.cap, self.gradient_dtype
-        if background is None:
-            dlogits = gradient_view(self.student, dtype).zero_()
-        else:
-            fill = self.rows.softmax_gradient_
-            dlogits = fill(self.student, background, constant, slope, cap, dtype)
-        if cap is not None:
-            values = torch.where(values == 0, 0, values * (1 - (logits / cap).square()))
-        return dlogits.scatter_(1, columns, values.to(dtype))
-
-
-class RowFunction(Protocol):
-    """What is done to a chunk of logits."""
-
-    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """Values (C, J), extras (C, ...), and the gradient by the product (C, W) where wanted."""
-
-    def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
-        """Of each extra: whether it holds token ids, and its shape behind the token axis."""
-
-    @property
-    def num_values(self) -> int:
-        """J."""
-
-    def replay(self, extras: list[Tensor]) -> tuple["RowFunction", list[Tensor]]:
-        """The row function of a second walk, and inputs for it beside the first walk's.
-
-        A choice that the first walk made must not be made anew.
-        """
-
-
 class Walked(NamedTuple):
-    """What the walk returns, in the shape of the tokens flattened to (N, ...)."""
+    """What the walk returns, with the tokens flattened to N."""
 
     total: Tensor  # (), sum(upstream * values); differentiable when the loss is reduced inside
     values: Tensor  # (N, J); differentiable when it is not
@@ -98,8 +45,8 @@ def walk(
     rows: RowFunction,
     student: tuple[Tensor, LMHead],
     teacher: tuple[Tensor, LMHead] | None,
-    inputs: list[Tensor],  # each (N, ...)
-    token_weights: Tensor | None,  # (N,)
+    inputs: list[Tensor],  # each (..., rest)
+    token_weights: Tensor | None,  # (...)
     *,
     temperature: float,
     teacher_temperature: float = 1.0,
@@ -140,7 +87,7 @@ def walk(
     wide = accumulation_dtype(hidden.dtype)
     upstream = None
     if token_weights is not None:
-        weights = token_weights.detach().to(wide)
+        weights = token_weights.detach().to(wide).reshape(-1)
         upstream = (weights if reduced else (weights != 0).to(wide))[:, None]
     flat = torch.ops.fused_sd.walk(
         hidden,
@@ -150,7 +97,7 @@ def walk(
         t_weight,
         t_bias,
         upstream,
-        [tensor.detach() for tensor in inputs],
+        [_flat(tensor, student[0].shape[:-1]) for tensor in inputs],
         *specs.encode((rows, options)),
         wanted,
     )
@@ -160,6 +107,12 @@ def walk(
         if reduced
         else Walked(total.detach(), values, extras)
     )
+
+
+def _flat(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """(..., rest) as (N, rest), integers as int64."""
+    flat = tensor.detach().reshape(shape.numel(), *tensor.shape[len(shape) :])
+    return flat if flat.is_floating_point() else flat.long()
 
 
 @specs.setting
@@ -197,7 +150,7 @@ def _walk(
     if upstream is None:
         upstream = hidden.new_ones((num_tokens, 1), dtype=wide)
     outputs = _outputs(rows, hidden, weight, bias, _formed(options, rows, wanted))
-    active = _Active(upstream, options.compact)
+    active = ActiveTokens(upstream, options.compact)
     hidden, upstream = active.select(hidden), active.select(upstream)
     inputs = [active.select(tensor) for tensor in inputs]
     forming = any(tensor.numel() for tensor in outputs[2:5])
@@ -350,55 +303,3 @@ def _outputs(
         dtype = torch.int64 if is_ids else wide
         outputs.append(hidden.new_zeros((num_tokens, *trailing), dtype=dtype))
     return outputs
-
-
-class _Active:
-    """The tokens that have a weight: chosen before the walk, put back in their places after it.
-
-    Without compaction every token is walked; those of weight 0 are emptied first, so that nothing
-    they hold can reach a sum.
-    """
-
-    PER_TOKEN = (1, 2)  # of the outputs: values and dhidden, and all from the extras on
-
-    def __init__(self, upstream: Tensor, compact: bool) -> None:
-        alive = (upstream != 0).any(-1)
-        capturing = upstream.is_cuda and torch.cuda.is_current_stream_capturing()
-        self.index = alive.nonzero()[:, 0] if compact and not capturing else None
-        self.alive = alive
-        self.all = self.index is not None and self.index.numel() == alive.numel()
-
-    def select(self, tensor: Tensor) -> Tensor:
-        """The tensor's rows of the active tokens."""
-        if self.all:
-            return tensor
-        if self.index is not None:
-            return tensor.index_select(0, self.index)
-        return torch.where(self._along(tensor), tensor, 0)
-
-    def dead(self, tensor: Tensor) -> Tensor:
-        """Where the selected rows belong to a token without a weight."""
-        if self.index is not None:
-            return tensor.new_zeros((), dtype=torch.bool)
-        return ~self._along(tensor)
-
-    def buffer(self, output: Tensor, at: int) -> Tensor:
-        """Where the walk writes an output: itself, or as many rows as are active."""
-        if self.all or self.index is None or not self._per_token(output, at):
-            return output
-        return output.new_empty((self.index.numel(), *output.shape[1:]))
-
-    def restore(self, output: Tensor, buffer: Tensor, at: int) -> None:
-        """Put the active tokens' rows in their places."""
-        if not self._per_token(output, at):
-            return
-        if self.index is None:
-            output.masked_fill_(self.dead(output), 0)
-        elif buffer is not output:
-            output.index_copy_(0, self.index, buffer)
-
-    def _per_token(self, output: Tensor, at: int) -> bool:
-        return (at in self.PER_TOKEN and output.shape[0] == self.alive.shape[0]) or at >= 5
-
-    def _along(self, tensor: Tensor) -> Tensor:
-        return self.alive.view(-1, *[1] * (tensor.dim() - 1))

@@ -1,7 +1,8 @@
-"""Compile every row kernel for GPUs that are not here, and print what the compiler made of it as JSON.
+"""Compile every row kernel for GPUs that are not here, and print what the compiler made of it as
+JSON.
 
-The launchers run on meta tensors with their real specialisation; nothing is launched.  A process of its
-own, since Triton either interprets or compiles: ``python compile_kernels.py cuda 90``.
+The launchers run on meta tensors with their real specialisation; nothing is launched.  A process of
+its own, since Triton either interprets or compiles: ``python compile_kernels.py cuda 90``.
 """
 
 import json
@@ -78,7 +79,7 @@ def launch_all(vocab: int) -> None:
 
 
 def resources(kernel) -> dict[str, object]:
-    """Registers, bytes spilled, whether a function call is left, whether threads wait for each other."""
+    """Registers, bytes spilled, function calls that are left, barriers."""
     if "cubin" in kernel.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])

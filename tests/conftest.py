@@ -1,4 +1,4 @@
-"""What every test runs under: a seed, Triton's interpreter where there is no GPU, poisoned memory."""
+"""What every test runs under: a seed, and Triton's interpreter where there is no GPU."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Triton's row functions against their PyTorch twins and float64 (interpreted where there is no GPU)."""
+"""Triton's row functions against their PyTorch twins in float64; interpreted without a GPU."""
 
 import pytest
 import torch

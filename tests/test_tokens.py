@@ -6,8 +6,7 @@ from cases import make_case
 from closeness import assert_close
 
 import fused_sd
-from fused_sd import reference
-from fused_sd.losses import rlcsd_loss
+from fused_sd import reference, rlcsd_loss
 
 
 def logits_of(case, temperature=1.0):

@@ -576,4 +576,4 @@ def test_no_tensor_of_tokens_by_vocabulary_is_ever_allocated():
 
 
 def test_tolerances_are_those_that_are_promised():
-    assert TOLERANCE == {torch.float64: 1e-10, torch.float32: 1e-5}
+    assert {torch.float64: 1e-10, torch.float32: 1e-5} == TOLERANCE

@@ -1,0 +1,104 @@
+"""Advantages that teachers shape, as functions on log-probabilities of the sampled tokens.
+
+Dimension key:  (...) tokens, B sequences, T tokens of a sequence, K hints
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_sd import checks
+
+
+@dataclass(frozen=True, eq=False)
+class ContrastiveAdvantages:
+    """What RLCSD makes of an advantage: see ``rlcsd_advantages``."""
+
+    advantages: Tensor  # (...) A, or A + r at the selected tokens
+    selected: Tensor  # (...) bool
+    evidence: Tensor  # (...) e, nats
+
+
+def rlcsd_advantages(
+    advantages: Tensor,  # (...)
+    correct_log_probs: Tensor,  # (...)
+    wrong_log_probs: Tensor,  # (..., K)
+    *,
+    wrong_mask: Tensor | None = None,  # (..., K)
+    temperature: float = 0.02,
+    scale: float = 1.0,
+    mix: float = 0.5,
+    threshold: float = 0.02,
+    clip: tuple[float, float] = (-2.0, 2.0),
+) -> ContrastiveAdvantages:
+    """RLCSD's advantages from a teacher that was shown a correct hint and others with wrong ones.
+
+    ``e = b_correct - (logsumexp_k b_wrong_k - log K)``, ``r = clip(scale mix tanh(e /
+    temperature))``; where ``|r| > threshold`` the advantage becomes ``A + r`` without changing its
+    sign.
+
+    Args:
+        advantages: (...) A.
+        correct_log_probs: (...) the sampled token's log-probability under the correct hint.
+        wrong_log_probs: (..., K) the same under each wrong hint.
+        wrong_mask: (..., K) bool, False for hints that are missing; None: all there.
+        temperature, scale, mix, threshold, clip: tau_c, beta, lambda, delta and the residual's
+            bounds. The defaults are the official configuration's; its code's own defaults are
+            (0.03, 0.2, 0.5, 0.02, (-0.5, 0.5)).
+
+    Returns:
+        Advantages, the selected tokens and e.  A token without any wrong hint keeps its advantage
+        (the official code drops its sample instead: an empty logsumexp would select it).
+
+    Reference:
+        *RLCSD*, arXiv 2606.11709.
+    """
+    checks.check_positive("temperature", temperature)
+    if wrong_mask is None:
+        wrong_mask = torch.ones_like(wrong_log_probs, dtype=torch.bool)
+    num_wrong = wrong_mask.sum(-1)
+    pooled = wrong_log_probs.detach().masked_fill(~wrong_mask, -torch.inf).logsumexp(-1)
+    evidence = correct_log_probs.detach() - (pooled - num_wrong.clamp(min=1).to(pooled).log())
+    evidence = torch.where(num_wrong > 0, evidence, 0)
+    residual = (scale * mix * torch.tanh(evidence / temperature)).clamp(*clip)
+    selected = residual.abs() > threshold
+    shifted = advantages + residual
+    kept = torch.where(advantages > 0, shifted.clamp(min=0), shifted.clamp(max=0))
+    kept = torch.where(advantages == 0, 0, kept)
+    return ContrastiveAdvantages(torch.where(selected, kept, advantages), selected, evidence)
+
+
+def iw_opd_advantages(
+    teacher_log_probs: Tensor,  # (B, T)
+    rollout_log_probs: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T)
+    *,
+    gamma: float = 0.5,
+) -> Tensor:
+    """IW-OPD's advantages (B, T): ``w_t A_t`` with more weight where a sequence begins to err.
+
+    ``A_t = b_t - a_t`` of the sampled token and
+    ``w_t = 1 + gamma (1 - sum_{u<t} |A_u| / sum_u |A_u|)``.  Train on ``policy_loss`` with
+    them; 0 where the mask is.
+
+    Raises:
+        ValueError: when a log-probability that counts is not finite (on the CPU).
+
+    Reference:
+        *IW-OPD*, arXiv 2606.22600.
+    """
+    checks.check_non_negative("gamma", gamma, "0.5 is the paper's")
+    counted = mask.to(torch.bool)
+    gap = torch.where(counted, teacher_log_probs.detach() - rollout_log_probs.detach(), 0)
+    if gap.device.type == "cpu" and not bool(torch.isfinite(gap).all()):
+        checks.fail(
+            "teacher_log_probs",
+            "be finite wherever the mask is set",
+            "a value that is not",
+            "mask the token, or ask the teacher for that id",
+        )
+    size = gap.abs()
+    before = size.cumsum(-1) - size
+    whole = size.sum(-1, keepdim=True).clamp(min=1e-8)
+    return (1 + gamma * (1 - before / whole)) * gap

@@ -1,0 +1,252 @@
+"""What a caller's tensors must satisfy: shapes, dtypes, devices, and who may have a gradient.
+
+Values are read on the CPU alone, where reading does not wait for a device.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_sd import checks
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        checks.fail(argument, "be a tensor", type(value).__name__, "convert it")
+    if type(value).__name__ == "DTensor":
+        checks.fail(
+            argument,
+            "be a plain tensor",
+            "a DTensor",
+            "call the loss inside the forward of the module that owns it, where FSDP2 has gathered "
+            "it, or pass full_tensor()",
+        )
+
+
+def check_head(weight: object, bias: object) -> None:
+    """A (V, D) weight and a (V,) bias."""
+    check_tensor("weight", weight)
+    assert isinstance(weight, Tensor)
+    if not weight.is_floating_point():
+        checks.fail(
+            "weight",
+            "be floating point",
+            weight.dtype,
+            "a quantised head has no gradient here: dequantise it, or keep lm_head unquantised",
+        )
+    if weight.dtype not in FLOATING:
+        checks.fail(
+            "weight", "be float64, float32, bfloat16 or float16", weight.dtype, "convert it"
+        )
+    if weight.dim() != 2:
+        checks.fail("weight", "be (V, D)", tuple(weight.shape), "pass lm_head.weight")
+    if weight.numel() == 0:
+        checks.fail(
+            "weight",
+            "have at least one row and column",
+            tuple(weight.shape),
+            "under ZeRO-3 or FSDP call the loss where the weight is gathered",
+        )
+    if bias is not None:
+        check_tensor("bias", bias)
+        assert isinstance(bias, Tensor)
+        if bias.shape != weight.shape[:1]:
+            checks.fail(
+                "bias",
+                f"be (V,) with V = {weight.shape[0]} as weight",
+                tuple(bias.shape),
+                "pass lm_head.bias",
+            )
+        check_same(bias, "bias", weight, "weight")
+
+
+def check_shaping(vocab: int, logit_scale: object, softcap: object, valid_vocab: object) -> None:
+    """What a head does to its product."""
+    checks.check_positive("logit_scale", logit_scale)
+    if softcap is not None:
+        checks.check_positive("softcap", softcap, "pass None for no soft-cap")
+    if valid_vocab is not None and (
+        not isinstance(valid_vocab, int) or not 0 < valid_vocab <= vocab
+    ):
+        checks.fail(
+            "valid_vocab",
+            f"be an integer from 1 to V = {vocab}",
+            repr(valid_vocab),
+            "pass the tokenizer's size, or None",
+        )
+
+
+def check_same(a: Tensor, name_a: str, b: Tensor, name_b: str) -> None:
+    """Same device, and same dtype but for autocast, which settles it."""
+    if a.device != b.device:
+        checks.fail(
+            name_a, f"be on {b.device} as {name_b}", a.device, f"move it with .to({name_b}.device)"
+        )
+    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
+        checks.fail(
+            name_a,
+            f"be {b.dtype} as {name_b}",
+            a.dtype,
+            "cast one of them, or call the loss under torch.autocast",
+        )
+
+
+def check_hidden(hidden: object, name: str, weight: Tensor, head_name: str) -> None:
+    """Hidden states that fit a head's weight."""
+    check_tensor(name, hidden)
+    assert isinstance(hidden, Tensor)
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        checks.fail(
+            name,
+            f"be (..., D) with D = {weight.shape[1]} as {head_name} {tuple(weight.shape)}",
+            tuple(hidden.shape),
+            "pass the states that enter lm_head, not logits",
+        )
+    if hidden.dtype not in FLOATING:
+        checks.fail(name, "be float64, float32, bfloat16 or float16", hidden.dtype, "convert it")
+    check_same(hidden, name, weight, head_name)
+
+
+def check_teacher(name: str, tensor: Tensor | None, student: Tensor | None = None) -> None:
+    """The teacher is a constant; a tensor that it shares with the student may be live."""
+    if tensor is None or tensor is student:
+        return
+    if tensor.requires_grad and torch.is_grad_enabled():
+        checks.fail(
+            name,
+            "not require a gradient: the teacher is a constant of the loss",
+            "requires_grad=True",
+            f"run the teacher under torch.no_grad(), or pass {name}.detach()",
+        )
+
+
+def check_leading(argument: str, tensor: object, shape: Sequence[int], owner: str) -> None:
+    """One value for each token."""
+    check_tensor(argument, tensor)
+    assert isinstance(tensor, Tensor)
+    if tensor.shape != torch.Size(shape):
+        checks.fail(
+            argument,
+            f"be {tuple(shape)}, one value for each token of {owner}",
+            tuple(tensor.shape),
+            "select the same positions on both",
+        )
+
+
+def check_per_token(
+    argument: str, tensor: Tensor | None, shape: Sequence[int], device: torch.device, owner: str
+) -> None:
+    """A real number for each token, a constant of the loss."""
+    if tensor is None:
+        return
+    check_leading(argument, tensor, shape, owner)
+    if tensor.is_complex():
+        checks.fail(argument, "be real", tensor.dtype, "pass floats")
+    if tensor.device != device:
+        checks.fail(argument, f"be on {device} as {owner}", tensor.device, f"move it to {device}")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        checks.fail(
+            argument,
+            "not require a gradient: it is a constant of the loss",
+            "requires_grad=True",
+            f"pass {argument}.detach()",
+        )
+
+
+def check_ids(
+    argument: str,
+    ids: object,
+    shape: Sequence[int],
+    device: torch.device,
+    vocab: int,
+    weights: Tensor | None,
+    owner: str,
+) -> None:
+    """A token id for each token; on the CPU also that those with a weight are in the vocabulary."""
+    check_leading(argument, ids, shape, owner)
+    assert isinstance(ids, Tensor)
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        checks.fail(argument, "be integer token ids", ids.dtype, "pass int64 ids")
+    if ids.device != device:
+        checks.fail(argument, f"be on {device} as {owner}", ids.device, f"move it to {device}")
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = (ids < 0) | (ids >= vocab)
+        if weights is not None:
+            outside &= weights != 0
+        if outside.any():
+            checks.fail(
+                argument,
+                f"lie in [0, {vocab}) wherever the token has a weight",
+                int(ids[outside][0]),
+                "give positions that carry no token the weight 0",
+            )
+
+
+def check_entry_ids(ids: object, shape: Sequence[int], device: torch.device, vocab: int) -> None:
+    """Sets of token ids: (..., K) int64, negative ids being padding."""
+    check_tensor("token ids", ids)
+    assert isinstance(ids, Tensor)
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        checks.fail("token ids", "be integers", ids.dtype, "pass int64 ids")
+    if ids.dim() != len(shape) + 1 or ids.shape[:-1] != torch.Size(shape) or ids.shape[-1] < 1:
+        checks.fail(
+            "token ids",
+            f"be (..., K) with leading shape {tuple(shape)} and K >= 1",
+            tuple(ids.shape),
+            "give one set of ids for each token",
+        )
+    if ids.device != device:
+        checks.fail("token ids", f"be on {device}", ids.device, f"move them to {device}")
+    on_cpu = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and ids.numel() and int(ids.max()) >= vocab:
+        checks.fail(
+            "token ids", f"lie below V = {vocab}", int(ids.max()), "mark padding with a negative id"
+        )
+
+
+def check_teacher_entries(ids: Tensor, log_probs: object) -> None:
+    """A teacher's log-probabilities of given ids."""
+    check_tensor("teacher_log_probs", log_probs)
+    assert isinstance(log_probs, Tensor)
+    if log_probs.shape != ids.shape:
+        checks.fail(
+            "teacher_log_probs",
+            f"be {tuple(ids.shape)} as teacher_token_ids",
+            tuple(log_probs.shape),
+            "give one log-probability for each id",
+        )
+    if log_probs.dtype not in FLOATING:
+        checks.fail(
+            "teacher_log_probs", "be floating point", log_probs.dtype, "pass natural logarithms"
+        )
+    check_teacher("teacher_log_probs", log_probs)
+    if log_probs.device.type == "cpu" and not torch.compiler.is_compiling() and log_probs.numel():
+        largest = float(log_probs.detach().nan_to_num(-math.inf).max())
+        if largest > 1e-3 and math.isfinite(largest):
+            checks.fail(
+                "teacher_log_probs",
+                "be natural logarithms of probabilities, at most 0",
+                largest,
+                "take the log_softmax of logits, the log of probabilities",
+            )
+
+
+def check_distinct(argument: str, ids: Tensor, weights: Tensor | None) -> None:
+    """Ids (..., K) that do not repeat and are not padding; read on the CPU only."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    ordered = ids.sort(-1).values
+    wrong = (ordered[..., 1:] == ordered[..., :-1]).any(-1) | (ids < 0).any(-1)
+    if weights is not None:
+        wrong = wrong & (weights != 0)
+    if wrong.any():
+        checks.fail(
+            argument,
+            "be distinct ids of the vocabulary for each token",
+            ids[wrong][0].tolist(),
+            "leave out the repeated and the negative ones",
+        )
