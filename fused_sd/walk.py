@@ -168,7 +168,9 @@ def _walk(
         width = workspace_width(max(weight.shape[0], teacher.vocab))
     size = options.chunk_size or chunk_size_for(width, hidden.device, sides=2 if teacher else 1)
     size = max(1, min(size, hidden.shape[0]))
-    workspaces = [hidden.new_empty((size, width), dtype=wide) for _ in (student, teacher)]
+    workspaces = [hidden.new_empty((size, width), dtype=wide)]
+    if teacher is not None:
+        workspaces.append(torch.empty_like(workspaces[0]))
     row_functions = choose_rows(options.backend, hidden.device, wide)
     selected = [active.buffer(tensor, at) for at, tensor in enumerate(outputs)]
     _, values, dhidden, dweight, dbias, *extras = selected

@@ -1,0 +1,204 @@
+"""``fused_sd verify``: what the library promises of its numbers, measured on the user's machine.
+
+Every loss is compared with its definition in float64 on the same operands, beside what the
+definition gives on logits that were rounded to 16 bits, as trainers round them.
+
+Dimension key:  N tokens, D hidden size, V vocabulary
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sd.loss_output import LossOutput
+from fused_sd.losses import Run
+from fused_sd.tokens import entry_log_probs
+from fused_sd.verify_cases import Case, Logits, token_weights
+from fused_sd.verify_inputs import SAMPLE, Operands, make_operands, with_teacher_at
+from fused_sd.verify_promises import Errors, Measured, broken_accuracy
+
+KLS = (1e-5, 1e-3, 1e-1)
+SLAB = 2**13  # rows of the head that are in float64 at a time
+REFERENCE_ELEMENTS = 2**22  # logits that a definition is applied to at a time
+
+
+class Result(NamedTuple):
+    """A loss and its gradients."""
+
+    loss: Tensor  # ()
+    dhidden: Tensor  # (N, D)
+    dweight: Tensor  # (V, D)
+
+
+class Exact(NamedTuple):
+    """A loss by its definition; the head's gradient is formed from dlogits a slab at a time."""
+
+    loss: Tensor  # ()
+    dlogits: Tensor  # (N, V)
+
+
+@dataclass
+class Distance:
+    """How far a tensor that comes in parts is from the truth."""
+
+    error: float = 0.0
+    size: float = 0.0
+    worst: float = 0.0
+    largest: float = 0.0
+
+    def add(self, value: Tensor, truth: Tensor) -> None:
+        difference = value.double() - truth
+        self.error += float(difference.square().sum())
+        self.size += float(truth.square().sum())
+        self.worst = max(self.worst, float(difference.abs().max()))
+        self.largest = max(self.largest, float(truth.abs().max()))
+
+    def by_norm(self) -> float:
+        return (self.error / self.size) ** 0.5 if self.size else self.error
+
+    def by_element(self) -> float:
+        return self.worst / self.largest if self.largest else self.worst
+
+
+class Verifier:
+    """Operands of one shape and dtype, and their exact logits, under which losses are measured."""
+
+    def __init__(
+        self,
+        num_tokens: int,
+        hidden_size: int,
+        vocab: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        # the one import of the definitions by the library: they are what is verified here, and
+        # nothing else may come to depend on them
+        from fused_sd import reference
+
+        self.reference: ModuleType = reference
+        self.backend, self.dtype = backend, dtype
+        self.rounding = torch.float16 if dtype == torch.float16 else torch.bfloat16
+        self.compact = num_tokens <= SAMPLE  # else every token is walked, with or without a weight
+        self.student, self.direction = make_operands(
+            num_tokens, hidden_size, vocab, dtype, device, seed
+        )
+        self.active = self.student.active()
+        self.student_logits = self.logits(self.active.hidden)
+        log_s = self.student_logits.log_softmax(-1)
+        self.kl = 0.0
+        self.entropy = float(-(log_s.exp() * log_s).sum(-1).mean())
+        self.top_logit = float(self.student_logits.amax(-1).mean())
+
+    def at_kl(self, kl: float) -> None:
+        """Put the teacher at a mean KL(t||s) from the student; ``kl`` is what came of it."""
+        self.operands = with_teacher_at(self.student, self.direction, kl)
+        self.active = self.operands.active()
+        self.teacher_logits = self.logits(self.active.teacher)
+        log_s, log_t = self.student_logits.log_softmax(-1), self.teacher_logits.log_softmax(-1)
+        self.kl = float((log_t.exp() * (log_t - log_s)).sum(-1).mean())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float64 logits (N, V)."""
+        return torch.cat([self.reference.logits(hidden, w) for w in self._slabs()], -1)
+
+    def measure(self, case: Case) -> Measured:
+        """Errors of the library and of rounded logits, against float64."""
+        fused = self.run(case, self.operands)
+        exact = self.exact(case, self.student_logits, self.teacher_logits, self.fused_ids(case))
+        rounded = self.exact(
+            case, *(self.round(h) for h in (self.active.hidden, self.active.teacher)), None
+        )
+        kl = None if case.against == "nothing" else self.kl
+        ours, theirs = self._errors(fused, exact, rounded)
+        measured = Measured(case.name, kl, ours, theirs, [])
+        measured.broken += broken_accuracy(measured, self.dtype, self.rounding)
+        return measured
+
+    def run(self, case: Case, operands: Operands) -> Result:
+        """The library's loss and gradients."""
+        hidden = operands.hidden.detach().clone().requires_grad_(True)
+        weight = operands.weight.detach().clone().requires_grad_(True)
+        run: Run = {
+            "token_weights": operands.token_weights,
+            "reduction": "mean",
+            "compact": self.compact,
+            "backend": self.backend,
+        }
+        output: LossOutput = case.fused(replace(operands, hidden=hidden, weight=weight), run)
+        output.loss.backward()
+        assert hidden.grad is not None and weight.grad is not None
+        return Result(output.loss.detach(), hidden.grad, weight.grad)
+
+    def fused_ids(self, case: Case) -> Tensor | None:
+        """The top-k entries that the library's own logits choose: near-ties may fall elsewhere in
+        float64.
+        """
+        if case.chooser is None:
+            return None
+        hidden = self.active.hidden if case.chooser == "student" else self.active.teacher
+        k = case.entries(self.active.vocab)
+        return entry_log_probs(hidden, self.active.weight, k, backend=self.backend).token_ids
+
+    def exact(self, case: Case, student: Tensor, teacher: Tensor, ids: Tensor | None) -> Exact:
+        """The definition on given logits; a top-k is that of the ids, or the logits' own."""
+        vocab = self.active.vocab
+        weights = token_weights(case, self.active, self.reference)
+        dlogits, loss = torch.empty_like(student), student.new_zeros(())
+        if case.chooser is not None and ids is None:
+            chooser = student if case.chooser == "student" else teacher
+            ids = chooser.topk(case.entries(vocab)).indices
+        step = max(1, REFERENCE_ELEMENTS // vocab)
+        for start in range(0, len(weights), step):
+            rows = slice(start, start + step)
+            support = None if ids is None else self.reference.given_ids(ids[rows], vocab)
+            leaf = student[rows].detach().requires_grad_(True)
+            logits = Logits(leaf, teacher[rows], support)
+            token_loss = case.definition(self.reference, logits, self.active.tokens(rows))
+            total = (weights[rows] * token_loss).sum()
+            (dlogits[rows],) = torch.autograd.grad(total, leaf)
+            loss += total.detach()
+        return Exact(loss, dlogits)
+
+    def round(self, hidden: Tensor) -> Tensor:
+        """Logits of an fp32 GEMM, rounded to 16 bits: (N, V)."""
+        wide = hidden.float()
+        parts = [(wide @ w.float().T).to(self.rounding) for w in self._slabs()]
+        return torch.cat(parts, -1).double()
+
+    def _errors(self, fused: Result, exact: Exact, rounded: Exact) -> tuple[Errors, Errors]:
+        """The library's errors and those of rounded logits, gradients in the operands' dtype."""
+        alive = self.operands.token_weights != 0
+        states = self.active.hidden.double()
+        dhidden = [torch.zeros_like(states), torch.zeros_like(states)]
+        by_weight, by_hidden = (Distance(), Distance()), (Distance(), Distance())
+        for at, part in enumerate(self._slabs()):
+            columns = slice(at * SLAB, (at + 1) * SLAB)
+            of_slab = [result.dlogits[:, columns] for result in (exact, rounded)]
+            for whole, dlogits in zip(dhidden, of_slab, strict=True):
+                whole += dlogits @ part.double()
+            truth, theirs = (dlogits.T @ states for dlogits in of_slab)
+            by_weight[0].add(fused.dweight[columns], truth)
+            by_weight[1].add(theirs.to(self.dtype), truth)
+        by_hidden[0].add(fused.dhidden[alive], dhidden[0])
+        by_hidden[1].add(dhidden[1].to(self.dtype), dhidden[0])
+        scale = max(float(exact.loss.abs()), 1e-30)
+        off = [float((loss.double() - exact.loss).abs()) for loss in (fused.loss, rounded.loss)]
+        ours, theirs_of = (
+            Errors(
+                off[i] / scale,
+                by_hidden[i].by_norm(),
+                by_weight[i].by_norm(),
+                max(by_hidden[i].by_element(), by_weight[i].by_element()),
+            )
+            for i in (0, 1)
+        )
+        return ours, theirs_of
+
+    def _slabs(self) -> Iterator[Tensor]:
+        yield from self.student.weight.split(SLAB)

@@ -1,0 +1,210 @@
+"""The losses that ``fused_sd verify`` runs: each as the library forms it and as it is defined.
+
+Dimension key:  N tokens, D hidden size, V vocabulary
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fused_sd
+from fused_sd.divergence import Divergence
+from fused_sd.loss_output import LossOutput
+from fused_sd.losses import Run
+from fused_sd.verify_inputs import Operands
+
+
+class Logits(NamedTuple):
+    """What a definition is applied to, in float64."""
+
+    student: Tensor  # (N, V)
+    teacher: Tensor  # (N, V)
+    support: Tensor | None  # (N, V) bool, where a top-k is compared
+
+
+Fused = Callable[[Operands, Run], LossOutput]
+Definition = Callable[[ModuleType, Logits, Operands], Tensor]  # of reference.py, one loss a token
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss beside its definition.
+
+    Attributes:
+        fused: the library's call; its reduction is the mean.
+        definition: the token losses (N,) by the functions of ``reference.py``.
+        against: what it compares the student with: another distribution at some KL, the same for
+            one token's evidence only, or nothing, so that a single KL says it all.
+        chooser: the side whose top-k is the support.
+    """
+
+    name: str
+    fused: Fused
+    definition: Definition
+    against: Literal["distribution", "evidence", "nothing"] = "distribution"
+    chooser: Literal["student", "teacher"] | None = None
+    k: int = 0
+
+    def entries(self, vocab: int) -> int:
+        """Size of the support, which a small vocabulary makes smaller."""
+        return min(self.k, vocab // 2)
+
+
+def token_weights(case: Case, operands: Operands, reference: ModuleType) -> Tensor:
+    """Float64 weights (N,) whose weighted sum of token losses is the loss."""
+    weights = operands.token_weights.double()
+    if case.name != "rlcsd":
+        return weights / weights.sum()
+    _, selected = reference.rlcsd_advantages(*_hints(operands))
+    total = torch.zeros_like(weights)
+    for part in (weights * selected, weights * ~selected):
+        total += part / part.sum().clamp(min=1)
+    return total
+
+
+def _hints(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    return operands.advantages, operands.correct_log_probs, operands.wrong_log_probs
+
+
+def _sides(operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return operands.hidden, operands.weight, operands.teacher, operands.weight.detach()
+
+
+def _sampled(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    return operands.hidden, operands.weight, operands.token_ids
+
+
+def _divergence(name: str, divergence: Divergence, **settings: object) -> Case:
+    """A divergence over the whole vocabulary."""
+    return Case(
+        name,
+        lambda o, run: fused_sd.divergence_loss(*_sides(o), divergence=divergence, **run),
+        lambda ref, z, o: ref.divergence(z.student, z.teacher, **settings),
+    )
+
+
+def _sdpo(operands: Operands, run: Run) -> LossOutput:
+    return fused_sd.sdpo_loss(
+        *_sides(operands),
+        top_k=CASES["sdpo"].entries(operands.vocab),
+        token_ids=operands.token_ids,
+        old_log_probs=operands.old_log_probs,
+        **run,
+    )
+
+
+def _sdpo_definition(reference: ModuleType, logits: Logits, operands: Operands) -> Tensor:
+    student, teacher, support = logits
+    loss: Tensor = reference.gkd(student, teacher, beta=0.5, support=support)
+    log_prob = reference.token_log_prob(student, operands.token_ids)
+    return loss * reference.importance(log_prob, operands.old_log_probs, 2.0)
+
+
+def _sd_zero(operands: Operands, run: Run) -> LossOutput:
+    top_k = CASES["sd_zero"].entries(operands.vocab)
+    return fused_sd.sd_zero_loss(*_sides(operands), top_k=top_k, **run)
+
+
+def _sd_zero_definition(reference: ModuleType, logits: Logits, operands: Operands) -> Tensor:
+    loss: Tensor = reference.divergence(
+        logits.student,
+        logits.teacher,
+        divergence="mixed_kl",
+        support=logits.support,
+        remainder="renormalize",
+    )
+    return loss
+
+
+def _rlsd(operands: Operands, run: Run) -> LossOutput:
+    return fused_sd.rlsd_loss(
+        *_sampled(operands),
+        operands.advantages,
+        teacher=(operands.teacher, operands.weight.detach()),
+        old_log_probs=operands.old_log_probs,
+        **run,
+    )
+
+
+def _rlsd_definition(reference: ModuleType, logits: Logits, operands: Operands) -> Tensor:
+    sampled = (reference.token_log_prob(side, operands.token_ids) for side in logits[:2])
+    loss: Tensor = reference.rlsd(*sampled, operands.advantages, operands.old_log_probs)
+    return loss
+
+
+def _rlcsd(operands: Operands, run: Run) -> LossOutput:
+    choices = {name: value for name, value in run.items() if name != "reduction"}
+    return fused_sd.rlcsd_loss(  # its two means are weights, so it has no reduction
+        *_sampled(operands),
+        *_hints(operands),
+        old_log_probs=operands.old_log_probs,
+        **choices,  # type: ignore[arg-type]
+    )
+
+
+def _rlcsd_definition(reference: ModuleType, logits: Logits, operands: Operands) -> Tensor:
+    log_prob = reference.token_log_prob(logits.student, operands.token_ids)
+    loss: Tensor = reference.rlcsd(log_prob, *_hints(operands), operands.old_log_probs)
+    return loss
+
+
+def _grpo(operands: Operands, run: Run) -> LossOutput:
+    old = operands.old_log_probs
+    return fused_sd.grpo_loss(*_sampled(operands), operands.advantages, old_log_probs=old, **run)
+
+
+def _grpo_definition(reference: ModuleType, logits: Logits, operands: Operands) -> Tensor:
+    log_prob = reference.token_log_prob(logits.student, operands.token_ids)
+    loss: Tensor = reference.grpo(log_prob, operands.advantages, operands.old_log_probs)
+    return loss
+
+
+def _cross_entropy(operands: Operands, run: Run) -> LossOutput:
+    choices = {name: value for name, value in run.items() if name != "teacher_temperature"}
+    return fused_sd.cross_entropy_loss(
+        *_sampled(operands),
+        **choices,  # type: ignore[arg-type]
+    )
+
+
+_ALL = (
+    Case("sdpo", _sdpo, _sdpo_definition, chooser="student", k=100),
+    Case("sd_zero", _sd_zero, _sd_zero_definition, chooser="teacher", k=64),
+    Case(
+        "sd_zero_paper",
+        lambda o, run: fused_sd.sd_zero_loss(*_sides(o), variant="paper", **run),
+        lambda ref, z, o: ref.sd_zero_paper(z.student, z.teacher),
+    ),
+    Case(
+        "opsd",
+        lambda o, run: fused_sd.opsd_loss(*_sides(o), **run),
+        lambda ref, z, o: ref.opsd(z.student, z.teacher),
+    ),
+    Case(
+        "sdft",
+        lambda o, run: fused_sd.sdft_loss(*_sides(o), **run),
+        lambda ref, z, o: ref.sdft(z.student, z.teacher),
+    ),
+    Case(
+        "gkd",
+        lambda o, run: fused_sd.gkd_loss(*_sides(o), **run),
+        lambda ref, z, o: ref.gkd(z.student, z.teacher),
+    ),
+    Case("rlsd", _rlsd, _rlsd_definition, against="evidence"),
+    Case("rlcsd", _rlcsd, _rlcsd_definition, against="nothing"),
+    Case("grpo", _grpo, _grpo_definition, against="nothing"),
+    Case(
+        "cross_entropy",
+        _cross_entropy,
+        lambda ref, z, o: ref.cross_entropy(z.student, o.token_ids),
+        against="nothing",
+    ),
+    _divergence("forward_kl", "forward_kl", divergence="forward_kl"),
+    _divergence("reverse_kl", "reverse_kl", divergence="reverse_kl"),
+    _divergence("jsd_0.1", fused_sd.Jsd(0.1), divergence="jsd", beta=0.1),
+)
+CASES = {case.name: case for case in _ALL}
