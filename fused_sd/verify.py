@@ -6,7 +6,7 @@ definition gives on logits that were rounded to 16 bits, as trainers round them.
 Dimension key:  N tokens, D hidden size, V vocabulary
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import NamedTuple
@@ -16,22 +16,20 @@ from torch import Tensor
 
 from fused_sd.loss_output import LossOutput
 from fused_sd.losses import Run
-from fused_sd.tokens import entry_log_probs
-from fused_sd.verify_cases import Case, Logits, token_weights
+from fused_sd.log_probs import entry_log_probs
+from fused_sd.verify_cases import CASES, Case, Logits, token_weights
 from fused_sd.verify_inputs import SAMPLE, Operands, make_operands, with_teacher_at
-from fused_sd.verify_promises import Errors, Measured, broken_accuracy
+from fused_sd.verify_promises import (
+    Errors,
+    Measured,
+    Result,
+    broken_accuracy,
+    broken_invariants,
+)
 
 KLS = (1e-5, 1e-3, 1e-1)
 SLAB = 2**13  # rows of the head that are in float64 at a time
 REFERENCE_ELEMENTS = 2**22  # logits that a definition is applied to at a time
-
-
-class Result(NamedTuple):
-    """A loss and its gradients."""
-
-    loss: Tensor  # ()
-    dhidden: Tensor  # (N, D)
-    dweight: Tensor  # (V, D)
 
 
 class Exact(NamedTuple):
@@ -62,6 +60,21 @@ class Distance:
 
     def by_element(self) -> float:
         return self.worst / self.largest if self.largest else self.worst
+
+
+def verify(
+    verifier: "Verifier", names: Sequence[str]
+) -> Iterator[tuple[Measured | None, list[str]]]:
+    """Measure the named losses, KL by KL: each measurement, and the promises found broken."""
+    for at, kl in enumerate(KLS):
+        verifier.at_kl(kl)
+        for name in names:
+            case, last = CASES[name], at == len(KLS) - 1
+            if last:
+                yield None, broken_invariants(verifier.run, case, verifier.operands)
+            if last or case.against != "nothing":
+                measured = verifier.measure(case)
+                yield measured, broken_accuracy(measured, verifier.dtype)
 
 
 class Verifier:
@@ -116,9 +129,7 @@ class Verifier:
         )
         kl = None if case.against == "nothing" else self.kl
         ours, theirs = self._errors(fused, exact, rounded)
-        measured = Measured(case.name, kl, ours, theirs, [])
-        measured.broken += broken_accuracy(measured, self.dtype, self.rounding)
-        return measured
+        return Measured(case.name, kl, ours, theirs)
 
     def run(self, case: Case, operands: Operands) -> Result:
         """The library's loss and gradients."""

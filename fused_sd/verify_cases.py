@@ -78,12 +78,12 @@ def _sampled(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     return operands.hidden, operands.weight, operands.token_ids
 
 
-def _divergence(name: str, divergence: Divergence, **settings: object) -> Case:
-    """A divergence over the whole vocabulary."""
+def _generic(name: str, divergence: Divergence, definition: str, beta: float = 0.5) -> Case:
+    """A divergence over the whole vocabulary, without a method's settings."""
     return Case(
         name,
         lambda o, run: fused_sd.divergence_loss(*_sides(o), divergence=divergence, **run),
-        lambda ref, z, o: ref.divergence(z.student, z.teacher, **settings),
+        lambda ref, z, o: ref.divergence(z.student, z.teacher, divergence=definition, beta=beta),
     )
 
 
@@ -203,8 +203,8 @@ _ALL = (
         lambda ref, z, o: ref.cross_entropy(z.student, o.token_ids),
         against="nothing",
     ),
-    _divergence("forward_kl", "forward_kl", divergence="forward_kl"),
-    _divergence("reverse_kl", "reverse_kl", divergence="reverse_kl"),
-    _divergence("jsd_0.1", fused_sd.Jsd(0.1), divergence="jsd", beta=0.1),
+    _generic("forward_kl", "forward_kl", "forward_kl"),
+    _generic("reverse_kl", "reverse_kl", "reverse_kl"),
+    _generic("jsd", fused_sd.Jsd(0.1), "jsd", beta=0.1),
 )
 CASES = {case.name: case for case in _ALL}

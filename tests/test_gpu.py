@@ -1,0 +1,119 @@
+"""What only a GPU can show: mixed GEMMs, compiled kernels, no synchronisation, graph capture."""
+
+import pytest
+import torch
+from cases import make_case
+from closeness import assert_close
+
+import fused_sd
+from fused_sd import reference
+
+pytestmark = pytest.mark.gpu
+DIVERGENCES = {
+    "forward": {"divergence": "forward_kl"},
+    "reverse": {"divergence": "reverse_kl"},
+    "jsd": {"divergence": fused_sd.Jsd(0.5)},
+    "student top-k": {"divergence": "reverse_kl", "support": fused_sd.StudentTopK(20)},
+}
+
+
+def on_gpu(dtype, vocab=32_003, num_tokens=300, **settings):
+    case = make_case(num_tokens, 256, vocab, peak=7, gap=0.05, **settings)
+    for name, value in vars(case).items():
+        if isinstance(value, torch.Tensor):
+            setattr(case, name, value.detach().cuda())
+    return case.to(torch.bfloat16).to(dtype)
+
+
+def loss_of(case, **settings):
+    sides = case.hidden, case.head, case.teacher_hidden, case.teacher_head
+    return fused_sd.divergence_loss(*sides, token_weights=case.token_weights, **settings)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_gradients_against_float64(name, dtype, backend):
+    case, settings = on_gpu(dtype), DIVERGENCES[name]
+    double = case.to(torch.float64)
+    output = loss_of(case, backend=backend, chunk_size=128, **settings)
+    exact = loss_of(double, backend="torch", **settings)
+    assert abs(output.loss.double() - exact.loss) <= 1e-3 * exact.loss
+    found = torch.autograd.grad(output.loss, case.inputs)
+    expected = torch.autograd.grad(exact.loss, double.inputs)
+    bound = 1e-4 if dtype == torch.float32 else 3e-3
+    for value, truth in zip(found, expected, strict=True):
+        assert (value.double() - truth).norm() <= bound * truth.norm()
+
+
+def test_fp16_gradients_survive_tiny_weights():
+    """1 / N folded into an fp16 gradient would be below its smallest number."""
+    case = on_gpu(torch.float16)
+    double = case.to(torch.float64)
+    case.token_weights = case.token_weights * 1e-9
+    found = torch.autograd.grad(loss_of(case).loss * 1e9, case.inputs)
+    expected = torch.autograd.grad(loss_of(double).loss, double.inputs)
+    for value, truth in zip(found, expected, strict=True):
+        assert (value.double() - truth).norm() <= 3e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_no_host_synchronisation_without_compaction(name):
+    case, settings = on_gpu(torch.bfloat16), DIVERGENCES[name]
+    loss_of(case, compact=False, **settings).loss.backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_of(case, compact=False, **settings).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_cuda_graph_replays_the_loss():
+    case = on_gpu(torch.bfloat16)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        eager = torch.autograd.grad(loss_of(case).loss, case.inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.autograd.grad(loss_of(case).loss, case.inputs)
+    graph.replay()
+    torch.cuda.synchronize()
+    for value, other in zip(captured, eager, strict=True):
+        assert (value.float() - other.float()).norm() <= 1e-2 * other.float().norm()
+
+
+def test_runs_are_bitwise_repeatable():
+    case = on_gpu(torch.bfloat16)
+    runs = [torch.autograd.grad(loss_of(case).loss, case.inputs) for _ in range(2)]
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_teacher_equal_to_the_student_gives_exactly_zero():
+    case = on_gpu(torch.bfloat16)
+    for settings in DIVERGENCES.values():
+        loss = fused_sd.divergence_loss(
+            case.hidden, case.head, case.hidden, case.head, **settings
+        ).loss
+        assert loss == 0
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, case.inputs))
+
+
+def test_token_path_on_gpu():
+    case = on_gpu(torch.bfloat16)
+    found = fused_sd.token_log_probs(case.hidden, case.head, case.token_ids, entropy=True)
+    logits = reference.logits(case.hidden, case.weight)
+    exact = reference.token_log_prob(logits, case.token_ids)
+    assert_close(found.log_probs, exact, torch.float32)
+    assert_close(found.entropy, reference.entropy(logits), torch.float32)
+
+
+def test_memory_beside_the_inputs_does_not_grow_with_tokens_times_vocabulary():
+    case = on_gpu(torch.bfloat16, vocab=100_003, num_tokens=4096)
+    logits = 4 * 4096 * 100_003
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss_of(case, chunk_size=256).loss.backward()
+    assert torch.cuda.max_memory_allocated() - before < 0.4 * logits
