@@ -24,7 +24,7 @@ DISTRIBUTIONS = (
 
 
 def installed(distribution: str) -> str:
-    """A distribution's version, from its metadata: importing a trainer takes seconds and may fail."""
+    """A distribution's version, from its metadata: importing a trainer is slow and may fail."""
     try:
         return version(distribution)
     except PackageNotFoundError:

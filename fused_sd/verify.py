@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_sd.log_probs import entry_log_probs
 from fused_sd.loss_output import LossOutput
 from fused_sd.losses import Run
-from fused_sd.log_probs import entry_log_probs
 from fused_sd.verify_cases import CASES, Case, Logits, token_weights
 from fused_sd.verify_inputs import SAMPLE, Operands, make_operands, with_teacher_at
 from fused_sd.verify_promises import (
@@ -30,6 +30,7 @@ from fused_sd.verify_promises import (
 KLS = (1e-5, 1e-3, 1e-1)
 SLAB = 2**13  # rows of the head that are in float64 at a time
 REFERENCE_ELEMENTS = 2**22  # logits that a definition is applied to at a time
+FP16_SCALE = 1024.0  # of the loss before backward, as GradScaler does: fp16 has no small gradients
 
 
 class Exact(NamedTuple):
@@ -49,7 +50,7 @@ class Distance:
     largest: float = 0.0
 
     def add(self, value: Tensor, truth: Tensor) -> None:
-        difference = value.double() - truth
+        difference = value - truth
         self.error += float(difference.square().sum())
         self.size += float(truth.square().sum())
         self.worst = max(self.worst, float(difference.abs().max()))
@@ -65,16 +66,19 @@ class Distance:
 def verify(
     verifier: "Verifier", names: Sequence[str]
 ) -> Iterator[tuple[Measured | None, list[str]]]:
-    """Measure the named losses, KL by KL: each measurement, and the promises found broken."""
-    for at, kl in enumerate(KLS):
+    """Measure the named losses at each KL: the measurements as they come, and what each breaks."""
+    cases = [CASES[name] for name in names]
+    for kl in KLS:
         verifier.at_kl(kl)
-        for name in names:
-            case, last = CASES[name], at == len(KLS) - 1
-            if last:
-                yield None, broken_invariants(verifier.run, case, verifier.operands)
-            if last or case.against != "nothing":
+        for case in cases:
+            if case.against != "nothing":
                 measured = verifier.measure(case)
                 yield measured, broken_accuracy(measured, verifier.dtype)
+    for case in cases:
+        if case.against == "nothing":
+            measured = verifier.measure(case)
+            yield measured, broken_accuracy(measured, verifier.dtype)
+        yield None, broken_invariants(verifier.run, case, verifier.operands)
 
 
 class Verifier:
@@ -96,6 +100,7 @@ class Verifier:
 
         self.reference: ModuleType = reference
         self.backend, self.dtype = backend, dtype
+        self.scale = FP16_SCALE if dtype == torch.float16 else 1.0
         self.rounding = torch.float16 if dtype == torch.float16 else torch.bfloat16
         self.compact = num_tokens <= SAMPLE  # else every token is walked, with or without a weight
         self.student, self.direction = make_operands(
@@ -124,9 +129,8 @@ class Verifier:
         """Errors of the library and of rounded logits, against float64."""
         fused = self.run(case, self.operands)
         exact = self.exact(case, self.student_logits, self.teacher_logits, self.fused_ids(case))
-        rounded = self.exact(
-            case, *(self.round(h) for h in (self.active.hidden, self.active.teacher)), None
-        )
+        student, teacher = (self.round(side) for side in (self.active.hidden, self.active.teacher))
+        rounded = self.exact(case, student, teacher, None)
         kl = None if case.against == "nothing" else self.kl
         ours, theirs = self._errors(fused, exact, rounded)
         return Measured(case.name, kl, ours, theirs)
@@ -142,8 +146,9 @@ class Verifier:
             "backend": self.backend,
         }
         output: LossOutput = case.fused(replace(operands, hidden=hidden, weight=weight), run)
-        output.loss.backward()
-        assert hidden.grad is not None and weight.grad is not None
+        (self.scale * output.loss).backward()
+        assert hidden.grad is not None
+        assert weight.grad is not None
         return Result(output.loss.detach(), hidden.grad, weight.grad)
 
     def fused_ids(self, case: Case) -> Tensor | None:
@@ -184,32 +189,33 @@ class Verifier:
 
     def _errors(self, fused: Result, exact: Exact, rounded: Exact) -> tuple[Errors, Errors]:
         """The library's errors and those of rounded logits, gradients in the operands' dtype."""
-        alive = self.operands.token_weights != 0
         states = self.active.hidden.double()
-        dhidden = [torch.zeros_like(states), torch.zeros_like(states)]
-        by_weight, by_hidden = (Distance(), Distance()), (Distance(), Distance())
+        dhidden, by_rounded = torch.zeros_like(states), torch.zeros_like(states)
+        weight_errors = (Distance(), Distance())
         for at, part in enumerate(self._slabs()):
-            columns = slice(at * SLAB, (at + 1) * SLAB)
-            of_slab = [result.dlogits[:, columns] for result in (exact, rounded)]
-            for whole, dlogits in zip(dhidden, of_slab, strict=True):
-                whole += dlogits @ part.double()
-            truth, theirs = (dlogits.T @ states for dlogits in of_slab)
-            by_weight[0].add(fused.dweight[columns], truth)
-            by_weight[1].add(theirs.to(self.dtype), truth)
-        by_hidden[0].add(fused.dhidden[alive], dhidden[0])
-        by_hidden[1].add(dhidden[1].to(self.dtype), dhidden[0])
-        scale = max(float(exact.loss.abs()), 1e-30)
-        off = [float((loss.double() - exact.loss).abs()) for loss in (fused.loss, rounded.loss)]
-        ours, theirs_of = (
-            Errors(
-                off[i] / scale,
-                by_hidden[i].by_norm(),
-                by_weight[i].by_norm(),
-                max(by_hidden[i].by_element(), by_weight[i].by_element()),
-            )
-            for i in (0, 1)
-        )
-        return ours, theirs_of
+            columns = slice(at * SLAB, at * SLAB + len(part))
+            true, near = exact.dlogits[:, columns], rounded.dlogits[:, columns]
+            dhidden += true @ part.double()
+            by_rounded += near @ part.double()
+            truth = true.T @ states
+            weight_errors[0].add(fused.dweight[columns].double() / self.scale, truth)
+            weight_errors[1].add(self._stored(near.T @ states), truth)
+        hidden_errors = (Distance(), Distance())
+        alive = self.operands.token_weights != 0
+        hidden_errors[0].add(fused.dhidden[alive].double() / self.scale, dhidden)
+        hidden_errors[1].add(self._stored(by_rounded), dhidden)
+        errors = []
+        for loss, by_hidden, by_weight in zip(
+            (fused.loss, rounded.loss), hidden_errors, weight_errors, strict=True
+        ):
+            off = abs(float(loss) - float(exact.loss)) / max(abs(float(exact.loss)), 1e-30)
+            worst = max(by_hidden.by_element(), by_weight.by_element())
+            errors.append(Errors(off, by_hidden.by_norm(), by_weight.by_norm(), worst))
+        return errors[0], errors[1]
+
+    def _stored(self, gradient: Tensor) -> Tensor:
+        """What remains of a gradient in the operands' dtype."""
+        return (self.scale * gradient).to(self.dtype).double() / self.scale
 
     def _slabs(self) -> Iterator[Tensor]:
         yield from self.student.weight.split(SLAB)

@@ -1,0 +1,116 @@
+"""How ``fused_sd verify`` is read: a table for terminals, one for Markdown, and the verdict."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import fused_sd
+from fused_sd import checks
+from fused_sd.environment import device_name, installed
+from fused_sd.verify_choices import Choices
+from fused_sd.verify_promises import Measured
+
+GROUPS = ("fused_sd", "16-bit logits")
+COLUMNS = ("loss", "dH", "dW", "worst")
+NAME_WIDTH, KL_WIDTH, WIDTH = 14, 6, 9  # 94 characters a line
+LEGEND = (
+    "Errors relative to float64 on the same operands: of the loss, of the gradients by hidden "
+    "states\n(dH) and head (dW), by norm, and of the gradients' worst element.  16-bit logits: the "
+    "same,\nwith logits rounded once.  KL: of the teacher from the student, mean of the tokens."
+)
+KEPT = (
+    "gradient and loss errors within bounds and\nnever above those of 16-bit logits, exactly 0 for "
+    "a teacher equal to the student, equal bits in every\nrun, no effect of NaN in a masked token"
+)
+MARKER, END = "<!-- measured: python -m fused_sd verify", "<!-- end -->"
+
+
+def error_text(error: float, dtype: torch.dtype) -> str:
+    """An error with two digits: in percent for 16-bit operands, whose errors are of that size."""
+    if not math.isfinite(error) or dtype not in (torch.bfloat16, torch.float16):
+        return f"{error:.1e}"
+    percent = 100 * error
+    if percent < 0.001:
+        return "<0.001 %" if percent else "0 %"
+    return f"{percent:.{max(0, 1 - math.floor(math.log10(percent)))}f} %"
+
+
+def cells(measured: Measured, dtype: torch.dtype) -> list[str]:
+    """A row of the table."""
+    errors = (*measured.fused, *measured.rounded)
+    kl = "-" if measured.kl is None else f"{measured.kl:.0e}"
+    return [measured.name, kl, *(error_text(error, dtype) for error in errors)]
+
+
+def setting_lines(choices: Choices, top_logit: float, entropy: float) -> list[str]:
+    """Where and on what the measurements were made."""
+    sizes = f"{choices.num_tokens} tokens x {choices.hidden_size} x {choices.vocab}"
+    versions = f"fused_sd {fused_sd.__version__}, torch {torch.__version__}"
+    if choices.backend == "triton":
+        versions += f", triton {installed('triton')}"
+    return [
+        f"{device_name(choices.device)}, {choices.dtype_name}, {choices.backend}; {versions}",
+        f"{sizes}, seed {choices.seed}; mean largest logit {top_logit:.0f}, entropy "
+        f"{entropy:.1f} nat",
+    ]
+
+
+def row_line(row: Sequence[str]) -> str:
+    """A row as a terminal's line."""
+    name, kl, *errors = row
+    half = len(COLUMNS)
+    sides = (
+        "".join(f"{text:>{WIDTH}}" for text in side) for side in (errors[:half], errors[half:])
+    )
+    return f"{name:{NAME_WIDTH}}{kl:>{KL_WIDTH}}" + "  ".join(sides)
+
+
+def header_lines() -> list[str]:
+    """The two lines above a terminal's rows."""
+    groups = "  ".join(f"{name:>{WIDTH * len(COLUMNS)}}" for name in GROUPS)
+    return [" " * (NAME_WIDTH + KL_WIDTH) + groups, row_line(["loss", "KL", *COLUMNS, *COLUMNS])]
+
+
+def markdown_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The table in Markdown."""
+    columns = ["loss", "KL", *COLUMNS, *(f"{name}, {GROUPS[1]}" for name in COLUMNS)]
+    ruler = ["---", *["---:"] * (len(columns) - 1)]
+    return ["| " + " | ".join(row) + " |" for row in (columns, ruler, *rows)]
+
+
+def verdict_lines(num_losses: int, broken: Sequence[str]) -> list[str]:
+    """What follows from the measurements."""
+    if broken:
+        count = "1 promise is" if len(broken) == 1 else f"{len(broken)} promises are"
+        return [f"BROKEN: {count} not kept.", *(f"  {line}" for line in broken)]
+    count = "The loss keeps" if num_losses == 1 else f"All {num_losses} losses keep"
+    return [f"OK.  {count} every promise: {KEPT}."]
+
+
+def update_readme(path: Path, lines: Sequence[str]) -> None:
+    """Put the lines between the README's marker and its end."""
+    match = _block(path)
+    if match is not None:
+        text = match.string
+        body = "\n\n" + "\n".join(lines) + "\n\n"
+        path.write_text(text[: match.start(1)] + body + text[match.end(1) :])
+
+
+def check_readme(path: Path) -> None:
+    """The file has a place for the table."""
+    if _block(path) is None:
+        checks.fail(
+            "--update-readme",
+            f"name a file with a line {MARKER!r}... and a line {END!r} below it",
+            repr(str(path)),
+            "add the two lines where the table belongs",
+        )
+
+
+def _block(path: Path) -> re.Match[str] | None:
+    """What stands between the marker's line and the end's."""
+    text = path.read_text() if path.is_file() else ""
+    return re.search(f"{re.escape(MARKER)}[^\n]*(\n.*?){re.escape(END)}", text, re.DOTALL)
