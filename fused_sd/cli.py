@@ -94,7 +94,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
     setting = report.setting_lines(choices, verifier.top_logit, verifier.entropy)
     as_table = not (arguments.json or arguments.markdown or arguments.update_readme)
     if as_table:
-        print(*setting, report.LEGEND, "", *report.header_lines(), sep="\n", flush=True)
+        print(*setting, *report.legend_lines(), *report.header_lines(), sep="\n", flush=True)
     measurements: list[Measured] = []
     broken: list[str] = []
     for measured, promises in verify(verifier, choices.losses):
@@ -110,11 +110,11 @@ def run_verify(arguments: argparse.Namespace) -> int:
         print(json.dumps(as_json(choices, measurements, broken), indent=2))
     else:
         rows = [report.cells(measured, choices.dtype) for measured in measurements]
-        lines = [" ".join(setting) + ".", "", *report.markdown_lines(rows), "", *verdict]
+        table = [" ".join(setting), "", *report.markdown_lines(rows)]
         if arguments.update_readme is None or broken:
-            print(*lines, sep="\n")
-        else:  # a number is published only under a kept promise
-            report.update_readme(arguments.update_readme, lines[:-2])
+            print(*table, "", *verdict, sep="\n")
+        else:  # a number is published only under kept promises
+            report.update_readme(arguments.update_readme, table)
     return 1 if broken else 0
 
 

@@ -36,7 +36,8 @@ FP16_SCALE = 1024.0  # of the loss before backward, as GradScaler does: fp16 has
 class Exact(NamedTuple):
     """A loss by its definition; the head's gradient is formed from dlogits a slab at a time."""
 
-    loss: Tensor  # ()
+    loss: float
+    size: float  # the weighted sum of the token losses' absolute values
     dlogits: Tensor  # (N, V)
 
 
@@ -68,16 +69,19 @@ def verify(
 ) -> Iterator[tuple[Measured | None, list[str]]]:
     """Measure the named losses at each KL: the measurements as they come, and what each breaks."""
     cases = [CASES[name] for name in names]
+
+    def measured(case: Case) -> tuple[Measured, list[str]]:
+        found = verifier.measure(case)
+        return found, broken_accuracy(found, verifier.dtype, verifier.on_gpu)
+
     for kl in KLS:
         verifier.at_kl(kl)
         for case in cases:
             if case.against != "nothing":
-                measured = verifier.measure(case)
-                yield measured, broken_accuracy(measured, verifier.dtype)
+                yield measured(case)
     for case in cases:
         if case.against == "nothing":
-            measured = verifier.measure(case)
-            yield measured, broken_accuracy(measured, verifier.dtype)
+            yield measured(case)
         yield None, broken_invariants(verifier.run, case, verifier.operands)
 
 
@@ -99,7 +103,7 @@ class Verifier:
         from fused_sd import reference
 
         self.reference: ModuleType = reference
-        self.backend, self.dtype = backend, dtype
+        self.backend, self.dtype, self.on_gpu = backend, dtype, device.type == "cuda"
         self.scale = FP16_SCALE if dtype == torch.float16 else 1.0
         self.rounding = torch.float16 if dtype == torch.float16 else torch.bfloat16
         self.compact = num_tokens <= SAMPLE  # else every token is walked, with or without a weight
@@ -165,7 +169,7 @@ class Verifier:
         """The definition on given logits; a top-k is that of the ids, or the logits' own."""
         vocab = self.active.vocab
         weights = token_weights(case, self.active, self.reference)
-        dlogits, loss = torch.empty_like(student), student.new_zeros(())
+        dlogits, loss, size = torch.empty_like(student), 0.0, 0.0
         if case.chooser is not None and ids is None:
             chooser = student if case.chooser == "student" else teacher
             ids = chooser.topk(case.entries(vocab)).indices
@@ -176,10 +180,11 @@ class Verifier:
             leaf = student[rows].detach().requires_grad_(True)
             logits = Logits(leaf, teacher[rows], support)
             token_loss = case.definition(self.reference, logits, self.active.tokens(rows))
-            total = (weights[rows] * token_loss).sum()
-            (dlogits[rows],) = torch.autograd.grad(total, leaf)
-            loss += total.detach()
-        return Exact(loss, dlogits)
+            weighted = weights[rows] * token_loss
+            (dlogits[rows],) = torch.autograd.grad(weighted.sum(), leaf)
+            loss += float(weighted.detach().sum())
+            size += float(weighted.detach().abs().sum())
+        return Exact(loss, size, dlogits)
 
     def round(self, hidden: Tensor) -> Tensor:
         """Logits of an fp32 GEMM, rounded to 16 bits: (N, V)."""
@@ -206,9 +211,9 @@ class Verifier:
         hidden_errors[1].add(self._stored(by_rounded), dhidden)
         errors = []
         for loss, by_hidden, by_weight in zip(
-            (fused.loss, rounded.loss), hidden_errors, weight_errors, strict=True
+            (float(fused.loss), rounded.loss), hidden_errors, weight_errors, strict=True
         ):
-            off = abs(float(loss) - float(exact.loss)) / max(abs(float(exact.loss)), 1e-30)
+            off = abs(loss - exact.loss) / max(exact.size, 1e-30)
             worst = max(by_hidden.by_element(), by_weight.by_element())
             errors.append(Errors(off, by_hidden.by_norm(), by_weight.by_norm(), worst))
         return errors[0], errors[1]

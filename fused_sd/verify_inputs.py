@@ -84,7 +84,8 @@ def make_operands(
     weight = normal(vocab, hidden_size).mul_(math.sqrt((1 - AFFINITY) / hidden_size))
     weight += centres[of_row] * math.sqrt(AFFINITY)
     pull = CLUSTER_LOGIT / math.sqrt(AFFINITY)
-    spread = math.sqrt(max(BULK_DEVIATION**2 - pull**2 / hidden_size, 0.0))
+    share = pull**2 / hidden_size  # of the bulk's variance; a small state is mostly its pull
+    spread = math.sqrt(max(BULK_DEVIATION**2 - share, share / 4))
     hidden = pull * centres[torch.randint(num_clusters, (num_tokens,), generator=draw)]
     hidden = hidden + spread * normal(num_tokens, hidden_size)
     direction = normal(num_tokens, hidden_size).to(device)

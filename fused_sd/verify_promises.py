@@ -21,6 +21,9 @@ GRADIENT_BOUND = {
     torch.bfloat16: 3e-3,
     torch.float16: 3e-3,
 }
+# on a GPU the gradient of the logits is bf16 too, for the GEMMs that follow: the parts that rows of
+# the head have in common cancel in dH, their rounding does not, and 0.29 to 0.38 % come out
+GPU_GRADIENT_BOUND = {torch.bfloat16: 5e-3}
 # from a KL of 1e-5 on; in float64 it is the definition, a difference of logarithms, that cancels
 LOSS_BOUND = {
     torch.float64: 1e-8,
@@ -40,7 +43,11 @@ class Result(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """Relative errors: of the loss, of the gradients by norm, and of their worst element."""
+    """Relative errors: of the loss, of the gradients by norm, and of their worst element.
+
+    The loss's is of the mean absolute token loss: that is the loss itself where no token's is
+    negative, and does not vanish where positive and negative advantages cancel.
+    """
 
     loss: float
     dhidden: float
@@ -62,7 +69,7 @@ class Measured:
         return self.name if self.kl is None else f"{self.name} at KL {self.kl:.1e}"
 
 
-def gradient_bound(dtype: torch.dtype, kl: float | None) -> float:
+def gradient_bound(dtype: torch.dtype, kl: float | None, on_gpu: bool) -> float:
     """The largest relative error of a gradient.
 
     The gradient of a divergence is a difference of distributions, which shrinks with sqrt(KL) while
@@ -70,15 +77,17 @@ def gradient_bound(dtype: torch.dtype, kl: float | None) -> float:
     rounded more coarsely than that.
     """
     bound = GRADIENT_BOUND[dtype]
+    if on_gpu:
+        bound = GPU_GRADIENT_BOUND.get(dtype, bound)
     if dtype == torch.float32 and kl is not None:
         bound /= math.sqrt(min(kl, 1.0))
     return bound
 
 
-def broken_accuracy(measured: Measured, dtype: torch.dtype) -> list[str]:
+def broken_accuracy(measured: Measured, dtype: torch.dtype, on_gpu: bool) -> list[str]:
     """The promises on errors that a measurement breaks."""
     broken = []
-    gradient = gradient_bound(dtype, measured.kl)
+    gradient = gradient_bound(dtype, measured.kl, on_gpu)
     bounds = {"loss": LOSS_BOUND[dtype], "dhidden": gradient, "dweight": gradient}
     for name, bound in bounds.items():
         fused, rounded = getattr(measured.fused, name), getattr(measured.rounded, name)

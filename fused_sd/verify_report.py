@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,15 +16,16 @@ from fused_sd.verify_promises import Measured
 
 GROUPS = ("fused_sd", "16-bit logits")
 COLUMNS = ("loss", "dH", "dW", "worst")
-NAME_WIDTH, KL_WIDTH, WIDTH = 14, 6, 9  # 94 characters a line
+LINE = 96
+NAME_WIDTH, KL_WIDTH, WIDTH = 14, 6, 9  # with two spaces between the groups: 94
 LEGEND = (
     "Errors relative to float64 on the same operands: of the loss, of the gradients by hidden "
-    "states\n(dH) and head (dW), by norm, and of the gradients' worst element.  16-bit logits: the "
-    "same,\nwith logits rounded once.  KL: of the teacher from the student, mean of the tokens."
+    "states (dH) and head (dW), by norm, and of the gradients' worst element.  16-bit logits: the "
+    "same with logits rounded once.  KL: of the teacher from the student, mean of the tokens."
 )
 KEPT = (
-    "gradient and loss errors within bounds and\nnever above those of 16-bit logits, exactly 0 for "
-    "a teacher equal to the student, equal bits in every\nrun, no effect of NaN in a masked token"
+    "gradient and loss errors within bounds and never above those of 16-bit logits, exactly 0 for "
+    "a teacher equal to the student, equal bits in every run, no effect of NaN in a masked token"
 )
 MARKER, END = "<!-- measured: python -m fused_sd verify", "<!-- end -->"
 
@@ -36,6 +38,11 @@ def error_text(error: float, dtype: torch.dtype) -> str:
     if percent < 0.001:
         return "<0.001 %" if percent else "0 %"
     return f"{percent:.{max(0, 1 - math.floor(math.log10(percent)))}f} %"
+
+
+def legend_lines() -> list[str]:
+    """What the columns mean."""
+    return [*textwrap.wrap(LEGEND, LINE), ""]
 
 
 def cells(measured: Measured, dtype: torch.dtype) -> list[str]:
@@ -87,7 +94,7 @@ def verdict_lines(num_losses: int, broken: Sequence[str]) -> list[str]:
         count = "1 promise is" if len(broken) == 1 else f"{len(broken)} promises are"
         return [f"BROKEN: {count} not kept.", *(f"  {line}" for line in broken)]
     count = "The loss keeps" if num_losses == 1 else f"All {num_losses} losses keep"
-    return [f"OK.  {count} every promise: {KEPT}."]
+    return textwrap.wrap(f"OK.  {count} every promise: {KEPT}.", LINE)
 
 
 def update_readme(path: Path, lines: Sequence[str]) -> None:

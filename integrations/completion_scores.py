@@ -26,7 +26,8 @@ from fused_sd import (
     generalized_jsd,
     token_log_probs,
 )
-from fused_sd.integrations.transformers import Compute, Request, completion_positions
+from fused_sd.integrations.output_head import Compute
+from fused_sd.integrations.transformers import Request, completion_positions
 
 DIVERGENCE_METRICS = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl")
 

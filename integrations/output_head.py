@@ -5,6 +5,7 @@ Read anew for each call, since PEFT contexts choose the live weight and wrappers
 Dimension key:  N tokens, D hidden size, V vocabulary, R rank of an adapter
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 
 from fused_sd import LMHead
 from fused_sd.checks import fail
+
+Compute = Callable[[Tensor, LMHead], Any]  # runs on hidden states and head, inside a forward
 
 # what the installed models multiply their logits by; granite's relatives divide
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")

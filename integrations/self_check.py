@@ -1,6 +1,7 @@
 """Whether logits rebuilt from hidden states and head are those that a model makes itself."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 
 from fused_sd import LMHead
 from fused_sd.checks import fail
+from fused_sd.integrations.output_head import Compute
 
 NUM_TOKENS = 8
 LARGE_LOGIT = 60.0  # bends at every soft-cap in use
@@ -26,7 +28,7 @@ def is_whole(model: nn.Module) -> bool:
 
 def check_rebuilt_logits(
     model: PreTrainedModel,
-    rebuild: Callable[[Tensor], tuple[Tensor, LMHead]],
+    request: Callable[[Compute, Tensor], Any],
     original: Callable[[Tensor], Tensor],
 ) -> None:
     """Compare a few tokens' logits, as they are and with hidden states enlarged.
@@ -35,52 +37,68 @@ def check_rebuilt_logits(
     a hook on its module.
 
     Args:
-        rebuild: hidden states and head of token ids (1, L).
-        original: the model's logits of them.
+        request: the answer of a ``compute`` for token ids (1, L).
+        original: the model's own logits of them.
 
     Raises:
         ValueError: a logit differs by more than rounding.
     """
     embeddings, module = model.get_input_embeddings().weight, model.get_output_embeddings()
-    config = model.config.get_text_config()
+    vocab_size = model.config.get_text_config().vocab_size
     # spread over the vocabulary by a prime
-    ids = (7919 * torch.arange(1, NUM_TOKENS + 1, device=embeddings.device)) % config.vocab_size
+    ids = (7919 * torch.arange(1, NUM_TOKENS + 1, device=embeddings.device))[None] % vocab_size
     training = [part for part in model.modules() if part.training]
     model.eval()
     try:
-        hidden, head = rebuild(ids[None])
-        factor = LARGE_LOGIT / max(float(_product(hidden, head).abs().max()), 1e-6)
-        largest = _difference(logits_of(hidden, head), original(ids[None]))
+        rebuilt = request(_rebuild, ids)
         calls = []
 
         def enlarge(_: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             calls.append(True)
-            return (states[0] * factor, *states[1:])
+            return (states[0] * rebuilt.factor, *states[1:])
 
+        own = original(ids)
+        largest = _difference(rebuilt.logits, own)
         handle = module.register_forward_pre_hook(enlarge)
         try:
-            enlarged = original(ids[None])
+            own_enlarged = original(ids)
         finally:
             handle.remove()
         if calls:
-            largest = max(largest, _difference(logits_of(hidden * factor, head), enlarged))
+            largest = max(largest, _difference(rebuilt.enlarged, own_enlarged))
     finally:
         for part in training:
             part.training = True
-    bound = max(FLOOR, 4 * torch.finfo(enlarged.dtype).eps, 4 * torch.finfo(hidden.dtype).eps)
+    bound = max(FLOOR, 4 * torch.finfo(own.dtype).eps, 4 * rebuilt.precision)
     if not largest <= bound:
         fail(
-            f"logits rebuilt from lm_head (scale {head.logit_scale:g}, soft-cap {head.softcap})",
+            f"logits rebuilt from lm_head ({rebuilt.shaping})",
             f"be those of {type(model).__name__} within {bound:.1e} of the largest",
-            f"{largest:.1e}",
+            f"a difference of {largest:.1e}",
             "this model does something else to its logits: use its own losses, or call fused_sd "
             "with an LMHead that reproduces it",
         )
 
 
-def logits_of(hidden: Tensor, head: LMHead) -> Tensor:
-    """The head's logits, in the plain way."""
-    logits = _product(hidden, head)
+class _Rebuilt(NamedTuple):
+    logits: Tensor  # (1, L, V)
+    enlarged: Tensor  # (1, L, V), from hidden states multiplied by
+    factor: float
+    precision: float  # of the product
+    shaping: str
+
+
+def _rebuild(hidden: Tensor, head: LMHead) -> _Rebuilt:
+    """Logits and enlarged logits, inside the head's module, where its weight is whole."""
+    product = _product(hidden, head)
+    factor = LARGE_LOGIT / max(float(product.abs().max()), 1e-6)
+    precision = torch.finfo(nn.functional.linear(hidden[:, :1], head.weight[:1]).dtype).eps
+    shaping = f"scale {head.logit_scale:g}, soft-cap {head.softcap}"
+    enlarged = _soft_capped(_product(hidden * factor, head), head)
+    return _Rebuilt(_soft_capped(product, head), enlarged, factor, precision, shaping)
+
+
+def _soft_capped(logits: Tensor, head: LMHead) -> Tensor:
     if head.softcap is None:
         return logits
     return head.softcap * torch.tanh(logits / head.softcap)

@@ -3,8 +3,8 @@
 ``attach(model)`` lets ``model(**inputs, fused_sd=Request(compute))`` run the backbone, hand its
 hidden states and the output head to ``compute`` and return what that returns.  All of it happens
 inside the wrapped forward, and ``compute`` inside the forward of the head's own module: only there
-do DDP, FSDP2 and ZeRO-3 hold the head's weight whole, and only then do their hooks fire again before
-backward.  Without ``fused_sd`` the original forward runs: generation and evaluation are untouched.
+do DDP, FSDP2 and ZeRO-3 hold the head's weight whole, and only then do their hooks fire again
+before backward.  Without ``fused_sd`` the original forward runs, so generation is untouched.
 
     attach(model)
     score = Request(lambda h, head: token_log_probs(h, head, ids), completion_positions(T))
@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from fused_sd import LMHead
 from fused_sd.checks import fail
-from fused_sd.integrations.output_head import Projection, output_head
+from fused_sd.integrations.output_head import Compute, Projection, output_head
 from fused_sd.integrations.self_check import check_rebuilt_logits, is_whole
 
-Compute = Callable[[Tensor, LMHead], Any]
 Autocast = Callable[[], AbstractContextManager[Any]]
 ATTACHMENT = "_fused_sd_attachment"
 
@@ -215,6 +215,12 @@ def _answer(
     return _inside_head(model, request.compute, request.select(hidden))
 
 
+def _own_memory(value: Any) -> Any:
+    """FSDP2 hangs its backward hook on outputs; an in-place operation on a view would lose it."""
+    is_view = isinstance(value, Tensor) and value.requires_grad and value._is_view()
+    return value.clone() if is_view else value
+
+
 def _backbone(model: PreTrainedModel) -> nn.Module:
     """The model without its head; looked up on each call, since wrappers replace modules."""
     backbone = model.base_model
@@ -232,7 +238,7 @@ def _inside_head(model: PreTrainedModel, compute: Compute, hidden: Tensor) -> An
     def forward(states: Tensor) -> Any:
         # read here: the hooks that gather the weight have run
         projection: Projection = output_head(model)
-        return compute(*projection.operands(states))
+        return tree_map(_own_memory, compute(*projection.operands(states)))
 
     replaced = module.__dict__.get("forward")
     module.forward = forward
@@ -248,14 +254,13 @@ def _check_once(model: PreTrainedModel, state: Attachment) -> None:
     """Compare logits rebuilt from a request with the model's own, once."""
     if state.checked:
         return
-    request = Request(lambda hidden, head: (hidden, head))
 
-    def rebuild(ids: Tensor) -> tuple[Tensor, LMHead]:
-        return _answer(model, request, (), {"input_ids": ids})
+    def request(compute: Compute, ids: Tensor) -> Any:
+        return _answer(model, Request(compute), (), {"input_ids": ids})
 
     def original(ids: Tensor) -> Tensor:
         return state.forward(model, input_ids=ids, use_cache=False).logits
 
     with torch.no_grad():
-        check_rebuilt_logits(model, rebuild, original)
+        check_rebuilt_logits(model, request, original)
     state.checked = True

@@ -12,7 +12,6 @@ Dimension key:  B sequences, T completion tokens, K entries, D hidden size
 
 import dataclasses
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,23 +24,12 @@ from trl.experimental.sdpo.loss_utils import (
     compute_divergence,
 )
 
-from fused_sd import LMHead
-from fused_sd.integrations.completion_scores import (
-    CompletionForward,
-    Scores,
-    clipped_policy_loss,
-    entries,
-    full_divergence,
-    log_probs,
-    masked_means,
-    sequence_mean_weights,
-    student_entries,
-    with_head,
-)
+from fused_sd.integrations import completion_scores as completion
+from fused_sd.integrations.teacher_server import TeacherServerLoss
 from fused_sd.integrations.transformers import attach, unwrap
 
 
-class FusedSelfDistillationMixin:
+class FusedSelfDistillationMixin(TeacherServerLoss):
     """Put before a TRL self-distillation trainer: the same losses, from hidden states.
 
     Losses given plain logits, and models whose head cannot be reproduced, are left to TRL; the
@@ -64,10 +52,10 @@ class FusedSelfDistillationMixin:
 
     def _forward_logits(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int
-    ) -> Tensor | CompletionForward:
+    ) -> Tensor | completion.CompletionForward:
         if not self._fused:
             return super()._forward_logits(model, input_ids, attention_mask, logits_to_keep)
-        return CompletionForward(model, input_ids, attention_mask, logits_to_keep)
+        return completion.CompletionForward(model, input_ids, attention_mask, logits_to_keep)
 
     def _compute_rollout_logps(
         self,
@@ -90,14 +78,14 @@ class FusedSelfDistillationMixin:
             completion_ids.size(1),
         )
         with torch.no_grad():
-            return forward(log_probs(completion_ids, completion_mask, self.temperature)).log_probs
+            return forward(self._log_probs(completion_ids, completion_mask)).log_probs
 
     def _compute_teacher_student_logits(
         self, model: nn.Module, teacher_model: nn.Module, inputs: dict[str, Any]
     ) -> Any:
         """TRL's aligned masks, with scores where TRL has logits."""
         aligned = super()._compute_teacher_student_logits(model, teacher_model, inputs)
-        if not isinstance(aligned.student_logits, CompletionForward):
+        if not isinstance(aligned.student_logits, completion.CompletionForward):
             return aligned
         modes = {
             "sampled_token": self._score_sampled_token,
@@ -110,7 +98,7 @@ class FusedSelfDistillationMixin:
         scores = modes[mode](aligned, inputs)
         return dataclasses.replace(aligned, student_logits=scores, teacher_logits=None)
 
-    def _score_sampled_token(self, aligned: Any, inputs: dict[str, Any]) -> Scores:
+    def _score_sampled_token(self, aligned: Any, inputs: dict[str, Any]) -> completion.Scores:
         """The reverse KL's surrogate on the sampled tokens; one head at a time."""
         alpha = self.args.distillation_alpha
         if alpha != 1.0:
@@ -119,87 +107,86 @@ class FusedSelfDistillationMixin:
                 f"`distillation_mode='sampled_token'`, got alpha={alpha}"
             )
         ids, mask = aligned.completion_ids, aligned.loss_mask
-        student = aligned.student_logits(
-            log_probs(ids, self._student_mask(inputs, mask), self.temperature, entropy=True)
-        )
-        teacher = self._run_teacher(aligned, log_probs(ids, mask, self.temperature, entropy=True))
+        student = aligned.student_logits(self._log_probs(ids, self._student_mask(inputs, mask)))
+        teacher = self._run_teacher(aligned, self._log_probs(ids, mask))
         log_ratio = (student.log_probs - teacher.log_probs).detach()
         loss = log_ratio * student.log_probs
         loss = self._importance_weighted(loss, student.log_probs, inputs)
-        metrics = {
-            "student_entropy": student.entropy.detach(),
-            "teacher_entropy": teacher.entropy,
-            "sampled_reverse_kl": log_ratio,
-        }
-        return Scores(loss, student.log_probs, None, metrics)
+        metrics = {"sampled_reverse_kl": log_ratio}
+        if self.log_fused_metrics:
+            metrics["student_entropy"] = student.entropy.detach()
+            metrics["teacher_entropy"] = teacher.entropy
+        return completion.Scores(loss, student.log_probs, None, metrics)
 
-    def _score_topk(self, aligned: Any, inputs: dict[str, Any]) -> Scores:
+    def _score_topk(self, aligned: Any, inputs: dict[str, Any]) -> completion.Scores:
         """The student's top-k first, then the teacher at those ids: one head at a time."""
         k = self.args.distillation_topk
         if k is None:
             raise ValueError(
                 "`distillation_mode='topk_logits'` requires `distillation_topk` to be set."
             )
-        ids, mask = aligned.completion_ids, aligned.loss_mask
+        mask = aligned.loss_mask
+        scores_tokens = self._has_policy_loss() or self._importance(inputs) is not None
         student, sampled = aligned.student_logits(
-            student_entries(
+            completion.student_entries(
                 k,
                 mask,
                 self.temperature,
-                token_ids=ids if self._needs_log_probs(inputs) else None,
+                token_ids=aligned.completion_ids if scores_tokens else None,
                 token_mask=self._student_mask(inputs, mask),
                 differentiable=self._has_policy_loss(),
             )
         )
-        teacher = self._run_teacher(aligned, entries(student.token_ids, mask, self.temperature))
+        teacher = self._run_teacher(
+            aligned, completion.entries(student.token_ids, mask, self.temperature)
+        )
         loss, metrics = self._entry_divergence(student.log_probs, teacher.log_probs)
-        return Scores(self._importance_weighted(loss, sampled, inputs), sampled, None, metrics)
+        loss = self._importance_weighted(loss, sampled, inputs)
+        return completion.Scores(loss, sampled, None, metrics)
 
-    def _score_full(self, aligned: Any, inputs: dict[str, Any]) -> Scores:
+    def _score_full(self, aligned: Any, inputs: dict[str, Any]) -> completion.Scores:
         """The teacher's states first; the divergence inside the student's forward."""
         teacher_hidden, teacher_head = self._run_teacher(
-            aligned, with_head(self._outlives_forward(aligned))
+            aligned, completion.with_head(self._outlives_forward(aligned))
         )
-        clip, old = self.args.distillation_is_clip, inputs.get("old_per_token_logps")
         output, sampled = aligned.student_logits(
-            full_divergence(
+            completion.full_divergence(
                 teacher_hidden,
                 teacher_head,
                 self.args.distillation_alpha,
                 self.temperature,
                 token_ids=aligned.completion_ids,
-                token_weights=sequence_mean_weights(aligned.loss_mask),
-                importance=None if clip is None or old is None else (old, clip),
+                token_weights=completion.sequence_mean_weights(aligned.loss_mask),
+                importance=self._importance(inputs),
                 policy_mask=inputs["completion_mask"] if self._has_policy_loss() else None,
                 observed=self.log_fused_metrics,
             )
         )
         metrics = dict(output.metrics)
         ratio = metrics.pop("importance_ratio", 1.0)
-        return Scores(output.token_loss * ratio, sampled, output.loss, metrics)
+        return completion.Scores(output.token_loss * ratio, sampled, output.loss, metrics)
 
     def _compute_self_distillation_loss(
         self, model: nn.Module, inputs: dict[str, Any], distillation_logits: Any
     ) -> Tensor:
         scores = distillation_logits.student_logits
-        if not isinstance(scores, Scores):
+        if not isinstance(scores, completion.Scores):
             return super()._compute_self_distillation_loss(model, inputs, distillation_logits)
         mask = distillation_logits.loss_mask
-        loss = scores.loss
-        if loss is None:
-            loss = (scores.token_loss * sequence_mean_weights(mask)).sum()
         self._log_scores(model, scores, mask)
-        return loss
+        if scores.loss is not None:
+            return scores.loss
+        return (scores.token_loss * completion.sequence_mean_weights(mask)).sum()
 
     def _compute_policy_loss(self, inputs: dict[str, Any], student_logits: Any) -> Tensor:
-        if isinstance(student_logits, Scores):
+        if isinstance(student_logits, completion.Scores):
             current = student_logits.log_probs
-        elif isinstance(student_logits, CompletionForward):
+        elif isinstance(student_logits, completion.CompletionForward):
             ids, mask = inputs["completion_ids"], inputs["completion_mask"]
-            current = student_logits(log_probs(ids, mask, self.temperature)).log_probs
+            current = student_logits(self._log_probs(ids, mask)).log_probs
         else:
             return super()._compute_policy_loss(inputs, student_logits)
-        loss = clipped_policy_loss(
+        loss = completion.clipped_policy_loss(
             current,
             inputs.get("old_per_token_logps"),
             inputs["advantages"],
@@ -212,47 +199,6 @@ class FusedSelfDistillationMixin:
         mean = self.accelerator.gather(loss.detach()).mean().item()
         self._metrics[self._phase(self.model)]["self_distillation/policy_loss"].append(mean)
         return loss
-
-    def _compute_server_distillation_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """TRL's objective on the entries that a teacher server returns."""
-        if not self._fused:
-            return super()._compute_server_distillation_loss(model, inputs)
-        if self.state.global_step != self._last_loaded_step:
-            # buffered batches outlive an optimizer step; every rank waits for the push
-            self.vllm_generation.sync_weights()
-            self.accelerator.wait_for_everyone()
-            self._last_loaded_step = self.state.global_step
-        aligned = super()._compute_teacher_student_logits(model, model, inputs)
-        ids, mask = aligned.completion_ids, aligned.loss_mask
-        teacher = self._get_teacher_token_logprobs_from_server(inputs, ids.size(1))
-        required, sampled_teacher = mask.bool(), teacher["actual_logprobs"]
-        if (required & ~torch.isfinite(sampled_teacher)).any():
-            raise ValueError("Teacher server returned no logprob for a required completion token.")
-        sampled_teacher = sampled_teacher.masked_fill(~required, 0)
-        if self.args.distillation_mode == "sampled_token":
-            sampled = aligned.student_logits(log_probs(ids, mask, self.temperature)).log_probs
-            loss, metrics = (sampled - sampled_teacher).detach() * sampled, {}
-        else:
-            student, sampled = aligned.student_logits(
-                student_entries(
-                    teacher["topk_token_ids"],
-                    mask,
-                    self.temperature,
-                    token_ids=ids,
-                    token_mask=mask,
-                )
-            )
-            # padding comes as -inf
-            entry_teacher = teacher["topk_logprobs"].masked_fill(~required[..., None], 0)
-            loss, metrics = self._entry_divergence(student.log_probs, entry_teacher)
-        drift = (sampled.detach() - sampled_teacher).abs()
-        mean_drift = (drift * mask).sum() / mask.sum().clamp(min=1.0)
-        self._metrics[self._phase(model)]["self_distillation/server_logprob_abs_diff"].append(
-            self.accelerator.gather(mean_drift).mean().item()
-        )
-        loss = self._importance_weighted(loss, sampled, inputs)
-        self._log_scores(model, Scores(loss, sampled, None, metrics), mask)
-        return (loss * sequence_mean_weights(mask)).sum()
 
     def _entry_divergence(
         self,
@@ -274,15 +220,23 @@ class FusedSelfDistillationMixin:
                 metrics["topk_reverse_kl"] = compute_divergence(student, teacher, 1.0)
         return compute_divergence(student, teacher, self.args.distillation_alpha), metrics
 
+    def _importance(self, inputs: dict[str, Any]) -> tuple[Tensor, float] | None:
+        """Old log-probabilities (B, T) and cap of the importance ratio, where there is one."""
+        clip, old = self.args.distillation_is_clip, inputs.get("old_per_token_logps")
+        return None if clip is None or old is None else (old, clip)
+
     def _importance_weighted(
         self, token_loss: Tensor, sampled: Tensor | None, inputs: dict[str, Any]
     ) -> Tensor:
-        clip, old = self.args.distillation_is_clip, inputs.get("old_per_token_logps")
-        if clip is None or old is None:
+        importance = self._importance(inputs)
+        if importance is None:
             return token_loss
-        return apply_importance_sampling_clipping(token_loss, sampled, old, clip)
+        return apply_importance_sampling_clipping(token_loss, sampled, *importance)
 
-    def _run_teacher(self, aligned: Any, compute: Callable[[Tensor, LMHead], Any]) -> Any:
+    def _log_probs(self, ids: Tensor, mask: Tensor) -> completion.Compute:
+        return completion.log_probs(ids, mask, self.temperature, entropy=self.log_fused_metrics)
+
+    def _run_teacher(self, aligned: Any, compute: completion.Compute) -> Any:
         """Run the teacher where TRL would: without gradient, in its adapter's context."""
         with torch.no_grad(), self._get_teacher_context_for_self_distillation():
             return aligned.teacher_logits(compute)
@@ -296,10 +250,6 @@ class FusedSelfDistillationMixin:
     def _has_policy_loss(self) -> bool:
         return getattr(self.args, "distillation_weight", 1.0) < 1.0
 
-    def _needs_log_probs(self, inputs: dict[str, Any]) -> bool:
-        clips = self.args.distillation_is_clip is not None
-        return self._has_policy_loss() or (clips and inputs.get("old_per_token_logps") is not None)
-
     def _student_mask(self, inputs: dict[str, Any], loss_mask: Tensor) -> Tensor:
         """Tokens whose student log-probabilities are needed: the policy loss takes them all."""
         return inputs["completion_mask"] if self._has_policy_loss() else loss_mask
@@ -307,14 +257,14 @@ class FusedSelfDistillationMixin:
     def _phase(self, model: nn.Module) -> str:
         return "train" if model.training else "eval"
 
-    def _log_scores(self, model: nn.Module, scores: Scores, mask: Tensor) -> None:
+    def _log_scores(self, model: nn.Module, scores: completion.Scores, mask: Tensor) -> None:
         """Log what TRL logs, and the metrics of the scores."""
         phase, token_loss = self._phase(model), scores.token_loss.detach()
         mean = (token_loss * mask).sum() / mask.sum().clamp(min=1.0)
         # on every rank, with tokens or without: gathering is collective
         self._log_self_distillation_metric(phase, self.accelerator.gather(mean).mean().item())
         if self.log_fused_metrics:
-            means = masked_means(scores.metrics, mask, self.accelerator.gather)
+            means = completion.masked_means(scores.metrics, mask, self.accelerator.gather)
             for name, value in means.items():
                 self._metrics[phase][f"self_distillation/{name}"].append(value)
 

@@ -58,6 +58,8 @@ class Live:
             shown["loss"] = f"{run.last('training loss'):.2f}"
         numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
         self._bar.update(self._task, completed=step, numbers=numbers)
+        if not self.console.is_terminal and step % 5 == 0:  # a log file has no bar to watch
+            self.console.print(f"step {step}: {numbers}")
 
     def summary(
         self, runs: Sequence[Run], memory: Sequence[StepMemory], report: Path, seconds: float

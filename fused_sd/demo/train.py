@@ -20,8 +20,8 @@ TrainerKind = Literal["fused", "stock"]
 class Settings:
     """Everything that decides a run; the report prints all of it."""
 
-    steps: int = 40
-    learning_rate: float = 2e-3
+    steps: int = 60
+    learning_rate: float = 1e-3
     lora_rank: int = 16
     prompts_per_step: int = 8
     generations_per_prompt: int = 2
@@ -84,6 +84,7 @@ def build_trainer(
     """
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import PrinterCallback
     from trl.experimental.sdpo import SDPOConfig
 
     batch_size = settings.prompts_per_step * settings.generations_per_prompt
@@ -120,7 +121,7 @@ def build_trainer(
         target_modules="all-linear",  # every linear layer but the head
     )
     rows = task.training_rows(split, settings.seed, settings.num_examples)
-    return trainer_class(settings.trainer)(
+    trainer = trainer_class(settings.trainer)(
         model=model,
         reward_funcs=task.reward,
         args=arguments,
@@ -129,6 +130,8 @@ def build_trainer(
         callbacks=callbacks or [],
         peft_config=adapter,
     )
+    trainer.remove_callback(PrinterCallback)  # the terminal is ours
+    return trainer
 
 
 def train(
