@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import fused_sd
-from fused_sd import verify_report as report
 from fused_sd.environment import environment, environment_text
-from fused_sd.verify import Verifier, verify
-from fused_sd.verify_cases import CASES
-from fused_sd.verify_choices import DEFAULT_SIZES, DTYPES, MODELS, Choices, resolve
-from fused_sd.verify_promises import Measured
+from fused_sd.verify import report
+from fused_sd.verify.cases import CASES
+from fused_sd.verify.choices import DEFAULT_SIZES, DTYPES, MODELS, Choices, resolve
+from fused_sd.verify.promises import Measured
+from fused_sd.verify.run import Verifier, verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:

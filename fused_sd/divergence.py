@@ -126,6 +126,18 @@ class DivergenceTerm(NamedTuple):
         s = log_s.exp()
         return term + self.slope * (s - log_t.exp()), dlog_s + self.slope * s
 
+    def clipped(self, log_s: Tensor, log_t: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The plain term cut at ``clip``, for sides that sum to 1, and which entries were cut.
+
+        ``slope (s - t)`` sums to 0 over all entries, so what the uncut entries have of it is minus
+        what the cut ones have: those carry it, and the others keep the balanced term.
+        """
+        term, dlog_s = self.function(log_s, log_t, self.parameter)
+        s = log_s.exp()
+        shift = self.slope * (s - log_t.exp())
+        cut = term + shift > clip
+        return torch.where(cut, clip - shift, term), torch.where(cut, -self.slope * s, dlog_s), cut
+
 
 _TERMS: dict[str, Term] = {
     "forward_kl": forward_kl,

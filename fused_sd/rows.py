@@ -126,9 +126,8 @@ def _terms(
     if entry_clip is None:
         value, dlog_s = term.function(log_s, log_t, term.parameter)
         return value, dlog_s, torch.zeros_like(lse_s)
-    value, dlog_s = term.plain(log_s, log_t)
-    clipped = value > entry_clip
-    return value.clamp_(max=entry_clip), dlog_s.masked_fill_(clipped, 0), clipped.sum(-1).to(lse_s)
+    value, dlog_s, clipped = term.clipped(log_s, log_t, entry_clip)
+    return value, dlog_s, clipped.sum(-1).to(lse_s)
 
 
 def _into(logits: Tensor, dlogits: Tensor, cap: float | None, dtype: torch.dtype) -> Tensor:

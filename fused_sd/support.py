@@ -117,10 +117,12 @@ def bucket_terms(
             torch.where(t == 0, t, -t * log_s),
             -t,
         )  # a cross entropy: no teacher entropy
-    elif buckets.balanced and entry_clip is None:
+    elif not buckets.balanced:
+        value, dlog_s = term.plain(log_s, log_t)
+    elif entry_clip is None:
         value, dlog_s = term.function(log_s, log_t, term.parameter)
     else:
-        value, dlog_s = term.plain(log_s, log_t)
+        return term.clipped(log_s, log_t, entry_clip)
     if entry_clip is None:
         return value, dlog_s, torch.zeros_like(value, dtype=torch.bool)
     clipped = value > entry_clip

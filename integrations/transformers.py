@@ -261,6 +261,6 @@ def _check_once(model: PreTrainedModel, state: Attachment) -> None:
     def original(ids: Tensor) -> Tensor:
         return state.forward(model, input_ids=ids, use_cache=False).logits
 
-    with torch.no_grad():
+    with torch.no_grad(), state.autocast():
         check_rebuilt_logits(model, request, original)
     state.checked = True

@@ -15,16 +15,19 @@ def load(row_ptr, offs_v, num_columns):
 def clipped_term(
     log_s, log_t, parameter, slope, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl.constexpr
 ):
-    """The balanced term, or under an entry clip the plain one, cut; and 1 where it was cut."""
+    """The balanced term and, under an entry clip, 1 where the plain one is cut.
+
+    The cut entries carry the shift between the two, as ``DivergenceTerm.clipped`` explains.
+    """
     term, dlog_s = DIVERGENCE(log_s, log_t, parameter)
     cut = tl.zeros_like(term)
     if HAS_CLIP:
         s = tl.exp(log_s)
-        term += slope * (s - tl.exp(log_t))
-        dlog_s += slope * s
-        cut = tl.where(term > clip, 1.0, 0.0)
-        dlog_s = tl.where(term > clip, 0.0, dlog_s)
-        term = tl.where(term > clip, clip, term)
+        shift = slope * (s - tl.exp(log_t))
+        above = term + shift > clip
+        cut = tl.where(above, 1.0, 0.0)
+        dlog_s = tl.where(above, -slope * s, dlog_s)
+        term = tl.where(above, clip - shift, term)
     return term, dlog_s, cut
 
 

@@ -9,7 +9,7 @@ import torch
 import fused_sd
 from fused_sd import heads
 from fused_sd.cli import main
-from fused_sd.verify_cases import CASES
+from fused_sd.verify.cases import CASES
 
 TINY = ["verify", "--device", "cpu", "--tokens", "8", "--hidden", "16", "--vocab", "96"]
 

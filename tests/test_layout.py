@@ -37,10 +37,9 @@ def test_kernels_and_integrations_are_no_packages_of_their_own():
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
 def test_the_library_imports_no_trainer_and_no_reference(path):
-    allowed_reference = path.name.startswith("verify")
     for name in imports(path):
         assert name.split(".")[0] not in {"transformers", "trl", "verl", "peft", "triton"}, name
-        assert name != "fused_sd.reference" or allowed_reference, name
+        assert name != "fused_sd.reference", name
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)

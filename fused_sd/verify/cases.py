@@ -15,7 +15,7 @@ import fused_sd
 from fused_sd.divergence import Divergence
 from fused_sd.loss_output import LossOutput
 from fused_sd.losses import Run
-from fused_sd.verify_inputs import Operands
+from fused_sd.verify.inputs import Operands
 
 
 class Logits(NamedTuple):

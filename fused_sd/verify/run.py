@@ -17,9 +17,9 @@ from torch import Tensor
 from fused_sd.log_probs import entry_log_probs
 from fused_sd.loss_output import LossOutput
 from fused_sd.losses import Run
-from fused_sd.verify_cases import CASES, Case, Logits, token_weights
-from fused_sd.verify_inputs import SAMPLE, Operands, make_operands, with_teacher_at
-from fused_sd.verify_promises import (
+from fused_sd.verify.cases import CASES, Case, Logits, token_weights
+from fused_sd.verify.inputs import SAMPLE, Operands, make_operands, with_teacher_at
+from fused_sd.verify.promises import (
     Errors,
     Measured,
     Result,

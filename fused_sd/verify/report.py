@@ -11,8 +11,8 @@ import torch
 import fused_sd
 from fused_sd import checks
 from fused_sd.environment import device_name, installed
-from fused_sd.verify_choices import Choices
-from fused_sd.verify_promises import Measured
+from fused_sd.verify.choices import Choices
+from fused_sd.verify.promises import Measured
 
 GROUPS = ("fused_sd", "16-bit logits")
 COLUMNS = ("loss", "dH", "dW", "worst")

@@ -7,7 +7,7 @@ import torch
 
 from fused_sd import checks
 from fused_sd.environment import chosen_backend, default_device
-from fused_sd.verify_cases import CASES
+from fused_sd.verify.cases import CASES
 
 DTYPES = {
     "bf16": torch.bfloat16,

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd.verify_cases import Case
-from fused_sd.verify_inputs import Operands
+from fused_sd.verify.cases import Case
+from fused_sd.verify.inputs import Operands
 
 # relative, the gradients by norm; 16-bit gradients are rounded, which alone is 0.17 % in bf16
 GRADIENT_BOUND = {
