@@ -23,6 +23,7 @@ def quiet_and_offline() -> None:
         HF_HUB_DISABLE_PROGRESS_BARS="1",
         TRL_EXPERIMENTAL_SILENCE="1",
         TOKENIZERS_PARALLELISM="false",
+        TQDM_DISABLE="1",
     )
 
 

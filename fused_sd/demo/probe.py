@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fused_sd.demo import task
@@ -12,6 +13,15 @@ from fused_sd.demo.credit import (
     evaluating,
     token_credits,
 )
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at the student."""
+
+    answers: list[str]  # one a held-out word
+    credit: list[list[TokenCredit]]  # of the compared words, token by token
+    values: dict[str, float]  # one point of every held-out curve
 
 
 class Probe:
@@ -41,39 +51,42 @@ class Probe:
         self.max_new_tokens = max_new_tokens
         self.num_compared = num_compared
 
-    def answers(self, model: Any, *, as_teacher: bool = False) -> list[str]:
-        """Greedy completions of the held-out words, bare or (as the teacher) with examples."""
-        with evaluating(model, as_teacher=as_teacher):
-            ids = complete(model, self.tokenizer, self._prompts(as_teacher), self.max_new_tokens)
-        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    def teacher_answers(self, model: Any) -> list[str]:
+        """Greedy completions of the held-out words with the examples, without the adapter."""
+        with evaluating(model, as_teacher=True):
+            ids = complete(model, self.tokenizer, self._informed(), self.max_new_tokens)
+        return self._texts(ids)
 
     def accuracy(self, answers: Sequence[str]) -> float:
         """Share of the held-out words answered rightly."""
         right = [task.is_right(word, said) for word, said in zip(self.words, answers)]
         return sum(right) / len(right)
 
-    def credits(self, model: Any) -> list[list[TokenCredit]]:
-        """Token credits of the student's own greedy completions of the compared words."""
-        bare = self._prompts(as_teacher=False)[: self.num_compared]
-        informed = self._prompts(as_teacher=True)[: self.num_compared]
+    def look(self, model: Any) -> Look:
+        """The student's greedy answers, and the teacher's opinion of some of them."""
+        bare = [task.question(word) for word in self.words]
+        compared = slice(0, self.num_compared)
         with evaluating(model):
             ids = complete(model, self.tokenizer, bare, self.max_new_tokens)
-            student = completion_log_probs(model, self.tokenizer, bare, ids)
+            student = completion_log_probs(model, self.tokenizer, bare[compared], ids[compared])
         with evaluating(model, as_teacher=True):
-            teacher = completion_log_probs(model, self.tokenizer, informed, ids)
-        return [token_credits(self.tokenizer, *each) for each in zip(ids, student, teacher)]
-
-    def measure(self, model: Any) -> dict[str, float]:
-        """One point of every held-out curve."""
-        tokens = [token for row in self.credits(model) for token in row]
-        return {
-            "held-out accuracy": self.accuracy(self.answers(model)),
+            teacher = completion_log_probs(
+                model, self.tokenizer, self._informed()[compared], ids[compared]
+            )
+        credit = [
+            token_credits(self.tokenizer, *each) for each in zip(ids[compared], student, teacher)
+        ]
+        tokens = [token for row in credit for token in row]
+        answers = self._texts(ids)
+        values = {
+            "held-out accuracy": self.accuracy(answers),
             "held-out KL": sum(token.kl for token in tokens) / len(tokens),
             "held-out entropy": sum(token.student_entropy for token in tokens) / len(tokens),
         }
+        return Look(answers, credit, values)
 
-    def _prompts(self, as_teacher: bool) -> list[str]:
-        bare = [task.question(word) for word in self.words]
-        if not as_teacher:
-            return bare
-        return [context + prompt for context, prompt in zip(self.contexts, bare)]
+    def _informed(self) -> list[str]:
+        return [context + task.question(word) for word, context in zip(self.words, self.contexts)]
+
+    def _texts(self, ids: Sequence[list[int]]) -> list[str]:
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]

@@ -168,13 +168,13 @@ def train(
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             step = state.global_step
             if step % settings.probe_every == 0 and step < settings.steps:
-                run.add(step, probe.measure(trainer.model))
+                run.add(step, probe.look(trainer.model).values)
                 progress(step, run)
 
     trainer = build_trainer(model, tokenizer, split, settings, output_directory, [Collector()])
 
-    teacher_answers = probe.answers(trainer.model, as_teacher=True)
-    before = _Snapshot(probe, trainer.model)
+    teacher_answers = probe.teacher_answers(trainer.model)
+    before = probe.look(trainer.model)
     run.add(0, {"teacher accuracy": probe.accuracy(teacher_answers)} | before.values)
     progress(0, run)
 
@@ -182,7 +182,7 @@ def train(
     trainer.train()
     run.training_seconds = time.perf_counter() - training_started
 
-    after = _Snapshot(probe, trainer.model)
+    after = probe.look(trainer.model)
     run.add(settings.steps, after.values)
     run.examples = [
         {"word": word, "right": task.plural(word), "before": old, "after": new, "teacher": shown}
@@ -191,21 +191,16 @@ def train(
         )
     ]
     run.credit = [
-        {"word": word, "before": old, "after": new}
+        {
+            "word": word,
+            "before": [token.as_dict() for token in old],
+            "after": [token.as_dict() for token in new],
+        }
         for word, old, new in zip(probe.words, before.credit, after.credit)
     ]
     run.seconds = time.perf_counter() - started
     progress(settings.steps, run)
     return run
-
-
-class _Snapshot:
-    """Everything the report shows twice: before training and after it."""
-
-    def __init__(self, probe: Probe, model: Any) -> None:
-        self.values = probe.measure(model)
-        self.answers = probe.answers(model)
-        self.credit = [[token.as_dict() for token in row] for row in probe.credits(model)]
 
 
 def _training_values(logs: dict[str, Any]) -> dict[str, float]:
