@@ -78,18 +78,18 @@ def output_head(model: PreTrainedModel) -> Projection:
     Raises:
         ValueError: there is none, it is quantised, or adapted in a way not reproduced here.
     """
-    module = model.get_output_embeddings()
+    module: Any = model.get_output_embeddings()
     if module is None:
         fail(
             "model", "have output embeddings", type(model).__name__, "pass a causal language model"
         )
     module = _saved_copy(module)
     low_rank: tuple[LowRank, ...] = ()
-    linear = module
+    linear: Any = module
     if hasattr(module, "base_layer"):
         low_rank = _low_rank(module)
         linear = module.base_layer
-    weight = getattr(linear, "weight", None)
+    weight: Any = getattr(linear, "weight", None)
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
     if not plain and type(weight).__name__ != "DTensor":
         got = type(weight).__name__ if weight is None else f"{type(weight).__name__} {weight.dtype}"
@@ -98,7 +98,7 @@ def output_head(model: PreTrainedModel) -> Projection:
     return Projection(module, weight, getattr(linear, "bias", None), low_rank, scale, softcap)
 
 
-def _saved_copy(module: nn.Module) -> nn.Module:
+def _saved_copy(module: Any) -> Any:
     """The live copy of a head that PEFT trains whole (``modules_to_save``)."""
     if not hasattr(module, "original_module"):
         return module
@@ -142,17 +142,18 @@ def _shaping(config: Any) -> tuple[float, float | None]:
     """The factor and the soft-cap that a model applies, in that order, to its head's product."""
     scale = 1.0
     for name in MULTIPLIERS:
-        scale *= _number(config, name, 1.0)
-    divisor = _number(config, "logits_scaling", 1.0)
+        scale *= _number(config, name) or 1.0
+    divisor = _number(config, "logits_scaling") or 1.0
     scale = scale * divisor if config.model_type.startswith("hyperclovax") else scale / divisor
-    caps = [cap for cap in (_number(config, name, None) for name in SOFTCAPS) if cap is not None]
+    caps = [cap for cap in (_number(config, name) for name in SOFTCAPS) if cap is not None]
     return scale, caps[0] if caps else None
 
 
-def _number(config: Any, name: str, absent: float | None) -> float | None:
+def _number(config: Any, name: str) -> float | None:
+    """A setting, None where the model has none; never 0."""
     value = getattr(config, name, None)
     if value is None:
-        return absent
+        return None
     if not isinstance(value, Real) or value == 0:
         fail(f"config.{name}", "be a number other than 0", repr(value), "use the stock loss")
     return float(value)

@@ -43,7 +43,8 @@ def check_rebuilt_logits(
     Raises:
         ValueError: a logit differs by more than rounding.
     """
-    embeddings, module = model.get_input_embeddings().weight, model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings().weight
+    module = model.get_output_embeddings()
     vocab_size = model.config.get_text_config().vocab_size
     # spread over the vocabulary by a prime
     ids = (7919 * torch.arange(1, NUM_TOKENS + 1, device=embeddings.device))[None] % vocab_size

@@ -83,6 +83,7 @@ class Attachment:
     """What ``attach`` leaves on a model."""
 
     original: Callable[..., Any] | None  # a forward that was already wrapped; None: the class's own
+    installed: Callable[..., Any]  # the function that answers requests
     autocast: Autocast
     checked: bool = False
 
@@ -125,12 +126,13 @@ def attach(model: nn.Module, *, autocast: Autocast | None = None) -> nn.Module:
     if inner.config.is_encoder_decoder:
         fail("model", "be a causal language model", type(inner).__name__, "use its decoder alone")
     original = inner.__dict__.get("forward")
-    state = Attachment(original, nullcontext if autocast is None else autocast)
+    installed = _answering(type(inner).forward)
+    state = Attachment(original, installed, nullcontext if autocast is None else autocast)
     output_head(inner)
     if is_whole(inner):
         _check_once(inner, state)
     setattr(inner, ATTACHMENT, state)
-    inner.forward = MethodType(_answering(inner.forward), inner)
+    inner.forward = MethodType(installed, inner)
     return model
 
 
@@ -144,7 +146,7 @@ def detach(model: nn.Module) -> nn.Module:
     state = inner.__dict__.get(ATTACHMENT)
     if state is None:
         return model
-    if not getattr(inner.forward, "_answers_fused_sd", False):
+    if getattr(inner.forward, "__func__", None) is not state.installed:
         fail(
             "model",
             "have the forward that attach gave it",
@@ -165,7 +167,7 @@ def is_attached(model: nn.Module) -> bool:
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The PreTrainedModel inside DDP, FSDP, a compiled module, DeepSpeed's engine and PEFT."""
-    inner = model
+    inner: Any = model
     while not isinstance(inner, PreTrainedModel):
         if hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
@@ -178,13 +180,13 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def _answering(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that answers requests and is otherwise the given one."""
+    """A forward that answers requests, with the name and arguments of the class's own."""
 
     # generate and Trainer read the names of a model's arguments from its forward
-    @functools.wraps(inspect.unwrap(forward.__func__))
+    @functools.wraps(inspect.unwrap(forward))
     def answering(
         self: PreTrainedModel, *args: Any, fused_sd: Request | None = None, **kwargs: Any
-    ):
+    ) -> Any:
         # the state is found on the model, so that a deep copy uses its own weights
         state: Attachment = self.__dict__[ATTACHMENT]
         if fused_sd is None:
@@ -193,7 +195,6 @@ def _answering(forward: Callable[..., Any]) -> Callable[..., Any]:
             _check_once(self, state)
             return FusedOutput(result=_answer(self, fused_sd, args, kwargs))
 
-    answering._answers_fused_sd = True
     return answering
 
 

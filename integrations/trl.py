@@ -71,7 +71,7 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
         generate_every = self.args.steps_per_generation * self.num_iterations
         if self.args.gradient_accumulation_steps % generate_every == 0:
             return None
-        forward = self._forward_logits(
+        forward = completion.CompletionForward(
             self.model,
             torch.cat([prompt_ids, completion_ids], dim=1),
             torch.cat([prompt_mask, completion_mask], dim=1),
@@ -186,6 +186,7 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
             current = student_logits(self._log_probs(ids, mask)).log_probs
         else:
             return super()._compute_policy_loss(inputs, student_logits)
+        assert current is not None  # scored whenever there is a policy loss
         loss = completion.clipped_policy_loss(
             current,
             inputs.get("old_per_token_logps"),
@@ -231,6 +232,7 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
         importance = self._importance(inputs)
         if importance is None:
             return token_loss
+        assert sampled is not None  # scored whenever there is a ratio
         return apply_importance_sampling_clipping(token_loss, sampled, *importance)
 
     def _log_probs(self, ids: Tensor, mask: Tensor) -> completion.Compute:
