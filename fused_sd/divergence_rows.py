@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_sd import specs
 from fused_sd.chunk import Chunk, RowFunction
 from fused_sd.divergence import DivergenceTerm
+from fused_sd.rows import SUMMARY
 from fused_sd.support import (
     Buckets,
     bucket_terms,
@@ -23,7 +24,6 @@ from fused_sd.support import (
 from fused_sd.weighting import capped_ratio
 
 SUPPORT_METRICS = ("student_mass", "teacher_mass", "student_tail_mass", "teacher_tail_mass")
-SUMMARY_METRICS = ("forward_kl", "reverse_kl", "jsd", "student_entropy", "teacher_entropy")
 
 
 class _Entries(NamedTuple):
@@ -105,9 +105,10 @@ class DivergenceRows(NamedTuple):
                 lse = chunk.rows.log_normalizer(chunk.student)
                 metrics["student_entropy"] = chunk.rows.entropy(chunk.student, lse)
             return
-        if wanted.intersection(SUMMARY_METRICS):
+        named = wanted.intersection(SUMMARY)
+        if named:
             lse = [chunk.rows.log_normalizer(side) for side in (chunk.student, chunk.teacher)]
-            metrics |= chunk.rows.summary(chunk.student, chunk.teacher, *lse)._asdict()
+            metrics |= chunk.rows.summary(chunk.student, chunk.teacher, *lse, named)
         if "top1_agreement" in wanted:
             agree = chunk.student.argmax(-1) == chunk.teacher.argmax(-1)
             metrics["top1_agreement"] = agree.to(chunk.student)

@@ -8,7 +8,7 @@ Dimension key:  C rows in a chunk, V vocabulary (with padding columns of -inf), 
 Symbols:        lse_s, lse_t log-sum-exp of the student's and the teacher's rows
 """
 
-from typing import NamedTuple
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -17,15 +17,9 @@ from fused_sd.chunking import gradient_view
 from fused_sd.divergence import DivergenceTerm
 from fused_sd.support import BLOCK
 
-
-class Summary(NamedTuple):
-    """What a row of both sides says, each (C,)."""
-
-    forward_kl: Tensor
-    reverse_kl: Tensor
-    jsd: Tensor
-    student_entropy: Tensor
-    teacher_entropy: Tensor
+# both KLs, the JSD with its beta, and both entropies, over the full vocabulary
+SUMMARY_PARAMETERS = {"forward_kl": 0.0, "reverse_kl": 0.0, "jsd": 0.5}
+SUMMARY = (*SUMMARY_PARAMETERS, "student_entropy", "teacher_entropy")
 
 
 def log_normalizer(logits: Tensor) -> Tensor:
@@ -94,14 +88,19 @@ def softmax_gradient_(
     return _into(logits, share.mul_(factor), cap, dtype)
 
 
-def summary(student: Tensor, teacher: Tensor, lse_s: Tensor, lse_t: Tensor) -> Summary:
-    """Both KLs, the JSD at 1/2 and both entropies over the full vocabulary."""
-    names = (("forward_kl", 0.0), ("reverse_kl", 0.0), ("jsd", 0.5))
-    terms = (DivergenceTerm(name, parameter, 0.0) for name, parameter in names)
-    forward, reverse, mixture = (
-        divergence(student, teacher, lse_s, lse_t, term, None)[0] for term in terms
-    )
-    return Summary(forward, reverse, mixture, entropy(student, lse_s), entropy(teacher, lse_t))
+def summary(
+    student: Tensor, teacher: Tensor, lse_s: Tensor, lse_t: Tensor, names: Collection[str]
+) -> dict[str, Tensor]:
+    """What a row of both sides says: those of ``SUMMARY`` that are named, each (C,)."""
+    observed = {}
+    for name in names:
+        if name in SUMMARY_PARAMETERS:
+            term = DivergenceTerm(name, SUMMARY_PARAMETERS[name], 0.0)
+            observed[name] = divergence(student, teacher, lse_s, lse_t, term, None)[0]
+    for name, side, lse in (("student", student, lse_s), ("teacher", teacher, lse_t)):
+        if f"{name}_entropy" in names:
+            observed[f"{name}_entropy"] = entropy(side, lse)
+    return observed
 
 
 def block_maxima(logits: Tensor) -> Tensor:

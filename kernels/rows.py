@@ -5,6 +5,8 @@ One program of ``programs.py`` walks one row.
 Dimension key:  C rows in a chunk, V columns (with padding columns of -inf)
 """
 
+from collections.abc import Collection
+
 import torch
 import triton
 from torch import Tensor
@@ -13,7 +15,7 @@ from fused_sd.chunking import gradient_view
 from fused_sd.divergence import DivergenceTerm
 from fused_sd.kernels import programs
 from fused_sd.kernels.divergence import TERMS
-from fused_sd.rows import Summary
+from fused_sd.rows import SUMMARY
 from fused_sd.support import BLOCK
 
 BLOCK_V = 2048  # columns a program holds at a time: two sides and their terms fit the registers
@@ -105,11 +107,13 @@ def softmax_gradient_(
     return out
 
 
-def summary(student: Tensor, teacher: Tensor, lse_s: Tensor, lse_t: Tensor) -> Summary:
-    """Both KLs, the JSD at 1/2 and both entropies over the full vocabulary."""
-    out = lse_s.new_empty((5, lse_s.shape[0]))
+def summary(
+    student: Tensor, teacher: Tensor, lse_s: Tensor, lse_t: Tensor, names: Collection[str]
+) -> dict[str, Tensor]:
+    """What a row of both sides says: one pass finds all that can be named; see the twin."""
+    out = lse_s.new_empty((len(SUMMARY), lse_s.shape[0]))
     _launch(programs.summary, student, *_pair(student, teacher, lse_s, lse_t), out, out.stride(0))
-    return Summary(*out.unbind(0))
+    return {name: values for name, values in zip(SUMMARY, out) if name in names}
 
 
 def block_maxima(logits: Tensor) -> Tensor:

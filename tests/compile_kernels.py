@@ -67,7 +67,7 @@ def launch_all(vocab: int) -> None:
     row = torch.empty(1024, device="meta")
     rows.log_normalizer(student)
     rows.entropy(student, row)
-    rows.summary(student, teacher, row, row)
+    rows.summary(student, teacher, row, row, ())
     rows.block_maxima(student)
     for slope in (None, row):
         rows.softmax_gradient_(student, row, row, slope, 30.0, torch.bfloat16)

@@ -135,11 +135,13 @@ def test_softmax_gradient(slope, cap, dtype):
 def test_summary():
     student, teacher = make_rows(missing=False)
     student[0, 5] = teacher[0, 5] = -torch.inf
-    mine = kernels.summary(student, teacher, *normalizers(kernels, student, teacher))
+    names = rows.SUMMARY
+    mine = kernels.summary(student, teacher, *normalizers(kernels, student, teacher), names)
     pair = student.double(), teacher.double()
-    exact = rows.summary(*pair, *normalizers(rows, *pair))
-    for name, value in mine._asdict().items():
-        assert_close(value, getattr(exact, name), torch.float32, name)
+    exact = rows.summary(*pair, *normalizers(rows, *pair), names)
+    assert set(mine) == set(exact) == set(names)
+    for name, value in mine.items():
+        assert_close(value, exact[name], torch.float32, name)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
