@@ -71,6 +71,7 @@ def measure(kind: TrainerKind, directory: Path, device: str) -> StepMemory:
         )
     # the training loop sets this; a single step has nothing to accumulate
     trainer.current_gradient_accumulation_steps = 1
+    trainer.log_fused_metrics = False  # like with like: TRL forms no KLs and entropies to log
     trainer.model.train()
     # a tiny step first, so that what is allocated once and for all is not counted
     _one_step(trainer, random_batch(model.config.vocab_size, device, completion_length=4))
