@@ -20,7 +20,7 @@ TrainerKind = Literal["fused", "stock"]
 class Settings:
     """Everything that decides a run; the report prints all of it."""
 
-    steps: int = 40
+    steps: int = 60
     learning_rate: float = 1e-3
     lora_rank: int = 16
     prompts_per_step: int = 8
