@@ -25,7 +25,7 @@ from trl.experimental.sdpo.loss_utils import (
 )
 
 from fused_sd.integrations import completion_scores as completion
-from fused_sd.integrations.teacher_server import TeacherServerLoss
+from fused_sd.integrations.trl.teacher_server import TeacherServerLoss
 from fused_sd.integrations.transformers import attach, unwrap
 
 
