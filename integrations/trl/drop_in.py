@@ -25,8 +25,8 @@ from trl.experimental.sdpo.loss_utils import (
 )
 
 from fused_sd.integrations import completion_scores as completion
-from fused_sd.integrations.trl.teacher_server import TeacherServerLoss
 from fused_sd.integrations.transformers import attach, unwrap
+from fused_sd.integrations.trl.teacher_server import TeacherServerLoss
 
 
 class FusedSelfDistillationMixin(TeacherServerLoss):
