@@ -62,21 +62,31 @@ class EvidenceSchedule:
         warmup_steps: steps from 0 to the peak.
         hold_steps: steps at the peak.
         decay_steps: steps from the peak to 0; 0 holds it for ever.
+        first_step: number of the first update: 1 as RLSD's official code counts, so that its
+            warm-up begins above 0 and its decay below the peak; 0 as RLCSD's code counts, whose
+            first update has the peak.
     """
 
     def __init__(
-        self, peak: float = 0.5, warmup_steps: int = 0, hold_steps: int = 0, decay_steps: int = 0
+        self,
+        peak: float = 0.5,
+        warmup_steps: int = 0,
+        hold_steps: int = 0,
+        decay_steps: int = 0,
+        *,
+        first_step: int = 1,
     ) -> None:
         checks.check_unit_interval("peak", peak)
         for name, steps in (
             ("warmup_steps", warmup_steps),
             ("hold_steps", hold_steps),
             ("decay_steps", decay_steps),
+            ("first_step", first_step),
         ):
             checks.check_non_negative(name, steps, "pass a number of steps")
         self.peak, self.warmup_steps = peak, warmup_steps
         self.hold_steps, self.decay_steps = hold_steps, decay_steps
-        self.num_steps = 0
+        self.first_step, self.num_steps = first_step, 0
 
     def step(self) -> None:
         """Note that an optimiser step was taken."""
@@ -85,9 +95,10 @@ class EvidenceSchedule:
     @property
     def value(self) -> float:
         """Lambda now."""
-        if self.num_steps < self.warmup_steps:
-            return self.peak * self.num_steps / self.warmup_steps
-        late = self.num_steps - self.warmup_steps - self.hold_steps
+        now = self.first_step + self.num_steps
+        if now < self.warmup_steps:
+            return self.peak * now / self.warmup_steps
+        late = now - self.warmup_steps - self.hold_steps
         if self.decay_steps == 0 or late <= 0:
             return self.peak
         return self.peak * max(0.0, 1 - late / self.decay_steps)

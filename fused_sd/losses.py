@@ -39,6 +39,13 @@ class Run(TypedDict, total=False):
     chunk_size: int | None
 
 
+class SampledRun(Run, total=False):
+    """``Run`` with what belongs to the sampled tokens: see ``divergence_loss``."""
+
+    token_ids: Tensor | None
+    importance: ImportanceCap | None
+
+
 def sdpo_loss(
     student_hidden: Tensor,  # (..., D)
     student_head: Head,  # (V, D)
@@ -107,7 +114,7 @@ def sd_zero_loss(
     variant: Literal["code", "paper"] = "code",
     top_k: int = 64,
     forward_weight: float = 0.5,
-    **run: Unpack[Run],
+    **run: Unpack[SampledRun],
 ) -> LossOutput:
     """SD-Zero's second phase: the generator learns from the reviser's distributions.
 
@@ -155,7 +162,8 @@ def opsd_loss(
     entry_clip: float | None = 0.05,
     top_k: int | None = None,
     remainder: Remainder = "renormalize",
-    **run: Unpack[Run],
+    tail_floor: float | None = None,
+    **run: Unpack[SampledRun],
 ) -> LossOutput:
     """OPSD: forward KL to a frozen teacher that sees the reference solution, each entry clipped.
 
@@ -166,6 +174,7 @@ def opsd_loss(
         entry_clip: bound of each vocabulary entry's term; None: no clip.
         top_k: entries of the teacher's support; None: the full vocabulary.
         remainder: of that support; RLCSD's opsd takes "tail" with top_k=100.
+        tail_floor: as in ``sdpo_loss``.
 
     Raises:
         ValueError: as ``divergence_loss``.
@@ -185,6 +194,7 @@ def opsd_loss(
         teacher_head,
         divergence=generalized_jsd(beta),
         entry_clip=entry_clip,
+        tail_floor=tail_floor,
         **settings,
         **mean_by_default(run),
     )
@@ -198,7 +208,7 @@ def sdft_loss(
     *,
     alpha: float = 0.0,
     top_k: int | None = None,
-    **run: Unpack[Run],
+    **run: Unpack[SampledRun],
 ) -> LossOutput:
     """SDFT: forward KL to a moving average of the model that sees a demonstration.
 
@@ -208,7 +218,7 @@ def sdft_loss(
     Args:
         alpha: 0 is KL(t||s), 1 is KL(s||t), between them ``Jsd(alpha)``.
         top_k: None: the full vocabulary; else the student's top-k, renormalised, as in TRL (whose
-            defaults are alpha=0.5, top_k=100).
+            defaults are alpha=0.5, top_k=100, and ``importance`` with a cap of 2).
 
     Raises:
         ValueError: as ``divergence_loss``.
@@ -238,7 +248,7 @@ def gkd_loss(
     teacher_head: Head,  # (V', D')
     *,
     beta: float = 0.5,
-    **run: Unpack[Run],
+    **run: Unpack[SampledRun],
 ) -> LossOutput:
     """GKD: generalised JSD over the full vocabulary.
 

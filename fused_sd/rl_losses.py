@@ -85,10 +85,8 @@ def rlsd_loss(
 
     Reference:
         *RLSD*, arXiv 2604.03128, eq. 13-15; eq. 16 as printed has no gradient (see ``Evidence``).
-        The
-        official code: current log-probabilities, mix 0.5, evidence clip 0.2, ratio clip (0.2,
-            0.28),
-        dual clip 3, teacher copied every 10 (paper) or 20 (script) steps.
+        The official code: current log-probabilities, mix 0.5, evidence clip 0.2, ratio clip
+        (0.2, 0.28), dual clip 3, teacher copied every 10 (paper) or 20 (script) steps.
     """
     return policy_loss(
         hidden,
@@ -133,7 +131,8 @@ def rlcsd_loss(
     Args:
         correct_log_probs, wrong_log_probs, wrong_mask: the teacher's log-probabilities of the
             tokens under a correct hint and under K wrong ones.
-        token_weights: mask of the tokens that count; the two means are of these.
+        token_weights: 0 for tokens that do not count.  The two means divide by the number of the
+            others, so that the mask may carry a rollout correction, as in the official code.
         selected_weight: eta.
         contrast: keywords for ``rlcsd_advantages``; None: the official configuration's values.
 
@@ -152,7 +151,7 @@ def rlcsd_loss(
     weights = torch.zeros_like(mask, dtype=dtype)
     for part, scale in ((~shaped.selected, 1.0), (shaped.selected, selected_weight)):
         counted = torch.where(part, mask, 0).to(dtype)
-        weights = weights + scale * counted / counted.sum().clamp(min=1)
+        weights = weights + scale * counted / (counted != 0).sum().clamp(min=1)
     return policy_loss(
         hidden,
         head,

@@ -288,14 +288,18 @@ def test_a_policy_gradient_that_overflows_is_clamped():
 
 
 def test_the_evidence_schedule_warms_up_holds_and_decays():
-    schedule = fused_sd.EvidenceSchedule(0.5, warmup_steps=2, hold_steps=3, decay_steps=5)
+    schedule = fused_sd.EvidenceSchedule(
+        0.5, warmup_steps=2, hold_steps=3, decay_steps=5, first_step=0
+    )
     values = []
     for _ in range(12):
         values.append(schedule.value)
         schedule.step()
     expected = [0.0, 0.25, 0.5, 0.5, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0]
     assert values == pytest.approx(expected)
-    other = fused_sd.EvidenceSchedule(0.5, warmup_steps=2, hold_steps=3, decay_steps=5)
+    other = fused_sd.EvidenceSchedule(
+        0.5, warmup_steps=2, hold_steps=3, decay_steps=5, first_step=0
+    )
     other.load_state_dict({"num_steps": 6})
     assert other.value == pytest.approx(0.4)
     assert fused_sd.EvidenceSchedule(0.3).value == 0.3
