@@ -10,7 +10,7 @@ from fused_sd import checks
 from fused_sd.weighting import log_ratio
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """RLSD's reweighting of an advantage by what the teacher knows.
 
@@ -19,7 +19,9 @@ class Evidence:
 
     Args:
         clip: how far the weight may leave 1, downwards and upwards.
-        mix: lambda, the share of the evidence; a float, or an ``EvidenceSchedule``'s current value.
+        mix: lambda, the share of the evidence: a float, as an ``EvidenceSchedule``'s value, or a
+            tensor (...) with each token's, 0 where a thought's or a good completion's tokens
+            are to keep their advantage.
         log_prob: whether P_S is the ``"current"`` policy (the official code) or the ``"old"`` one
             that sampled the token (ms-swift, SDPG).
 
@@ -30,12 +32,13 @@ class Evidence:
     """
 
     clip: tuple[float, float] = (0.2, 0.2)
-    mix: float = 0.5
+    mix: float | Tensor = 0.5
     log_prob: Literal["current", "old"] = "current"
 
     def __post_init__(self) -> None:
         checks.check_ratio_clip(self.clip)
-        checks.check_unit_interval("mix", self.mix)
+        if not isinstance(self.mix, Tensor):
+            checks.check_unit_interval("mix", self.mix)
         checks.check_one_of("log_prob", self.log_prob, ("current", "old"))
 
 

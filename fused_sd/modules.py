@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from torch import nn
 
@@ -39,10 +39,13 @@ class LossModule(nn.Module):
 
 def _keywords(function: Callable[..., LossOutput]) -> tuple[str, ...]:
     """Names of a loss's keyword settings, those that it hands on included."""
-    parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        names += list(losses.Run.__annotations__)
+    names: list[str] = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            names.append(parameter.name)
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            (handed_on,) = get_args(parameter.annotation)  # the dict inside Unpack[...]
+            names += get_type_hints(handed_on)
     return tuple(names)
 
 

@@ -219,7 +219,12 @@ def _surrogate(
     checks.check_evidence(evidence is not None, has_teacher, teacher_log_probs is not None)
     if evidence is not None:
         dtype = accumulation_dtype(hidden.dtype)
-        inputs["mix"] = hidden.new_full(hidden.shape[:-1], evidence.mix, dtype=dtype)
+        tokens = hidden.shape[:-1]
+        if isinstance(evidence.mix, Tensor):
+            tensor_checks.check_leading("evidence.mix", evidence.mix, tokens, "hidden")
+            inputs["mix"] = evidence.mix.to(dtype)
+        else:
+            inputs["mix"] = hidden.new_full(tokens, evidence.mix, dtype=dtype)
         metrics += ["evidence", "evidence_weight", "evidence_clip_fraction", "teacher_log_prob"]
         inputs["teacher_log_probs"] = teacher_log_probs
         if evidence.log_prob == "old" and old_log_probs is None:
