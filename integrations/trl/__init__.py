@@ -1,9 +1,47 @@
 """Self-distillation trainers on TRL: the same trainers without logits, and the methods it lacks."""
 
+from fused_sd.integrations.trl.discovery import (
+    DiscoveryConfig,
+    DiscoveryTrainer,
+    discovery_probability,
+)
 from fused_sd.integrations.trl.drop_in import (
     FusedSDFTTrainer,
     FusedSDPOTrainer,
     FusedSelfDistillationMixin,
 )
+from fused_sd.integrations.trl.grpo import GRPOConfig, GRPOTrainer
+from fused_sd.integrations.trl.opsd import OPSDConfig, OPSDTrainer
+from fused_sd.integrations.trl.rft import RFTConfig, RFTTrainer
+from fused_sd.integrations.trl.rlcsd import RLCSDConfig, RLCSDTrainer
+from fused_sd.integrations.trl.rlsd import RLSDConfig, RLSDTrainer
+from fused_sd.integrations.trl.sd_zero import SDZeroConfig, SDZeroTrainer
+from fused_sd.integrations.trl.sdft import SDFTConfig, SDFTTrainer
+from fused_sd.integrations.trl.sdpo import SDPOConfig, SDPOTrainer
+from fused_sd.integrations.trl.trainer import SelfDistillationTrainer
 
-__all__ = ["FusedSDFTTrainer", "FusedSDPOTrainer", "FusedSelfDistillationMixin"]
+__all__ = [
+    "DiscoveryConfig",
+    "DiscoveryTrainer",
+    "FusedSDFTTrainer",
+    "FusedSDPOTrainer",
+    "FusedSelfDistillationMixin",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "OPSDConfig",
+    "OPSDTrainer",
+    "RFTConfig",
+    "RFTTrainer",
+    "RLCSDConfig",
+    "RLCSDTrainer",
+    "RLSDConfig",
+    "RLSDTrainer",
+    "SDFTConfig",
+    "SDFTTrainer",
+    "SDPOConfig",
+    "SDPOTrainer",
+    "SDZeroConfig",
+    "SDZeroTrainer",
+    "SelfDistillationTrainer",
+    "discovery_probability",
+]

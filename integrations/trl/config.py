@@ -1,0 +1,105 @@
+"""What the methods' configurations have in common."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import ClassVar, Literal
+
+from trl.experimental.sdpo import SDPOConfig as StockSDPOConfig
+
+from fused_sd.checks import check_one_of, fail
+
+LOSS_TYPES = ("bnpo", "dapo", "grpo", "dr_grpo")
+TEACHERS = ("live", "base", "ema", "synced", "trust_region")
+DIVERGENCE_SETTINGS = (
+    "distillation_alpha",
+    "distillation_mode",
+    "distillation_topk",
+    "distillation_is_clip",
+    "distillation_add_tail",
+    "distillation_weight",
+)
+SIBLING_SETTINGS = (
+    "use_successful_as_teacher",
+    "dont_reprompt_on_self_success",
+    "include_environment_feedback",
+    "environment_feedback_only_without_solution",
+    "solution_template",
+    "feedback_template",
+    "remove_thinking_from_demonstration",
+)
+TEACHER_SETTINGS = ("teacher_model_kind", "teacher_update_rate", "teacher_sync_steps")
+POLICY_SETTINGS = ("epsilon", "epsilon_high", "scale_rewards", "advantage_epsilon")
+
+
+@dataclass
+class SelfDistillationConfig(StockSDPOConfig):
+    """Settings of every method: TRL's of SDPO, and a few more.  Base of the methods' own classes.
+
+    TRL's names keep TRL's meaning.  ``loss_type`` reduces every loss here, not only the policy's:
+    ``"bnpo"`` is the mean over the micro-batch's tokens, ``"dapo"`` over the tokens of the whole
+    accumulated batch on all processes, ``"grpo"`` the mean of all sequences' means and
+    ``"dr_grpo"`` divides by ``max_completion_length``.  ``teacher_model_kind`` may also be
+    ``"synced"``, a hard copy every ``teacher_sync_steps`` steps, and ``"trust_region"``, the
+    initial weights and the student mixed in log space at ``teacher_update_rate``.
+
+    Raises:
+        ValueError: a value is out of its range, or a setting is given that the method does not
+            read.
+    """
+
+    unread: ClassVar[tuple[str, ...]] = (
+        "beta",
+        "importance_sampling_level",
+        "use_teacher_server",
+    )
+    """Settings of TRL's that the method does not read: giving one is an error."""
+
+    distillation_mode: Literal["sampled_token", "full_logits", "topk_logits"] = field(
+        default="full_logits", metadata={"help": "Read by SDPO alone."}
+    )
+    advantage_epsilon: float = field(
+        default=1e-6,
+        metadata={"help": "Added to the rewards' standard deviation where advantages are scaled."},
+    )
+    observe: bool = field(
+        default=True,
+        metadata={"help": "Form and log entropies, KLs, masses and ratios beside the loss."},
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Run the backbone on sequences packed into one row, without padding."},
+    )
+    skip_nonfinite_gradients: bool = field(
+        default=True,
+        metadata={
+            "help": "Leave out the optimizer step and the teacher's update where a gradient is "
+            "infinite or NaN."
+        },
+    )
+    credit_map_steps: int = field(
+        default=0, metadata={"help": "Write credit maps every this many steps; 0 writes none."}
+    )
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):  # before TRL fills in what was left out
+            if setting.name in self.unread and getattr(self, setting.name) != _default(setting):
+                fail(
+                    setting.name,
+                    f"be left as it is in {type(self).__name__}, whose method does not read it",
+                    repr(getattr(self, setting.name)),
+                    f"leave it at {_default(setting)!r}",
+                )
+        super().__post_init__()
+        check_one_of("loss_type", self.loss_type, LOSS_TYPES)
+        check_one_of("teacher_model_kind", self.teacher_model_kind, TEACHERS)
+        check_one_of("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
+        if self.num_generations == 1 and self.scale_rewards == "group":
+            fail(
+                "num_generations",
+                'be at least 2 where rewards are scaled by their group (scale_rewards="group")',
+                1,
+                'sample more, or pass scale_rewards="none"',
+            )
+
+
+def _default(setting) -> object:  # type: ignore[no-untyped-def]  # a dataclass field
+    return setting.default if setting.default is not MISSING else setting.default_factory()

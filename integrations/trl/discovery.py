@@ -1,0 +1,100 @@
+"""Test-time self-distillation: SDPO on one question until a response passes.
+
+A reward that says only "failed" teaches nothing, but what the environment says of a failure does:
+the model distils its own corrected view into itself and tries again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback
+
+from fused_sd.checks import check_positive_int, fail
+from fused_sd.integrations.trl.sdpo import SDPOConfig, SDPOTrainer
+
+
+@dataclass
+class DiscoveryConfig(SDPOConfig):
+    """One question, 16 attempts a step; defaults are the paper's (arXiv 2601.20802).
+
+    ``max_steps`` is set from ``max_attempts``.
+    """
+
+    max_attempts: int = field(
+        default=2750, metadata={"help": "Responses to sample before giving up."}
+    )
+    stop_at_success: bool = field(default=True, metadata={"help": "End at the first success."})
+    num_generations: int = field(default=16, metadata={"help": "Attempts of a step."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Attempts at once."})
+    distillation_alpha: float = field(default=1.0, metadata={"help": "KL(s||t)."})
+    distillation_topk: int | None = field(default=20, metadata={"help": "The student's support."})
+    teacher_update_rate: float = field(default=0.01, metadata={"help": "Of the moving average."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.generation_batch_size
+        assert self.steps_per_generation
+        check_positive_int("max_attempts", self.max_attempts)
+        num_batches = -(-self.max_attempts // self.generation_batch_size)
+        micro_steps = num_batches * self.steps_per_generation * self.num_iterations
+        self.max_steps = -(-micro_steps // self.gradient_accumulation_steps)
+
+
+class DiscoveryTrainer(SDPOTrainer):
+    """SDPO on one row of data; ``train()`` ends with the first success or the last attempt.
+
+    Attributes:
+        rewards: of all attempts, in the order of sampling.
+        first_success: number of the attempt that passed first, from 1; None: none did.
+        solution: its text.
+    """
+
+    config_cls = DiscoveryConfig
+    _name = "Test-time SDPO"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.rewards: list[float] = []
+        self.first_success: int | None = None
+        self.solution: str | None = None
+        super().__init__(*args, **kwargs)
+        if len(self.train_dataset) != 1:
+            got = f"{len(self.train_dataset)} rows"
+            fail("train_dataset", "be one question", got, "make a trainer for each")
+        # a generation batch that holds the group more than once samples the question again
+        copies = self.args.generation_batch_size // self.num_generations
+        self.train_dataset = Dataset.from_list(list(self.train_dataset) * copies)
+        if self.args.stop_at_success:
+            self.add_callback(_StopAtSuccess(self))
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        per_function = super()._calculate_rewards(*args, **kwargs)
+        weighted = (per_function * self.reward_weights.to(per_function)).nansum(1).tolist()
+        for text, reward in zip(gather_object(self._texts), weighted):
+            self.rewards.append(reward)
+            if reward >= self.args.success_reward_threshold and self.first_success is None:
+                self.first_success, self.solution = len(self.rewards), text
+        return per_function
+
+
+class _StopAtSuccess(TrainerCallback):
+    def __init__(self, trainer: DiscoveryTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= self.trainer.first_success is not None
+
+
+def discovery_probability(first_successes: Sequence[int | None], num_attempts: int) -> float:
+    """The paper's discovery@k: the share of runs that passed within ``num_attempts`` attempts.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    if not first_successes:
+        fail("first_successes", "hold at least one run", "none", "run DiscoveryTrainer first")
+    found = [first is not None and first <= num_attempts for first in first_successes]
+    return sum(found) / len(found)

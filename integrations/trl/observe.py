@@ -1,0 +1,51 @@
+"""What a method's trainer logs, under names that say what is meant."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_sd import LossOutput
+from fused_sd.integrations import completion_scores as completion
+
+QUANTILES = (0.05, 0.5, 0.95)
+
+
+def record(trainer: Any, output: LossOutput, inputs: dict[str, Any]) -> None:
+    """Append a step's numbers to the trainer's metrics; every process takes part."""
+    mask = inputs["loss_mask"].float()
+    metrics = {"loss": output.token_loss, **output.metrics}
+    means = completion.masked_means(metrics, mask, trainer.accelerator.gather)
+    counts = torch.stack([mask.sum(), inputs["completion_mask"].sum().float()])
+    active, whole = trainer.accelerator.gather(counts[None]).sum(0).tolist()
+    means["active_token_fraction"] = active / max(whole, 1.0)
+    gap = _evidence(output.metrics)
+    if gap is not None:
+        for quantile, value in zip(QUANTILES, _quantiles(trainer.accelerator, gap, mask)):
+            means[f"evidence_q{round(100 * quantile):02d}"] = value
+    if trainer.teacher is not None:
+        means["teacher_age"] = float(trainer.teacher.age)
+    means["skipped_steps"] = float(trainer._teacher_callback.num_skipped)
+    phase = trainer._phase(trainer.model)
+    for name, value in means.items():
+        trainer._metrics[phase][f"self_distillation/{name}"].append(value)
+
+
+def _evidence(metrics: dict[str, Tensor]) -> Tensor | None:
+    """Delta, log P_T - log P_S of the sampled token (B, T), where both were observed."""
+    if "evidence" in metrics:
+        return metrics["evidence"]
+    if "student_log_prob" in metrics and "teacher_log_prob" in metrics:
+        return metrics["teacher_log_prob"] - metrics["student_log_prob"]
+    return None
+
+
+def _quantiles(accelerator: Any, values: Tensor, mask: Tensor) -> list[float]:
+    """Quantiles over the counted tokens of all processes."""
+    counted = values[mask > 0].float()
+    padded = accelerator.pad_across_processes(counted, pad_index=float("nan"))
+    gathered = accelerator.gather(padded)
+    gathered = gathered[gathered.isfinite()]
+    if not gathered.numel():
+        return []
+    return gathered.quantile(gathered.new_tensor(QUANTILES)).tolist()

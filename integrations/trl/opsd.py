@@ -1,0 +1,98 @@
+"""OPSD: forward KL to the initial model that has read the reference solution."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fused_sd import LMHead, LossOutput, opsd_loss
+from fused_sd.checks import fail
+from fused_sd.integrations.trl.config import (
+    POLICY_SETTINGS,
+    SIBLING_SETTINGS,
+    SelfDistillationConfig,
+)
+from fused_sd.integrations.trl.contexts import PrivilegedPrompt, check_template
+from fused_sd.integrations.trl.divergence_trainer import DivergenceTrainer
+from fused_sd.integrations.trl.trainer import Run
+
+
+@dataclass
+class OPSDConfig(SelfDistillationConfig):
+    """OPSD's settings; defaults are the paper's (arXiv 2601.18734, v3).
+
+    The official code of March 2026: ``distillation_alpha=0.5, entry_clip=None,
+    distillation_topk=50, temperature=1.1``.
+    """
+
+    unread: ClassVar[tuple[str, ...]] = (
+        *SelfDistillationConfig.unread,
+        *SIBLING_SETTINGS,
+        *POLICY_SETTINGS,
+        "distillation_mode",
+        "distillation_is_clip",
+        "distillation_weight",
+        "success_reward_threshold",
+    )
+
+    reprompt_template: str = field(
+        default="{prompt}\n\nHere is a reference solution to this problem:\n{privileged}\nAfter "
+        "understanding the reference solution and the rationale behind each step, now articulate "
+        "your own step-by-step reasoning that derives the same final answer.",
+        metadata={"help": "The teacher's last user turn, from {prompt} and {privileged}."},
+    )
+    distillation_alpha: float = field(
+        default=0.0, metadata={"help": "0: KL(t||s), 1: KL(s||t), between: Jensen-Shannon."}
+    )
+    distillation_topk: int | None = field(
+        default=None, metadata={"help": "Entries of the teacher's support; None: all."}
+    )
+    entry_clip: float | None = field(
+        default=0.05, metadata={"help": "Bound of each vocabulary entry's term; None: no bound."}
+    )
+    loss_type: str = field(default="bnpo", metadata={"help": "Average of the token losses."})
+    num_generations: int = field(default=1, metadata={"help": "Completions of a prompt."})
+    scale_rewards: str = field(default="none", metadata={"help": "OPSD reads no advantage."})
+    teacher_model_kind: str = field(
+        default="base", metadata={"help": "The initial weights; its author found others unstable."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_template("reprompt_template", self.reprompt_template, "prompt", "privileged")
+        if self.distillation_add_tail and self.distillation_topk is None:
+            fail(
+                "distillation_add_tail",
+                "be False over the full vocabulary, which leaves no tail",
+                True,
+                "pass distillation_topk as well",
+            )
+
+
+class OPSDTrainer(PrivilegedPrompt, DivergenceTrainer):
+    """OPSD (arXiv 2601.18734); the dataset's ``privileged_context`` is the reference solution.
+
+    Rewards are not needed; where functions are given, their values are logged.
+    """
+
+    config_cls = OPSDConfig
+    _name = "OPSD"
+    needs_rewards = False
+    needs_privileged = True
+
+    def divergence(
+        self,
+        student: tuple[Tensor, LMHead],
+        teacher: tuple[Tensor, LMHead],
+        inputs: dict[str, Any],
+        run: Run,
+    ) -> LossOutput:
+        return opsd_loss(
+            *student,
+            *teacher,
+            beta=self.args.distillation_alpha,
+            entry_clip=self.args.entry_clip,
+            top_k=self.args.distillation_topk,
+            remainder="tail" if self.args.distillation_add_tail else "renormalize",
+            **run,
+        )

@@ -1,0 +1,56 @@
+"""RFT, rejection-sampling fine-tuning: cross entropy on the model's own correct completions."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fused_sd import LMHead, LossOutput, cross_entropy_loss
+from fused_sd.integrations.trl.config import (
+    DIVERGENCE_SETTINGS,
+    POLICY_SETTINGS,
+    SIBLING_SETTINGS,
+    TEACHER_SETTINGS,
+    SelfDistillationConfig,
+)
+from fused_sd.integrations.trl.grpo import PROMPTING_SETTINGS
+from fused_sd.integrations.trl.rollouts import Rollout
+from fused_sd.integrations.trl.trainer import Run, SelfDistillationTrainer
+
+
+@dataclass
+class RFTConfig(SelfDistillationConfig):
+    """A completion is kept where its reward reaches ``success_reward_threshold``."""
+
+    unread: ClassVar[tuple[str, ...]] = (
+        *SelfDistillationConfig.unread,
+        *DIVERGENCE_SETTINGS,
+        *SIBLING_SETTINGS,
+        *TEACHER_SETTINGS,
+        *POLICY_SETTINGS,
+        *PROMPTING_SETTINGS,
+        "credit_map_steps",
+    )
+
+    loss_type: str = field(default="dapo", metadata={"help": "Average of the token losses."})
+    scale_rewards: str = field(default="none", metadata={"help": "RFT reads no advantage."})
+
+
+class RFTTrainer(SelfDistillationTrainer):
+    """Cross entropy on correct rollouts, sampled as training goes."""
+
+    config_cls = RFTConfig
+    _name = "RFT"
+    has_teacher = False
+
+    def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
+        is_correct = rollout.reward >= self.args.success_reward_threshold
+        return rollout.prompt_ids if is_correct else None
+
+    def score_teacher(self, inputs: dict[str, Any]) -> None:
+        return None
+
+    def method_loss(
+        self, hidden: Tensor, head: LMHead, teacher: None, inputs: dict[str, Any], run: Run
+    ) -> LossOutput:
+        return cross_entropy_loss(hidden, head, inputs["completion_ids"], **run)

@@ -1,0 +1,183 @@
+"""RLCSD: advantages moved by the contrast of a correct hint with wrong ones.
+
+Dimension key:  B sequences, T completion tokens, K wrong hints, L positions
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_sd import LMHead, LossOutput, rlcsd_loss
+from fused_sd.checks import check_one_of, check_positive_int
+from fused_sd.integrations import completion_scores as completion
+from fused_sd.integrations.trl.contexts import (
+    check_template,
+    last_user_text,
+    teacher_inputs,
+    with_user_text,
+)
+from fused_sd.integrations.trl.grpo import PolicyConfig, PolicyTrainer
+from fused_sd.integrations.trl.rollouts import Rollout, without_thinking
+from fused_sd.integrations.trl.trainer import Run
+
+
+@dataclass
+class RLCSDConfig(PolicyConfig):
+    """RLCSD's settings; defaults are the official configuration's (arXiv 2606.11709)."""
+
+    reprompt_template: str = field(
+        default="Problem: {prompt}\n\nHere is a reference solution to this problem:\n=== Reference "
+        "Solution Begin ===\n{privileged}\n=== Reference Solution End ===\n\nAfter reading the "
+        "reference solution above, make sure you understand the reasoning behind each step.",
+        metadata={"help": "The teacher's last user turn, from {prompt} and {privileged}."},
+    )
+    correct_hint: str = field(
+        default="sibling",
+        metadata={"help": "`sibling`: a successful rollout; `reference`: `privileged_context`."},
+    )
+    max_wrong_hints: int = field(
+        default=4, metadata={"help": "K: failed siblings that the teacher is shown in turn."}
+    )
+    contrast_temperature: float = field(default=0.02, metadata={"help": "tau_c of the tanh."})
+    contrast_scale: float = field(default=1.0, metadata={"help": "beta of the residual."})
+    contrast_mix: float = field(default=0.5, metadata={"help": "lambda of the residual."})
+    contrast_threshold: float = field(
+        default=0.02, metadata={"help": "delta: smaller residuals leave the advantage alone."}
+    )
+    contrast_clip: tuple[float, float] = field(
+        default=(-2.0, 2.0), metadata={"help": "Bounds of the residual."}
+    )
+    selected_weight: float = field(
+        default=1.0, metadata={"help": "eta: weight of the selected tokens' mean."}
+    )
+    success_reward_threshold: float = field(
+        default=0.5, metadata={"help": "Reward from which on a rollout is a correct hint."}
+    )
+    loss_type: str = field(
+        default="bnpo", metadata={"help": "RLCSD has two token means of the micro-batch: bnpo."}
+    )
+    epsilon_high: float | None = field(default=0.2, metadata={"help": "Upper clip of the ratio."})
+    dual_clip: float | None = field(default=None, metadata={"help": "RLCSD has none."})
+    teacher_model_kind: str = field(
+        default="synced", metadata={"help": "A hard copy, renewed every `teacher_sync_steps`."}
+    )
+    teacher_sync_steps: int = field(default=10, metadata={"help": "Steps between copies."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_template("reprompt_template", self.reprompt_template, "prompt", "privileged")
+        check_one_of("correct_hint", self.correct_hint, ("sibling", "reference"))
+        check_positive_int("max_wrong_hints", self.max_wrong_hints)
+        check_one_of("loss_type", self.loss_type, ("bnpo",))
+        check_one_of("dual_clip", self.dual_clip, (None,))  # type: ignore[arg-type]
+
+
+class RLCSDTrainer(PolicyTrainer):
+    """RLCSD (arXiv 2606.11709): K + 1 teacher passes, the surrogate's advantages between them.
+
+    A rollout without a correct hint or without a wrong one leaves the batch, as in the official
+    code.
+    """
+
+    config_cls = RLCSDConfig
+    _name = "RLCSD"
+
+    def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
+        hint = self._correct_hint(rollout)
+        return (
+            None if hint is None or not self._wrong_hints(rollout) else self._hinted(rollout, hint)
+        )
+
+    def more_inputs(self, rollouts: Sequence[Rollout], output: dict[str, Any]) -> dict[str, Tensor]:
+        ids, mask = output["completion_ids"], output["completion_mask"]
+        num_hints = self.args.max_wrong_hints
+        hints = [self._wrong_hints(rollout) for rollout in rollouts]
+        shown = [
+            self._hinted(rollout, row[k]) if k < len(row) else rollout.prompt_ids
+            for rollout, row in zip(rollouts, hints)
+            for k in range(num_hints)
+        ]
+        inputs = teacher_inputs(
+            shown,
+            ids.repeat_interleave(num_hints, 0),
+            mask.repeat_interleave(num_hints, 0),
+            pad_id=self._tokenizer.pad_token_id,
+            max_length=self.args.max_reprompt_len,
+        )
+        counts = torch.tensor([len(row) for row in hints], device=mask.device)
+        return {
+            "wrong_input_ids": inputs.input_ids.view(len(rollouts), num_hints, -1),
+            "wrong_attention_mask": inputs.attention_mask.view(len(rollouts), num_hints, -1),
+            "wrong_mask": torch.arange(num_hints, device=mask.device) < counts[:, None],
+        }
+
+    def score_teacher(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities under the correct hint (B, T) and under the wrong ones (B, T, K)."""
+        compute = completion.log_probs(
+            inputs["completion_ids"], inputs["loss_mask"], self.temperature
+        )
+        correct = self.run_teacher(
+            inputs["teacher_input_ids"], inputs["teacher_attention_mask"], inputs, compute
+        ).log_probs
+        wrong = [
+            self.run_teacher(ids, mask, inputs, compute).log_probs
+            for ids, mask in zip(
+                inputs["wrong_input_ids"].unbind(1), inputs["wrong_attention_mask"].unbind(1)
+            )
+        ]
+        return correct, torch.stack(wrong, -1)
+
+    def method_loss(
+        self,
+        hidden: Tensor,
+        head: LMHead,
+        teacher: tuple[Tensor, Tensor],
+        inputs: dict[str, Any],
+        run: Run,
+    ) -> LossOutput:
+        args = self.args
+        ids = inputs["completion_ids"]
+        settings = self.surrogate_settings(inputs)
+        return rlcsd_loss(
+            hidden,
+            head,
+            ids,
+            self.token_advantages(inputs),
+            *teacher,
+            wrong_mask=inputs["wrong_mask"][:, None].expand(*ids.shape, -1),
+            token_weights=inputs["loss_mask"].float(),
+            old_log_probs=settings["old_log_probs"],
+            ratio_clip=settings["ratio_clip"],
+            selected_weight=args.selected_weight,
+            contrast={
+                "temperature": args.contrast_temperature,
+                "scale": args.contrast_scale,
+                "mix": args.contrast_mix,
+                "threshold": args.contrast_threshold,
+                "clip": tuple(args.contrast_clip),
+            },
+            temperature=run["temperature"],
+            metrics=run["metrics"],
+        )
+
+    def _correct_hint(self, rollout: Rollout) -> str | None:
+        if self.args.correct_hint == "reference":
+            return rollout.privileged or None
+        threshold = self.args.success_reward_threshold
+        found = rollout.siblings(threshold=threshold, successful=True, itself=False)
+        found = found or rollout.siblings(threshold=threshold, successful=True, itself=True)
+        return without_thinking(found[0].text) if found else None
+
+    def _wrong_hints(self, rollout: Rollout) -> list[str]:
+        threshold = self.args.success_reward_threshold
+        found = rollout.siblings(threshold=threshold, successful=False, itself=False)
+        return [without_thinking(sibling.text) for sibling in found[: self.args.max_wrong_hints]]
+
+    def _hinted(self, rollout: Rollout, hint: str) -> list[int]:
+        text = self.args.reprompt_template.format(
+            prompt=last_user_text(rollout.prompt), privileged=hint
+        )
+        return self.tokenize(with_user_text(rollout.prompt, text))

@@ -1,0 +1,115 @@
+"""RLSD: GRPO whose advantages are weighted, token by token, by a teacher that knows the answer.
+
+Dimension key:  B sequences, T completion tokens, D hidden size
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fused_sd import Evidence, EvidenceSchedule, LMHead, LossOutput, rlsd_loss
+from fused_sd.checks import check_one_of, check_unit_interval
+from fused_sd.integrations import completion_scores as completion
+from fused_sd.integrations.trl.contexts import PrivilegedPrompt, check_template
+from fused_sd.integrations.trl.grpo import PolicyConfig, PolicyTrainer
+from fused_sd.integrations.trl.trainer import Run
+
+
+@dataclass
+class RLSDConfig(PolicyConfig):
+    """RLSD's settings; defaults are the official script's (arXiv 2604.03128).
+
+    ``privileged_context`` holds the reference: the script gives the final answer alone.
+    """
+
+    reprompt_template: str = field(
+        default="{prompt}\n\nHere is a reference solution:\n{privileged}\n\nAfter understanding "
+        "the reference solution, please try to solve this problem using your own approach below.",
+        metadata={"help": "The teacher's last user turn, from {prompt} and {privileged}."},
+    )
+    teacher_model_kind: str = field(
+        default="synced", metadata={"help": "A hard copy, renewed every `teacher_sync_steps`."}
+    )
+    teacher_sync_steps: int = field(
+        default=20, metadata={"help": "Steps between copies: 20 in the script, 10 in the paper."}
+    )
+    evidence_clip: tuple[float, float] = field(
+        default=(0.2, 0.2),
+        metadata={"help": "How far a token's weight may leave 1, downwards and upwards."},
+    )
+    evidence_mix: float = field(
+        default=0.5, metadata={"help": "Lambda: share of the weighted advantage at its peak."}
+    )
+    evidence_warmup_steps: int = field(default=0, metadata={"help": "Steps from 0 to the peak."})
+    evidence_hold_steps: int = field(default=0, metadata={"help": "Steps at the peak."})
+    evidence_decay_steps: int = field(
+        default=60, metadata={"help": "Steps from the peak back to 0; 0 keeps the peak for ever."}
+    )
+    evidence_log_prob: str = field(
+        default="current",
+        metadata={"help": "The student's side of the evidence: `current` policy, or the `old`."},
+    )
+    negative_only: bool = field(
+        default=False, metadata={"help": "Weigh the tokens of failed completions alone."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_template("reprompt_template", self.reprompt_template, "prompt", "privileged")
+        check_unit_interval("evidence_mix", self.evidence_mix)
+        check_one_of("evidence_log_prob", self.evidence_log_prob, ("current", "old"))
+
+
+class RLSDTrainer(PrivilegedPrompt, PolicyTrainer):
+    """RLSD (arXiv 2604.03128): evidence inside GRPO's clipped surrogate.
+
+    The dataset's ``privileged_context`` is the reference answer or solution; a row without one
+    trains as in GRPO.
+    """
+
+    config_cls = RLSDConfig
+    _name = "RLSD"
+    needs_privileged = True
+    needs_signal = False
+    metrics = (*PolicyTrainer.metrics, "evidence", "evidence_weight", "evidence_clip_fraction")
+
+    def score_teacher(self, inputs: dict[str, Any]) -> Tensor:
+        """The teacher's log-probabilities of the completions (B, T)."""
+        ids, mask = inputs["completion_ids"], inputs["loss_mask"]
+        return self.run_teacher(
+            inputs["teacher_input_ids"],
+            inputs["teacher_attention_mask"],
+            inputs,
+            completion.log_probs(ids, mask, self.temperature),
+        ).log_probs
+
+    def evidence(self, inputs: dict[str, Any]) -> Evidence:
+        """Clip and each token's mix at the current step: 0 where no evidence is to be used."""
+        args = self.args
+        schedule = EvidenceSchedule(
+            args.evidence_mix,
+            args.evidence_warmup_steps,
+            args.evidence_hold_steps,
+            args.evidence_decay_steps,
+        )
+        schedule.num_steps = self.state.global_step
+        weighed = inputs["self_distillation_mask"]
+        if args.negative_only:
+            weighed = weighed * (inputs["advantages"] < 0)
+        mix = (schedule.value * weighed)[:, None].expand(inputs["completion_ids"].shape)
+        return Evidence(tuple(args.evidence_clip), mix, args.evidence_log_prob)
+
+    def method_loss(
+        self, hidden: Tensor, head: LMHead, teacher: Tensor, inputs: dict[str, Any], run: Run
+    ) -> LossOutput:
+        return rlsd_loss(
+            hidden,
+            head,
+            inputs["completion_ids"],
+            self.token_advantages(inputs),
+            teacher_log_probs=teacher,
+            evidence=self.evidence(inputs),
+            **self.surrogate_settings(inputs),
+            **run,
+        )

@@ -1,0 +1,175 @@
+"""SDPO: distil the model that has seen a successful sibling, or feedback, into itself.
+
+Dimension key:  B sequences, T completion tokens, D hidden size
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fused_sd import ImportanceCap, LMHead, LossOutput, grpo_loss, sampled_kl_loss, sdpo_loss
+from fused_sd.checks import fail
+from fused_sd.integrations.trl.config import SelfDistillationConfig
+from fused_sd.integrations.trl.contexts import check_template, last_user_text, with_user_text
+from fused_sd.integrations.trl.divergence_trainer import DivergenceTrainer
+from fused_sd.integrations.trl.rollouts import Rollout, without_thinking
+from fused_sd.integrations.trl.trainer import Run
+
+
+@dataclass
+class SDPOConfig(SelfDistillationConfig):
+    """SDPO's settings; defaults are the official configuration's (arXiv 2601.20802).
+
+    The paper's runs with feedback: ``distillation_alpha=1, distillation_topk=20,
+    teacher_update_rate=0.01``.  TRL's own SDPOConfig starts from other values.
+    """
+
+    distillation_alpha: float = field(
+        default=0.5, metadata={"help": "0: KL(t||s), 1: KL(s||t), between: Jensen-Shannon."}
+    )
+    distillation_mode: Literal["sampled_token", "full_logits", "topk_logits"] = field(
+        default="topk_logits",
+        metadata={"help": "`topk_logits`, `full_logits` or `sampled_token` (alpha 1)."},
+    )
+    distillation_topk: int | None = field(
+        default=100, metadata={"help": "Entries of the student's support in `topk_logits`."}
+    )
+    distillation_add_tail: bool = field(
+        default=True, metadata={"help": "One bucket for all other entries, or renormalise."}
+    )
+    tail_floor: float | None = field(
+        default=None, metadata={"help": "1e-7 for the official code's clamp; None: exact tail."}
+    )
+    loss_type: str = field(default="bnpo", metadata={"help": "Average of the token losses."})
+    scale_rewards: str = field(
+        default="none", metadata={"help": "Only where `distillation_weight` is below 1."}
+    )
+    success_reward_threshold: float = field(
+        default=0.5, metadata={"help": "Reward from which on a rollout teaches its siblings."}
+    )
+    include_environment_feedback: bool = field(
+        default=True, metadata={"help": "Show the teacher what `feedback_func` said."}
+    )
+    environment_feedback_only_without_solution: bool = field(
+        default=True, metadata={"help": "... but not beside a successful sibling."}
+    )
+    remove_thinking_from_demonstration: bool = field(
+        default=True, metadata={"help": "Leave <think> spans out of a sibling's solution."}
+    )
+    include_own_attempt: bool = field(
+        default=False, metadata={"help": "Show the teacher the attempt it is to correct."}
+    )
+    attempt_template: str = field(
+        default="\nYour earlier attempt:\n\n{attempt}\n\n",
+        metadata={"help": "Put before the feedback with `include_own_attempt`."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.distillation_mode != "topk_logits":
+            if self.distillation_topk not in (None, type(self).distillation_topk):
+                mode = repr(self.distillation_mode)
+                fail("distillation_topk", "be None", mode, 'or distillation_mode="topk_logits"')
+            self.distillation_topk = None
+        super().__post_init__()
+        check_template(
+            "reprompt_template", self.reprompt_template, "prompt", "solution", "feedback"
+        )
+        check_template("solution_template", self.solution_template, "successful_previous_attempt")
+        check_template("feedback_template", self.feedback_template, "feedback_raw")
+        check_template("attempt_template", self.attempt_template, "attempt")
+
+
+class SDPOTrainer(DivergenceTrainer):
+    """SDPO (arXiv 2601.20802) with the official code's contexts, loss and reduction.
+
+    A rollout's teacher sees the first successful sibling, what ``feedback_func`` said, or both; one
+    with neither has weight 0.  With ``distillation_weight`` below 1 the rest is GRPO's loss
+    (eq. 3).
+    """
+
+    config_cls = SDPOConfig
+    _name = "SDPO"
+
+    def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
+        args = self.args
+        solution = feedback = ""
+        if args.use_successful_as_teacher:
+            found = rollout.siblings(
+                threshold=args.success_reward_threshold,
+                successful=True,
+                itself=not args.dont_reprompt_on_self_success,
+            )
+            if found:
+                text = found[0].text
+                if args.remove_thinking_from_demonstration:
+                    text = without_thinking(text)
+                solution = args.solution_template.format(successful_previous_attempt=text)
+        said = (rollout.feedback or "").strip()
+        unneeded = args.environment_feedback_only_without_solution and solution
+        if args.include_environment_feedback and said and not unneeded:
+            feedback = args.feedback_template.format(feedback_raw=rollout.feedback)
+        if not solution and not feedback:
+            return None
+        if args.include_own_attempt:
+            feedback = args.attempt_template.format(attempt=rollout.text) + feedback
+        text = args.reprompt_template.format(
+            prompt=last_user_text(rollout.prompt), solution=solution, feedback=feedback
+        )
+        return self.tokenize(with_user_text(rollout.prompt, text))
+
+    def score_teacher(self, inputs: dict[str, Any]) -> Any:
+        return super().score_teacher(inputs) if self.args.distillation_weight else None
+
+    def method_loss(
+        self, hidden: Tensor, head: LMHead, teacher: Any, inputs: dict[str, Any], run: Run
+    ) -> LossOutput:
+        share = self.args.distillation_weight
+        if share == 1:
+            return super().method_loss(hidden, head, teacher, inputs, run)
+        args, ids = self.args, inputs["completion_ids"]
+        policy = grpo_loss(
+            hidden,
+            head,
+            ids,
+            inputs["advantages"][:, None].expand(ids.shape),
+            old_log_probs=inputs.get("old_per_token_logps"),
+            ratio_clip=(args.epsilon, args.epsilon_high),
+            token_weights=self.token_weights(inputs, inputs["completion_mask"]),
+            temperature=self.temperature,
+            reduction="sum",
+        )
+        if share == 0:
+            return policy
+        own = super().method_loss(hidden, head, teacher, inputs, run)
+        return own._replace(loss=(1 - share) * policy.loss + share * own.loss)
+
+    def divergence(
+        self,
+        student: tuple[Tensor, LMHead],
+        teacher: tuple[Tensor, LMHead],
+        inputs: dict[str, Any],
+        run: Run,
+    ) -> LossOutput:
+        args = self.args
+        old, cap = inputs.get("old_per_token_logps"), args.distillation_is_clip
+        if args.distillation_mode == "sampled_token":
+            importance = None if old is None or cap is None else ImportanceCap(old, cap)
+            observed = ("log_prob", "teacher_log_prob", "entropy") if run["metrics"] else ()
+            return sampled_kl_loss(
+                *student,
+                teacher=teacher,
+                importance=importance,
+                **{**run, "metrics": observed},
+            )
+        return sdpo_loss(
+            *student,
+            *teacher,
+            alpha=args.distillation_alpha,
+            top_k=args.distillation_topk,
+            add_tail=args.distillation_add_tail,
+            tail_floor=args.tail_floor,
+            old_log_probs=old,
+            importance_cap=cap,
+            **run,
+        )

@@ -1,0 +1,80 @@
+"""The object that TRL asks for the teacher's side of a batch.
+
+Dimension key:  B sequences, L positions, T completion tokens
+"""
+
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from fused_sd.integrations.trl.contexts import teacher_inputs
+from fused_sd.integrations.trl.rollouts import Rollout, grouped
+
+
+class TeacherContexts:
+    """Asks the trainer's method for each rollout's context, and makes a batch of them."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.last_metrics: dict[str, float] = {}
+        self.more_inputs: dict[str, Tensor] = {}
+        self.num_with_signal = 0
+
+    def build(
+        self, output: dict[str, Any], prompts: Any, rewards: Tensor, feedbacks: Any = None
+    ) -> dict[str, Tensor]:
+        trainer = self.trainer
+        rollouts = self._rollouts(output, prompts, rewards)
+        contexts = [trainer.teacher_prompts(rollout) for rollout in rollouts]
+        active = [context is not None for context in contexts]
+        self.num_with_signal = sum(active)
+        mask = output["completion_mask"]
+        self.more_inputs = {"loss_mask": mask, **trainer.more_inputs(rollouts, output)}
+        given = [
+            rollout.prompt_ids if context is None else context
+            for rollout, context in zip(rollouts, contexts)
+        ]
+        inputs = teacher_inputs(
+            given,
+            output["completion_ids"],
+            mask,
+            pad_id=trainer._tokenizer.pad_token_id,
+            max_length=trainer.args.max_reprompt_len,
+        )
+        size = max(len(rollouts), 1)
+        self.last_metrics = {
+            "self_distillation/reprompt_sample_fraction": self.num_with_signal / size,
+            "self_distillation/truncated_reprompt_fraction": inputs.num_truncated / size,
+        }
+        return {
+            "teacher_input_ids": inputs.input_ids,
+            "teacher_attention_mask": inputs.attention_mask,
+            "self_distillation_mask": torch.tensor(active, device=mask.device).float(),
+        }
+
+    def _rollouts(self, output: dict[str, Any], prompts: Any, rewards: Tensor) -> list[Rollout]:
+        """This process's rollouts, each with its group from all processes."""
+        trainer = self.trainer
+        is_training = trainer.model.training
+        size = trainer.num_generations if is_training else trainer.num_generations_eval
+        texts, local = gather_object(trainer._texts), rewards.tolist()
+        groups = grouped(texts, gather_object(local), size)
+        first = trainer.accelerator.process_index * len(local)
+        lengths = output["prompt_mask"].sum(1).tolist()
+        completions = trainer._get_completion_ids_list(output)
+        return [
+            Rollout(
+                prompt=prompts[n],
+                prompt_ids=output["prompt_ids"][n, -lengths[n] :].tolist() if lengths[n] else [],
+                completion_ids=completions[n],
+                text=trainer._texts[n],
+                reward=local[n],
+                privileged=trainer._examples[n].get("privileged_context"),
+                feedback=trainer._feedback[n],
+                index=first + n,
+                group=groups[(first + n) // size],
+            )
+            for n in range(len(local))
+        ]
