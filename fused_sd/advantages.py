@@ -79,8 +79,9 @@ def iw_opd_advantages(
     """IW-OPD's advantages (B, T): ``w_t A_t`` with more weight where a sequence begins to err.
 
     ``A_t = b_t - a_t`` of the sampled token and
-    ``w_t = 1 + gamma (1 - sum_{u<t} |A_u| / sum_u |A_u|)``.  Train on ``policy_loss`` with
-    them; 0 where the mask is.
+    ``w_t = 1 + gamma (1 - sum_{u<t} |A_u| / sum_u |A_u|)``; 0 where the mask is.  Train on
+    ``policy_loss`` with them, or on ``cross_entropy_loss`` with them times the mean's weights as
+    ``token_weights``: the same gradient at the first update, and the value that TRL logs.
 
     Raises:
         ValueError: when a log-probability that counts is not finite (on the CPU).

@@ -82,8 +82,10 @@ def sdpo_loss(
     Reference:
         Huebotter et al., *Reinforcement Learning via Self-Distillation*, arXiv 2601.20802, eq. 1 is
         alpha=1 over the full vocabulary.  The official configuration is what the defaults are (with
-        tail_floor=1e-7); the paper's runs with feedback use alpha=1, top_k=20.  TRL's default is
-        the sampled token instead, its top-k is renormalised.
+        tail_floor=1e-7); the paper's runs with feedback use alpha=1, top_k=20.  The code's second
+        factor, the ratio of pi_old to the sampling engine's, is a factor on the weights:
+        ``aggregation_weights(mask, "token_mean") * ratio`` with ``reduction="sum"``.  TRL's default
+        is the sampled token instead, its top-k is renormalised.
     """
     support: Support = FULL_VOCABULARY if top_k is None else StudentTopK(top_k)
     truncated: Remainder = "tail" if add_tail else "renormalize"

@@ -90,6 +90,7 @@ class Batch:
 def make_batch(rows: list[list[int]], taught: list[int] | None = None, peak: float = 3.0) -> Batch:
     """A batch whose mask is ``rows``; log-probabilities lie around the student's own."""
     mask = torch.tensor(rows, dtype=FLOAT)
+    signs = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=FLOAT)[: len(rows)]
     shape, num_hints = mask.shape, 3
 
     def normal(*sizes: int) -> Tensor:
@@ -99,7 +100,7 @@ def make_batch(rows: list[list[int]], taught: list[int] | None = None, peak: flo
     teacher_hidden = hidden + 0.4 * normal(*shape, HIDDEN)
     token_ids = torch.randint(VOCAB, shape)
     own = (hidden @ head.t()).log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]
-    old = (own + 0.4 * normal(*shape)).clamp(max=-1e-3)
+    old = (own + 0.8 * normal(*shape)).clamp(max=-1e-3)
     return Batch(
         hidden.requires_grad_(True),
         head.requires_grad_(True),
@@ -108,7 +109,7 @@ def make_batch(rows: list[list[int]], taught: list[int] | None = None, peak: flo
         token_ids,
         mask,
         torch.tensor(taught or [1] * len(rows), dtype=FLOAT),
-        normal(shape[0], 1).expand(shape).clone(),
+        (normal(shape[0], 1).abs() * signs).expand(shape).clone(),
         old,
         old + 0.6 * normal(*shape),
         own + 0.5 * normal(*shape),

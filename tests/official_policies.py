@@ -59,14 +59,20 @@ def grpo_trl(
     loss_type: str = "dapo",
     num_tokens: float = 1.0,
     length: int = 1,
+    correct: bool = False,
 ) -> Tensor:
-    """TRL's GRPO: nothing bounds the log-ratio; ``delta`` cuts the unclipped ratio."""
+    """TRL's GRPO: nothing bounds the log-ratio; ``delta`` cuts the unclipped ratio.
+
+    ``correct`` multiplies the surrogate by the truncated ratio to the sampling engine.
+    """
     log_prob, mask = own(batch), batch.mask
     ratio = (log_prob - batch.old).exp()
     bounded = ratio.clamp(1 - clip[0], 1 + clip[1])
     if delta is not None:
         ratio = ratio.clamp(max=delta)
     token_loss = -torch.min(ratio * batch.advantages, bounded * batch.advantages)
+    if correct:
+        token_loss = token_loss * (batch.old - batch.rollout).exp().clamp(max=2)
     back = batch.reference - log_prob
     token_loss = token_loss + beta * (back.exp() - back - 1)
     if loss_type == "grpo":

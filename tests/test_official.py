@@ -4,11 +4,15 @@ import pytest
 import torch
 from cases import make_case
 from closeness import assert_close
+from official_batches import BATCHES
+from official_batches import assert_same as assert_same_loss
 
 import fused_sd
 from fused_sd import reference
 
 pytest.importorskip("trl")
+from trl.experimental.gkd import GKDTrainer
+from trl.experimental.iw_opd import IWOPDTrainer
 from trl.experimental.sdpo import loss_utils
 
 K = 6
@@ -99,3 +103,50 @@ def test_trls_importance_cap():
     found = torch.autograd.grad(output.loss.sum(), case.inputs)
     for value, truth in zip(found, torch.autograd.grad(exact.sum(), case.inputs), strict=True):
         assert_close(value, truth, torch.float64)
+
+
+def labels(batch):
+    return batch.token_ids.masked_fill(batch.mask == 0, -100)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", BATCHES)
+def test_trls_gkd_loss(beta, kind):
+    batch = BATCHES[kind]()
+    exact = GKDTrainer.generalized_jsd_loss(
+        batch.student_logits(), batch.teacher_logits(), labels(batch), beta, temperature=0.9
+    )
+    output = fused_sd.gkd_loss(*batch.sides, beta=beta, token_weights=batch.mask, temperature=0.9)
+    assert_same_loss(output.loss, exact, batch, batch)
+
+
+IW_OPD_SUPPORTS = {
+    0.0: fused_sd.TeacherTopK(K),
+    0.3: fused_sd.UnionTopK(K),
+    1.0: fused_sd.StudentTopK(K),
+}
+
+
+@pytest.mark.parametrize("add_tail", [False, True])
+@pytest.mark.parametrize("beta", IW_OPD_SUPPORTS)
+@pytest.mark.parametrize("kind", BATCHES)
+def test_trls_iw_opd_divergence(beta, add_tail, kind):
+    batch = BATCHES[kind]()
+    exact = IWOPDTrainer.generalized_jsd_loss(
+        batch.student_logits(),
+        batch.teacher_logits(),
+        labels(batch),
+        beta,
+        top_k=K,
+        add_tail=add_tail,
+    )
+    output = fused_sd.divergence_loss(
+        *batch.sides,
+        divergence=fused_sd.generalized_jsd(beta),
+        support=IW_OPD_SUPPORTS[beta],
+        remainder="tail" if add_tail else "renormalize",
+        tail_floor=1e-7 if add_tail else None,
+        token_weights=batch.mask,
+        reduction="mean",
+    )
+    assert_same_loss(output.loss, exact, batch, batch)

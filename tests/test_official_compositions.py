@@ -77,7 +77,8 @@ def rlsd_in_places(batch: Batch, places: Tensor) -> Tensor:
 
 
 def negative(batch: Batch) -> Tensor:
-    return (batch.advantages.sum(-1, keepdim=True) < 0).expand_as(batch.mask)
+    counted = torch.where(batch.mask != 0, batch.advantages, 0)
+    return (counted.sum(-1, keepdim=True) < 0).expand_as(batch.mask)
 
 
 def thought(batch: Batch) -> Tensor:
@@ -156,6 +157,22 @@ def srpo(batch: Batch) -> Tensor:
     return surrogate.loss + distilled.loss
 
 
+def grpo_with_correction(batch: Batch, beta: float) -> Tensor:
+    """TRL's: the rollout correction is on the surrogate, not on the KL to the reference."""
+    ratio = (batch.old - batch.rollout).exp().clamp(max=2)
+    weights = torch.where(batch.mask != 0, mean(batch) * ratio, 0)
+    surrogate = fused_sd.grpo_loss(
+        *batch.policy, old_log_probs=batch.old, token_weights=weights, reduction="sum"
+    )
+    distance = fused_sd.sampled_kl_loss(
+        *batch.sampled,
+        teacher_log_probs=batch.reference,
+        estimator="k3",
+        token_weights=mean(batch),
+    )
+    return surrogate.loss + beta * distance.loss
+
+
 def sdar(batch: Batch) -> Tensor:
     gap = teacher_log_prob(batch).log_probs - log_prob(batch).log_probs
     return total(torch.sigmoid(5 * gap.detach()) * gap, mean(batch))
@@ -179,6 +196,10 @@ COMPOSITIONS = {
     "RLSD, thoughts only": (
         lambda b: official_policies.rlsd(b, thought=thought(b)),
         lambda b: rlsd_in_places(b, thought(b)),
+    ),
+    "GRPO in TRL with a rollout correction and beta": (
+        lambda b: official_policies.grpo_trl(b, loss_type="bnpo", beta=0.1, correct=True),
+        lambda b: grpo_with_correction(b, 0.1),
     ),
     "k3 in verl": (official_policies.low_variance_kl, low_variance_kl),
     "verl, forward_kl_topk with bounded log-probabilities": (
