@@ -1,4 +1,5 @@
-"""The command line: ``fused_sd env`` for bug reports, ``fused_sd verify`` for the promises.
+"""The command line: ``fused_sd env`` for bug reports, ``fused_sd verify`` for the promises,
+``fused_sd credit`` to look at what a teacher says of each token.
 
 Exit status: 0; 1 when a promise is broken; 2 for wrong use, with a message that says what to do.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fused_sd
+from fused_sd.credit import VALUES, CreditMap, print_map, save_html, save_png
 from fused_sd.environment import environment, environment_text
 from fused_sd.verify import report
 from fused_sd.verify.cases import CASES
@@ -63,6 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="write the table below its marker in a file (default README.md)",
     )
     command.set_defaults(run=run_verify)
+
+    credit = commands.add_parser("credit", help="show a credit map in the terminal, HTML or PNG")
+    credit.add_argument("map", type=Path, metavar="MAP.json", help="written by CreditMap.to_json")
+    credit.add_argument("--value", default="delta", help=f"{', '.join(VALUES)} (default delta)")
+    credit.add_argument("--html", type=Path, metavar="PATH", help="write a page instead")
+    credit.add_argument("--png", type=Path, metavar="PATH", help="write a picture instead")
+    credit.set_defaults(run=run_credit)
     return parser
 
 
@@ -70,6 +79,22 @@ def run_env(arguments: argparse.Namespace) -> int:
     """Print the environment."""
     facts = environment()
     print(json.dumps(facts, indent=2) if arguments.json else environment_text(facts))
+    return 0
+
+
+def run_credit(arguments: argparse.Namespace) -> int:
+    """Show a credit map."""
+    try:
+        shown = CreditMap.from_json(arguments.map.read_text(encoding="utf-8"))
+        if arguments.html is not None:
+            save_html(shown, arguments.html, value=arguments.value)
+        if arguments.png is not None:
+            save_png(shown, arguments.png, value=arguments.value)
+        if arguments.html is None and arguments.png is None:
+            print_map(shown, value=arguments.value)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"fused_sd credit: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

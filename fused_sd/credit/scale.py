@@ -1,0 +1,75 @@
+"""From a number of nats to a colour: the sign's side, and how strong."""
+
+import math
+import unicodedata
+
+from fused_sd.checks import check_positive
+from fused_sd.credit.tokens import TokenCredit
+
+Rgb = tuple[int, int, int]
+
+# nats at which a token is as strongly coloured as it gets: fixed, so that maps can be compared
+FULL_AT = {"delta": 3.0, "forward_kl": 2.0, "reverse_kl": 2.0, "student_entropy": 3.0}
+EXPLANATIONS = {
+    "delta": "log P_teacher - log P_student of the token: below 0 the teacher objects to it, "
+    "above 0 it wants more of it",
+    "forward_kl": "KL(teacher || student): how far the student is from what the teacher would say",
+    "reverse_kl": "KL(student || teacher): how much the student says that the teacher would not",
+    "student_entropy": "entropy of the student: how open the choice was",
+}
+SIDES: dict[str, Rgb] = {
+    "approve": (125, 179, 238),
+    "object": (242, 163, 92),
+    "amount": (190, 150, 222),
+}
+PAPER: Rgb = (255, 255, 255)
+
+
+def side(name: str, value: float) -> str:
+    """Which colour: ``"approve"`` or ``"object"`` where the value has a sign, else ``"amount"``."""
+    if name != "delta":
+        return "amount"
+    return "object" if value < 0 else "approve"
+
+
+def strength(name: str, value: float, full_at: float | None = None) -> float:
+    """How strong, in [0, 1]; infinite values are full, a value that is no number has no colour."""
+    if math.isnan(value):
+        return 0.0
+    if full_at is None:
+        full_at = FULL_AT[name]
+    check_positive("full_at", full_at, "pass None for the default")
+    return min(abs(value) / full_at, 1.0)
+
+
+def rgb(token: TokenCredit, name: str, full_at: float | None = None) -> Rgb:
+    """The background of a token on white paper."""
+    value = token.value(name)
+    share = strength(name, value, full_at)
+    red, green, blue = (
+        round(paper + share * (full - paper))
+        for paper, full in zip(PAPER, SIDES[side(name, value)])
+    )
+    return red, green, blue
+
+
+def nats(value: float, *, signed: bool = False) -> str:
+    """A number of nats as text."""
+    if not math.isfinite(value):
+        return f"{value:+}" if signed and math.isinf(value) else str(value)
+    return f"{value:+.2f}" if signed else f"{value:.3f}"
+
+
+def visible(text: str) -> str:
+    """A token as text one can see: spaces, line ends and other invisible characters get a sign."""
+    return "".join(_visible(character) for character in text) or "\u2205"
+
+
+def _visible(character: str) -> str:
+    signs = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
+    if character in signs:
+        return signs[character]
+    # control characters, and format characters that could turn the direction of a line
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        return "\ufffd"
+    return character
