@@ -27,6 +27,7 @@ from fused_sd import (
     token_log_probs,
 )
 from fused_sd.integrations.output_head import Compute
+from fused_sd.integrations.packing import check_packing, pack_completions
 from fused_sd.integrations.transformers import Request, completion_positions
 
 DIVERGENCE_METRICS = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl")
@@ -34,22 +35,34 @@ DIVERGENCE_METRICS = ("student_entropy", "teacher_entropy", "forward_kl", "rever
 
 @dataclass(frozen=True, eq=False)
 class CompletionForward:
-    """A forward over prompt and completion that has not been made yet."""
+    """A forward over prompt and completion that has not been made yet.
+
+    Attributes:
+        model: attached.
+        input_ids, attention_mask: (B, L).
+        length: T, of the completions.
+        padding_free: run the backbone on one row without padding.  States of padding then are those
+            of some token: ``compute`` has to give them weight 0.
+    """
 
     model: nn.Module
-    input_ids: Tensor  # (B, L)
-    attention_mask: Tensor  # (B, L)
-    length: int  # T
+    input_ids: Tensor
+    attention_mask: Tensor
+    length: int
+    padding_free: bool = False
 
     def __call__(self, compute: Compute) -> Any:
         """Make it, and return what ``compute`` makes of the completion's states (B, T, D)."""
-        request = Request(compute, completion_positions(self.length))
-        return self.model(
-            input_ids=self.input_ids,
-            attention_mask=self.attention_mask,
-            use_cache=False,
-            fused_sd=request,
-        ).result
+        positions = completion_positions(self.length)
+        if self.padding_free:
+            check_packing(self.model)
+            packed = pack_completions(self.input_ids, self.attention_mask, self.length)
+            inputs = packed.inputs(self.model)
+            request = Request(compute, packed.index[:, positions])
+        else:
+            inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+            request = Request(compute, positions)
+        return self.model(**inputs, use_cache=False, fused_sd=request).result
 
 
 @dataclass(frozen=True, eq=False)

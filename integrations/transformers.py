@@ -17,7 +17,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -44,7 +44,8 @@ class Request:
         compute: called with the selected hidden states and the head; returns tensors, in tuples,
             named tuples or dicts if there are several, so that the wrappers find them.
         positions: a slice of the sequence, whose states are (B, length, D); or a (B, L) bool mask,
-            whose states are (N, D); None: all, (B, L, D).
+            whose states are (N, D); or places among the B L positions, an integer tensor of any
+            shape, whose states are (*shape, D); None: all, (B, L, D).
     """
 
     # a function hides its tensors from wrappers, which cast those that they find in arguments
@@ -54,11 +55,11 @@ class Request:
     def select(self, hidden: Tensor) -> Tensor:
         if self.positions is None:
             return hidden
-        return (
-            hidden[self.positions]
-            if isinstance(self.positions, Tensor)
-            else hidden[:, self.positions]
-        )
+        if isinstance(self.positions, slice):
+            return hidden[:, self.positions]
+        if self.positions.dtype == torch.bool:
+            return hidden[self.positions]
+        return hidden.flatten(0, 1)[self.positions]
 
 
 @dataclass
@@ -86,6 +87,8 @@ class Attachment:
     installed: Callable[..., Any]  # the function that answers requests
     autocast: Autocast
     checked: bool = False
+    # attentions that were seen to keep packed sequences apart
+    packs_with: set[str] = field(default_factory=set)
 
     def forward(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         """The model's forward as it was before."""

@@ -1,0 +1,184 @@
+"""Batches without padding: all sequences in one row, each attending to itself alone.
+
+The row's positions start again at each sequence; transformers reads sequences off them.  What is
+saved is the work on padding, which for ragged batches is much of it.  ``flash_attention_2`` works
+on each sequence alone; ``sdpa`` and ``eager`` make a mask of (N, N), so there attention on a row
+that is many times longer than its sequences costs more than padding.
+
+Dimension key:  B sequences, L positions, N tokens that are no padding, D hidden size
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_sd import LMHead
+from fused_sd.checks import fail
+from fused_sd.integrations.transformers import (
+    ATTACHMENT,
+    Request,
+    completion_positions,
+    unwrap,
+)
+
+SHAPE = 3, 5  # of the sequences that a model has to keep apart
+FLOOR = 1e-4  # order of additions in fp32; a leak is of the order of 1
+REMEDY = "leave out padding_free for this model, or load it with another attn_implementation"
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A batch in one row.
+
+    Attributes:
+        input_ids: (1, N).
+        position_ids: (1, N), from 0 in each sequence.
+        index: (B, L) place of each token in the row; 0 for padding.
+        boundaries: (number of sequences + 1,) int32, where each starts, and N.
+        longest: length of the longest sequence.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    index: Tensor
+    boundaries: Tensor
+    longest: int
+
+    def inputs(self, model: nn.Module) -> dict[str, Any]:
+        """What a model is called with; the boundaries where its attention would look for them."""
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        if "flash" in attention_of(model):
+            # otherwise every layer finds them anew, and waits for the device
+            inputs.update(cu_seq_lens_q=self.boundaries, cu_seq_lens_k=self.boundaries)
+            inputs.update(max_length_q=self.longest, max_length_k=self.longest)
+        return inputs
+
+
+def pack(input_ids: Tensor, attention_mask: Tensor) -> Packed:
+    """Put the tokens of a padded batch in one row.  Waits for the device once or twice.
+
+    Args:
+        input_ids: (B, L).
+        attention_mask: (B, L), 1 for tokens, 0 for padding; padding on either side of a sequence,
+            not inside.  A batch of padding alone keeps one token, so that a model can run.
+
+    Raises:
+        ValueError: shapes differ, or a sequence has a hole.
+    """
+    if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+        fail(
+            "attention_mask",
+            "be (B, L) like input_ids",
+            f"{tuple(attention_mask.shape)} for {tuple(input_ids.shape)}",
+            "pass the mask of the padded batch",
+        )
+    if input_ids.numel() == 0:
+        fail("input_ids", "hold a token", tuple(input_ids.shape), "leave the forward out")
+    mask = attention_mask != 0
+    starts = mask & ~nn.functional.pad(mask, (1, 0))[:, :-1]
+    count, holes = torch.stack([mask.sum(), (starts.sum(1) > 1).sum()]).tolist()
+    if holes:
+        fail(
+            "attention_mask",
+            "be 1 on one stretch of each sequence",
+            f"{holes} with padding inside",
+            "move padding to the ends",
+        )
+    if not count:
+        mask, starts = mask.clone(), starts.clone()
+        mask[0, 0] = starts[0, 0] = True
+    places = mask.flatten().nonzero()[:, 0]
+    index = mask.flatten().cumsum(0).sub(1).mul(mask.flatten()).view_as(mask)
+    # tokens before each one in its sequence
+    position = mask.cumsum(1).flatten()[places] - 1
+    lengths = mask.sum(1)[mask.any(1)]
+    boundaries = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    row = input_ids.flatten()[places]
+    return Packed(row[None], position[None], index, boundaries, int(lengths.max()))
+
+
+def pack_completions(input_ids: Tensor, attention_mask: Tensor, length: int) -> Packed:
+    """``pack``, for sequences whose last ``length`` tokens are predicted.
+
+    Raises:
+        ValueError: as ``pack``, or a completion has no prompt, whose last state would predict it.
+    """
+    packed = pack(input_ids, attention_mask)
+    mask = nn.functional.pad(attention_mask != 0, (length, 0))
+    orphans = mask[:, -length:] & ~mask[:, completion_positions(length)]
+    if num_orphans := int(orphans.sum()):
+        fail(
+            "attention_mask",
+            f"have a token of the prompt before each completion of {length}",
+            f"{num_orphans} without one in {tuple(attention_mask.shape)}",
+            "pass prompts that are not empty",
+        )
+    return packed
+
+
+def attention_of(model: nn.Module) -> str:
+    """The attention that a model runs."""
+    return str(unwrap(model).config.get_text_config()._attn_implementation)
+
+
+def check_packing(model: nn.Module) -> None:
+    """Compare a few sequences' states in one row and in several, once for each attention.
+
+    Made through the wrapped model, so that sharded weights are gathered: a collective call.
+
+    Args:
+        model: attached.
+
+    Raises:
+        ValueError: the model mixes sequences that share a row.
+    """
+    inner = unwrap(model)
+    if ATTACHMENT not in inner.__dict__:
+        fail("model", "answer requests", type(inner).__name__, "call attach(model) first")
+    attachment, attention = inner.__dict__[ATTACHMENT], attention_of(model)
+    if attention in attachment.packs_with:
+        return
+    (packed, eps), (alone, _) = _states_packed_and_alone(model)
+    leak = float("inf")
+    if packed.shape == alone.shape:
+        # of each feature's own size: a few are far larger than the others
+        sizes = alone.square().mean(0, keepdim=True).sqrt().clamp(min=1e-30)
+        leak = float(((packed - alone) / sizes).square().mean().sqrt())
+    bound = max(FLOOR, 16 * eps)
+    if not leak <= bound:
+        fail(
+            f"{type(inner).__name__} with {attention} attention",
+            f"keep sequences that share a row apart, to {bound:.1e} of their states",
+            f"a difference of {leak:.1e}",
+            REMEDY,
+        )
+    attachment.packs_with.add(attention)
+
+
+def _states_packed_and_alone(model: nn.Module) -> list[tuple[Tensor, float]]:
+    """States (N, D) of the same tokens from one row and from several, and their precision."""
+    embeddings: Any = unwrap(model).get_input_embeddings()
+    vocab_size = unwrap(model).config.get_text_config().vocab_size
+    count = torch.arange(1, SHAPE[0] * SHAPE[1] + 1, device=embeddings.weight.device)
+    ids = (7919 * count).view(SHAPE) % vocab_size
+    mask = torch.ones_like(ids)
+    calls = [pack(ids, mask).inputs(model), {"input_ids": ids, "attention_mask": mask}]
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            return [
+                model(**inputs, use_cache=False, fused_sd=Request(_states_and_precision)).result
+                for inputs in calls
+            ]
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _states_and_precision(hidden: Tensor, head: LMHead) -> tuple[Tensor, float]:
+    """States, and the rounding of what autocast or their dtype makes of a product."""
+    product = nn.functional.linear(hidden[:, :1], head.weight[:1])
+    return hidden.flatten(0, 1).float(), torch.finfo(product.dtype).eps
