@@ -169,7 +169,7 @@ def test_rlcsd_keeps_a_row_without_wrong_hints_as_grpo_and_drops_it_by_its_weigh
     assert not torch.equal(whole, exact)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 2**31), st.data())
 def test_any_mask_top_k_and_weight_of_sdpo_and_sd_zero(seed, data):
     torch.manual_seed(seed)
@@ -199,7 +199,7 @@ def test_any_mask_top_k_and_weight_of_sdpo_and_sd_zero(seed, data):
     assert_same(output.loss, exact, batch, batch)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 2**31), st.data())
 def test_any_mask_clip_and_mix_of_rlsd(seed, data):
     torch.manual_seed(seed)
