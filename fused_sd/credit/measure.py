@@ -64,17 +64,22 @@ class CreditMeasures(NamedTuple):
 
     def _tokens(self, ids: list[int], decode: Decode) -> tuple[TokenCredit, ...]:
         """The tokens of one response, of which these are the measures (T,) and (T, K)."""
-        scalars = [values.tolist() for values in self[:6]]
+        scalars = [values.tolist() for values in self[: len(NUMBERS)]]
         student, teacher = (
             _top_tokens(top_ids, log_probs, decode)
             for top_ids, log_probs in (self[6:8], self[8:10])
         )
         return tuple(
-            TokenCredit(token_id, text, *numbers, own, other)
+            TokenCredit(
+                token_id, text, student_top=own, teacher_top=other, **dict(zip(NUMBERS, numbers))
+            )
             for token_id, text, numbers, own, other in zip(
                 ids, token_texts(ids, decode), zip(*scalars), student, teacher
             )
         )
+
+
+NUMBERS = CreditMeasures._fields[:6]
 
 
 def credit_map(

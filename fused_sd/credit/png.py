@@ -1,5 +1,6 @@
 """A credit map as a picture: wrapped tokens on coloured boxes.  Needs matplotlib."""
 
+import textwrap
 import unicodedata
 import warnings
 from os import PathLike
@@ -87,12 +88,12 @@ def _layout(credit: CreditMap, value: str, columns: int) -> tuple[list[Placed], 
     about = f"{credit.title}: {EXPLANATIONS[value]}"
     placed: list[Placed] = []
     line = 0
-    for text in _wrapped(about, columns):
+    for text in textwrap.wrap(about, columns):
         placed.append((0, line, text, None))
         line += 1
     for row in credit.rows:
         line += 1
-        for text in _wrapped(visible_line(row.caption), columns):
+        for text in textwrap.wrap(row.caption, columns):
             placed.append((0, line, text, None))
             line += 1
         column = 0
@@ -106,11 +107,6 @@ def _layout(credit: CreditMap, value: str, columns: int) -> tuple[list[Placed], 
                 column, line = 0, line + 1
         line += 1 if column else 0
     return placed, line
-
-
-def visible_line(text: str) -> str:
-    """A caption on one line."""
-    return " ".join(text.split())
 
 
 def _label(token: TokenCredit, value: str) -> str:

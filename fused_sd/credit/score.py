@@ -87,9 +87,9 @@ def planted_error_scores(
     if not scores:
         remedy = "plant an error in a part of a response"
         fail("planted", "mark some tokens of a response and not all", "none such", remedy)
-    means = [sum(column) / len(scores) for column in zip(*scores)]
+    precision, recall, f1, area, auroc = (sum(column) / len(scores) for column in zip(*scores))
     return PlantedErrorScores(
-        *means, num_rows=len(scores), num_planted=num_planted, num_tokens=num_tokens
+        precision, recall, f1, area, auroc, len(scores), num_planted, num_tokens
     )
 
 
