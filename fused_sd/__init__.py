@@ -1,6 +1,7 @@
 """Fused self-distillation losses for LLM post-training, from hidden states, without the logits."""
 
 from fused_sd.advantages import iw_opd_advantages, rlcsd_advantages
+from fused_sd.align import Alignment, align_responses, check_alignment
 from fused_sd.combinations import METRIC_NEEDS
 from fused_sd.distill import divergence_loss, topk_divergence_loss
 from fused_sd.divergence import Jsd, MixedKl, generalized_jsd
@@ -22,6 +23,7 @@ from fused_sd.modules import (
 )
 from fused_sd.policy_losses import policy_loss, sampled_kl_loss
 from fused_sd.rl_losses import grpo_loss, rlcsd_loss, rlsd_loss
+from fused_sd.shift import ShiftEvidence, detect_shift
 from fused_sd.support import (
     FULL_VOCABULARY,
     StudentTopK,
@@ -29,7 +31,9 @@ from fused_sd.support import (
     TokenIds,
     UnionTopK,
 )
+from fused_sd.teacher import Teacher
 from fused_sd.token_losses import cross_entropy_loss
+from fused_sd.trust_region import trust_region_states
 from fused_sd.weighting import ImportanceCap, aggregation_weights, skip_first_tokens
 
 METRICS = tuple(METRIC_NEEDS)  # what divergence_loss can return beside the loss
@@ -39,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FULL_VOCABULARY",
     "METRICS",
+    "Alignment",
     "CrossEntropyLoss",
     "EntryLogProbs",
     "Evidence",
@@ -56,13 +61,18 @@ __all__ = [
     "SDFTLoss",
     "SDPOLoss",
     "SDZeroLoss",
+    "ShiftEvidence",
     "StudentTopK",
+    "Teacher",
     "TeacherTopK",
     "TokenIds",
     "TokenLogProbs",
     "UnionTopK",
     "aggregation_weights",
+    "align_responses",
+    "check_alignment",
     "cross_entropy_loss",
+    "detect_shift",
     "divergence_loss",
     "entry_log_probs",
     "generalized_jsd",
@@ -81,4 +91,5 @@ __all__ = [
     "skip_first_tokens",
     "token_log_probs",
     "topk_divergence_loss",
+    "trust_region_states",
 ]
