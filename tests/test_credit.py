@@ -124,6 +124,18 @@ def test_masked_tokens_may_hold_anything():
     assert again == clean
 
 
+def test_responses_without_tokens_give_rows_without_tokens():
+    student_hidden, student_head, teacher_hidden, teacher_head, ids = states()
+    heads = (student_head, teacher_head)
+    none = torch.zeros_like(ids)
+    masked = credit_map(student_hidden, heads[0], teacher_hidden, heads[1], ids, mask=none)
+    sides = (student_hidden[:, :0], heads[0], teacher_hidden[:, :0], heads[1])
+    for shown in (masked, credit_map(*sides, ids[:, :0])):
+        assert [row.tokens for row in shown.rows] == [(), ()]
+        assert "(no token)" in html_page(shown)
+        assert plain_text(shown)
+
+
 def test_a_token_that_the_teacher_excludes_has_delta_minus_infinity():
     student_hidden, student_head, teacher_hidden, teacher_head, ids = states()
     ids[0, 0] = V - 1

@@ -221,8 +221,16 @@ def test_training_is_the_same_with_maps(home, tmp_path):
     for every in (1, 1000):
         trainer = trained(home, tmp_path / str(every), steps=3, every=every)
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert len(losses[0]) == 3 and all(losses[0])
+    assert len(losses[0]) == 3
+    assert all(losses[0])
     assert losses[0] == losses[1]
+
+
+def test_maps_are_written_under_bf16_autocast(home, tmp_path):
+    trained(home, tmp_path, steps=1, more={"bf16": True})
+    tokens = [token for row in read(tmp_path, 0).rows for token in row.tokens]
+    assert tokens
+    assert all(token.student_log_prob < 0 < token.student_entropy for token in tokens)
 
 
 def test_folder_value_and_picture_are_chosen(home, tmp_path):

@@ -8,32 +8,34 @@ from pathlib import Path
 import pytest
 import torch
 
+from fused_sd.credit import CreditRow, TokenCredit, TopToken
 from fused_sd.demo import task
 from fused_sd.demo.__main__ import parse
+from fused_sd.demo.answers import completion_credit
 from fused_sd.demo.charts import Line, line_chart, percent, ticks
-from fused_sd.demo.credit import token_credits
-from fused_sd.demo.credit_map import FULL_COLOUR_AT, colour, visible
 from fused_sd.demo.memory import StepMemory, random_batch
 from fused_sd.demo.report import render, table
 from fused_sd.demo.train import Run, Settings
 from fused_sd.demo.words import NOUNS, plural
 
 
-class LetterTokenizer:
-    """A vocabulary of letters, enough for what the demo asks of a tokenizer."""
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(ord("a") + token_id) for token_id in ids)
-
-
-def fake_credit(credit: float) -> dict:
-    return {
-        "token": " <b>",
-        "credit": credit,
-        "kl": 0.25,
-        "student_top": [("x", 0.5), ("y", 0.25), ("z", 0.1)],
-        "teacher_top": [("cats", 0.9), ("\n", 0.05), ("<i>", 0.01)],
-    }
+def fake_credit(delta: float) -> CreditRow:
+    return CreditRow(
+        (
+            TokenCredit(
+                token_id=5,
+                text=" <b>",
+                student_log_prob=-1.0,
+                teacher_log_prob=-1.0 + delta,
+                forward_kl=0.25,
+                reverse_kl=0.25,
+                student_entropy=1.0,
+                teacher_entropy=1.0,
+                student_top=(TopToken(1, "x", 0.5), TopToken(2, "y", 0.25)),
+                teacher_top=(TopToken(3, "cats", 0.9), TopToken(4, "<i>", 0.01)),
+            ),
+        )
+    )
 
 
 def fake_run(seed: int, accuracy: tuple[float, float]) -> Run:
@@ -52,7 +54,7 @@ def fake_run(seed: int, accuracy: tuple[float, float]) -> Run:
             "teacher": " <script>",
         }
     ]
-    run.credit = [{"word": "cat", "before": [fake_credit(-9.0)], "after": [fake_credit(0.01)]}]
+    run.credit = [{"word": "cat", "before": fake_credit(-9.0), "after": fake_credit(0.01)}]
     return run
 
 
@@ -137,42 +139,40 @@ def test_training_rows_depend_on_the_seed_in_their_examples_only() -> None:
     assert first == task.training_rows(split, seed=0)
 
 
-def test_credit_is_teacher_minus_student_and_kl_is_exact() -> None:
-    student = torch.tensor([[0.7, 0.1, 0.1, 0.1]], dtype=torch.float64).log()
-    teacher = torch.tensor([[0.1, 0.7, 0.1, 0.1]], dtype=torch.float64).log()
-    (token,) = token_credits(LetterTokenizer(), [0], student, teacher)
-    log_7 = torch.tensor(7.0, dtype=torch.float64).log().item()
-    assert token.token == "a"
-    assert token.credit == pytest.approx(-log_7)
-    assert token.kl == pytest.approx(0.6 * log_7)
-    assert token.student_top[0] == ("a", pytest.approx(0.7))
-    assert token.teacher_top[0] == ("b", pytest.approx(0.7))
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_credit_of_answers_is_that_of_the_models_logits() -> None:
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("trl")
+    from tiny_models import tiny_model
+    from trl_pairs import TOKENIZER, VOCAB
 
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        tiny_model(vocab=VOCAB), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3)
+    model.train()
+    prompts, informed = ["Solve 2.", "Add"], ["4 Solve 2.", "It is 7. Add"]
+    completions = [[5, 9, 30], [77]]
+    rows = completion_credit(model, TOKENIZER, prompts, informed, completions)
+    assert model.training
 
-def test_credit_is_zero_where_both_agree() -> None:
-    same = torch.randn(3, 8, dtype=torch.float64).log_softmax(-1)
-    tokens = token_credits(LetterTokenizer(), [0, 3, 7], same, same)
-    assert [(token.credit, token.kl) for token in tokens] == [(0.0, 0.0)] * 3
+    def expected(prompt: str, ids: list[int]) -> list[float]:
+        start = TOKENIZER(prompt)["input_ids"]
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.tensor([start + ids])).logits[0, len(start) - 1 :]
+        return logits.log_softmax(-1)[range(len(ids)), ids].tolist()
 
-
-def test_colour_tells_the_sign_and_saturates() -> None:
-    assert "--approve" in colour(1.0)
-    assert "--object" in colour(-1.0)
-    assert " 0%" in colour(0.0)
-    assert " 50%" in colour(-FULL_COLOUR_AT / 2)
-    assert colour(FULL_COLOUR_AT) == colour(100 * FULL_COLOUR_AT)
-
-
-@pytest.mark.parametrize("credit", [float("nan"), float("-inf")])
-def test_a_credit_that_is_no_number_is_refused(credit: float) -> None:
-    with pytest.raises(ValueError, match="credit must be a finite number"):
-        colour(credit)
-
-
-def test_spaces_and_line_ends_are_visible_and_markup_is_not() -> None:
-    assert visible(" a\n") == "&#183;a&#8629;"
-    assert visible("<b>") == "&lt;b&gt;"
-    assert visible("") == "&#8709;"
+    for row, prompt, context, ids in zip(rows, prompts, informed, completions):
+        assert [token.token_id for token in row.tokens] == ids
+        own = [token.student_log_prob for token in row.tokens]
+        assert own == pytest.approx(expected(prompt, ids), abs=1e-4)
+        with model.disable_adapter():
+            other = expected(context, ids)
+        assert [token.teacher_log_prob for token in row.tokens] == pytest.approx(other, abs=1e-4)
 
 
 @pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.0, 0.013), (-3.0, 17.0), (2.0, 2.0)])
@@ -210,7 +210,7 @@ def test_the_report_is_one_file_that_asks_nobody(num_seeds: int) -> None:
     runs = [fake_run(seed, (0.0, 0.8)) for seed in range(num_seeds)]
     page = render(runs, fake_memory(), {"torch": "2"})
     assert page.startswith("<!doctype html>")
-    for request in ("http", "src=", "<link", "@import", "url(", "<script"):
+    for request in ("http", "src=", "<link", "@import", "url(", "<script", "<i>"):
         assert request not in page, request
     assert page.count("<svg") == 5
     assert 'name="viewport"' in page

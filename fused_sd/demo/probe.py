@@ -5,14 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fused_sd.credit import CreditRow
 from fused_sd.demo import task
-from fused_sd.demo.credit import (
-    TokenCredit,
-    complete,
-    completion_log_probs,
-    evaluating,
-    token_credits,
-)
+from fused_sd.demo.answers import complete, completion_credit, evaluating
 
 
 @dataclass(frozen=True)
@@ -20,7 +15,7 @@ class Look:
     """One look at the student."""
 
     answers: list[str]  # one a held-out word
-    credit: list[list[TokenCredit]]  # of the compared words, token by token
+    credit: tuple[CreditRow, ...]  # of the compared words, token by token
     values: dict[str, float]  # one point of every held-out curve
 
 
@@ -68,19 +63,14 @@ class Probe:
         compared = slice(0, self.num_compared)
         with evaluating(model):
             ids = complete(model, self.tokenizer, bare, self.max_new_tokens)
-            student = completion_log_probs(model, self.tokenizer, bare[compared], ids[compared])
-        with evaluating(model, as_teacher=True):
-            teacher = completion_log_probs(
-                model, self.tokenizer, self._informed()[compared], ids[compared]
-            )
-        credit = [
-            token_credits(self.tokenizer, *each) for each in zip(ids[compared], student, teacher)
-        ]
-        tokens = [token for row in credit for token in row]
+        credit = completion_credit(
+            model, self.tokenizer, bare[compared], self._informed()[compared], ids[compared]
+        )
+        tokens = [token for row in credit for token in row.tokens]
         answers = self._texts(ids)
         values = {
             "held-out accuracy": self.accuracy(answers),
-            "held-out KL": sum(token.kl for token in tokens) / len(tokens),
+            "held-out KL": sum(token.forward_kl for token in tokens) / len(tokens),
             "held-out entropy": sum(token.student_entropy for token in tokens) / len(tokens),
         }
         return Look(answers, credit, values)

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 
+from fused_sd.credit.html import CHIPS, token_chips
 from fused_sd.demo.charts import Line, line_chart, percent
-from fused_sd.demo.credit_map import credit_map
 from fused_sd.demo.memory import StepMemory
 from fused_sd.demo.style import STYLE
 from fused_sd.demo.task import is_right
@@ -40,7 +40,7 @@ def render(
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>fused_sd: a model teaches itself</title><style>{STYLE}</style></head>"
+        f"<title>fused_sd: a model teaches itself</title><style>{STYLE}{CHIPS}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
 
@@ -127,15 +127,20 @@ def _curves(runs: Sequence[Run]) -> str:
 
 
 def _credit(run: Run) -> str:
-    rows = run.credit[:NUM_CREDIT_ROWS]
+    body = "".join(
+        f"<tr><th>{escape(row['word'])} -&gt;</th>"
+        f"<td>{token_chips(row['before'])}</td><td>{token_chips(row['after'])}</td></tr>"
+        for row in run.credit[:NUM_CREDIT_ROWS]
+    )
     return (
         "<p>The student's own greedy answers, judged by the model that sees the examples. "
         '<span class="chip" style="background:var(--object)">orange</span> is a token the teacher '
         'would not have written, <span class="chip" style="background:var(--approve)">blue</span> '
-        "one it wants more of, no colour one on which the two agree. Credit is "
+        "one it wants more of, no colour one on which the two agree. Delta is "
         "log P(teacher) - log P(student). Point at a token to see both distributions; "
         "&#183; is a space, &#8629; the end of the line.</p>"
-        f'<div class="wide">{credit_map(rows)}</div>'
+        '<div class="wide"><table class="credit"><thead><tr><th>question</th><th>before</th>'
+        f"<th>after</th></tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 

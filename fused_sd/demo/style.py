@@ -41,13 +41,5 @@ th,td{text-align:left;padding:.35rem .8rem .35rem 0;border-bottom:1px solid var(
 vertical-align:top;font-variant-numeric:tabular-nums}
 thead th{color:var(--quiet);font-weight:500;white-space:nowrap}
 .credit th,.credit td{font-family:ui-monospace,Menlo,Consolas,monospace;white-space:nowrap}
-.chip{position:relative;display:inline-block;padding:.05rem .3rem;margin:0 2px 2px 0;
-border-radius:4px;border:1px solid var(--rule);cursor:default}
-.note{display:none;position:fixed;left:1rem;right:1rem;bottom:1rem;z-index:2;margin:0 auto;
-max-width:40rem;padding:.7rem .9rem;background:var(--panel);color:var(--ink);
-border:1px solid var(--quiet);border-radius:8px;white-space:normal;font-size:.88rem;
-box-shadow:0 6px 24px rgba(0,0,0,.25)}
-.chip:hover>.note,.chip:focus>.note{display:block}
-.chip:focus{outline:2px solid var(--c0)}
 summary{cursor:pointer;color:var(--quiet)}
 """

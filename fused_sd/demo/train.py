@@ -194,8 +194,8 @@ def train(
     run.credit = [
         {
             "word": word,
-            "before": [token.as_dict() for token in old],
-            "after": [token.as_dict() for token in new],
+            "before": old,
+            "after": new,
         }
         for word, old, new in zip(probe.words, before.credit, after.credit)
     ]
