@@ -1,0 +1,102 @@
+"""Collecting SD-Zero's revision traces into a file; a run that was killed goes on where it ends.
+
+generate = transformers_generate(model, tokenizer, max_new_tokens=1024)
+traces, counts = collect_traces(generate, dataset, reward, tokenizer, "traces.jsonl")
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fused_sd.checks import check_positive_int
+from fused_sd.integrations.trl.generators import Generate
+from fused_sd.integrations.trl.revise import Reviser, RewardFunction, TraceConfig
+from fused_sd.integrations.trl.traces import (
+    FORMAT,
+    Collected,
+    TraceCounts,
+    counts_of,
+    load_traces,
+    read_records,
+    start_file,
+)
+
+Report = Callable[[TraceCounts], None]
+
+
+def collect_traces(
+    generate: Generate,
+    dataset: Sequence[Mapping[str, Any]],
+    reward_func: RewardFunction,
+    processing_class: PreTrainedTokenizerBase,
+    path: str | os.PathLike[str],
+    *,
+    config: TraceConfig | None = None,
+    questions_per_batch: int = 64,
+    max_traces: int | None = None,
+    report: Report | None = None,
+) -> Collected:
+    """Sample, verify, revise and verify again, for each question that is not in the file yet.
+
+    Args:
+        generate: makes one completion for each of a list of prompts, all as token ids.
+        dataset: rows with a "prompt" (text or messages); other columns go to the reward.
+        reward_func: TRL's: called with prompts, completions and the dataset's columns, each with
+            one entry for each completion; returns numbers, or None for no verdict.  A revision is
+            judged by itself, without the response before it.
+        processing_class: the tokenizer.
+        path: a JSONL file; made where there is none, continued where there is one.
+        config: how; None: ``TraceConfig()``.
+        questions_per_batch: questions in one call of ``generate``; what a killed run can lose.
+        max_traces: stop after the batch that reaches this number.
+        report: called after each batch with the counts so far; ``print`` will do.
+
+    Returns:
+        All traces in the file, and their counts.
+
+    Raises:
+        ValueError: the file was made from another dataset, tokenizer or config.
+    """
+    config = TraceConfig() if config is None else config
+    check_positive_int("questions_per_batch", questions_per_batch)
+    path = Path(path)
+    header = {
+        "format": FORMAT,
+        "config": asdict(config),
+        "dataset": _fingerprint(dataset),
+        "tokenizer": _fingerprint(
+            [sorted(processing_class.get_vocab().items()), processing_class.chat_template]
+        ),
+    }
+    start_file(path, header)
+    records = read_records(path)
+    counts = sum((counts_of(line) for line in records), TraceCounts())
+    done = {line["question"] for line in records}
+    left = [index for index in range(len(dataset)) if index not in done]
+    reviser = Reviser(generate, reward_func, processing_class, config)
+    with path.open("a", encoding="utf-8") as file:
+        for start in range(0, len(left), questions_per_batch):
+            if max_traces is not None and counts.kept >= max_traces:
+                break
+            batch = left[start : start + questions_per_batch]
+            for line in reviser.revise({index: dataset[index] for index in batch}):
+                file.write(json.dumps(line) + "\n")
+                counts += counts_of(line)
+            file.flush()
+            os.fsync(file.fileno())
+            if report is not None:
+                report(counts)
+    return load_traces(path)
+
+
+def _fingerprint(value: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for item in value:
+        digest.update(json.dumps(item, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]

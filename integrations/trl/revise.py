@@ -1,0 +1,216 @@
+"""A batch of questions on its way to revision traces: sampled, verified, revised, verified again.
+
+Text is made of tokens only for the reward and the filters; no text becomes tokens again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fused_sd.checks import check_positive_int, fail
+from fused_sd.integrations.trl.generators import Generate
+from fused_sd.integrations.trl.trace_filters import is_sycophantic, trim_repeats
+from fused_sd.integrations.trl.traces import Trace, TraceCounts, record
+from fused_sd.integrations.trl.verdicts import CORRECT_PHRASE, DELIMITER, WRONG_PHRASE
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    """How traces are collected; defaults are the official code's script.
+
+    Attributes:
+        num_initial: initial responses to each question.  The paper has 1.
+        num_revisions: revisions of each of them.
+        revise_correct: revise right responses too, as in the paper.
+        correct_phrase, wrong_phrase: what the model reads after its response.
+        reward_threshold: a response is right where its reward is above this.
+        drop_sycophantic: leave out revisions that open by answering to a user ("You're right").
+            The official code cuts the opening off; that would split tokens.
+        trim_repeats: cut a block that a response repeats until its end down to one copy.
+        chat_template_kwargs: of the chat template, such as ``{"enable_thinking": False}``.
+        source: what generates, in words (model, temperature); a file is only continued from the
+            same source.
+    """
+
+    num_initial: int = 3
+    num_revisions: int = 3
+    revise_correct: bool = False
+    correct_phrase: str = CORRECT_PHRASE
+    wrong_phrase: str = WRONG_PHRASE
+    reward_threshold: float = 0.5
+    drop_sycophantic: bool = True
+    trim_repeats: bool = True
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        check_positive_int("num_initial", self.num_initial)
+        check_positive_int("num_revisions", self.num_revisions)
+
+
+@dataclass
+class _Response:
+    """A response and its verdict."""
+
+    question: int
+    ids: list[int]
+    reward: float | None
+    correct: bool
+
+
+@dataclass
+class Reviser:
+    """Takes questions from prompts to records."""
+
+    generate: Generate
+    reward_func: RewardFunction
+    tokenizer: PreTrainedTokenizerBase
+    config: TraceConfig
+
+    def revise(self, rows: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """One record for each question."""
+        config = self.config
+        prompts = {index: self._prompt_ids(row["prompt"]) for index, row in rows.items()}
+        tally = {index: TraceCounts(questions=1) for index in rows}
+        traces: dict[int, list[Trace]] = {index: [] for index in rows}
+
+        asked = [index for index in rows for _ in range(config.num_initial)]
+        initials = self._respond(rows, [prompts[index] for index in asked], asked, tally)
+        for initial in initials:
+            tally[initial.question].initial += 1
+            tally[initial.question].initial_correct += initial.correct
+            initial.ids = self._cut(self._without_end(initial.ids))
+        chosen = [
+            initial
+            for initial in initials
+            if config.revise_correct or not initial.correct
+            for _ in range(config.num_revisions)
+        ]
+        contexts = [
+            prompts[initial.question] + initial.ids + self._verdict_ids(initial.correct)
+            for initial in chosen
+        ]
+        revisions = self._respond(rows, contexts, [initial.question for initial in chosen], tally)
+        for initial, revision in zip(chosen, revisions, strict=True):
+            index = initial.question
+            count = tally[index]
+            count.revisions += 1
+            count.revisions_correct += revision.correct
+            count.revisions_of_wrong += not initial.correct
+            count.corrected += revision.correct and not initial.correct
+            if not revision.correct:
+                continue
+            trace = self._kept(index, rows[index], prompts[index], initial, revision, count)
+            if trace in traces[index]:
+                count.duplicates += 1
+            elif trace is not None:
+                traces[index].append(trace)
+                count.kept += 1
+        return [record(index, traces[index], tally[index]) for index in rows]
+
+    def _kept(
+        self,
+        index: int,
+        row: Mapping[str, Any],
+        prompt_ids: list[int],
+        initial: _Response,
+        revision: _Response,
+        count: TraceCounts,
+    ) -> Trace | None:
+        """The trace of a right revision, unless a filter takes it out."""
+        body = self._without_end(revision.ids)
+        if not body:
+            count.empty += 1
+            return None
+        if self.config.drop_sycophantic and is_sycophantic(self._text(body)):
+            count.sycophantic += 1
+            return None
+        return Trace(
+            question=index,
+            prompt=row["prompt"],
+            prompt_ids=tuple(prompt_ids),
+            initial_ids=tuple(initial.ids),
+            phrase=self._phrase(initial.correct),
+            verdict_ids=tuple(self._verdict_ids(initial.correct)),
+            revision_ids=tuple(self._cut(body) + revision.ids[len(body) :]),
+            initial_correct=initial.correct,
+            initial_reward=initial.reward,
+            revision_reward=revision.reward,
+        )
+
+    def _respond(
+        self,
+        rows: Mapping[int, Mapping[str, Any]],
+        contexts: list[list[int]],
+        questions: list[int],
+        tally: Mapping[int, TraceCounts],
+    ) -> list[_Response]:
+        """Sample a response to each context, and verify them."""
+        if not contexts:
+            return []
+        completions = [list(ids) for ids in self.generate(contexts)]
+        _check_length("generate", completions, contexts)
+        for index, ids in zip(questions, completions, strict=True):
+            tally[index].generated_tokens += len(ids)
+        chosen = [rows[index] for index in questions]
+        columns = {name: [row[name] for row in chosen] for name in chosen[0] if name != "prompt"}
+        texts = [self._text(ids) for ids in completions]
+        rewards = self.reward_func(
+            prompts=[row["prompt"] for row in chosen],
+            completions=[
+                text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+                for row, text in zip(chosen, texts, strict=True)
+            ],
+            **columns,
+        )
+        _check_length("reward_func", rewards, contexts)
+        return [
+            _Response(index, ids, None if reward is None else float(reward), self._is_right(reward))
+            for index, ids, reward in zip(questions, completions, rewards, strict=True)
+        ]
+
+    def _is_right(self, reward: float | None) -> bool:
+        return reward is not None and float(reward) > self.config.reward_threshold
+
+    def _prompt_ids(self, prompt: str | list[dict[str, Any]]) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        encoded: Any = self.tokenizer.apply_chat_template(
+            prompt,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **self.config.chat_template_kwargs,
+        )
+        return list(encoded["input_ids"])
+
+    def _phrase(self, correct: bool) -> str:
+        return self.config.correct_phrase if correct else self.config.wrong_phrase
+
+    def _verdict_ids(self, correct: bool) -> list[int]:
+        text = f"{DELIMITER}{self._phrase(correct)}{DELIMITER}"
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        """A response without the special tokens it ends with; the turn goes on after it."""
+        special = set(self.tokenizer.all_special_ids)
+        length = len(ids)
+        while length and ids[length - 1] in special:
+            length -= 1
+        return ids[:length]
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        return trim_repeats(ids) if self.config.trim_repeats else ids
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _check_length(name: str, got: Sequence[Any], contexts: Sequence[Any]) -> None:
+    if len(got) != len(contexts):
+        remedy = "keep the order and leave none out"
+        fail(name, f"return one entry for each of {len(contexts)}", len(got), remedy)

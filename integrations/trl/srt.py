@@ -1,0 +1,232 @@
+"""SD-Zero's first phase: a model learns to revise its own responses, and to do so unasked.
+
+``L_SRT = L_rev + L_gen``, with ``L_rev`` the cross entropy of the revision given the initial
+response and its verdict, ``L_gen`` that of the whole assistant turn.  Both read the same tokens in
+the same order, so one forward gives their sum: a token of the revision counts in both means, one
+before it in the second.
+
+Dimension key:  B traces, L positions
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from fused_sd import LMHead, LossOutput, cross_entropy_loss
+from fused_sd.checks import check_one_of, fail
+from fused_sd.integrations.transformers import Request, attach
+from fused_sd.integrations.trl.srt_data import (
+    COLUMNS,
+    OBJECTIVES,
+    TraceCollator,
+    token_counts,
+    trace_dataset,
+)
+from fused_sd.integrations.trl.traces import Trace
+
+UNREAD = {
+    "packing": False,
+    "eval_packing": None,
+    "padding_free": False,
+    "completion_only_loss": None,
+    "assistant_only_loss": False,
+    "loss_type": "nll",
+    "label_smoothing_factor": 0.0,
+    "dataset_kwargs": None,
+    "truncation_mode": "keep_start",
+}
+
+
+@dataclass
+class SRTConfig(SFTConfig):
+    """SRT's settings; defaults are those of SD-Zero's official script (arXiv 2604.12002).
+
+    Raises:
+        ValueError: a value is out of its range, or a setting of SFT's is given that has no meaning
+            for traces.
+    """
+
+    objective: str = field(
+        default="joint",
+        metadata={
+            "help": "`joint`: the paper's sum of both; `generation`: the whole turn; `revision`: "
+            "the revision alone."
+        },
+    )
+    max_length: int | None = field(
+        default=32768,
+        metadata={"help": "Longer traces are left out, with a warning; none is ever cut."},
+    )
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the traces."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Traces of a forward."})
+    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Its schedule."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Warm-up, in steps or as a share of all."}
+    )
+    weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's weight decay."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second decay."})
+
+    def __post_init__(self) -> None:
+        for name, value in UNREAD.items():
+            if getattr(self, name) != value:
+                remedy = "which loss a token has follows from the objective"
+                fail(name, f"be {value!r} for traces", repr(getattr(self, name)), remedy)
+        super().__post_init__()
+        check_one_of("objective", self.objective, OBJECTIVES)
+
+
+class SRTTrainer(SFTTrainer):
+    """Self-Revision Training on traces, without logits.
+
+    Each term is a mean over its tokens in all micro-batches and processes of an optimizer step.
+
+        traces, _ = collect_traces(generate, dataset, reward, tokenizer, "traces.jsonl")
+        SRTTrainer(model, SRTConfig("out"), traces, processing_class=tokenizer).train()
+
+    Args:
+        model: a causal language model or its name.
+        args: the settings.
+        train_dataset: traces.
+        eval_dataset: traces held out.
+        kwargs: of TRL's SFTTrainer: processing_class, peft_config, callbacks, optimizers...
+
+    Raises:
+        ValueError: there is no trace, or the model's loss is more than cross entropy.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "srt"]
+    _name = "SRT"
+    loss_is_scaled_for_ga: Any = True  # by the token counts of all micro-batches
+
+    def __init__(
+        self,
+        model: Any,
+        args: SRTConfig,
+        train_dataset: Sequence[Trace],
+        eval_dataset: Sequence[Trace] | None = None,
+        *,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("data_collator", "compute_loss_func", "compute_metrics", "formatting_func"):
+            if kwargs.get(name) is not None:
+                fail(name, "be left out", type(kwargs[name]).__name__, "traces have one loss")
+        multiple: Any = args.pad_to_multiple_of  # a number, once the configuration is made
+        super().__init__(
+            model,
+            args,
+            data_collator=TraceCollator(multiple),
+            train_dataset=trace_dataset(train_dataset, args.max_length),
+            eval_dataset=(
+                None if eval_dataset is None else trace_dataset(eval_dataset, args.max_length)
+            ),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if self.aux_loss_enabled:
+            remedy = "pass SRTConfig(router_aux_loss_coef=0.0)"
+            fail("router_aux_loss_coef", "be 0", self.router_aux_loss_coef, remedy)
+        trained: Any = self.model
+        attach(trained, autocast=self.accelerator.autocast)
+        self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Dataset:
+        if isinstance(dataset, Dataset):
+            return dataset
+        return trace_dataset(dataset, self.args.max_length)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns: Any = list(COLUMNS)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor]:
+        """The micro-batches of a step, and how many tokens each term has in them."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        counts = torch.zeros(2, dtype=torch.long, device=self.args.device)
+        for batch in batches:
+            counts += token_counts(batch).to(counts.device)
+        if self.args.average_tokens_across_devices:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        return batches, counts
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """The step's share of the loss that a micro-batch has.
+
+        Args:
+            inputs: of ``TraceCollator``.
+            num_items_in_batch: (2,) tokens of both terms; None: those of ``inputs``.
+        """
+        if return_outputs:
+            fail("return_outputs", "be False", True, "there are no logits to return")
+        counts = token_counts(inputs) if num_items_in_batch is None else num_items_in_batch
+        masks = torch.stack([inputs["generation_mask"], inputs["revision_mask"]])[..., 1:]
+        terms = {"joint": (1, 1), "generation": (1, 0), "revision": (0, 1)}[self.args.objective]
+        shares = torch.tensor(terms, device=masks.device) / counts.clamp(min=1).double()
+        weights = (masks * shares[:, None, None]).sum(0)  # (B, L - 1)
+        token_ids = inputs["input_ids"][:, 1:]
+
+        def compute(hidden: Tensor, head: LMHead) -> LossOutput:
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            return cross_entropy_loss(hidden, head, token_ids, token_weights=weights.to(dtype))
+
+        output = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            use_cache=False,
+            fused_sd=Request(compute, slice(None, -1)),
+        ).result
+        self._observe(output.token_loss.detach(), masks, inputs)
+        loss = output.loss
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP averages over them
+        return loss
+
+    @property
+    def _phase(self) -> str:
+        trained: Any = self.model
+        return "train" if trained.training else "eval"
+
+    def _observe(self, token_loss: Tensor, masks: Tensor, inputs: dict[str, Tensor]) -> None:
+        """Add a batch to the sums that are logged: both terms, their tokens, traces, corrected."""
+        phase = self._phase
+        corrected = inputs["corrected"].double()
+        batch = torch.cat(
+            [
+                (token_loss * masks).double().sum((1, 2)),
+                masks.sum((1, 2)).double(),
+                corrected.sum()[None],
+                corrected.new_tensor([len(corrected)]),
+                inputs["attention_mask"].sum().double()[None],
+            ]
+        )
+        so_far = self._sums[phase]
+        self._sums[phase] = batch if so_far is None else so_far + batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        phase, local = self._phase, self._sums[self._phase]
+        if local is not None:
+            sums = self.accelerator.gather(local[None]).sum(0).tolist()
+            generation, revision, turns, revisions, corrected, traces, tokens = sums
+            metrics = {"corrected_fraction": corrected / traces}
+            if self.args.objective != "revision":  # otherwise most of the turn is not scored
+                metrics["generation_loss"] = generation / turns
+            metrics["revision_loss"] = revision / revisions
+            if phase == "train":
+                self._total_train_tokens += int(tokens)
+                metrics["num_tokens"] = float(self._total_train_tokens)
+            for name, value in metrics.items():
+                self._metrics[phase][name] = [value]
+            self._sums[phase] = None
+        super().log(logs, start_time)

@@ -1,0 +1,91 @@
+"""SRT as SD-Zero's official code runs it: two trainings one after the other, on different traces.
+
+The paper's objective is joint; that is ``SRTTrainer`` with its defaults.
+"""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fused_sd.checks import check_positive_int, fail
+from fused_sd.integrations.trl.srt import SRTConfig, SRTTrainer
+from fused_sd.integrations.trl.traces import Trace
+
+
+def split_traces(
+    traces: Sequence[Trace], num_revision_traces: int = 1000, *, seed: int = 0
+) -> dict[str, list[Trace]]:
+    """Traces of the two stages, none in both, in random order.
+
+    "revision" gets ``num_revision_traces``: those whose initial response was right first, then
+    others.  "generation" gets the remaining ones whose initial response was wrong.
+
+    Raises:
+        ValueError: a stage is left without traces.
+    """
+    check_positive_int("num_revision_traces", num_revision_traces)
+    rng = random.Random(seed)
+    right = [trace for trace in traces if trace.initial_correct]
+    wrong = [trace for trace in traces if not trace.initial_correct]
+    for group in (right, wrong):
+        rng.shuffle(group)
+    num_wrong = max(num_revision_traces - len(right), 0)
+    stages = {
+        "generation": wrong[num_wrong:],
+        "revision": right[:num_revision_traces] + wrong[:num_wrong],
+    }
+    rng.shuffle(stages["revision"])
+    for name, group in stages.items():
+        if not group:
+            fail(
+                "traces",
+                f"leave some for the {name} stage",
+                f"{len(wrong)} from wrong and {len(right)} from right responses with "
+                f"num_revision_traces={num_revision_traces}",
+                "collect more, or choose another num_revision_traces",
+            )
+    return stages
+
+
+def sequential_srt(
+    model: str | PreTrainedModel | nn.Module,
+    args: SRTConfig,
+    traces: Sequence[Trace],
+    *,
+    num_revision_traces: int = 1000,
+    **kwargs: Any,
+) -> SRTTrainer:
+    """Train the generation stage, then the revision stage from its weights, each with ``args``.
+
+    Checkpoints go to the folders ``generation`` and ``revision`` of ``args.output_dir``.
+
+    Args:
+        traces: split by ``split_traces`` with ``args.seed``.
+        kwargs: of ``SRTTrainer``, for both stages; optimizers are made anew for each.
+
+    Returns:
+        The second stage's trainer, which has trained; ``save_model`` writes the result.
+
+    Raises:
+        ValueError: a stage has no traces, or parameters are sharded: then run the stages in two
+            processes, the second from what the first saved.
+    """
+    stages = split_traces(traces, num_revision_traces, seed=args.seed)
+    for objective, selected in stages.items():
+        settings = dataclasses.replace(
+            args, objective=objective, output_dir=str(Path(args.output_dir or ".") / objective)
+        )
+        trainer = SRTTrainer(model, settings, selected, **kwargs)
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            remedy = "run each stage with SRTTrainer and split_traces, in a process of its own"
+            fail("args", "shard no parameters", "FSDP or DeepSpeed", remedy)
+        trainer.train()
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        kwargs.pop("peft_config", None)  # the model has its adapter now
+        kwargs.setdefault("processing_class", trainer.processing_class)
+    return trainer

@@ -1,0 +1,211 @@
+"""SD-Zero's revision traces, and the files they are kept in.
+
+A trace is one assistant turn: an initial response, a phrase that says whether it was right, and a
+revision that is right.  Tokens stay as they were sampled.
+
+A file is JSONL.  Its first line says what was collected and how, each other line holds one
+question.  A last line without its end was cut off by a kill: it does not count.
+
+Reference:
+    SD-Zero (arXiv 2604.12002), section 2.1.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fused_sd.checks import fail
+
+Tokens = tuple[int, ...]
+FORMAT = "fused_sd traces 1"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One assistant turn that corrects itself: initial, verdict, revision.
+
+    Attributes:
+        question: its row in the dataset.
+        prompt: text or chat messages.
+        prompt_ids: the prompt's tokens, up to where the assistant begins.
+        initial_ids: the first response without its end token.
+        phrase: the verdict.
+        verdict_ids: its tokens, with a blank line on both sides.
+        revision_ids: the second response as sampled; ends with the end token, unless it was cut.
+        initial_correct: whether the first response was right.
+        initial_reward, revision_reward: what the reward function returned.
+
+    Raises:
+        ValueError: prompt or revision hold no token.
+    """
+
+    question: int
+    prompt: str | list[dict[str, Any]]
+    prompt_ids: Tokens
+    initial_ids: Tokens
+    phrase: str
+    verdict_ids: Tokens
+    revision_ids: Tokens
+    initial_correct: bool
+    initial_reward: float | None
+    revision_reward: float | None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_ids", "revision_ids"):
+            if not getattr(self, name):
+                fail(name, "hold at least one token", "none", "leave this trace out")
+
+    @property
+    def input_ids(self) -> Tokens:
+        return self.prompt_ids + self.initial_ids + self.verdict_ids + self.revision_ids
+
+    @property
+    def revision_start(self) -> int:
+        return len(self.prompt_ids) + len(self.initial_ids) + len(self.verdict_ids)
+
+
+@dataclass
+class TraceCounts:
+    """What was sampled, and what became of it."""
+
+    questions: int = 0
+    initial: int = 0
+    initial_correct: int = 0
+    revisions: int = 0
+    revisions_correct: int = 0
+    revisions_of_wrong: int = 0
+    corrected: int = 0  # right revisions of wrong responses
+    kept: int = 0
+    empty: int = 0  # right, but without a token before the end
+    sycophantic: int = 0
+    duplicates: int = 0
+    generated_tokens: int = 0
+
+    def __add__(self, other: "TraceCounts") -> "TraceCounts":
+        names = (item.name for item in fields(self))
+        return TraceCounts(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    @property
+    def initial_accuracy(self) -> float:
+        return _ratio(self.initial_correct, self.initial)
+
+    @property
+    def revision_accuracy(self) -> float:
+        return _ratio(self.revisions_correct, self.revisions)
+
+    @property
+    def correction_rate(self) -> float:
+        """P(revision right | initial response wrong)."""
+        return _ratio(self.corrected, self.revisions_of_wrong)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.questions} questions, {self.kept} traces; right at first "
+            f"{self.initial_accuracy:.1%}, revised {self.revision_accuracy:.1%}, corrected "
+            f"{self.correction_rate:.1%}; {self.generated_tokens} tokens"
+        )
+
+
+class Collected(NamedTuple):
+    """Traces, and the counts of all questions in their file."""
+
+    traces: list[Trace]
+    counts: TraceCounts
+
+
+def load_traces(path: str | os.PathLike[str]) -> Collected:
+    """Traces of a file that ``collect_traces`` wrote; an unfinished last line is left out.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    records = read_records(Path(path))
+    traces = [_trace(kept) for record in records for kept in record["traces"]]
+    return Collected(traces, sum((counts_of(record) for record in records), TraceCounts()))
+
+
+def record(question: int, traces: Iterable[Trace], counts: TraceCounts) -> dict[str, Any]:
+    """A question's line."""
+    return {
+        "question": question,
+        "counts": asdict(counts),
+        "traces": [asdict(trace) for trace in traces],
+    }
+
+
+def counts_of(line: Mapping[str, Any]) -> TraceCounts:
+    """The counts in a question's line."""
+    return TraceCounts(**line["counts"])
+
+
+def _trace(kept: Mapping[str, Any]) -> Trace:
+    values: dict[str, Any] = {
+        name: tuple(value) if name.endswith("_ids") else value for name, value in kept.items()
+    }
+    return Trace(**values)
+
+
+def start_file(path: Path, header: Mapping[str, Any]) -> None:
+    """Write the header of a new file; check that of an old one, and cut off an unfinished line.
+
+    Raises:
+        ValueError: the old one is of something else.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if not whole and json.dumps(header).encode().startswith(content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        return
+    found, wanted = _header(path), json.loads(json.dumps(header))
+    differences = [
+        f"{name} {old!r} instead of {new!r}" for name, old, new in _differences(found, wanted)
+    ]
+    if differences:
+        fail(
+            "path",
+            "be a file of the same traces",
+            f"{path} with {'; '.join(differences)}",
+            "choose another file, or collect as before",
+        )
+    os.truncate(path, whole)
+
+
+def _differences(found: Any, wanted: Any) -> list[tuple[str, Any, Any]]:
+    """Names of settings that two headers do not share, with both values."""
+    pairs = []
+    for name in sorted({*found, *wanted}):
+        old, new = found.get(name), wanted.get(name)
+        if name == "config" and isinstance(old, dict):
+            pairs += _differences(old, new)
+        elif old != new:
+            pairs.append((name, old, new))
+    return pairs
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with path.open(encoding="utf-8") as file:
+        line = file.readline()
+    try:
+        header = json.loads(line)
+    except json.JSONDecodeError:
+        header = None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        fail("path", f"be a file of {FORMAT!r}", str(path), "pass one that collect_traces wrote")
+    assert isinstance(header, dict)
+    return header
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The questions of a file."""
+    _header(path)
+    with path.open(encoding="utf-8") as file:
+        lines = file.readlines()[1:]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
