@@ -94,7 +94,7 @@ class RLSDTrainer(PrivilegedPrompt, PolicyTrainer):
             args.evidence_decay_steps,
         )
         schedule.num_steps = self.state.global_step
-        weighed = inputs["self_distillation_mask"]
+        weighed = inputs["self_distillation_mask"].double()
         if args.negative_only:
             weighed = weighed * (inputs["advantages"] < 0)
         mix = (schedule.value * weighed)[:, None].expand(inputs["completion_ids"].shape)

@@ -20,6 +20,7 @@ from trl.models import prepare_fsdp
 
 from fused_sd import LMHead, LossOutput
 from fused_sd.checks import fail
+from fused_sd.heads import accumulation_dtype
 from fused_sd.integrations import completion_scores as completion
 from fused_sd.integrations.adapter_teacher import make_teacher
 from fused_sd.integrations.transformers import attach
@@ -271,10 +272,11 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
         whole = inputs["num_loss_tokens"] if mask is inputs["loss_mask"] else inputs["num_tokens"]
         steps = self.args.steps_per_generation if self.model.training else 1
         return loss_type_weights(
-            mask.float(),
+            mask,
             self.args.loss_type,
             step_tokens=whole / (steps * self.accelerator.num_processes),
             max_length=self.args.max_completion_length,
+            dtype=accumulation_dtype(self.model.dtype),
         )
 
     def tokenize(self, prompt: Any) -> list[int]:

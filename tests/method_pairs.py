@@ -1,0 +1,140 @@
+"""Trainers of the methods on a tiny float64 model, and their batches as official codes see them."""
+
+import functools
+import os
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+import torch
+from datasets import Dataset
+from official_batches import Batch
+from tiny_models import tiny_model
+from trl_pairs import TOKENIZER
+
+from fused_sd.integrations import trl as ours
+
+METHODS = ("SDPO", "SDZero", "RLSD", "RLCSD", "OPSD", "SDFT", "GRPO", "RFT")
+REWARDED = ("SDPO", "SDZero", "RLSD", "RLCSD", "GRPO", "RFT")
+DATA = Dataset.from_dict(
+    {
+        "prompt": ["Solve 2 + 2.", "Add 3 to 4, then 5."] * 4,
+        "privileged_context": ["It is 4.", "It is 12, of course."] * 4,
+    }
+)
+GROUP = 4
+
+
+def rewards(prompts, **_):
+    """Every second rollout succeeds."""
+    return [float(index % 2) for index in range(len(prompts))]
+
+
+def feedback(prompts, **_):
+    """Every third rollout is told something."""
+    return [None if index % 3 else f"Attempt {index} fails." for index in range(len(prompts))]
+
+
+@functools.cache
+def weights(family="Qwen3", **changes):
+    torch.manual_seed(0)
+    return tiny_model(
+        family, vocab=len(TOKENIZER), max_position_embeddings=512, **changes
+    ).state_dict()
+
+
+def model(dtype=torch.float64, family="Qwen3", **changes):
+    """The same tiny model, made again."""
+    made = tiny_model(family, vocab=len(TOKENIZER), max_position_embeddings=512, **changes)
+    made.load_state_dict(weights(family, **changes))
+    return made.to(dtype)
+
+
+def make(method, folder, *, student=None, data=DATA, peft_config=None, callbacks=None, **settings):
+    """A trainer that has not trained yet."""
+    trainer, config = (getattr(ours, f"{method}{part}") for part in ("Trainer", "Config"))
+    defaults = {
+        "output_dir": str(folder),
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "per_device_train_batch_size": GROUP,
+        "num_generations": GROUP,
+        "max_completion_length": 6,
+        "disable_tqdm": True,
+        "seed": 1,
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+    }
+    given = {"reward_funcs": settings.pop("reward_funcs", rewards)} if method in REWARDED else {}
+    said = settings.pop("feedback_func", feedback if method == "SDPO" else None)
+    torch.manual_seed(1)
+    made = trainer(
+        model() if student is None else student,
+        **given,
+        args=config(**{**defaults, **settings}),
+        train_dataset=data,
+        processing_class=TOKENIZER,
+        peft_config=peft_config,
+        callbacks=callbacks,
+        feedback_func=said,
+    )
+    made.current_gradient_accumulation_steps = 1  # what training sets
+    return made
+
+
+def sample(trainer, *, off_policy=False, rows=None):
+    """A batch of rollouts; off policy with log-probs on both sides of the clips."""
+    trainer.model.train()
+    rows = trainer.train_dataset.select([0] * GROUP if rows is None else rows)
+    inputs = trainer._prepare_training_batch(list(rows))
+    if off_policy:
+        own = states(trainer.model, inputs, "student").old
+        inputs["old_per_token_logps"] = own + 0.3 * torch.randn_like(own)
+    return inputs
+
+
+def states(student, inputs, side, teacher=None):
+    """The batch with logits' makings: states that the model's gradient flows through."""
+    length = inputs["completion_ids"].size(1)
+
+    def run(model, ids, mask):
+        output = model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return output.last_hidden_state[:, -length - 1 : -1]
+
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    hidden, head = run(student, ids, mask), student.lm_head.weight
+    teacher = student if teacher is None else teacher
+    with torch.no_grad():
+        known = run(teacher, inputs["teacher_input_ids"], inputs["teacher_attention_mask"])
+    own = (hidden @ head.t()).log_softmax(-1)
+    own = own.gather(-1, inputs["completion_ids"][..., None])[..., 0].detach()
+    old = inputs.get("old_per_token_logps")
+    shape = own.shape
+    return Batch(
+        hidden,
+        head,
+        known,
+        teacher.lm_head.weight.detach(),
+        inputs["completion_ids"],
+        inputs["loss_mask"].double(),
+        torch.ones(shape[0], dtype=torch.float64),
+        inputs["advantages"].double()[:, None].expand(shape),
+        own if old is None else old,
+        own,
+        own,
+        own,
+        own[..., None],
+        torch.ones(shape[0], 1, dtype=torch.bool),
+    )
+
+
+def loss_and_gradients(trainer, inputs):
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    named = trainer.model.named_parameters()
+    return loss.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}
