@@ -18,9 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fused_sd import checks
 from fused_sd.checks import fail
-from fused_sd.trust_region import trust_region_states
-
-__all__ = ["Kind", "Teacher", "trust_region_states"]
 
 KINDS = ("live", "frozen", "ema", "synced")
 Kind = Literal["live", "frozen", "ema", "synced"]
@@ -149,11 +146,7 @@ class Teacher:
         if self.kind == "live":
             return {}, {}
         both = _inner(self._student), _inner(self._module)
-        for part in (part for module in both for part in module.modules()):
-            # FSDP2 leaves its root whole after a forward without a backward
-            reshard: Any = getattr(part, "reshard", None)
-            if reshard is not None:
-                reshard()
+        reshard(*both)
         return dict(_tensors(both[0])), dict(_tensors(both[1]))
 
     def _master(self, name: str, teacher: Tensor) -> Tensor:
@@ -190,6 +183,14 @@ class Teacher:
             if value.dtype == torch.float32 and value.dtype != teacher.dtype:
                 _local(self._master(name, teacher)).copy_(_local(value))
         self.age = int(state["age"])
+
+
+def reshard(*modules: nn.Module) -> None:
+    """Shard again what FSDP2 leaves whole: its root, after a forward without a backward."""
+    for part in (part for module in modules for part in module.modules()):
+        fsdp: Any = part
+        if hasattr(part, "reshard"):
+            fsdp.reshard()
 
 
 def _inner(module: nn.Module) -> nn.Module:

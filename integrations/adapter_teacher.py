@@ -16,7 +16,7 @@ from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
 from fused_sd.checks import fail
-from fused_sd.teacher import Kind, Teacher
+from fused_sd.teacher import Kind, Teacher, reshard
 
 ADAPTER = "teacher"
 
@@ -97,6 +97,7 @@ class AdapterTeacher(Teacher):
     def _weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self.kind == "live" or self.uses_base:
             return {}, {}
+        reshard(self._peft)
         return _adapter_tensors(self._peft, self._name), _adapter_tensors(self._peft, ADAPTER)
 
     def _add_adapter(self) -> None:

@@ -1,6 +1,7 @@
 """A second adapter as the teacher: its weights, and everything about the student untouched."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -293,6 +294,50 @@ def test_a_wrapped_student_is_looked_through(tmp_path):
         assert torch.equal(teacher_logits(teacher), start)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def sharded_teacher(rank: int, folder: str) -> None:
+    """Training and teaching by shards and whole: the same teachers and students."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    answers = []
+    for shards in (False, True):
+        model = adapted(modules_to_save=["lm_head"], dtype=torch.float32)
+        teacher = make_teacher(model, kind="ema", rate=0.3)
+        if shards:
+            for layer in model.get_base_model().model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+            with pytest.raises(ValueError, match="make the teacher earlier"):
+                make_teacher(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            with teacher.acting() as module:
+                target = module(input_ids=IDS, use_cache=False).logits
+            output = model(input_ids=IDS, use_cache=False).logits
+            (output - target - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            # a second forward leaves the root whole
+            teacher_logits(teacher)
+            teacher.update()
+        answers += [logits(model), teacher_logits(teacher)]
+    if rank == 0:
+        worst = [float((answers[at] - answers[at + 2]).abs().max()) for at in range(2)]
+        moved = float((answers[0] - answers[1]).abs().max())
+        with open(f"{folder}/worst", "w") as file:
+            file.write(f"{max(worst)} {moved}")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_student_teaches_as_a_whole_one(tmp_path):
+    torch.multiprocessing.spawn(sharded_teacher, (str(tmp_path),), nprocs=2)
+    worst, moved = map(float, (tmp_path / "worst").read_text().split())
+    assert worst < 1e-4 * moved
 
 
 def test_other_students_get_a_whole_copy():

@@ -8,8 +8,7 @@ import torch
 from closeness import assert_close
 from torch import nn
 
-from fused_sd import LMHead, divergence_loss
-from fused_sd.teacher import Teacher, trust_region_states
+from fused_sd import LMHead, Teacher, divergence_loss, trust_region_states
 
 KINDS = ("live", "frozen", "ema", "synced")
 
