@@ -194,8 +194,15 @@ def test_a_given_module_teaches():
     assert teacher.module is other
     assert not any(parameter.requires_grad for parameter in other.parameters())
     exact = other.head.weight.float().lerp(model.head.weight.float(), 0.5)
+    own = other.frozen.weight.clone()
     teacher.update()
     assert torch.equal(other.head.weight, exact.bfloat16())
+    # what is not trained has no average, and no master
+    assert torch.equal(other.frozen.weight, own)
+    wide = [name for name, v in teacher.state_dict()["weights"].items() if v.dtype == torch.float32]
+    assert wide == ["embedding.weight", "norm.weight", "norm.bias"]
+    teacher.sync()
+    assert torch.equal(other.frozen.weight, model.frozen.weight.bfloat16())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -219,6 +226,19 @@ def test_a_resumed_teacher_goes_on_as_if_nothing_had_happened(kind, dtype, tmp_p
         assert teacher.update() == resumed.update()
         assert teacher.age == resumed.age
     assert_same(resumed.module, snapshot(teacher.module))
+
+
+def test_going_back_to_an_early_state_forgets_the_masters():
+    model = Model(torch.bfloat16)
+    teacher = Teacher(model, rate=0.1)
+    start = copy.deepcopy(teacher.state_dict())
+    step(model, 5.0)
+    teacher.update()
+    once = snapshot(teacher.module)
+    teacher.update()
+    teacher.load_state_dict(start)
+    teacher.update()
+    assert_same(teacher.module, once)
 
 
 def test_a_wrapper_is_looked_through(tmp_path):
