@@ -150,7 +150,11 @@ def train_once(tmp_path, batch, accumulate, traces=TRACES):
 
 @pytest.mark.parametrize("batch, accumulate", [(4, 1), (2, 2), (1, 4)])
 def test_a_step_is_the_same_however_it_is_accumulated(tmp_path, batch, accumulate):
-    weights, logged = train_once(tmp_path, batch, accumulate)
+    assert_one_step(*train_once(tmp_path, batch, accumulate))
+
+
+def assert_one_step(weights, logged):
+    """The step of plain gradient descent on the definition, and its numbers in the log."""
     model = new_model()
     terms = plain_terms(model, TRACES)
     sum(terms.values()).backward()
