@@ -512,6 +512,12 @@ def constant_length(token_loss: Tensor, mask: Tensor, length: float) -> Tensor:
 
 
 def rlcsd_mean(token_loss: Tensor, mask: Tensor, selected: Tensor, eta: float = 1.0) -> Tensor:
-    """mean over unselected tokens + eta mean over selected ones: ()."""
-    plain = token_mean(token_loss, mask * ~selected)
-    return plain + eta * token_mean(token_loss, mask * selected)
+    """mean over unselected tokens + eta mean over selected ones: ().
+
+    The means divide by counts of tokens: the mask may carry a rollout correction.
+    """
+    means = []
+    for part in (mask * ~selected, mask * selected):
+        total, _ = row_sums(token_loss, part)
+        means.append(total.sum() / (part != 0).double().sum().clamp(min=1))
+    return means[0] + eta * means[1]

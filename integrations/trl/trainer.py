@@ -26,6 +26,7 @@ from fused_sd.integrations.adapter_teacher import make_teacher
 from fused_sd.integrations.transformers import attach
 from fused_sd.integrations.trl import observe, teachers
 from fused_sd.integrations.trl.config import SelfDistillationConfig
+from fused_sd.integrations.trl.credit_maps import CreditMapCallback
 from fused_sd.integrations.trl.drop_in import FusedSelfDistillationMixin
 from fused_sd.integrations.trl.reduction import loss_type_weights
 from fused_sd.integrations.trl.rollouts import Rollout
@@ -154,9 +155,12 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
         )
         self.add_callback(self._teacher_callback)
         if args.credit_map_steps:
-            from fused_sd.integrations.trl.credit_maps import CreditMapCallback
-
             self.add_callback(CreditMapCallback(self, every=args.credit_map_steps))
+
+    def _generate(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        prompts, completions = super()._generate(prompt_ids)
+        # an engine may return nothing for a completion that ended at once
+        return prompts, [list(ids) or [self.eos_token_ids[0]] for ids in completions]
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any

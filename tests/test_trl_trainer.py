@@ -1,0 +1,438 @@
+"""What the methods' trainers share: contexts, teachers, accumulation, checkpoints, bad input."""
+
+import itertools
+
+import peft
+import pytest
+import torch
+from closeness import assert_close
+from method_pairs import DATA, GROUP, METHODS, loss_and_gradients, make, model, sample
+from trl.experimental.sdpo import SDPOTrainer as StockSDPOTrainer
+from trl.trainer.utils import split_tensor_dict
+from trl_pairs import TOKENIZER
+
+from fused_sd.integrations import trl as ours
+
+FLOAT = torch.float64
+LORA = {"target_modules": ["q_proj", "v_proj"]}
+
+
+def teacher_texts(trainer, inputs):
+    """What the teacher reads before each completion."""
+    length = inputs["completion_ids"].size(1)
+    rows = zip(inputs["teacher_input_ids"], inputs["teacher_attention_mask"])
+    kept = [ids[:-length][mask[:-length].bool()] for ids, mask in rows]
+    return [TOKENIZER.decode(ids) for ids in kept]
+
+
+def changed(trainer, before):
+    """Whether training has moved the teacher's and the student's weights."""
+    with trainer.teacher.acting() as module:
+        teacher = {n: p.clone() for n, p in module.named_parameters()}
+    student = dict(trainer.model.named_parameters())
+    return (
+        any(not torch.equal(teacher[n], p) for n, p in before.items()),
+        any(not torch.equal(student[n], p) for n, p in before.items()),
+    )
+
+
+def after_sibling(text):
+    return (
+        f"Solve 2 + 2.\nCorrect solution:\n\n{text}\n\n\n\nCorrectly solve the original question.\n"
+    )
+
+
+def test_sdpo_shows_the_first_successful_sibling_or_the_feedback(tmp_path):
+    trainer = make("SDPO", tmp_path)
+    inputs = sample(trainer)
+    texts = trainer._texts  # rollouts 1 and 3 succeed; 0 and 3 are told something
+    first, third = (after_sibling(text.strip()) for text in (texts[1], texts[3]))
+    assert teacher_texts(trainer, inputs) == [first, third, first, first]
+    assert inputs["self_distillation_mask"].tolist() == [1, 1, 1, 1]
+
+
+def test_sdpo_shows_feedback_the_attempt_and_a_sibling_together(tmp_path):
+    trainer = make(
+        "SDPO",
+        tmp_path,
+        environment_feedback_only_without_solution=False,
+        include_own_attempt=True,
+    )
+    inputs = sample(trainer)
+    text = teacher_texts(trainer, inputs)[0]
+    assert f"Your earlier attempt:\n\n{trainer._texts[0]}\n" in text
+    assert "feedback from your unsuccessful earlier attempt:\n\nAttempt 0 fails." in text
+    assert "Correct solution:" in text
+
+
+def test_sdpo_without_a_sibling_learns_from_feedback_alone(tmp_path):
+    trainer = make("SDPO", tmp_path, reward_funcs=lambda prompts, **_: [0.0] * len(prompts))
+    inputs = sample(trainer)
+    assert inputs["self_distillation_mask"].tolist() == [1, 0, 0, 1]
+    assert "Attempt 3 fails." in teacher_texts(trainer, inputs)[3]
+
+
+def test_thinking_is_left_out_of_a_demonstration(tmp_path):
+    trainer = make("SDPO", tmp_path)
+    rollout = trainer.teacher_context_builder
+    inputs = sample(trainer)
+    trainer._texts = ["no", "<think>\nhidden\n</think>\nshown", "no", "no"]
+    inputs.update(rollout.build(inputs, [DATA[0]["prompt"]] * GROUP, inputs["rewards"]))
+    text = teacher_texts(trainer, inputs)[0]
+    assert "shown" in text
+    assert "hidden" not in text
+    assert "think" not in text
+
+
+@pytest.mark.parametrize("method", ["RLSD", "OPSD", "SDFT"])
+def test_the_privileged_context_is_in_the_teachers_prompt_alone(method, tmp_path):
+    trainer = make(method, tmp_path)
+    inputs = sample(trainer)
+    expected = trainer.args.reprompt_template.format(prompt="Solve 2 + 2.", privileged="It is 4.")
+    assert teacher_texts(trainer, inputs) == [expected] * GROUP
+    student = TOKENIZER.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
+    assert student == ["Solve 2 + 2."] * GROUP
+
+
+def test_sd_zero_shows_the_response_and_its_verdict(tmp_path):
+    trainer = make("SDZero", tmp_path)
+    inputs = sample(trainer)
+    wrong, right = (
+        "Wait, this response is wrong. Let me correct it.",
+        "Let me rephrase the above solution.",
+    )
+    for index, text in enumerate(teacher_texts(trainer, inputs)):
+        own = TOKENIZER.decode(trainer._get_completion_ids_list(inputs)[index])
+        own = own.removesuffix(TOKENIZER.eos_token)
+        assert text == f"Solve 2 + 2.{own}\n\n{right if index % 2 else wrong}\n\n"
+
+
+def test_sd_zero_cuts_a_response_that_does_not_fit_twice(tmp_path):
+    phrase = len(TOKENIZER("\n\nNo.\n\n", add_special_tokens=False)["input_ids"])
+    prompt = len(TOKENIZER("Solve 2 + 2.")["input_ids"])
+    phrases = {"correct_phrase": "No.", "wrong_phrase": "No."}
+    trainer = make("SDZero", tmp_path, max_reprompt_len=prompt + phrase + 2 * 4 + 1, **phrases)
+    inputs = sample(trainer)
+    assert inputs["completion_mask"].sum(1).max() == 6
+    assert inputs["loss_mask"].sum(1).max() == 4
+    over = make("SDZero", tmp_path, max_reprompt_len=prompt + phrase, **phrases)
+    assert sample(over)["loss_mask"].sum() == 0
+
+
+def test_rlcsd_shows_each_failed_sibling_once(tmp_path):
+    trainer = make("RLCSD", tmp_path, max_wrong_hints=3)
+    inputs = sample(trainer)  # 1 and 3 succeed
+    assert inputs["wrong_mask"].sum(1).tolist() == [1, 2, 1, 2]
+    texts = trainer._texts
+    length = inputs["completion_ids"].size(1)
+    shown = TOKENIZER.decode(inputs["wrong_input_ids"][1, 1, :-length], skip_special_tokens=True)
+    assert f"Solution Begin ===\n{texts[2].strip()}\n===" in shown
+    assert f"Solution Begin ===\n{texts[3].strip()}\n===" in teacher_texts(trainer, inputs)[1]
+
+
+def test_a_long_teacher_prompt_loses_its_beginning(tmp_path):
+    trainer = make("OPSD", tmp_path, max_reprompt_len=12)
+    inputs = sample(trainer)
+    whole = trainer.args.reprompt_template.format(prompt="Solve 2 + 2.", privileged="It is 4.")
+    assert inputs["teacher_input_ids"].size(1) == 12 + inputs["completion_ids"].size(1)
+    assert all(whole.endswith(text) for text in teacher_texts(trainer, inputs))
+    metrics = trainer._metrics["train"]
+    assert metrics["self_distillation/truncated_reprompt_fraction"] == [1.0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_accumulated_steps_are_one_step_of_all(method, tmp_path):
+    """With "dapo", whose mean is over all tokens whatever the split."""
+    extra = {"num_loss_tokens_to_skip": 1} if method == "SDFT" else {}
+    if method == "RLCSD":
+        pytest.skip("its two means are the micro-batch's")
+    trainer = make(method, tmp_path, loss_type="dapo", per_device_train_batch_size=8, **extra)
+    inputs = sample(trainer, rows=[0] * GROUP + [1] * GROUP)
+    _, whole = loss_and_gradients(trainer, inputs)
+    trainer.args.steps_per_generation = trainer.current_gradient_accumulation_steps = 2
+    parts = split_tensor_dict(inputs, 2)
+    gradients = [loss_and_gradients(trainer, part)[1] for part in parts]
+    for name, gradient in whole.items():
+        assert_close(gradients[0][name] + gradients[1][name], gradient, FLOAT, name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_packed_sequences_give_the_same_loss(method, tmp_path):
+    """To what rotary angles, which transformers forms in fp32, leave of other positions."""
+    smooth = {"contrast_temperature": 1.0} if method == "RLCSD" else {}
+    trainer = make(method, tmp_path, **smooth)
+    inputs = sample(trainer, rows=[0] * GROUP)
+    loss, gradients = loss_and_gradients(trainer, inputs)
+    trainer.args.padding_free = True
+    packed, others = loss_and_gradients(trainer, inputs)
+    assert_close(packed, loss, torch.float32, "loss")
+    for name, gradient in gradients.items():
+        assert_close(others[name], gradient, torch.float32, name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "LoRA"])
+def test_a_method_trains(method, adapter, tmp_path):
+    config = None if adapter is None else peft.LoraConfig(r=4, **adapter)
+    trainer = make(method, tmp_path, student=model(torch.float32), peft_config=config)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before.get(n, p))}
+    assert moved
+    if adapter is not None:
+        assert all("lora_" in name for name in moved)
+    assert trainer.state.global_step == 2
+    logged = trainer.state.log_history[0]
+    assert logged["self_distillation/active_token_fraction"] > 0
+    if trainer.has_teacher:
+        assert "self_distillation/evidence_q50" in logged or method == "RLCSD"
+
+
+@pytest.mark.parametrize(
+    "kind, moves", [("live", True), ("base", False), ("ema", True), ("synced", True)]
+)
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "LoRA"])
+def test_a_teacher_follows_as_its_kind_says(kind, moves, adapter, tmp_path):
+    config = None if adapter is None else peft.LoraConfig(r=4, **adapter)
+    settings = {"teacher_model_kind": kind, "teacher_sync_steps": 1}
+    trainer = make("OPSD", tmp_path, student=model(torch.float32), peft_config=config, **settings)
+    probe = {"input_ids": torch.tensor([[5, 6, 7]])}
+
+    def teacher_logits():
+        with trainer.teacher.acting() as module:
+            return module(**probe).logits.clone()
+
+    before = teacher_logits()
+    trainer.train()
+    assert torch.equal(teacher_logits(), before) is not moves
+    is_copied = adapter is None and kind != "live"
+    assert (trainer.teacher.module is trainer.model) is not is_copied
+
+
+def test_a_trust_region_teacher_lies_between_reference_and_student(tmp_path):
+    trainer = make(
+        "SDPO",
+        tmp_path,
+        teacher_model_kind="trust_region",
+        teacher_update_rate=0.3,
+        distillation_mode="full_logits",
+        distillation_alpha=1.0,
+    )
+    inputs = sample(trainer)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    loss, _ = loss_and_gradients(trainer, inputs)
+    length = inputs["completion_ids"].size(1)
+
+    def logits(module, ids, mask):
+        with torch.no_grad():
+            return module(input_ids=ids, attention_mask=mask).logits[:, -length - 1 : -1]
+
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    student = logits(trainer.model, ids, mask)
+    known = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
+    mixed = torch.lerp(logits(trainer.teacher.module, *known), student, 0.3).log_softmax(-1)
+    own = student.log_softmax(-1)
+    kl = (own.exp() * (own - mixed)).sum(-1)
+    counted = inputs["loss_mask"]
+    assert_close(loss, (kl * counted).sum() / counted.sum(), FLOAT, "loss")
+
+
+def test_an_infinite_gradient_changes_nothing(tmp_path):
+    trainer = make("SDPO", tmp_path, student=model(torch.float32), max_steps=1)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    weight = trainer.model.model.layers[0].mlp.up_proj.weight
+    weight.register_hook(lambda gradient: gradient * torch.nan)
+    trainer.args.max_grad_norm = 0
+    trainer.train()
+    assert changed(trainer, before) == (False, False)
+    assert trainer._teacher_callback.num_skipped == 1
+    assert trainer.teacher.age == 0
+
+
+def test_a_resumed_run_has_the_teacher_that_it_had(tmp_path):
+    settings = {"teacher_update_rate": 0.3, "save_strategy": "steps", "save_steps": 1}
+    first = make("SDPO", tmp_path, student=model(torch.float32), max_steps=2, **settings)
+    first.train()
+    second = make("SDPO", tmp_path, student=model(torch.float32), max_steps=2, **settings)
+    second.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-1")
+    with first.teacher.acting() as one, second.teacher.acting() as two:
+        for name, parameter in one.named_parameters():
+            assert torch.allclose(dict(two.named_parameters())[name], parameter, atol=1e-6), name
+
+
+def test_rlsds_evidence_fades_with_the_steps(tmp_path):
+    trainer = make("RLSD", tmp_path, evidence_decay_steps=10)
+    inputs = sample(trainer)
+    mixes = []
+    for trainer.state.global_step in (0, 4, 9, 50):
+        mixes.append(float(trainer.evidence(inputs).mix.max()))
+    assert mixes == pytest.approx([0.45, 0.25, 0.0, 0.0])
+
+
+def test_a_batch_without_any_signal_has_no_loss_and_no_gradient(tmp_path):
+    nothing = {"reward_funcs": lambda prompts, **_: [0.0] * len(prompts)}
+    for method in ("SDPO", "RFT", "RLCSD"):
+        trainer = make(method, tmp_path, feedback_func=None, **nothing)
+        inputs = sample(trainer)
+        assert inputs["loss_mask"].sum() == 0
+        loss, gradients = loss_and_gradients(trainer, inputs)
+        assert loss == 0
+        assert gradients
+        assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_rlsd_without_a_reference_is_grpo(tmp_path):
+    data = DATA.map(lambda _: {"privileged_context": ""})
+    settings = {"scale_rewards": "none"}
+    pair = [make(m, tmp_path, data=data, **settings) for m in ("RLSD", "GRPO")]
+    inputs = sample(pair[0])
+    (loss, gradients), (other, others) = (loss_and_gradients(t, inputs) for t in pair)
+    assert_close(loss, other, FLOAT, "loss")
+    for name, gradient in gradients.items():
+        assert_close(others[name], gradient, FLOAT, name)
+
+
+def test_a_completion_that_ends_at_once_is_its_end(tmp_path, monkeypatch):
+    trainer = make("SDPO", tmp_path)
+    stock = StockSDPOTrainer._generate
+
+    def some_empty(self, ids):
+        return ids, [[], *stock(self, ids)[1][1:]]
+
+    monkeypatch.setattr(StockSDPOTrainer, "_generate", some_empty)
+    inputs = sample(trainer)
+    assert inputs["completion_mask"][0].sum() == 1
+    loss, _ = loss_and_gradients(trainer, inputs)
+    assert loss.isfinite()
+
+
+def test_evaluation_reports_a_loss_and_changes_nothing(tmp_path):
+    trainer = make("OPSD", tmp_path, student=model(torch.float32), per_device_eval_batch_size=GROUP)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.eval_dataset = DATA.select(range(2))
+    trainer.model.eval()
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] > 0
+    assert changed(trainer, before) == (False, False)
+
+
+def without(column):
+    return DATA.remove_columns(column)
+
+
+# name: what is asked for, and what the answer says
+REFUSED = {
+    "no reward": (
+        lambda f: make("GRPO", f, reward_funcs=None),
+        "reward_funcs must be given to GRPOTrainer",
+    ),
+    "no privileged context": (
+        lambda f: make("OPSD", f, data=without("privileged_context")),
+        "train_dataset must have a column privileged_context for OPSDTrainer",
+    ),
+    "a group of one": (
+        lambda f: make("GRPO", f, num_generations=1),
+        "num_generations must be at least 2 where rewards are scaled",
+    ),
+    "another method's configuration": (
+        lambda f: ours.OPSDTrainer(
+            model(), args=ours.SDFTConfig(str(f), use_cpu=True, bf16=False), train_dataset=DATA
+        ),
+        "args must be a OPSDConfig for OPSDTrainer",
+    ),
+    "a setting that is not read": (
+        lambda f: make("RLSD", f, distillation_topk=20),
+        "distillation_topk must be left as it is in RLSDConfig",
+    ),
+    "a KL to a reference": (
+        lambda f: make("GRPO", f, beta=0.1),
+        "beta must be left as it is in GRPOConfig",
+    ),
+    "a teacher that is none": (
+        lambda f: make("OPSD", f, teacher_model_kind="best"),
+        "teacher_model_kind must be one of 'live'",
+    ),
+    "a template without its place": (
+        lambda f: make("OPSD", f, reprompt_template="{prompt}"),
+        r"reprompt_template must hold \{prompt\}, \{privileged\}",
+    ),
+    "a template with another place": (
+        lambda f: make("OPSD", f, reprompt_template="{prompt}{privileged}{hint}"),
+        "reprompt_template must hold no placeholders but",
+    ),
+    "a tail of everything": (
+        lambda f: make("OPSD", f, distillation_add_tail=True),
+        "distillation_add_tail must be False over the full vocabulary",
+    ),
+    "k beside the whole vocabulary": (
+        lambda f: make("SDPO", f, distillation_mode="full_logits", distillation_topk=5),
+        "distillation_topk must be None",
+    ),
+    "a prompt that ends with an answer": (
+        lambda f: sample(make("OPSD", f, data=ended())),
+        "prompt must end with a user turn",
+    ),
+    "two questions at test time": (
+        lambda f: make_discovery(f, DATA),
+        "train_dataset must be one question",
+    ),
+    "an average that is none": (
+        lambda f: make("SDPO", f, loss_type="mean"),
+        "loss_type must be one of 'bnpo'",
+    ),
+}
+
+
+def ended():
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It"}]
+    return DATA.remove_columns("prompt").add_column("prompt", [turns] * len(DATA))
+
+
+def make_discovery(folder, data, **settings):
+    args = ours.DiscoveryConfig(
+        str(folder),
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        num_generations=GROUP,
+        per_device_train_batch_size=GROUP,
+        max_completion_length=4,
+        max_attempts=12,
+        disable_tqdm=True,
+        **settings,
+    )
+    attempts = itertools.count(1)
+    return ours.DiscoveryTrainer(
+        model(torch.float32),
+        lambda prompts, **_: [float(next(attempts) == 7) for _ in prompts],
+        args,
+        data,
+        processing_class=TOKENIZER,
+        feedback_func=lambda prompts, **_: ["Try again."] * len(prompts),
+    )
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused_with_a_remedy(name, tmp_path):
+    call, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path)
+
+
+def test_discovery_ends_with_the_first_success(tmp_path):
+    trainer = make_discovery(tmp_path, DATA.select([0]))
+    trainer.train()
+    assert trainer.first_success == 7
+    assert len(trainer.rewards) == 8
+    assert trainer.solution == trainer._texts[2]
+    assert ours.discovery_probability([7, None, 3, 20], 10) == 0.5
+
+
+def test_discovery_gives_up_after_its_attempts(tmp_path):
+    trainer = make_discovery(tmp_path, DATA.select([0]), stop_at_success=False)
+    trainer.train()
+    assert len(trainer.rewards) == 12
+    assert trainer.first_success == 7
