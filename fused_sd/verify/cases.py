@@ -62,7 +62,7 @@ def token_weights(case: Case, operands: Operands, reference: ModuleType) -> Tens
     _, selected = reference.rlcsd_advantages(*_hints(operands))
     total = torch.zeros_like(weights)
     for part in (weights * selected, weights * ~selected):
-        total += part / part.sum().clamp(min=1)
+        total += part / (part != 0).sum().clamp(min=1)
     return total
 
 
