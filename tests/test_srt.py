@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 
+import accelerate
 import peft
+import transformers
 from closeness import assert_close
 from tiny_models import random_ids, tiny_model
 from transformers import AutoModelForCausalLM
@@ -355,3 +358,43 @@ def test_the_example_collects_trains_and_saves(tmp_path, monkeypatch, capsys, st
     trained = AutoModelForCausalLM.from_pretrained(output)
     before = AutoModelForCausalLM.from_pretrained(start)
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), before.parameters()))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_mixed_precision_trains_on_the_same_loss(tmp_path, checkpointing):
+    settings = {"gradient_checkpointing": checkpointing, "max_steps": 3, "learning_rate": 0.01}
+    ours = trainer(tmp_path, model=new_model().float(), bf16=True, **settings)
+    ours.train()
+    first, *_, last = (log for log in ours.state.log_history if "revision_loss" in log)
+    terms = plain_terms(new_model(), TRACES)
+    assert first["loss"] == pytest.approx(sum(terms.values()).item(), rel=0.01)
+    assert last["loss"] < first["loss"]
+    assert next(ours.model.parameters()).dtype == torch.float32
+
+
+def test_a_model_with_a_loss_of_its_own_is_refused(tmp_path):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(**sizes, **heads, num_local_experts=2)
+    model = transformers.MixtralForCausalLM(config)
+    with pytest.raises(ValueError, match="router_aux_loss_coef must be 0"):
+        trainer(tmp_path, model=model)
+    trainer(tmp_path, model=model, router_aux_loss_coef=0.0, max_steps=1).train()
+
+
+def test_sequences_in_parts_are_refused(tmp_path, monkeypatch):
+    parts = SimpleNamespace(cp_enabled=True, sp_enabled=False, sp_backend="torch", tp_size=1)
+
+    class Accelerator(accelerate.Accelerator):  # one process cannot make such a mesh
+        parallelism_config = property(lambda self: parts if hasattr(self, "step") else None)
+
+    monkeypatch.setattr("transformers.trainer.Accelerator", Accelerator)
+    with pytest.raises(ValueError, match="parallelism_config must keep sequences whole"):
+        trainer(tmp_path)
+
+
+def test_what_has_no_meaning_for_traces_is_no_argument(tmp_path):
+    args = SRTConfig(str(tmp_path), use_cpu=True, bf16=False)
+    for name in ("data_collator", "compute_loss_func", "compute_metrics", "formatting_func"):
+        with pytest.raises(ValueError, match=f"{name} must be left out"):
+            SRTTrainer(new_model(), args, TRACES, processing_class=TOKENIZER, **{name: print})

@@ -8,6 +8,7 @@ result as the model of the second phase.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,7 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     args = SRTConfig(
         output_dir=options.output,
         num_train_epochs=options.epochs,

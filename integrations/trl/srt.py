@@ -98,7 +98,8 @@ class SRTTrainer(SFTTrainer):
         kwargs: of TRL's SFTTrainer: processing_class, peft_config, callbacks, optimizers...
 
     Raises:
-        ValueError: there is no trace, or the model's loss is more than cross entropy.
+        ValueError: there is no trace, the model's loss is more than cross entropy, or sequences are
+            cut by context or sequence parallelism.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "srt"]
@@ -133,6 +134,10 @@ class SRTTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             remedy = "pass SRTConfig(router_aux_loss_coef=0.0)"
             fail("router_aux_loss_coef", "be 0", self.router_aux_loss_coef, remedy)
+        parallel: Any = self.accelerator.parallelism_config
+        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+            remedy = "leave out context and sequence parallelism"
+            fail("parallelism_config", "keep sequences whole", "one that cuts them", remedy)
         trained: Any = self.model
         attach(trained, autocast=self.accelerator.autocast)
         self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
