@@ -90,8 +90,7 @@ class AdapterTeacher(Teacher):
         if self.uses_base and state["weights"]:
             self._add_adapter()
         elif self.kind == "frozen" and not self.uses_base and not state["weights"]:
-            with _trainable_as_before(self._peft):
-                self._peft.delete_adapter(ADAPTER)
+            self._peft.delete_adapter(ADAPTER)
         super().load_state_dict(state)
 
     def _weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -107,6 +106,7 @@ class AdapterTeacher(Teacher):
         config: Any = copy.deepcopy(self._peft.peft_config[self._name])
         # some initialisations change the base weight; the values are replaced below
         config.init_lora_weights = True
+        # only newer releases of PEFT do this themselves
         with _trainable_as_before(self._peft):
             self._peft.add_adapter(ADAPTER, config)
         students, teachers = self._weights()

@@ -233,9 +233,14 @@ def test_response_masks_that_disagree_are_named():
         align_responses(*batch, **masks)
 
 
-def test_a_response_without_a_prompt_is_named():
-    ids, mask, response = rows([[[], [1, 2]], STUDENTS[0]])
-    with pytest.raises(ValueError, match=r"student_ids must hold a prompt.*sequence 0, position 0"):
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_response_without_a_prompt_is_named(number):
+    """The state before it may be that of another sequence."""
+    sequences = [STUDENTS[0]]
+    sequences.insert(number, [[], [1, 2]])
+    ids, mask, response = rows(sequences)
+    message = rf"student_ids must hold a prompt.*sequence {number}, position 0"
+    with pytest.raises(ValueError, match=message):
         align_responses(ids, mask, ids, mask, student_response_mask=response)
 
 
