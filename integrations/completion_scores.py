@@ -26,6 +26,7 @@ from fused_sd import (
     generalized_jsd,
     token_log_probs,
 )
+from fused_sd.checks import fail
 from fused_sd.integrations.output_head import Compute
 from fused_sd.integrations.packing import check_packing, pack_completions
 from fused_sd.integrations.transformers import Request, completion_positions
@@ -62,7 +63,16 @@ class CompletionForward:
         else:
             inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
             request = Request(compute, positions)
-        return self.model(**inputs, use_cache=False, fused_sd=request).result
+        output = self.model(**inputs, use_cache=False, fused_sd=request)
+        if not hasattr(output, "result"):
+            fail(
+                "model.forward",
+                "be the one that attach gave it, or call it",
+                f"another, which returned {type(output).__name__}",
+                "for use_liger_kernel, which replaces it when training starts, set "
+                'liger_kernel_config={"fused_linear_cross_entropy": False}; otherwise attach last',
+            )
+        return output.result
 
 
 @dataclass(frozen=True, eq=False)

@@ -295,3 +295,10 @@ def test_a_model_that_is_not_attached_says_so():
 def test_vocabularies_smaller_than_the_checks_primes_are_fine():
     assert VOCAB < 7919
     check_packing(attach(tiny_model("Llama", vocab=5)))
+
+
+def test_a_forward_that_replaces_the_attached_one_is_named():
+    model = attach(tiny_model("Llama"))
+    model.forward = lambda fused_sd, **inputs: type(model).forward(model, **inputs)
+    with pytest.raises(ValueError, match=r"model\.forward must be .* attach last"):
+        forward(model, False)(hidden_states)
