@@ -1,5 +1,6 @@
 """What the methods' configurations have in common."""
 
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import ClassVar, Literal
 
@@ -99,6 +100,12 @@ class SelfDistillationConfig(StockSDPOConfig):
                 1,
                 'sample more, or pass scale_rewards="none"',
             )
+
+
+def check_pair(name: str, values: Sequence[float]) -> None:
+    """Two bounds, as a command line gives them: a list."""
+    if len(values) != 2:
+        fail(name, "hold two numbers, the lower and the upper", values, "give both")
 
 
 def _default(setting) -> object:  # type: ignore[no-untyped-def]  # a dataclass field

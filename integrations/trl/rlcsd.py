@@ -13,6 +13,7 @@ from torch import Tensor
 from fused_sd import LMHead, LossOutput, rlcsd_loss
 from fused_sd.checks import check_one_of, check_positive_int
 from fused_sd.integrations import completion_scores as completion
+from fused_sd.integrations.trl.config import check_pair
 from fused_sd.integrations.trl.contexts import (
     check_template,
     last_user_text,
@@ -47,8 +48,8 @@ class RLCSDConfig(PolicyConfig):
     contrast_threshold: float = field(
         default=0.02, metadata={"help": "delta: smaller residuals leave the advantage alone."}
     )
-    contrast_clip: tuple[float, float] = field(
-        default=(-2.0, 2.0), metadata={"help": "Bounds of the residual."}
+    contrast_clip: list[float] = field(
+        default_factory=lambda: [-2.0, 2.0], metadata={"help": "Bounds of the residual."}
     )
     selected_weight: float = field(
         default=1.0, metadata={"help": "eta: weight of the selected tokens' mean."}
@@ -71,6 +72,7 @@ class RLCSDConfig(PolicyConfig):
         check_template("reprompt_template", self.reprompt_template, "prompt", "privileged")
         check_one_of("correct_hint", self.correct_hint, ("sibling", "reference"))
         check_positive_int("max_wrong_hints", self.max_wrong_hints)
+        check_pair("contrast_clip", self.contrast_clip)
         check_one_of("loss_type", self.loss_type, ("bnpo",))
         check_one_of("dual_clip", self.dual_clip, (None,))  # type: ignore[arg-type]
 

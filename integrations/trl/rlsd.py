@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_sd import Evidence, EvidenceSchedule, LMHead, LossOutput, rlsd_loss
 from fused_sd.checks import check_one_of, check_unit_interval
 from fused_sd.integrations import completion_scores as completion
+from fused_sd.integrations.trl.config import check_pair
 from fused_sd.integrations.trl.contexts import PrivilegedPrompt, check_template
 from fused_sd.integrations.trl.grpo import PolicyConfig, PolicyTrainer
 from fused_sd.integrations.trl.trainer import Run
@@ -34,8 +35,8 @@ class RLSDConfig(PolicyConfig):
     teacher_sync_steps: int = field(
         default=20, metadata={"help": "Steps between copies: 20 in the script, 10 in the paper."}
     )
-    evidence_clip: tuple[float, float] = field(
-        default=(0.2, 0.2),
+    evidence_clip: list[float] = field(
+        default_factory=lambda: [0.2, 0.2],
         metadata={"help": "How far a token's weight may leave 1, downwards and upwards."},
     )
     evidence_mix: float = field(
@@ -58,6 +59,7 @@ class RLSDConfig(PolicyConfig):
         super().__post_init__()
         check_template("reprompt_template", self.reprompt_template, "prompt", "privileged")
         check_unit_interval("evidence_mix", self.evidence_mix)
+        check_pair("evidence_clip", self.evidence_clip)
         check_one_of("evidence_log_prob", self.evidence_log_prob, ("current", "old"))
 
 
@@ -97,8 +99,9 @@ class RLSDTrainer(PrivilegedPrompt, PolicyTrainer):
         weighed = inputs["self_distillation_mask"].double()
         if args.negative_only:
             weighed = weighed * (inputs["advantages"] < 0)
+        low, high = args.evidence_clip
         mix = (schedule.value * weighed)[:, None].expand(inputs["completion_ids"].shape)
-        return Evidence(tuple(args.evidence_clip), mix, args.evidence_log_prob)
+        return Evidence((low, high), mix, args.evidence_log_prob)
 
     def method_loss(
         self, hidden: Tensor, head: LMHead, teacher: Tensor, inputs: dict[str, Any], run: Run

@@ -1,0 +1,12 @@
+"""Test-time self-distillation: one hard sum, tried until a response passes.
+
+python -m fused_sd.integrations.examples.discovery --model Qwen/Qwen3-1.7B --num_questions 1
+"""
+
+from fused_sd.integrations.examples.arithmetic import feedback
+from fused_sd.integrations.examples.start import train
+from fused_sd.integrations.trl import DiscoveryConfig, DiscoveryTrainer
+
+if __name__ == "__main__":
+    found = train(DiscoveryTrainer, DiscoveryConfig, feedback_func=feedback)
+    print(f"first success: attempt {found.first_success} of {len(found.rewards)}")

@@ -1,0 +1,10 @@
+"""GRPO on sums: the baseline on the same rollouts.
+
+python -m fused_sd.integrations.examples.grpo --model Qwen/Qwen3-1.7B
+"""
+
+from fused_sd.integrations.examples.start import train
+from fused_sd.integrations.trl import GRPOConfig, GRPOTrainer
+
+if __name__ == "__main__":
+    train(GRPOTrainer, GRPOConfig)

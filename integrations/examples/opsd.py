@@ -1,0 +1,10 @@
+"""OPSD on sums: forward KL to the initial model that has read the solution.
+
+python -m fused_sd.integrations.examples.opsd --model Qwen/Qwen3-1.7B
+"""
+
+from fused_sd.integrations.examples.start import train
+from fused_sd.integrations.trl import OPSDConfig, OPSDTrainer
+
+if __name__ == "__main__":
+    train(OPSDTrainer, OPSDConfig, rewarded=False)

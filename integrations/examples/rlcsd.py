@@ -1,0 +1,10 @@
+"""RLCSD on sums: GRPO moved by the contrast of right with wrong hints.
+
+python -m fused_sd.integrations.examples.rlcsd --model Qwen/Qwen3-1.7B
+"""
+
+from fused_sd.integrations.examples.start import train
+from fused_sd.integrations.trl import RLCSDConfig, RLCSDTrainer
+
+if __name__ == "__main__":
+    train(RLCSDTrainer, RLCSDConfig)

@@ -1,0 +1,10 @@
+"""RLSD on sums: GRPO whose advantages a teacher with the solution weighs token by token.
+
+python -m fused_sd.integrations.examples.rlsd --model Qwen/Qwen3-1.7B
+"""
+
+from fused_sd.integrations.examples.start import train
+from fused_sd.integrations.trl import RLSDConfig, RLSDTrainer
+
+if __name__ == "__main__":
+    train(RLSDTrainer, RLSDConfig)

@@ -1,0 +1,10 @@
+"""SD-Zero's phase 2 on sums: start from the model that sd_zero_phase1 saved.
+
+python -m fused_sd.integrations.examples.sd_zero_phase2 --model Qwen/Qwen3-1.7B
+"""
+
+from fused_sd.integrations.examples.start import train
+from fused_sd.integrations.trl import SDZeroConfig, SDZeroTrainer
+
+if __name__ == "__main__":
+    train(SDZeroTrainer, SDZeroConfig)

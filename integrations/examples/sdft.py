@@ -1,0 +1,10 @@
+"""SDFT on sums: forward KL to a moving average that has seen a demonstration.
+
+python -m fused_sd.integrations.examples.sdft --model Qwen/Qwen3-1.7B
+"""
+
+from fused_sd.integrations.examples.start import train
+from fused_sd.integrations.trl import SDFTConfig, SDFTTrainer
+
+if __name__ == "__main__":
+    train(SDFTTrainer, SDFTConfig, rewarded=False)
