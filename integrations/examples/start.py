@@ -19,7 +19,7 @@ class Script:
     lora_rank: int = field(default=0, metadata={"help": "0 trains all weights."})
 
 
-def train(trainer: type, config: type, *, rewarded: bool = True, **given: Any) -> Any:
+def train(trainer: Any, config: Any, *, rewarded: bool = True, **given: Any) -> Any:
     """Train a method on sums, and save the model.
 
     Args:
@@ -29,7 +29,8 @@ def train(trainer: type, config: type, *, rewarded: bool = True, **given: Any) -
     Returns:
         The trainer.
     """
-    parser = TrlParser((Script, config))
+    kinds: Any = [Script, config]
+    parser = TrlParser(kinds)
     parser.set_defaults(output_dir=f"{trainer.__name__}-sums")
     script, args = parser.parse_args_and_config()
     adapter = None

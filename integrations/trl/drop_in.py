@@ -43,6 +43,9 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.use_liger_kernel:  # its kernels for the layers, not its head: ours replaces it
+            layers = {**(self.args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
+            self.args.liger_kernel_config = layers
         try:
             for model in (self.model, self.teacher_model):
                 attach(model, autocast=self.accelerator.autocast)

@@ -9,7 +9,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from fused_sd.integrations.trl.contexts import teacher_inputs
+from fused_sd import align_responses
+from fused_sd.integrations.trl.contexts import TeacherInputs, teacher_inputs
 from fused_sd.integrations.trl.rollouts import Rollout, grouped
 
 
@@ -43,6 +44,7 @@ class TeacherContexts:
             pad_id=trainer._tokenizer.pad_token_id,
             max_length=trainer.args.max_reprompt_len,
         )
+        _check_aligned(output, inputs)
         size = max(len(rollouts), 1)
         self.last_metrics = {
             "self_distillation/reprompt_sample_fraction": self.num_with_signal / size,
@@ -78,3 +80,15 @@ class TeacherContexts:
             )
             for n in range(len(local))
         ]
+
+
+def _check_aligned(output: dict[str, Any], inputs: TeacherInputs) -> None:
+    """Make sure that both sides end with the same completions, before anything is learned."""
+    prompt_mask, completion_mask = output["prompt_mask"], output["completion_mask"]
+    align_responses(
+        torch.cat([output["prompt_ids"], output["completion_ids"]], 1).cpu(),
+        torch.cat([prompt_mask, completion_mask], 1).cpu(),
+        inputs.input_ids.cpu(),
+        inputs.attention_mask.cpu(),
+        student_response_mask=torch.cat([torch.zeros_like(prompt_mask), completion_mask], 1).cpu(),
+    )

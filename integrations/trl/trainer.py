@@ -56,6 +56,7 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
     args: Any  # the method's configuration
     model: Any
     train_dataset: Any
+    eos_token_ids: list[int]
     teacher_context_builder: Any
 
     config_cls = SelfDistillationConfig
