@@ -16,8 +16,12 @@ from fused_sd.trust_region import trust_region_states
 class DivergenceTrainer(SelfDistillationTrainer):
     """A method writes ``divergence``, the loss between two pairs of states and head."""
 
-    metrics = (*DIVERGENCE_METRICS, "student_log_prob", "teacher_log_prob")
-    topk_metrics: ClassVar[tuple[str, ...]] = ("student_mass", "teacher_mass", "topk_overlap")
+    metrics = (*DIVERGENCE_METRICS, "top1_agreement", "student_log_prob", "teacher_log_prob")
+    topk_metrics: ClassVar[tuple[str, ...]] = (
+        "student_tail_mass",
+        "teacher_tail_mass",
+        "topk_overlap",
+    )
 
     def divergence(
         self,
@@ -29,6 +33,10 @@ class DivergenceTrainer(SelfDistillationTrainer):
         """The method's loss; states are (B, T, D)."""
         raise NotImplementedError
 
+    def further_metrics(self, inputs: dict[str, Any]) -> tuple[str, ...]:
+        """Metrics that the settings or the batch make meaningful."""
+        return () if self.args.distillation_topk is None else self.topk_metrics
+
     def method_loss(
         self, hidden: Tensor, head: LMHead, teacher: Any, inputs: dict[str, Any], run: Run
     ) -> LossOutput:
@@ -38,6 +46,6 @@ class DivergenceTrainer(SelfDistillationTrainer):
             rate = self.args.teacher_update_rate
             known = trust_region_states(*known, hidden.detach(), head, rate)
         run = {**run, "token_ids": inputs["completion_ids"]}
-        if run["metrics"] and self.args.distillation_topk is not None:
-            run["metrics"] = (*run["metrics"], *self.topk_metrics)
+        if run["metrics"]:
+            run["metrics"] = (*run["metrics"], *self.further_metrics(inputs))
         return self.divergence((hidden, head), known, inputs, run)

@@ -80,6 +80,10 @@ class OPSDTrainer(PrivilegedPrompt, DivergenceTrainer):
     needs_rewards = False
     needs_privileged = True
 
+    def further_metrics(self, inputs: dict[str, Any]) -> tuple[str, ...]:
+        clipped = () if self.args.entry_clip is None else ("entry_clip_fraction",)
+        return (*super().further_metrics(inputs), *clipped)
+
     def divergence(
         self,
         student: tuple[Tensor, LMHead],

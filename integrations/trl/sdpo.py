@@ -144,6 +144,11 @@ class SDPOTrainer(DivergenceTrainer):
         own = super().method_loss(hidden, head, teacher, inputs, run)
         return own._replace(loss=(1 - share) * policy.loss + share * own.loss)
 
+    def further_metrics(self, inputs: dict[str, Any]) -> tuple[str, ...]:
+        has_ratio = self.args.distillation_is_clip is not None and "old_per_token_logps" in inputs
+        capped = ("importance_ratio", "importance_cap_fraction") if has_ratio else ()
+        return (*super().further_metrics(inputs), *capped)
+
     def divergence(
         self,
         student: tuple[Tensor, LMHead],
