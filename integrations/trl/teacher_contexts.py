@@ -30,7 +30,6 @@ class TeacherContexts:
         rollouts = self._rollouts(output, prompts, rewards)
         contexts = [trainer.teacher_prompts(rollout) for rollout in rollouts]
         active = [context is not None for context in contexts]
-        self.num_with_signal = sum(active)
         mask = output["completion_mask"]
         self.more_inputs = {"loss_mask": mask, **trainer.more_inputs(rollouts, output)}
         given = [
@@ -45,10 +44,11 @@ class TeacherContexts:
             max_length=trainer.args.max_reprompt_len,
         )
         _check_aligned(output, inputs)
-        size = max(len(rollouts), 1)
+        counts = gather_object([(sum(active), inputs.num_truncated, len(rollouts))])
+        self.num_with_signal, num_truncated, size = map(sum, zip(*counts))
         self.last_metrics = {
             "self_distillation/reprompt_sample_fraction": self.num_with_signal / size,
-            "self_distillation/truncated_reprompt_fraction": inputs.num_truncated / size,
+            "self_distillation/truncated_reprompt_fraction": num_truncated / size,
         }
         return {
             "teacher_input_ids": inputs.input_ids,

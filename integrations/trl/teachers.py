@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
 from fused_sd.teacher import Kind, Teacher
@@ -22,9 +23,10 @@ KINDS: dict[str, Kind] = {  # of TRL's ``teacher_model_kind``
 def gradients_are_finite(model: nn.Module) -> Tensor:
     """Whether no gradient of this process holds an infinite or NaN value: () bool."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if not gradients:
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    local = [gradient for gradient in local if gradient.numel()]  # a shard may be empty
+    if not local:
         return torch.tensor(True)
-    local = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
     sizes = torch._foreach_norm(local, torch.inf)
     return torch.stack([size.to(local[0].device) for size in sizes]).isfinite().all()
 
@@ -53,13 +55,28 @@ class TeacherCallback(TrainerCallback):
             self.teacher.update(finite=self.finite)
 
 
-def save_teacher(teacher: Teacher, folder: str) -> None:
-    """Write a teacher's state beside a checkpoint."""
-    torch.save(teacher.state_dict(), os.path.join(folder, TEACHER_FILE))
+def save_teacher(teacher: Teacher, folder: str, *, writes: bool) -> None:
+    """Write a teacher's state beside a checkpoint; every process takes part, one writes."""
+    state = teacher.state_dict()
+    weights = {}
+    for name, value in state["weights"].items():
+        full = value.full_tensor() if isinstance(value, DTensor) else value
+        if writes:
+            weights[name] = full.cpu()
+    if writes:
+        torch.save({**state, "weights": weights}, os.path.join(folder, TEACHER_FILE))
 
 
 def load_teacher(teacher: Teacher, folder: str) -> None:
     """Read the state that ``save_teacher`` wrote; a checkpoint without one leaves it as it is."""
     path = os.path.join(folder, TEACHER_FILE)
-    if os.path.exists(path):
-        teacher.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    if not os.path.exists(path):
+        return
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    held = teacher.state_dict()["weights"]
+    for name, value in state["weights"].items():
+        own = held.get(name)
+        if isinstance(own, DTensor):
+            shards = distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+            state["weights"][name] = shards
+    teacher.load_state_dict(state)

@@ -8,7 +8,6 @@ student's forward).
 Dimension key:  B sequences, T completion tokens, D hidden size
 """
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -146,8 +145,8 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
                 kind=teachers.KINDS[args.teacher_model_kind],
                 rate=args.teacher_update_rate,
                 every=args.teacher_sync_steps,
-                weights=self._sharded_copy(),
             )
+            self._shard_teacher(self.teacher.module)
         self.teacher_model = self.model if self.teacher is None else self.teacher.module
         for model in (self.model, self.teacher_model):
             attach(model, autocast=self.accelerator.autocast)
@@ -235,8 +234,8 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
     def _save_checkpoint(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(model, *args, **kwargs)
         folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        if self.teacher is not None and self.args.should_save:
-            teachers.save_teacher(self.teacher, folder)
+        if self.teacher is not None:
+            teachers.save_teacher(self.teacher, folder, writes=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -292,11 +291,15 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         return is_sharded and self.teacher_model is not self.model
 
-    def _sharded_copy(self) -> Any:
-        """The teacher's weights where a plain copy would not be laid out as the student's."""
-        if not self.is_fsdp_enabled or self.args.teacher_model_kind == "live":
-            return None
-        return prepare_fsdp(copy.deepcopy(self.model), self.accelerator)
+    def _shard_teacher(self, module: nn.Module) -> None:
+        """Shard a copy as the student is going to be when training starts."""
+        if not self.is_fsdp_enabled or module is self.model:
+            return
+        if self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            kind = self.args.teacher_model_kind
+            remedy = 'set fsdp_config={"version": 2}, or teacher_model_kind="live", or train LoRA'
+            fail("fsdp_config", f'have version 2 for teacher_model_kind="{kind}"', 1, remedy)
+        prepare_fsdp(module, self.accelerator)
 
 
 def _check_privileged(name: str, dataset: Any) -> None:
