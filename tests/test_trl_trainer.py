@@ -1,12 +1,16 @@
 """What the methods' trainers share: contexts, teachers, accumulation, checkpoints, bad input."""
 
+import dataclasses
 import itertools
+import sys
 
 import peft
 import pytest
 import torch
 from closeness import assert_close
-from method_pairs import DATA, GROUP, METHODS, loss_and_gradients, make, model, sample
+from datasets import Dataset
+from method_pairs import DATA, GROUP, METHODS, loss_and_gradients, make, model, rewards, sample
+from transformers import TrainerCallback, TrainingArguments
 from trl.experimental.sdpo import SDPOTrainer as StockSDPOTrainer
 from trl.trainer.utils import split_tensor_dict
 from trl_pairs import TOKENIZER
@@ -319,6 +323,234 @@ def test_evaluation_reports_a_loss_and_changes_nothing(tmp_path):
     assert changed(trainer, before) == (False, False)
 
 
+@pytest.mark.filterwarnings("ignore:std")  # TRL forms one for its logs
+def test_evaluation_on_one_completion_each_has_a_loss(tmp_path):
+    trainer = make(
+        "GRPO",
+        tmp_path,
+        student=model(torch.float32),
+        num_generations_eval=1,
+        per_device_eval_batch_size=2,
+    )
+    trainer.eval_dataset = DATA.select(range(2))
+    trainer.model.eval()
+    inputs = trainer._prepare_training_batch(list(trainer.eval_dataset))
+    assert torch.equal(inputs["advantages"], inputs["rewards"])
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]  # no NaN
+
+
+# settings that TRL reads where they matter, or only with vLLM, which is not run here
+TRLS_OWN = {"diagnostics_warning_interval", "diagnostics_flat_tolerance", "trust_remote_code"}
+READ_WITH = {  # settings under which others are read
+    "SDPO": {
+        "distillation_weight": 0.5,
+        "scale_rewards": "group",
+        "include_own_attempt": True,
+        "environment_feedback_only_without_solution": False,
+    },
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_setting_is_read_or_refused(method, tmp_path, monkeypatch):
+    config, read = getattr(ours, f"{method}Config"), set()
+
+    class Watched(config):
+        def __getattribute__(self, name):
+            caller = sys._getframe(1)
+            package = caller.f_globals.get("__name__", "").split(".")[0]
+            if package in ("fused_sd", "trl") and caller.f_code.co_name != "__post_init__":
+                read.add(name)
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(ours, f"{method}Config", Watched)
+    settings = READ_WITH.get(method, {})
+    make(method, tmp_path, student=model(torch.float32), max_steps=1, **settings).train()
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = {field.name for field in dataclasses.fields(config)} - inherited - TRLS_OWN
+    ignored = own - read - set(config.unread)
+    assert {name for name in ignored if not name.startswith("vllm_")} == set()
+    assert set(config.unread) <= own
+
+
+@pytest.mark.parametrize("method", ["SDPO", "RLSD"])
+def test_a_batch_that_is_used_again_has_the_ratio_to_its_sampler(method, tmp_path):
+    trainer = make(
+        method,
+        tmp_path,
+        student=model(torch.float32),
+        num_iterations=2,
+        steps_per_generation=2,
+        per_device_train_batch_size=GROUP // 2,
+        max_steps=4,
+    )
+    batches = []
+    trainer.add_callback(Seen(lambda: batches.append(trainer._buffered_inputs)))
+    trainer.train()
+    assert len({id(batch) for batch in batches}) == 1
+    assert len(batches) == 4
+    ids, old = (
+        torch.cat([part[name] for part in batches[0]])
+        for name in ("completion_ids", "old_per_token_logps")
+    )
+    assert old.shape == ids.shape
+    log = trainer.state.log_history
+    if method == "RLSD":
+        ratios = [entry["self_distillation/ratio"] for entry in log[:4]]
+        assert ratios[0] == pytest.approx(1.0, abs=1e-5)
+        assert abs(ratios[2] - 1) > 1e-3
+
+
+class Seen(TrainerCallback):
+    """Calls a function at the end of each step."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def on_step_end(self, *args, **kwargs):
+        self.call()
+
+
+def test_a_truncated_completion_has_no_loss_where_it_is_masked(tmp_path, monkeypatch):
+    end = TOKENIZER.eos_token_id
+
+    def scripted(self, ids):
+        return ids, [[7, 8, end], [7, 8, 9], [7, end], [9, 9, 9]]
+
+    monkeypatch.setattr(StockSDPOTrainer, "_generate", scripted)
+    for method in ("SDPO", "SDZero"):
+        for padding_free in (False, True):
+            trainer = make(
+                method, tmp_path, mask_truncated_completions=True, padding_free=padding_free
+            )
+            inputs = sample(trainer)
+            assert (inputs["loss_mask"].sum(1) > 0).tolist() == [True, False, True, False]
+            loss, gradients = loss_and_gradients(trainer, inputs)
+            assert loss.isfinite()
+            assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_rewards_are_weighted_and_none_counts_for_nothing(tmp_path):
+    trainer = make(
+        "GRPO",
+        tmp_path,
+        reward_funcs=[rewards, lambda prompts, **_: [None, 1.0, None, None]],
+        reward_weights=[1.0, 0.5],
+        scale_rewards="none",
+    )
+    inputs = sample(trainer)
+    assert inputs["rewards"].tolist() == [0.0, 1.5, 0.0, 1.0]
+    assert inputs["advantages"].tolist() == pytest.approx([-0.625, 0.875, -0.625, 0.375])
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("GRPO", "RFT")])
+def test_a_conversation_keeps_its_system_message_and_template(method, tmp_path):
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Solve 2 + 2."},
+    ]
+    data = Dataset.from_dict({"prompt": [turns] * 8, "privileged_context": ["It is 4."] * 8})
+    trainer = make(method, tmp_path, data=data, max_completion_length=4)
+    inputs = sample(trainer)
+    for text in teacher_texts(trainer, inputs):
+        assert text.startswith("system: Be brief.\nuser: ")
+        assert "Solve 2 + 2." in text
+        assert method == "SDZero" or text.endswith("\nassistant: ")
+    loss, _ = loss_and_gradients(trainer, inputs)
+    assert loss.isfinite()
+
+
+def test_a_row_without_privileged_context_has_no_weight(tmp_path):
+    data = DATA.map(lambda row, n: {"privileged_context": None if n else "It is 4."}, True)
+    for method, signal in (("OPSD", [1, 0]), ("RLSD", [1, 0])):
+        trainer = make(method, tmp_path, data=data, num_generations=2)
+        inputs = sample(trainer, rows=[0, 0, 1, 1])
+        assert inputs["self_distillation_mask"].tolist() == [signal[0]] * 2 + [signal[1]] * 2
+        active = inputs["loss_mask"].sum(1) > 0
+        assert active.tolist() == [True, True, method == "RLSD", method == "RLSD"]
+
+
+def test_a_path_is_a_model(tmp_path):
+    model(torch.float32).save_pretrained(tmp_path / "model")
+    trainer = make("SDPO", tmp_path, student=str(tmp_path / "model"), max_steps=1)
+    loss, _ = loss_and_gradients(trainer, inputs := sample(trainer))
+    other = make("SDPO", tmp_path, student=model(torch.float32))
+    assert_close(loss_and_gradients(other, inputs)[0], loss, torch.float32, "loss")
+
+
+@pytest.mark.parametrize("kind", ["live", "base", "ema", "synced", "trust_region"])
+def test_lora_packed_and_checkpointed_gives_the_same_gradient(kind, tmp_path):
+    config = peft.LoraConfig(r=4, **LORA, init_lora_weights=False)
+    trainer = make("SDPO", tmp_path, peft_config=config, teacher_model_kind=kind)
+    inputs = sample(trainer)
+    loss, gradients = loss_and_gradients(trainer, inputs)
+    trainer.args.padding_free = True
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    other, others = loss_and_gradients(trainer, inputs)
+    assert_close(other, loss, torch.float32, "loss")
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        assert_close(others[name], gradient, torch.float32, name)
+
+
+@pytest.mark.parametrize("method", ["SDPO", "OPSD", "RLSD"])
+def test_bf16_autocast_is_near_fp32(method, tmp_path):
+    inputs, losses = None, []
+    for bf16 in (False, True):
+        trainer = make(method, tmp_path, student=model(torch.float32), bf16=bf16)
+        inputs = sample(trainer) if inputs is None else inputs
+        losses.append(float(loss_and_gradients(trainer, inputs)[0]))
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05, abs=0.02)
+
+
+def test_a_resumed_adapter_has_the_teacher_that_it_had(tmp_path):
+    settings = {"teacher_update_rate": 0.3, "save_strategy": "steps", "save_steps": 1}
+    pair = [
+        make(
+            "SDPO",
+            tmp_path,
+            student=model(torch.float32),
+            peft_config=peft.LoraConfig(r=4, **LORA),
+            **settings,
+        )
+        for _ in range(2)
+    ]
+    pair[0].train()
+    pair[1].train(resume_from_checkpoint=f"{tmp_path}/checkpoint-1")
+    first, second = (dict(trainer.model.named_parameters()) for trainer in pair)
+    moved = [name for name in first if "lora_B" in name]
+    assert any(first[name].any() for name in moved if "teacher" in name)
+    for name in moved:
+        assert torch.allclose(second[name], first[name], atol=1e-6), name
+
+
+def test_vllm_is_set_up_as_trl_sets_it_up(tmp_path, monkeypatch):
+    from trl.generation import vllm_generation
+
+    made = []
+
+    class Engine:
+        def __init__(self, **settings):
+            made.append(settings)
+
+        def sync_weights(self):
+            made.append("synced")
+
+        def generate(self, prompts, images, num_generations):
+            return prompts, [[5] * (1 + n % 3) for n in range(len(prompts))], None, None
+
+    monkeypatch.setattr(vllm_generation, "VLLMGeneration", Engine)
+    asked = {"vllm_mode": "server", "vllm_server_port": 8123, "vllm_max_model_length": 99}
+    trainer = make("SDPO", tmp_path, use_vllm=True, **asked)
+    inputs = sample(trainer)
+    assert made[0]["mode"] == "server"
+    assert made[0]["server_port"] == 8123
+    assert made[0]["max_model_length"] == 99
+    assert made[1] == "synced"
+    assert inputs["completion_mask"].sum(1).tolist() == [1, 2, 3, 1]
+
+
 def without(column):
     return DATA.remove_columns(column)
 
@@ -378,6 +610,30 @@ REFUSED = {
     "two questions at test time": (
         lambda f: make_discovery(f, DATA),
         "train_dataset must be one question",
+    ),
+    "rows that cannot be drawn again": (
+        lambda f: make("OPSD", f, data=DATA.to_iterable_dataset()),
+        "train_dataset must be indexed",
+    ),
+    "a mixture without a divergence": (
+        lambda f: make("RLSD", f, teacher_model_kind="trust_region"),
+        "teacher_model_kind must hold weights that score tokens",
+    ),
+    "a threshold that RLSD has not": (
+        lambda f: make("RLSD", f, success_reward_threshold=0.7),
+        "success_reward_threshold must be left as it is in RLSDConfig",
+    ),
+    "a support of the whole vocabulary": (
+        lambda f: make("SDZero", f, variant="paper", distillation_topk=5),
+        'distillation_topk must be left as it is for variant="paper"',
+    ),
+    "feedback for some": (
+        lambda f: sample(make("SDPO", f, feedback_func=lambda prompts, **_: ["no"])),
+        "feedback_func must return one answer for each of 4 completions",
+    ),
+    "no room for the teacher": (
+        lambda f: make("OPSD", f, max_reprompt_len=0),
+        "max_reprompt_len must be",
     ),
     "an average that is none": (
         lambda f: make("SDPO", f, loss_type="mean"),

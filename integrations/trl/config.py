@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from trl.experimental.sdpo import SDPOConfig as StockSDPOConfig
 
-from fused_sd.checks import check_one_of, fail
+from fused_sd.checks import check_one_of, check_positive_int, fail
 
 LOSS_TYPES = ("bnpo", "dapo", "grpo", "dr_grpo")
 TEACHERS = ("live", "base", "ema", "synced", "trust_region")
@@ -92,6 +92,7 @@ class SelfDistillationConfig(StockSDPOConfig):
         super().__post_init__()
         check_one_of("loss_type", self.loss_type, LOSS_TYPES)
         check_one_of("teacher_model_kind", self.teacher_model_kind, TEACHERS)
+        check_positive_int("max_reprompt_len", self.max_reprompt_len)
         check_one_of("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
         if self.num_generations == 1 and self.scale_rewards == "group":
             fail(

@@ -4,7 +4,7 @@ Dimension key:  B sequences, T completion tokens, D hidden size
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,6 +23,8 @@ class RLSDConfig(PolicyConfig):
 
     ``privileged_context`` holds the reference: the script gives the final answer alone.
     """
+
+    unread: ClassVar[tuple[str, ...]] = (*PolicyConfig.unread, "success_reward_threshold")
 
     reprompt_template: str = field(
         default="{prompt}\n\nHere is a reference solution:\n{privileged}\n\nAfter understanding "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, sd_zero_loss
-from fused_sd.checks import check_one_of, check_positive_int, check_unit_interval
+from fused_sd.checks import check_one_of, check_unit_interval, fail
 from fused_sd.integrations.trl.config import (
     POLICY_SETTINGS,
     SIBLING_SETTINGS,
@@ -81,11 +81,14 @@ class SDZeroConfig(SelfDistillationConfig):
 
     def __post_init__(self) -> None:
         if self.variant == "paper":
+            for name in ("distillation_topk", "forward_weight"):
+                if getattr(self, name) not in (None, getattr(type(self), name)):
+                    rule, remedy = 'be left as it is for variant="paper"', 'pass variant="code"'
+                    fail(name, rule, getattr(self, name), remedy)
             self.distillation_topk = None
         super().__post_init__()
         check_one_of("variant", self.variant, ("code", "paper"))
         check_unit_interval("forward_weight", self.forward_weight)
-        check_positive_int("max_reprompt_len", self.max_reprompt_len)
 
 
 class SDZeroTrainer(DivergenceTrainer):

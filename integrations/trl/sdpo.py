@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
+from trl.experimental.sdpo import SDPOTrainer as StockSDPOTrainer
 
 from fused_sd import ImportanceCap, LMHead, LossOutput, grpo_loss, sampled_kl_loss, sdpo_loss
 from fused_sd.checks import fail
@@ -90,6 +91,7 @@ class SDPOTrainer(DivergenceTrainer):
 
     config_cls = SDPOConfig
     _name = "SDPO"
+    _paper = StockSDPOTrainer._paper
 
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
         args = self.args

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from trl.experimental.sdpo import SDPOTrainer as StockSDPOTrainer
 from trl.models import prepare_fsdp
 
@@ -61,6 +62,7 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
     config_cls = SelfDistillationConfig
     _name = "Self-distillation"
     _tag_names: ClassVar[list[str]] = ["trl", "fused_sd"]
+    _paper: ClassVar[dict[str, str]] = {}  # model cards name none, rather than SDPO's
     needs_rewards: ClassVar[bool] = True
     needs_privileged: ClassVar[bool] = False
     needs_signal: ClassVar[bool] = True  # a rollout without a teacher's signal has weight 0
@@ -86,6 +88,9 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
         has_rewards = reward_funcs is not None and reward_funcs != []
         if self.needs_rewards and not has_rewards:
             fail("reward_funcs", f"be given to {name}", "none", "it learns from verified rollouts")
+        if isinstance(train_dataset, IterableDataset):
+            got, remedy = type(train_dataset).__name__, "pass a datasets.Dataset"
+            fail("train_dataset", "be indexed, for each prompt is drawn repeatedly", got, remedy)
         if self.needs_privileged and train_dataset is not None:
             _check_privileged(name, train_dataset)
         self.feedback_func = feedback_func
@@ -170,12 +175,16 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
         self._feedback: Sequence[str | None] = [None] * len(prompts)
         if self.feedback_func is not None:
             columns = [key for key in inputs[0] if key not in ("prompt", "completion")]
-            self._feedback = self.feedback_func(
+            said = self.feedback_func(
                 prompts=prompts,
                 completions=completions,
                 completion_ids=completion_ids_list,
                 **{key: [example[key] for example in inputs] for key in columns},
             )
+            if len(said) != len(prompts):
+                rule = f"return one answer for each of {len(prompts)} completions"
+                fail("feedback_func", rule, len(said), "return None where there is nothing to say")
+            self._feedback = said
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _prepare_training_batch(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -197,7 +206,7 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
         size = self.num_generations if self.model.training else self.num_generations_eval
         groups = everyone.view(-1, size)
         centred = groups - groups.mean(1, keepdim=True) if size > 1 else groups
-        if self.args.scale_rewards == "group":
+        if self.args.scale_rewards == "group" and size > 1:
             centred = centred / (groups.std(1, keepdim=True) + self.args.advantage_epsilon)
         elif self.args.scale_rewards == "batch" and everyone.numel() > 1:
             centred = centred / (everyone.std() + self.args.advantage_epsilon)
@@ -237,10 +246,11 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
         if self.teacher is not None:
             teachers.save_teacher(self.teacher, folder, writes=self.args.should_save)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.teacher is not None:
-            teachers.load_teacher(self.teacher, resume_from_checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # not with the student's weights, which DeepSpeed loads itself
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.teacher is not None and checkpoint is not None:
+            teachers.load_teacher(self.teacher, checkpoint)
 
     def _record_reward_diagnostics(self, *args: Any, **kwargs: Any) -> None:
         if self.reward_funcs:
