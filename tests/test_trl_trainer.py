@@ -565,6 +565,10 @@ REFUSED = {
         lambda f: make("OPSD", f, data=without("privileged_context")),
         "train_dataset must have a column privileged_context for OPSDTrainer",
     ),
+    "no reference among RLCSD's hints": (
+        lambda f: make("RLCSD", f, data=without("privileged_context"), correct_hint="reference"),
+        "train_dataset must have a column privileged_context for RLCSDTrainer",
+    ),
     "a group of one": (
         lambda f: make("GRPO", f, num_generations=1),
         "num_generations must be at least 2 where rewards are scaled",

@@ -87,6 +87,9 @@ class RLCSDTrainer(PolicyTrainer):
     config_cls = RLCSDConfig
     _name = "RLCSD"
 
+    def reads_privileged(self, args: RLCSDConfig) -> bool:
+        return args.correct_hint == "reference"
+
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
         hint = self._correct_hint(rollout)
         return (

@@ -56,7 +56,6 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
     args: Any  # the method's configuration
     model: Any
     train_dataset: Any
-    eos_token_ids: list[int]
     teacher_context_builder: Any
 
     config_cls = SelfDistillationConfig
@@ -91,7 +90,7 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
         if isinstance(train_dataset, IterableDataset):
             got, remedy = type(train_dataset).__name__, "pass a datasets.Dataset"
             fail("train_dataset", "be indexed, for each prompt is drawn repeatedly", got, remedy)
-        if self.needs_privileged and train_dataset is not None:
+        if self.reads_privileged(args) and train_dataset is not None:
             _check_privileged(name, train_dataset)
         self.feedback_func = feedback_func
         self.teacher: Teacher | None = None
@@ -111,6 +110,10 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
         self.teacher_context_builder = TeacherContexts(self)
 
     # what a method chooses
+
+    def reads_privileged(self, args: Any) -> bool:
+        """Whether the dataset must have ``privileged_context``."""
+        return self.needs_privileged
 
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
         """Tokens that the teacher reads before the completion; None: no signal, weight 0."""
@@ -165,7 +168,7 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
     def _generate(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
         prompts, completions = super()._generate(prompt_ids)
         # an engine may return nothing for a completion that ended at once
-        return prompts, [list(ids) or [self.eos_token_ids[0]] for ids in completions]
+        return prompts, [list(ids) or [self.end_token_ids[0]] for ids in completions]
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
@@ -292,6 +295,12 @@ class SelfDistillationTrainer(FusedSelfDistillationMixin, StockSDPOTrainer):
             max_length=self.args.max_completion_length,
             dtype=accumulation_dtype(self.model.dtype),
         )
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """What ends a completion: all that the model declares; older TRL knows the tokenizer's."""
+        declared: list[int] = getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id])
+        return declared
 
     def tokenize(self, prompt: Any) -> list[int]:
         """Tokens of a prompt with its chat template and generation header."""
