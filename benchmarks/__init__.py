@@ -1,0 +1,1 @@
+"""Experiments and measurements; run as modules from the repository's root."""

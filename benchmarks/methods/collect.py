@@ -1,0 +1,101 @@
+"""Parts into results: means over seeds with intervals, and what the methods are compared by."""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from benchmarks.methods.runs import DISCOVERY, PLANTED, Part
+from benchmarks.methods.settings import METHODS
+from benchmarks.methods.statistics import interval, wilson
+
+CURVES = ("accuracy", "sampled_accuracy", "length", "entropy", "leaks")
+REFERENCE = "grpo"
+
+
+def method_results(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One method's curves and ends, from its seeds' runs of equal looks."""
+    curves = [run["curve"] for run in runs]
+    looks = []
+    for step in zip(*curves):
+        low, high = interval([look["right"] for look in step])
+        means = {name: fmean(look[name] for look in step) for name in CURVES}
+        first = step[0]
+        looks.append(
+            {"step": first["step"], "generations": first["generations"], **means}
+            | {"low": low, "high": high}
+        )
+    # each run against its own best look, not the mean curve's
+    late = fmean(
+        curve[-1]["accuracy"] - max(look["accuracy"] for look in curve) for curve in curves
+    )
+    return {
+        "curve": looks,
+        "late_change": late,
+        "seconds": fmean(run["seconds"] for run in runs),
+        "final_by_seed": [curve[-1]["accuracy"] for curve in curves],
+    }
+
+
+def generations_to(curve: Sequence[dict[str, Any]], accuracy: float) -> int | None:
+    """Generations at the first look that has an accuracy; None: no look has."""
+    reached = (look["generations"] for look in curve if look["accuracy"] >= accuracy)
+    return next(reached, None)
+
+
+def planted_results(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By kind of error and teacher: the mean over seeds, and each seed's precision."""
+    results: dict[str, Any] = {}
+    for kind, teachers in scores[0].items():
+        results[kind] = {
+            name: {
+                "precision": fmean(score[kind][name]["precision"] for score in scores),
+                "recall": fmean(score[kind][name]["recall"] for score in scores),
+                "auroc": fmean(score[kind][name]["auroc"] for score in scores),
+                "precision_by_seed": [score[kind][name]["precision"] for score in scores],
+            }
+            for name in teachers
+        }
+    return results
+
+
+def discovery_results(runs: Sequence[dict[str, Any]], max_attempts: int) -> dict[str, Any]:
+    """Discovery probability after 16, 32, ... attempts, over all seeds' questions."""
+    counts = [count for count in (16, 32, 64, 128, 256, 512) if count <= max_attempts]
+    found: dict[str, Any] = {
+        "attempts": counts,
+        "num_questions": sum(len(run["questions"]) for run in runs),
+    }
+    for name in ("best of k", "self-distillation"):
+        firsts = [first for run in runs for first in run[name]]
+        successes = [sum(f is not None and f <= count for f in firsts) for count in counts]
+        found[name] = {
+            "probability": [right / len(firsts) for right in successes],
+            "interval": [wilson(right, len(firsts)) for right in successes],
+        }
+    return found
+
+
+def results(values: dict[Part, Any]) -> dict[str, Any]:
+    """The parts of one experiment, put together."""
+    by_method: dict[str, list[Any]] = {}
+    rates = {}
+    for part, measured in values.items():
+        by_method.setdefault(part.method, []).append(measured)
+        rates[part.method] = part.rate
+    planted = by_method.pop(PLANTED, None)
+    discovery = by_method.pop(DISCOVERY, None)
+    methods = {
+        name: {"label": METHODS[name].label, "learning_rate": rates[name], **method_results(runs)}
+        for name, runs in by_method.items()
+    }
+    if REFERENCE in methods:
+        goal = methods[REFERENCE]["curve"][-1]["accuracy"]
+        for method in methods.values():
+            method["generations_to_reference"] = generations_to(method["curve"], goal)
+    found: dict[str, Any] = {"methods": methods}
+    if planted:
+        found["planted_errors"] = planted_results(planted)
+    if discovery:
+        most = max(part.search.max_attempts for part in values if part.method == DISCOVERY)
+        found["discovery"] = discovery_results(discovery, most)
+    return found

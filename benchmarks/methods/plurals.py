@@ -1,0 +1,70 @@
+"""Plurals with a verdict: ``The plural of "cat" is "`` must be continued by ``cats"``.
+
+SmolLM2 is asked.  Sampled at temperature 1 it is right in about a third of the cases, so that every
+method has something to learn from.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.methods.task import Question, Task
+from fused_sd.demo import task as demo
+from fused_sd.demo.model import model_directory
+from fused_sd.demo.words import plural
+
+NUM_HELD_OUT, NUM_VALIDATION = 60, 20
+MAX_RESPONSE = 5
+PROMPT = 'The plural of "{word}" is "'
+HINT_MARKS = re.compile(r"->|reference|solution|correct|wrong|rephrase", re.IGNORECASE)
+TEMPLATES = {
+    "hinted": {"reprompt_template": "{privileged}{prompt}"},
+    "sibling": {
+        "solution_template": "{successful_previous_attempt}",
+        "reprompt_template": "{prompt}{solution}\n{feedback}{prompt}",
+    },
+    "verdict": {},
+}
+
+
+def is_right(prompt: str, response: str) -> bool:
+    """What the response says before it closes the quotation is exactly the plural."""
+    word = prompt.split('"')[1]
+    return response.split('"')[0] == plural(word)
+
+
+def _examples(word: str, others: Sequence[str], rng: random.Random) -> str:
+    """Four questions answered, none of them about the word."""
+    shown = rng.sample([other for other in others if other != word], 4)
+    return "".join(f'{PROMPT.format(word=other)}{plural(other)}".\n' for other in shown)
+
+
+def plurals() -> Task:
+    """All words of the demo: its held-out words, and training words of which some validate."""
+    split = demo.split_words(NUM_HELD_OUT)
+    rng = random.Random(demo.SPLIT_SEED)
+
+    def asked(word: str) -> Question:
+        bare, right = PROMPT.format(word=word), plural(word)
+        examples = _examples(word, split.train, rng)
+        return Question(bare, solution=examples, answer=f'{bare}{right}".\n', response=f'{right}"')
+
+    parts = {
+        "train": split.train[NUM_VALIDATION:],
+        "validation": split.train[:NUM_VALIDATION],
+        "held_out": split.held_out,
+    }
+    return Task(
+        name="smollm2",
+        questions={name: [asked(word) for word in words] for name, words in parts.items()},
+        base_model=_base_model,
+        is_right=is_right,
+        is_leaking=lambda response: HINT_MARKS.search(response) is not None,
+        max_response=MAX_RESPONSE,
+        templates=TEMPLATES,
+    )
+
+
+def _base_model(seed: int, cache: Path) -> Path:
+    return model_directory(cache)

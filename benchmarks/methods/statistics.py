@@ -1,0 +1,54 @@
+"""Intervals for shares of questions."""
+
+import math
+import random
+from collections.abc import Sequence
+
+Z = 1.959963984540054  # two-sided 95 %
+NUM_RESAMPLES = 1000
+
+
+def wilson(right: int, asked: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (Wilson 1927), for one run's questions.
+
+    Raises:
+        ValueError: nothing was asked, or more is right than was asked.
+    """
+    if not 0 <= right <= asked or asked == 0:
+        raise ValueError(f"right must be between 0 and asked, asked above 0, got {right}, {asked}")
+    share, square = right / asked, Z * Z / asked
+    centre = (share + square / 2) / (1 + square)
+    half = Z * math.sqrt(share * (1 - share) / asked + square / asked / 4) / (1 + square)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(runs: Sequence[str], *, seed: int = 0) -> tuple[float, float]:
+    """Percentile 95 % interval of the mean accuracy: seeds and questions are drawn anew.
+
+    Args:
+        runs: for each seed, "1" for a question answered rightly and "0" for another; the same
+            questions in the same order.  The questions are drawn once for all seeds of a resample.
+
+    Raises:
+        ValueError: there is no run, or runs were asked different numbers of questions.
+    """
+    lengths = {len(run) for run in runs}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"runs must be equally long and not empty, got {sorted(lengths)}")
+    rng = random.Random(seed)
+    (length,) = lengths
+    right = [[mark == "1" for mark in run] for run in runs]
+    means = []
+    for _ in range(NUM_RESAMPLES):
+        chosen = rng.choices(right, k=len(right))
+        sums = [sum(marks) for marks in zip(*chosen)]
+        means.append(sum(rng.choices(sums, k=length)) / (length * len(right)))
+    means.sort()
+    return means[int(0.025 * NUM_RESAMPLES)], means[int(0.975 * NUM_RESAMPLES) - 1]
+
+
+def interval(runs: Sequence[str]) -> tuple[float, float]:
+    """Wilson's interval for one run, the bootstrap's for several."""
+    if len(runs) == 1:
+        return wilson(runs[0].count("1"), len(runs[0]))
+    return bootstrap(runs)
