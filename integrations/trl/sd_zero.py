@@ -135,7 +135,7 @@ class SDZeroTrainer(DivergenceTrainer):
 
     def _first_copy(self, rollout: Rollout) -> tuple[list[int], list[int]]:
         """The response without its end, and the verdict's phrase, as tokens."""
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        ends = {*self.end_token_ids, self._tokenizer.pad_token_id}
         response = rollout.completion_ids[: self._room(rollout)]
         if response and response[-1] in ends:
             response = response[:-1]
