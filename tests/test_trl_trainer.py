@@ -76,6 +76,12 @@ def test_sdpo_without_a_sibling_learns_from_feedback_alone(tmp_path):
     assert "Attempt 3 fails." in teacher_texts(trainer, inputs)[3]
 
 
+def test_sdpo_reads_feedback_from_the_data_where_no_function_says_it(tmp_path):
+    nothing = {"reward_funcs": lambda prompts, **_: [0.0] * len(prompts)}
+    trainer = make("SDPO", tmp_path, feedback_func=None, **nothing)
+    assert all("earlier attempt:\n\nIt is 4." in t for t in teacher_texts(trainer, sample(trainer)))
+
+
 def test_thinking_is_left_out_of_a_demonstration(tmp_path):
     trainer = make("SDPO", tmp_path)
     rollout = trainer.teacher_context_builder
@@ -279,7 +285,8 @@ def test_rlsds_evidence_fades_with_the_steps(tmp_path):
 def test_a_batch_without_any_signal_has_no_loss_and_no_gradient(tmp_path):
     nothing = {"reward_funcs": lambda prompts, **_: [0.0] * len(prompts)}
     for method in ("SDPO", "RFT", "RLCSD"):
-        trainer = make(method, tmp_path, feedback_func=None, **nothing)
+        data = DATA.remove_columns("privileged_context")
+        trainer = make(method, tmp_path, feedback_func=None, data=data, **nothing)
         inputs = sample(trainer)
         assert inputs["loss_mask"].sum() == 0
         loss, gradients = loss_and_gradients(trainer, inputs)

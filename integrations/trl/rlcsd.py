@@ -65,7 +65,9 @@ class RLCSDConfig(PolicyConfig):
     teacher_model_kind: str = field(
         default="synced", metadata={"help": "A hard copy, renewed every `teacher_sync_steps`."}
     )
-    teacher_sync_steps: int = field(default=10, metadata={"help": "Steps between copies."})
+    teacher_sync_steps: int = field(
+        default=10, metadata={"help": "Steps between copies, or averages with `ema`."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

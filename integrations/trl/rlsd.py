@@ -35,7 +35,10 @@ class RLSDConfig(PolicyConfig):
         default="synced", metadata={"help": "A hard copy, renewed every `teacher_sync_steps`."}
     )
     teacher_sync_steps: int = field(
-        default=20, metadata={"help": "Steps between copies: 20 in the script, 10 in the paper."}
+        default=20,
+        metadata={
+            "help": "Steps between copies, or averages with `ema`: 20 in the script, 10 in the paper."
+        },
     )
     evidence_clip: list[float] = field(
         default_factory=lambda: [0.2, 0.2],

@@ -84,8 +84,8 @@ class SDPOConfig(SelfDistillationConfig):
 class SDPOTrainer(DivergenceTrainer):
     """SDPO (arXiv 2601.20802) with the official code's contexts, loss and reduction.
 
-    A rollout's teacher sees the first successful sibling, what ``feedback_func`` said, or both; one
-    with neither has weight 0.  With ``distillation_weight`` below 1 the rest is GRPO's loss
+    A rollout's teacher sees the first successful sibling, what ``feedback_func`` said (without one,
+    the dataset's ``privileged_context``, as in TRL), or both; one with neither has weight 0.  With ``distillation_weight`` below 1 the rest is GRPO's loss
     (eq. 3).
     """
 
@@ -107,10 +107,11 @@ class SDPOTrainer(DivergenceTrainer):
                 if args.remove_thinking_from_demonstration:
                     text = without_thinking(text)
                 solution = args.solution_template.format(successful_previous_attempt=text)
-        said = (rollout.feedback or "").strip()
+        feedback_of = rollout.privileged if self.feedback_func is None else rollout.feedback
+        said = (feedback_of or "").strip()
         unneeded = args.environment_feedback_only_without_solution and solution
         if args.include_environment_feedback and said and not unneeded:
-            feedback = args.feedback_template.format(feedback_raw=rollout.feedback)
+            feedback = args.feedback_template.format(feedback_raw=feedback_of)
         if not solution and not feedback:
             return None
         if args.include_own_attempt:
