@@ -37,7 +37,7 @@ class RLSDConfig(PolicyConfig):
     teacher_sync_steps: int = field(
         default=20,
         metadata={
-            "help": "Steps between copies, or averages with `ema`: 20 in the script, 10 in the paper."
+            "help": "Steps between copies (averages with `ema`): 20 in the script, paper 10."
         },
     )
     evidence_clip: list[float] = field(

@@ -85,8 +85,8 @@ class SDPOTrainer(DivergenceTrainer):
     """SDPO (arXiv 2601.20802) with the official code's contexts, loss and reduction.
 
     A rollout's teacher sees the first successful sibling, what ``feedback_func`` said (without one,
-    the dataset's ``privileged_context``, as in TRL), or both; one with neither has weight 0.  With ``distillation_weight`` below 1 the rest is GRPO's loss
-    (eq. 3).
+    the dataset's ``privileged_context``, as in TRL), or both; one with neither has weight 0.  With
+    ``distillation_weight`` below 1 the rest is GRPO's loss (eq. 3).
     """
 
     config_cls = SDPOConfig
