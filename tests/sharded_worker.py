@@ -270,7 +270,7 @@ def main(rank: int, folder: str, layouts: tuple[str, ...]) -> None:
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=60),  # an error instead of a hang
+        timeout=timedelta(seconds=300),  # an error instead of a hang
     )
     for name in layouts:
         worst = largest_difference(LAYOUTS[name], rank)

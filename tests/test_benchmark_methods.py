@@ -339,7 +339,7 @@ def quick(work, tmp_path_factory):
     """The whole command at its smallest, of four methods."""
     folder = tmp_path_factory.mktemp("quick")
     readme = folder / "README.md"
-    readme.write_text("above\n<!-- methods: x -->\n<!-- end -->\nbelow\n")
+    readme.write_text("above\n<!-- methods tiny: x -->\n<!-- end -->\nbelow\n")
     arguments = ["--quick", "--seeds", "1", "--work", str(work), "--results", str(folder)]
     arguments += ["--docs", str(folder), "--methods", "grpo", "sdft", "sdpo", "sd_zero"]
     kept = dict(os.environ)
@@ -383,11 +383,11 @@ def test_a_resumed_run_makes_no_part_again(quick, monkeypatch, capsys):
 
 def test_the_table_replaces_what_was_between_the_markers(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- methods: x -->\nold\n<!-- end -->\nb\n<!-- end -->\n")
-    report.update_readme(readme, ["new"])
+    readme.write_text("a\n<!-- methods tiny: x -->\nold\n<!-- end -->\nb\n<!-- end -->\n")
+    report.update_readme(readme, ["new"], "tiny")
     assert readme.read_text() == (
-        "a\n<!-- methods: x -->\n\nnew\n\n<!-- end -->\nb\n<!-- end -->\n"
+        "a\n<!-- methods tiny: x -->\n\nnew\n\n<!-- end -->\nb\n<!-- end -->\n"
     )
     readme.write_text("no place")
     with pytest.raises(ValueError, match="methods"):
-        report.check_readme(readme)
+        report.check_readme(readme, "tiny")

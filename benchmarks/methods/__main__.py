@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_and_offline()
     import transformers
 
-    from benchmarks.methods import report, settings
+    from benchmarks.methods import figures, report, settings
     from benchmarks.methods.storage import RESULTS, ROOT
 
     transformers.logging.set_verbosity_error()
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen.work = chosen.work.expanduser().resolve()
     path = (chosen.results or RESULTS) / f"{chosen.model}.json"
     if chosen.update_readme:
-        report.check_readme(chosen.update_readme)
+        report.check_readme(chosen.update_readme, chosen.model)
     if chosen.command == "contexts":
         return contexts(chosen)
     if chosen.command == "select":
@@ -85,10 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     lines = report.markdown_lines(found)
     print("\n".join(lines))
-    for picture in report.plots(found, chosen.docs or ROOT / "docs"):
+    for picture in figures.plots(found, chosen.docs or ROOT / "docs"):
         say(f"wrote {picture}")
     if chosen.update_readme:
-        report.update_readme(chosen.update_readme, lines)
+        report.update_readme(chosen.update_readme, lines, chosen.model)
     return None
 
 
@@ -111,7 +111,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
     scale = scale_of(chosen)
     seeds = range(chosen.seeds or (5 if chosen.model == "tiny" else 2))
-    methods = chosen.methods or list(settings.METHODS)
+    methods = chosen.methods or settings.methods_of(chosen.model)
     parts = [
         runs.Part(chosen.model, name, settings.learning_rate(chosen.model, name), seed, scale)
         for seed in seeds
@@ -149,7 +149,7 @@ def select(chosen: argparse.Namespace) -> None:
     scale, seed = scale_of(chosen), settings.SELECTION_SEED
     parts = [
         runs.Part(chosen.model, name, rate, seed, scale, "validation")
-        for name in chosen.methods or settings.METHODS
+        for name in chosen.methods or settings.methods_of(chosen.model)
         for rate in settings.GRID[chosen.model]
     ]
     runs.prepare(chosen.model, [seed], chosen.work, say)

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.methods.runs import DISCOVERY, PLANTED, Part
-from benchmarks.methods.settings import METHODS
+from benchmarks.methods.settings import METHODS, method_settings
 from benchmarks.methods.statistics import interval, wilson
 
 CURVES = ("accuracy", "sampled_accuracy", "length", "entropy", "leaks")
@@ -78,16 +78,18 @@ def discovery_results(runs: Sequence[dict[str, Any]], max_attempts: int) -> dict
 def results(values: dict[Part, Any]) -> dict[str, Any]:
     """The parts of one experiment, put together."""
     by_method: dict[str, list[Any]] = {}
-    rates = {}
+    chosen: dict[str, Any] = {}
     for part, measured in values.items():
         by_method.setdefault(part.method, []).append(measured)
-        rates[part.method] = part.rate
+        if part.method in METHODS:
+            chosen[part.method] = {
+                "label": METHODS[part.method].label,
+                "learning_rate": part.rate,
+                "settings": method_settings(part.task, part.method),
+            }
     planted = by_method.pop(PLANTED, None)
     discovery = by_method.pop(DISCOVERY, None)
-    methods = {
-        name: {"label": METHODS[name].label, "learning_rate": rates[name], **method_results(runs)}
-        for name, runs in by_method.items()
-    }
+    methods = {name: {**chosen[name], **method_results(runs)} for name, runs in by_method.items()}
     if REFERENCE in methods:
         goal = methods[REFERENCE]["curve"][-1]["accuracy"]
         for method in methods.values():

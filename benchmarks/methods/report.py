@@ -1,11 +1,10 @@
-"""Results as a Markdown table, as plots, and in the README."""
+"""Results as Markdown tables, and in the README."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods.settings import METHODS
 from fused_sd import checks
 
 END = "<!-- end -->"
@@ -104,81 +103,30 @@ def setting_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def plots(found: dict[str, Any], folder: Path) -> list[Path]:
-    """``methods_<model>.png``: accuracy with its interval, entropy and length by generations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    # grey on nothing: readable on a light page and on a dark one
-    grey = "#808080"
-    style = {
-        "text.color": grey,
-        "axes.labelcolor": grey,
-        "axes.edgecolor": grey,
-        "xtick.color": grey,
-        "ytick.color": grey,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "font.size": 9,
-    }
-    methods = sorted(found["methods"].items(), key=lambda m: -m[1]["curve"][-1]["accuracy"])
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(
-            1, 3, figsize=(11, 3.8), width_ratios=(2, 1, 1), layout="constrained"
-        )
-        for name, method in methods:
-            curve, colour = method["curve"], f"C{list(METHODS).index(name)}"
-            x = [look["generations"] for look in curve]
-            axes[0].plot(x, _column(curve, "accuracy"), color=colour, label=method["label"])
-            axes[0].fill_between(
-                x, _column(curve, "low"), _column(curve, "high"), color=colour, alpha=0.15, lw=0
-            )
-            axes[1].plot(x, [look["entropy"] for look in curve], color=colour)
-            axes[2].plot(x, [look["length"] for look in curve], color=colour)
-        labels = ("held-out accuracy, %", "student's entropy, nat", "response length, tokens")
-        for axis, label in zip(axes, labels):
-            axis.set_title(label, fontsize=9, loc="left")
-            axis.set_xlabel("generations")
-            axis.grid(alpha=0.25)
-        figure.legend(loc="outside right center", frameon=False, labelcolor="linecolor", fontsize=9)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"methods_{found['model']}.png"
-        figure.savefig(path, dpi=150, transparent=True, metadata={"Software": None})
-        pyplot.close(figure)
-    return [path]
-
-
-def update_readme(path: Path, lines: Sequence[str]) -> None:
-    """Put the lines between the README's marker and its end."""
-    match = _block(path)
+def update_readme(path: Path, lines: Sequence[str], model: str) -> None:
+    """Put the lines between the README's marker of the model and its end."""
+    match = _block(path, model)
     if match is not None:
         text = match.string
         body = "\n\n" + "\n".join(lines) + "\n\n"
         path.write_text(text[: match.start(1)] + body + text[match.end(1) :])
 
 
-def check_readme(path: Path) -> None:
-    """The file has a place for the table."""
-    if _block(path) is None:
+def check_readme(path: Path, model: str) -> None:
+    """The file has a place for the model's table."""
+    if _block(path, model) is None:
         checks.fail(
             "--update-readme",
-            f"name a file with a line '<!-- methods: ... -->' and a line {END!r} below it",
+            f"name a file with a line '<!-- methods {model}: ... -->' and a line {END!r} below it",
             repr(str(path)),
             "add the two lines where the table belongs",
         )
 
 
-def _block(path: Path) -> re.Match[str] | None:
+def _block(path: Path, model: str) -> re.Match[str] | None:
     """What stands between the marker's line and the end's."""
     text = path.read_text() if path.is_file() else ""
-    return re.search(f"<!-- methods:[^\n]*(\n.*?){re.escape(END)}", text, re.DOTALL)
-
-
-def _column(curve: Sequence[dict[str, Any]], name: str) -> list[float]:
-    """In percent."""
-    return [100 * look[name] for look in curve]
+    return re.search(f"<!-- methods {model}:[^\n]*(\n.*?){re.escape(END)}", text, re.DOTALL)
 
 
 def _line(cells: Sequence[str]) -> str:
