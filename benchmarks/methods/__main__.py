@@ -107,6 +107,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     import dataclasses
 
     from benchmarks.methods import collect, runs, settings
+    from benchmarks.methods.pretrain import VERSION
     from benchmarks.methods.storage import Parts, environment
 
     scale = scale_of(chosen)
@@ -125,7 +126,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     runs.prepare(chosen.model, seeds, chosen.work, say)
     values = runs.make(
         parts,
-        Parts(chosen.work / "parts"),
+        Parts(chosen.work / f"parts-{VERSION}"),
         chosen.work,
         jobs=chosen.jobs,
         resume=chosen.resume,
@@ -144,6 +145,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 def select(chosen: argparse.Namespace) -> None:
     """Print the table of learning rates for settings.py."""
     from benchmarks.methods import runs, settings
+    from benchmarks.methods.pretrain import VERSION
     from benchmarks.methods.storage import Parts
 
     scale, seed = scale_of(chosen), settings.SELECTION_SEED
@@ -155,7 +157,7 @@ def select(chosen: argparse.Namespace) -> None:
     runs.prepare(chosen.model, [seed], chosen.work, say)
     values = runs.make(
         parts,
-        Parts(chosen.work / "parts"),
+        Parts(chosen.work / f"parts-{VERSION}"),
         chosen.work,
         jobs=chosen.jobs,
         resume=chosen.resume,

@@ -21,7 +21,7 @@ from benchmarks.methods.train import device, load
 from fused_sd.integrations.trl import DiscoveryConfig, DiscoveryTrainer
 
 OTHER = 1_000_000  # seed of samples that no other part of the experiment draws
-TEMPLATES = {  # the contexts of SD-Zero's reviser: question, own attempt, verdict
+TEMPLATES: dict[str, Any] = {  # the contexts of SD-Zero's reviser: question, own attempt, verdict
     "reprompt_template": "{prompt}{solution}{feedback}",
     "attempt_template": "{attempt}",
     "feedback_template": arithmetic.VERDICT.format("{feedback_raw}"),

@@ -113,7 +113,7 @@ SCALES = {
 QUICK_DISCOVERY = Discovery(num_questions=1, hard_samples=1, max_attempts=32)
 QUICK = Scale(steps=2, prompts=2, look_every=1, num_questions=20)
 
-GRID = {"tiny": (1e-4, 2e-4, 4e-4), "smollm2": (5e-4,)}
+GRID = {"tiny": (1e-4, 2e-4, 4e-4), "smollm2": (2e-4,)}
 # learning rate: accuracy on the validation questions after 80 steps (tiny); 1e-3 undid every method
 RATES: dict[str, dict[str, dict[float, float]]] = {
     "tiny": {

@@ -54,7 +54,7 @@ def accuracies(task: Task, seed: int, cache: Path) -> dict[str, float]:
             if task.is_right(question.prompt, text) == verdict
         ]
         if pairs:
-            some, prompts = zip(*pairs)
+            some, prompts = [asked for asked, _ in pairs], [prompt for _, prompt in pairs]
             label = f"{name} attempt and verdict (SD-Zero)"
             found[label] = accuracy(model, tokenizer, task, some, prompts)
     return found
