@@ -238,6 +238,19 @@ def test_the_bootstrap_sees_both_questions_and_seeds():
         bootstrap(["1", "11"])
 
 
+def test_a_difference_between_methods_is_paired():
+    """Seeds that differ more than the methods do leave the difference as narrow as it is."""
+    weak = ["1" * 20 + "0" * 180, "1" * 160 + "0" * 40]
+    strong = [run.replace("10", "11", 1) for run in weak]  # one question more in every seed
+    low, high = bootstrap(strong, weak)
+    assert 0 <= low <= 0.005 <= high < 0.02
+    assert bootstrap(weak)[1] - bootstrap(weak)[0] > 0.5
+    assert bootstrap(weak, weak) == (0, 0)
+    assert bootstrap(weak, strong)[0] == -high
+    with pytest.raises(ValueError):
+        bootstrap(weak, strong[:1])
+
+
 def test_a_part_is_kept_for_what_decided_it(tmp_path):
     parts = Parts(tmp_path / "parts")
     assert parts.load("a", {"rate": 1e-3}) is None
@@ -281,6 +294,8 @@ def test_results_compare_generations_and_late_losses():
     assert found["sdpo"]["late_change"] == pytest.approx(-0.2)
     assert found["grpo"]["late_change"] == 0
     assert found["sdpo"]["final_by_seed"] == [0.6, 0.4]
+    assert found["sdpo"]["above_reference"]["mean"] == pytest.approx(-0.2)
+    assert found["grpo"]["above_reference"]["interval"] == (0, 0)
     look_of = found["sdpo"]["curve"][1]
     assert look_of["low"] < look_of["accuracy"] < look_of["high"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.methods.runs import DISCOVERY, PLANTED, Part
 from benchmarks.methods.settings import METHODS, method_settings
-from benchmarks.methods.statistics import interval, wilson
+from benchmarks.methods.statistics import bootstrap, interval, wilson
 
 CURVES = ("accuracy", "sampled_accuracy", "length", "entropy", "leaks")
 REFERENCE = "grpo"
@@ -92,8 +92,15 @@ def results(values: dict[Part, Any]) -> dict[str, Any]:
     methods = {name: {**chosen[name], **method_results(runs)} for name, runs in by_method.items()}
     if REFERENCE in methods:
         goal = methods[REFERENCE]["curve"][-1]["accuracy"]
-        for method in methods.values():
+        ends = {
+            name: [run["curve"][-1]["right"] for run in runs] for name, runs in by_method.items()
+        }
+        for name, method in methods.items():
             method["generations_to_reference"] = generations_to(method["curve"], goal)
+            method["above_reference"] = {
+                "mean": method["curve"][-1]["accuracy"] - goal,
+                "interval": bootstrap(ends[name], ends[REFERENCE]),
+            }
     found: dict[str, Any] = {"methods": methods}
     if planted:
         found["planted_errors"] = planted_results(planted)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.methods.settings import METHODS
 from fused_sd import checks
 
 END = "<!-- end -->"
@@ -12,6 +13,7 @@ COLUMNS = (
     "method",
     "held-out accuracy",
     "95 % interval",
+    "above GRPO",
     "generations to GRPO's end",
     "length",
     "entropy",
@@ -24,6 +26,15 @@ def share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def above(method: dict[str, Any]) -> str:
+    """How far a method ends above GRPO, and the interval of it; GRPO itself does not."""
+    found = method.get("above_reference")
+    if found is None or method["label"] == METHODS["grpo"].label:
+        return ""
+    low, high = found["interval"]
+    return f"{100 * found['mean']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
 def row(method: dict[str, Any]) -> list[str]:
     """A method's row of the table."""
     first, last = method["curve"][0], method["curve"][-1]
@@ -32,6 +43,7 @@ def row(method: dict[str, Any]) -> list[str]:
         method["label"],
         share(last["accuracy"]),
         f"{100 * last['low']:.1f} - {100 * last['high']:.1f}",
+        above(method),
         "not reached" if reached is None else f"{reached}",
         f"{last['length']:.1f}",
         f"{first['entropy']:.2f} -> {last['entropy']:.2f}",
@@ -47,6 +59,7 @@ def base_row(method: dict[str, Any]) -> list[str]:
         "base",
         share(look["accuracy"]),
         f"{100 * look['low']:.1f} - {100 * look['high']:.1f}",
+        "",
         "",
         f"{look['length']:.1f}",
         f"{look['entropy']:.2f}",

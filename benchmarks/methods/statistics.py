@@ -22,27 +22,36 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def bootstrap(runs: Sequence[str], *, seed: int = 0) -> tuple[float, float]:
+def bootstrap(
+    runs: Sequence[str], against: Sequence[str] | None = None, *, seed: int = 0
+) -> tuple[float, float]:
     """Percentile 95 % interval of the mean accuracy: seeds and questions are drawn anew.
 
     Args:
         runs: for each seed, "1" for a question answered rightly and "0" for another; the same
             questions in the same order.  The questions are drawn once for all seeds of a resample.
+        against: another method's runs, from the same seeds.  The interval is that of the mean
+            difference: what a seed or a question has in common for both falls out.
 
     Raises:
         ValueError: there is no run, or runs were asked different numbers of questions.
     """
-    lengths = {len(run) for run in runs}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"runs must be equally long and not empty, got {sorted(lengths)}")
+    others = ["0" * len(run) for run in runs] if against is None else against
+    lengths = {len(run) for run in (*runs, *others)}
+    if len(lengths) != 1 or 0 in lengths or len(others) != len(runs):
+        raise ValueError(
+            f"runs must be equally many, equally long and not empty, got {sorted(lengths)}"
+        )
     rng = random.Random(seed)
     (length,) = lengths
-    right = [[mark == "1" for mark in run] for run in runs]
+    gains = [
+        [(mark == "1") - (other == "1") for mark, other in zip(*pair)] for pair in zip(runs, others)
+    ]
     means = []
     for _ in range(NUM_RESAMPLES):
-        chosen = rng.choices(right, k=len(right))
+        chosen = rng.choices(gains, k=len(gains))
         sums = [sum(marks) for marks in zip(*chosen)]
-        means.append(sum(rng.choices(sums, k=length)) / (length * len(right)))
+        means.append(sum(rng.choices(sums, k=length)) / (length * len(gains)))
     means.sort()
     return means[int(0.025 * NUM_RESAMPLES)], means[int(0.975 * NUM_RESAMPLES) - 1]
 
