@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.methods.settings import METHODS
 
 GREY = "#808080"  # on nothing: readable on a light page and on a dark one
-STYLE = {
+STYLE: Any = {
     "text.color": GREY,
     "axes.labelcolor": GREY,
     "axes.edgecolor": GREY,
@@ -48,6 +48,7 @@ def together(methods: dict[str, Any], path: Path) -> None:
             axis.set_title(label, fontsize=9, loc="left")
             axis.set_xlabel("generations")
             axis.grid(alpha=0.25)
+            axis.set_ylim(bottom=0)  # a length that does not change shall look like one
         figure.legend(loc="outside right center", frameon=False, labelcolor="linecolor", fontsize=9)
 
 
