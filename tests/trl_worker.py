@@ -64,7 +64,9 @@ RUNS = {
     "RFT, one process without tokens": Run("RFT", (0, 0, 1, 1)),
     "RLSD, advantages of the batch": Run("RLSD", TWO_GROUPS, {"scale_rewards": "batch"}),
     "SDPO, accumulated": Run("SDPO", TWO_GROUPS, {**EMA, "gradient_accumulation_steps": 2}),
-    "SDPO, no signal at all": Run("SDPO", (0, 0, 0, 0), EMA),
+    "SDPO, no signal at all": Run(
+        "SDPO", (0, 0, 0, 0), {**EMA, "include_environment_feedback": False}
+    ),
     "SDPO, mean of each process": Run("SDPO", settings={**EMA, "loss_type": "bnpo"}),
     "SDPO, gradient broken": Run("SDPO", settings=EMA, broken=1),
     "SDPO, credit maps": Run("SDPO", settings={**EMA, "credit_map_steps": 1}, steps=2),
