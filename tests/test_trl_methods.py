@@ -41,6 +41,12 @@ def cross_entropy(batch, inputs, trainer) -> Tensor:
     return official.token_mean(-batch.log_prob(batch.student_logits()), batch.mask)
 
 
+def hybrid(batch, *_) -> Tensor:
+    """SDPO's equation 3, with 0.3 of the distillation."""
+    policy = official_policies.grpo_verl(batch, clip=(0.2, 0.2), dual=1e9)
+    return 0.7 * policy + 0.3 * official.sdpo(batch, alpha=0.5, top_k=100, tis_cap=None)
+
+
 # method: settings of its trainer, and the official code's loss
 OFFICIAL = {
     "SDPO, the official configuration": (
@@ -67,6 +73,12 @@ OFFICIAL = {
         "SDPO",
         {"distillation_mode": "sampled_token", "distillation_alpha": 1.0},
         lambda b, *_: official.sdpo_sampled(b),
+    ),
+    "SDPO and GRPO": ("SDPO", {"tail_floor": 1e-7, "distillation_weight": 0.3}, hybrid),
+    "SDPO, GRPO's part alone": (
+        "SDPO",
+        {"distillation_weight": 0.0},
+        lambda b, *_: official_policies.grpo_verl(b, clip=(0.2, 0.2), dual=1e9),
     ),
     "SD-Zero, code": (
         "SDZero",

@@ -703,3 +703,20 @@ def test_discovery_gives_up_after_its_attempts(tmp_path):
     trainer.train()
     assert len(trainer.rewards) == 12
     assert trainer.first_success == 7
+
+
+def test_grpos_part_of_sdpo_needs_no_signal(tmp_path):
+    nothing = {"reward_funcs": lambda prompts, **_: [0.0] * len(prompts)}
+    data = DATA.remove_columns("privileged_context")
+    settings = {"distillation_weight": 0.0, "feedback_func": None, "data": data, **nothing}
+    trainer = make("SDPO", tmp_path, **settings)
+    inputs = sample(trainer)
+    assert inputs["self_distillation_mask"].sum() == 0
+    assert torch.equal(inputs["loss_mask"], inputs["completion_mask"])
+
+
+def test_the_sampled_tokens_evidence_is_logged(tmp_path):
+    mode = {"distillation_mode": "sampled_token", "distillation_alpha": 1.0}
+    trainer = make("SDPO", tmp_path, **mode)
+    loss_and_gradients(trainer, sample(trainer))
+    assert "self_distillation/evidence_q50" in trainer._metrics["train"]

@@ -35,8 +35,9 @@ def _evidence(metrics: dict[str, Tensor]) -> Tensor | None:
     """Delta, log P_T - log P_S of the sampled token (B, T), where both were observed."""
     if "evidence" in metrics:
         return metrics["evidence"]
-    if "student_log_prob" in metrics and "teacher_log_prob" in metrics:
-        return metrics["teacher_log_prob"] - metrics["student_log_prob"]
+    student = metrics.get("student_log_prob", metrics.get("log_prob"))
+    if student is not None and "teacher_log_prob" in metrics:
+        return metrics["teacher_log_prob"] - student
     return None
 
 

@@ -121,6 +121,10 @@ class SDPOTrainer(DivergenceTrainer):
         )
         return self.tokenize(with_user_text(rollout.prompt, text))
 
+    @property
+    def needs_signal(self) -> bool:  # type: ignore[override]  # GRPO's loss alone needs none
+        return bool(self.args.distillation_weight)
+
     def score_teacher(self, inputs: dict[str, Any]) -> Any:
         return super().score_teacher(inputs) if self.args.distillation_weight else None
 
