@@ -158,6 +158,8 @@ def test_two_accumulated_steps_are_one_step_of_all(method, tmp_path):
         pytest.skip("its two means are the micro-batch's")
     trainer = make(method, tmp_path, loss_type="dapo", per_device_train_batch_size=8, **extra)
     inputs = sample(trainer, rows=[0] * GROUP + [1] * GROUP)
+    inputs["loss_mask"][GROUP:, 2:] = 0  # the halves have different numbers of tokens
+    inputs["num_loss_tokens"] = inputs["loss_mask"].sum()
     _, whole = loss_and_gradients(trainer, inputs)
     trainer.args.steps_per_generation = trainer.current_gradient_accumulation_steps = 2
     parts = split_tensor_dict(inputs, 2)
@@ -250,16 +252,27 @@ def test_a_trust_region_teacher_lies_between_reference_and_student(tmp_path):
     assert_close(loss, (kl * counted).sum() / counted.sum(), FLOAT, "loss")
 
 
-def test_an_infinite_gradient_changes_nothing(tmp_path):
-    trainer = make("SDPO", tmp_path, student=model(torch.float32), max_steps=1)
+def broken(folder, **settings):
+    """A trainer with its first weights, one of whose gradients is NaN."""
+    trainer = make("SDPO", folder, student=model(torch.float32), max_steps=1, **settings)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     weight = trainer.model.model.layers[0].mlp.up_proj.weight
     weight.register_hook(lambda gradient: gradient * torch.nan)
     trainer.args.max_grad_norm = 0
     trainer.train()
+    return trainer, before
+
+
+def test_an_infinite_gradient_changes_nothing(tmp_path):
+    trainer, before = broken(tmp_path, teacher_sync_steps=5)
     assert changed(trainer, before) == (False, False)
     assert trainer._teacher_callback.num_skipped == 1
-    assert trainer.teacher.age == 0
+    assert trainer.teacher.age == 0  # the step does not count
+
+
+def test_a_teacher_does_not_follow_a_student_that_an_infinite_gradient_broke(tmp_path):
+    trainer, before = broken(tmp_path, skip_nonfinite_gradients=False)
+    assert changed(trainer, before) == (False, True)
 
 
 def test_a_resumed_run_has_the_teacher_that_it_had(tmp_path):
