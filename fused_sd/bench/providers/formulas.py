@@ -1,0 +1,93 @@
+"""The objectives as a user writes them in PyTorch, for eager code and for peers that stop earlier.
+
+Logits and log-probabilities come in fp32; every function returns the mean over its M tokens.
+
+Dimension key:  M tokens that count, V vocabulary
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TAIL_TOP_K = 100  # SDPO's support
+RENORMALIZED_TOP_K = 64  # SD-Zero's support
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "topk_tail", "topk_renormalized")
+POLICIES = ("cross_entropy", "token_log_probs", "grpo", "rlsd")
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b), averaged over the tokens."""
+    return F.kl_div(log_b, log_a, reduction="batchmean", log_target=True)
+
+
+def jsd(log_s: Tensor, log_t: Tensor) -> Tensor:
+    """Half KL(t || m) and half KL(s || m)."""
+    log_m = torch.logaddexp(log_s, log_t) - math.log(2.0)
+    return (kl(log_t, log_m) + kl(log_s, log_m)) / 2
+
+
+def with_tail(log_probs: Tensor) -> Tensor:
+    """One more entry for the mass outside, with SDPO's clamp."""
+    inside = log_probs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([log_probs, torch.log(-torch.expm1(inside))], -1)
+
+
+def topk_tail(student: Tensor, teacher: Tensor) -> Tensor:
+    """SDPO: JSD on the student's top-k and a tail."""
+    chosen, ids = student.topk(TAIL_TOP_K, dim=-1)
+    log_s = chosen - student.logsumexp(-1, keepdim=True)
+    log_t = teacher.gather(-1, ids) - teacher.logsumexp(-1, keepdim=True)
+    return jsd(with_tail(log_s), with_tail(log_t))
+
+
+def topk_renormalized(student: Tensor, teacher: Tensor) -> Tensor:
+    """SD-Zero: both KLs in equal parts, renormalised on the teacher's top-k."""
+    chosen, ids = teacher.topk(RENORMALIZED_TOP_K, dim=-1)
+    log_t, log_s = chosen.log_softmax(-1), student.gather(-1, ids).log_softmax(-1)
+    return (kl(log_t, log_s) + kl(log_s, log_t)) / 2
+
+
+def divergence(objective: str, student: Tensor, teacher: Tensor) -> Tensor:
+    """The divergence between logits (M, V)."""
+    if objective in TRUNCATED:
+        return TRUNCATED[objective](student, teacher)
+    log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
+    if objective == "forward_kl":
+        return kl(log_t, log_s)
+    return kl(log_s, log_t) if objective == "reverse_kl" else jsd(log_s, log_t)
+
+
+def selected(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Log-probabilities (M,) of tokens by logits (M, V), without a second (M, V) tensor."""
+    chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    return chosen - logits.logsumexp(-1)
+
+
+def policy(
+    objective: str,
+    log_probs: Tensor,  # (M,)
+    teacher_log_probs: Tensor | None,  # (M,), of rlsd alone
+    old_log_probs: Tensor,  # (M,)
+    advantages: Tensor,  # (M,)
+) -> Tensor:
+    """What trainers compute from the sampled tokens' log-probabilities."""
+    if objective in ("cross_entropy", "token_log_probs"):
+        return -log_probs.mean()
+    ratio = (log_probs - old_log_probs).exp()
+    if objective == "grpo":
+        return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+    assert teacher_log_probs is not None
+    delta = (teacher_log_probs - log_probs).detach()
+    evidence = (advantages.sign() * delta).exp().clamp(0.8, 1.2)
+    advantages = advantages * (0.5 + 0.5 * evidence)
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    return torch.where(advantages < 0, loss.minimum(-3.0 * advantages), loss).mean()
+
+
+TRUNCATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "topk_tail": topk_tail,
+    "topk_renormalized": topk_renormalized,
+}
