@@ -23,6 +23,7 @@ MODELS = {  # hidden size, vocabulary
     "qwen3-8b": (4096, 151936),
     "olmo-3-7b": (4096, 100278),
     "llama-3-8b": (4096, 128256),
+    "qwen3.5": (2048, 248320),
 }
 DEFAULT_SIZES = (128, 32000)
 MIN_TOKENS, MIN_HIDDEN, MIN_VOCAB = 2, 4, 32  # one token is masked; rows come in clusters

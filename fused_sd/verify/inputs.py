@@ -1,27 +1,20 @@
-"""Operands that ``fused_sd verify`` measures on: states and a head like a language model's.
-
-Noise alone would make every distribution flat, where nothing is hard.  Here the head's rows lie in
-clusters, as word forms do, and each token's state points at one of them: the largest logits are
-near 25, the entropy near 1 nat, and thousands of entries share the tail.
+"""Operands that ``fused_sd verify`` measures on: realistic, and with all that a loss may take.
 
 Dimension key:  N tokens, D hidden size, V vocabulary, K wrong hints
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fused_sd import realistic
 from fused_sd.heads import accumulation_dtype
 
-CLUSTER = 16  # rows that are alike
-AFFINITY = 0.6  # share of a row that it has in common with its cluster
-CLUSTER_LOGIT, BULK_DEVIATION = 24.0, 4.0
 NUM_HINTS = 3
 SAMPLE = 256  # tokens with a weight, at most: the float64 reference holds their logits
 MASK_EVERY = 8
-SEARCH_TOKENS, SEARCH_STEPS, SEARCH_TOLERANCE = 64, 20, 0.02
+SEARCH_TOKENS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,20 +69,12 @@ def make_operands(
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw)
+        return realistic.normal(draw, *shape)
 
-    num_clusters = max(1, vocab // CLUSTER)
-    centres = torch.nn.functional.normalize(normal(num_clusters, hidden_size), dim=-1)
-    of_row = torch.randint(num_clusters, (vocab,), generator=draw)
-    weight = normal(vocab, hidden_size).mul_(math.sqrt((1 - AFFINITY) / hidden_size))
-    weight += centres[of_row] * math.sqrt(AFFINITY)
-    pull = CLUSTER_LOGIT / math.sqrt(AFFINITY)
-    share = pull**2 / hidden_size  # of the bulk's variance; a small state is mostly its pull
-    spread = math.sqrt(max(BULK_DEVIATION**2 - share, share / 4))
-    hidden = pull * centres[torch.randint(num_clusters, (num_tokens,), generator=draw)]
-    hidden = hidden + spread * normal(num_tokens, hidden_size)
+    weight, centres, _ = realistic.draw_head(vocab, hidden_size, dtype, draw)
+    hidden = realistic.draw_states(num_tokens, centres, draw)
     direction = normal(num_tokens, hidden_size).to(device)
-    hidden, weight = hidden.to(device, dtype), weight.to(device, dtype)
+    hidden, weight = hidden.to(device, dtype), weight.to(device)
 
     wide = accumulation_dtype(dtype)
     weights = torch.rand(num_tokens, generator=draw) + 0.5
@@ -98,7 +83,8 @@ def make_operands(
     chosen = torch.empty(num_tokens, dtype=torch.int64)
     log_prob = torch.empty(num_tokens, dtype=torch.float64)
     for rows in at.split(SEARCH_TOKENS):  # a few at a time: these logits are float64
-        log_s = _logits(hidden[rows.to(device)], weight).log_softmax(-1).cpu()
+        some = hidden[rows.to(device)]
+        log_s = realistic.wide_logits(some, weight).double().log_softmax(-1).cpu()
         chosen[rows] = torch.multinomial(log_s.exp(), 1, generator=draw)[:, 0]
         log_prob[rows] = log_s.gather(1, chosen[rows, None])[:, 0]
 
@@ -122,41 +108,8 @@ def make_operands(
 
 
 def with_teacher_at(operands: Operands, direction: Tensor, kl: float) -> Operands:
-    """The teacher ``gap * direction`` from the student, with the gap that gives a mean KL(t||s).
-
-    The gap is searched by bisection on its logarithm and on the operands as they are, rounded to
-    their dtype, which swallows most of a small gap; few tokens therefore reach the KL only roughly.
-    """
+    """The teacher on the line of ``direction``, where it has a mean KL(t||s) from the student."""
     index = torch.nonzero(operands.token_weights)[:SEARCH_TOKENS, 0]
-    some, way = operands.tokens(index), direction[index]
-    log_s = _logits(some.hidden, some.weight).log_softmax(-1)
-
-    def mean_kl(gap: float) -> float:
-        log_t = _logits(_moved(some.hidden, way, gap), some.weight).log_softmax(-1)
-        return float((log_t.exp() * (log_t - log_s)).sum(-1).mean())
-
-    low = high = gap = math.sqrt(2 * kl)  # exact for small gaps and rows of length 1
-    while mean_kl(high) < kl:
-        high *= 2
-    while mean_kl(low) > kl:
-        low /= 2
-    for _ in range(SEARCH_STEPS):
-        gap = math.sqrt(low * high)
-        reached = mean_kl(gap)
-        if abs(reached / kl - 1) < SEARCH_TOLERANCE:
-            break
-        low, high = (gap, high) if reached < kl else (low, gap)
-    else:
-        gap = high  # the teacher must differ from the student at all
-    return replace(operands, teacher=_moved(operands.hidden, direction, gap))
-
-
-def _moved(hidden: Tensor, direction: Tensor, gap: float) -> Tensor:
-    wide = accumulation_dtype(hidden.dtype)
-    return (hidden.to(wide) + gap * direction.to(wide)).to(hidden.dtype)
-
-
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits (N, V) for choosing inputs: they need not be exact, only the same on both sides."""
-    wide = accumulation_dtype(hidden.dtype)
-    return (hidden.to(wide) @ weight.to(wide).T).double()
+    some = operands.tokens(index)
+    gap = realistic.gap_at(some.hidden, some.weight, direction[index], kl)
+    return replace(operands, teacher=realistic.moved(operands.hidden, direction, gap))

@@ -1,0 +1,179 @@
+"""What is computed in a measurement, on operands like those of a model that distils itself.
+
+Dimension key:  N tokens, D hidden size, V vocabulary
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sd import realistic
+from fused_sd.verify.choices import MODELS
+
+OBJECTIVES = (  # means over the tokens that count, at temperature 1
+    "forward_kl",  # full vocabulary, as are the next two
+    "reverse_kl",
+    "jsd",  # beta 0.5
+    "topk_tail",  # SDPO: the student's top-100 and one bucket for the rest, JSD 0.5
+    "topk_renormalized",  # SD-Zero: the teacher's top-64, both sides renormalised, MixedKl(0.5)
+    "cross_entropy",  # of token_ids
+    "token_log_probs",  # -log pi(token_ids): what RL code builds on
+    "grpo",  # surrogate clipped at (0.2, 0.2)
+    "rlsd",  # the defaults of rlsd_loss, the teacher by its hidden states
+)
+MEAN_KL = 0.05  # nat, of the student from the teacher
+CALIBRATION_TOKENS = 32  # whose mean KL is set
+PATCH_TOKENS = 4096  # whose states are drawn at a time
+PATCH_LOGITS = 2**27  # that are held while tokens are sampled
+SEQUENCE = 1024  # positions, of which the first are masked
+OLD_DEVIATION, CLIPPED_DEVIATION, CLIPPED_EVERY = 0.05, 0.5, 20  # of log-probabilities
+
+
+class Shape(NamedTuple):
+    """Sizes of a head."""
+
+    name: str
+    hidden_size: int
+    vocab: int
+
+
+_SMALL = {"tiny": (64, 1024), "small": (256, 32000)}  # for a CPU
+SHAPES = {name: Shape(name, *sizes) for name, sizes in (MODELS | _SMALL).items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """An objective and its operands, all on one device; hidden states and heads share a dtype."""
+
+    objective: str
+    hidden: Tensor  # (N, D) leaf, requires a gradient
+    weight: Tensor  # (V, D) leaf, requires a gradient unless the head is frozen
+    teacher_hidden: Tensor  # (N, D)
+    teacher_weight: Tensor  # (V, D): weight itself, or the teacher's own
+    mask: Tensor  # (N,) bool: tokens that count
+    token_ids: Tensor  # (N,) int64
+    old_log_probs: Tensor  # (N,) fp32
+    advantages: Tensor  # (N,) fp32
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the head has a gradient."""
+        return self.weight.requires_grad
+
+
+Loss = Callable[[], Tensor]  # (), differentiable by problem.hidden and a trainable problem.weight
+_BY_TOKEN = ("hidden", "teacher_hidden", "token_ids", "old_log_probs", "advantages")
+
+
+def make_problem(
+    shape: Shape,
+    num_tokens: int,
+    *,
+    objective: str = "reverse_kl",
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    trainable: bool = True,
+    mask_share: float = 0.0,
+    shared_head: bool = True,
+    kl: float = MEAN_KL,
+    seed: int = 0,
+) -> Problem:
+    """Draw a problem on its device, without ever holding the logits of all tokens.
+
+    Args:
+        shape: of the head.
+        num_tokens: N.
+        trainable: whether the head is differentiated.
+        mask_share: of the tokens, which do not count.
+        shared_head: whether the teacher's head is the student's tensor, or a copy of it.
+        kl: mean KL(t||s) in nat, calibrated on a few tokens.
+    """
+    device = torch.device(device)
+    draw = torch.Generator(device).manual_seed(seed)
+    weight, centres, of_row = realistic.draw_head(shape.vocab, shape.hidden_size, dtype, draw)
+    hidden = torch.empty((num_tokens, shape.hidden_size), dtype=dtype, device=device)
+    teacher = torch.empty_like(hidden)
+    gap = None
+    for rows in realistic.slabs(num_tokens, PATCH_TOKENS):
+        count = rows.stop - rows.start
+        states = realistic.draw_policy_states(count, weight, centres, of_row, draw).to(dtype)
+        direction = realistic.normal(draw, *states.shape)
+        if gap is None:
+            few = slice(0, CALIBRATION_TOKENS)
+            gap = realistic.gap_at(states[few], weight, direction[few], kl)
+        hidden[rows], teacher[rows] = states, realistic.moved(states, direction, gap)
+    token_ids, log_probs = _sampled(hidden, weight, draw)
+    old = log_probs + OLD_DEVIATION * realistic.normal(draw, num_tokens)
+    old[::CLIPPED_EVERY] -= CLIPPED_DEVIATION
+    old[CLIPPED_EVERY // 2 :: CLIPPED_EVERY] += CLIPPED_DEVIATION
+    sign = torch.randint(2, (num_tokens,), generator=draw, device=device) * 2.0 - 1
+    size = torch.rand(num_tokens, generator=draw, device=device) + 0.5
+    drawn = Problem(
+        objective,
+        hidden,
+        weight,
+        teacher,
+        weight if shared_head else weight.clone(),
+        torch.ones(num_tokens, dtype=torch.bool, device=device),
+        token_ids,
+        old.clamp(max=0),
+        sign * size,
+    )
+    return variant(drawn, trainable=trainable, mask_share=mask_share)
+
+
+def variant(
+    problem: Problem,
+    *,
+    objective: str | None = None,
+    num_tokens: int | None = None,
+    trainable: bool = True,
+    mask_share: float = 0.0,
+) -> Problem:
+    """Another problem on the first tokens of the same operands, as leaves of its own.
+
+    The heads' memory is shared, that of the tokens is not.
+    """
+    count = len(problem.mask) if num_tokens is None else num_tokens
+    weight = problem.weight.detach().requires_grad_(trainable)
+    shared = problem.teacher_weight is problem.weight
+    by_token = {name: getattr(problem, name).detach()[:count].clone() for name in _BY_TOKEN}
+    by_token["hidden"].requires_grad_()
+    at = torch.arange(count, device=problem.mask.device)
+    period = min(count, SEQUENCE)
+    return replace(
+        problem,
+        objective=problem.objective if objective is None else objective,
+        weight=weight,
+        teacher_weight=weight if shared else problem.teacher_weight,
+        mask=at % period >= round(mask_share * period),
+        **by_token,
+    )
+
+
+def refill_(problem: Problem, source: Problem, tokens: Tensor) -> None:
+    """Overwrite a problem's tokens, where they are, by the given ones (N,) of another's."""
+    with torch.no_grad():
+        for name in _BY_TOKEN:
+            mine, theirs = getattr(problem, name), getattr(source, name)
+            for rows in realistic.slabs(len(tokens), PATCH_TOKENS):
+                mine[rows] = theirs[tokens[rows]]
+
+
+def _sampled(hidden: Tensor, weight: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A token sampled from each state's distribution, and its log-probability: both (N,)."""
+    token_ids = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+    log_probs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    for rows in realistic.slabs(len(hidden), max(1, PATCH_LOGITS // len(weight))):
+        log_s = realistic.wide_logits(hidden[rows], weight).log_softmax(-1)
+        chosen = torch.multinomial(log_s.exp(), 1, generator=draw)
+        token_ids[rows] = chosen[:, 0]
+        log_probs[rows] = log_s.gather(1, chosen)[:, 0]
+    return token_ids, log_probs
