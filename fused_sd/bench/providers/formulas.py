@@ -16,6 +16,7 @@ TAIL_TOP_K = 100  # SDPO's support
 RENORMALIZED_TOP_K = 64  # SD-Zero's support
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "topk_tail", "topk_renormalized")
 POLICIES = ("cross_entropy", "token_log_probs", "grpo", "rlsd")
+GKD_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # GKD's beta, TRL's and Liger's too
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fused_sd import checks
@@ -109,9 +108,3 @@ def why_broken(module: str) -> str | None:
     except Exception as error:  # whatever another's package raises is the answer
         return f"{module} cannot be imported: {type(error).__name__}: {error}"
     return None
-
-
-def hopper_refusal(problem: Problem) -> str | None:
-    """For kernels of sm_90 and later."""
-    major, minor = torch.cuda.get_device_capability(problem.hidden.device)
-    return None if major >= 9 else f"needs a GPU of sm_90 or later, and this is sm_{major}{minor}"

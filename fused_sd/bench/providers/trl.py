@@ -9,59 +9,33 @@ from torch import Tensor
 
 from fused_sd.bench.problem import Loss, Problem
 from fused_sd.bench.providers import formulas
+from fused_sd.bench.providers.log_probs import LogProbs, from_log_probs
 from fused_sd.bench.providers.provider import kept, make_provider
 
-BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 VOCAB_CHUNK = 32768  # what TRL's trainers pass
-LOGGED = {"cross_entropy": ("log_probs", "entropy", "is_top1")}  # SFTTrainer's; else GRPOTrainer's
 
 
 def chunked_divergence(problem: Problem) -> Loss:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    beta, teacher_weight = BETA[problem.objective], problem.teacher_weight.detach()
+    beta, teacher_weight = formulas.GKD_BETA[problem.objective], problem.teacher_weight.detach()
 
     def loss() -> Tensor:
         tokens = kept(problem)
-        divergence, _ = ChunkedDivergenceFunction.apply(
-            tokens.hidden,
-            problem.weight,
-            None,
-            tokens.teacher_hidden,
-            teacher_weight,
-            None,
-            beta,
-        )
-        return divergence.mean()
+        student, teacher = (tokens.hidden, problem.weight), (tokens.teacher_hidden, teacher_weight)
+        return ChunkedDivergenceFunction.apply(*student, None, *teacher, None, beta)[0].mean()
 
     return loss
 
 
-def log_probs(
-    hidden: Tensor, weight: Tensor, token_ids: Tensor, outputs: tuple[str, ...]
-) -> Tensor:
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+def log_probs_with(*outputs: str) -> LogProbs:
+    def log_probs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    arguments = hidden, weight, None, token_ids, 1.0, VOCAB_CHUNK, None, 1.0, outputs
-    return ChunkedLogProbFunction.apply(*arguments)[0]
+        arguments = hidden, weight, None, token_ids, 1.0, VOCAB_CHUNK, None, 1.0, outputs
+        return ChunkedLogProbFunction.apply(*arguments)[0]
 
-
-def chunked_log_probs(problem: Problem) -> Loss:
-    outputs = LOGGED.get(problem.objective, ("log_probs", "entropy"))
-    teacher_weight = problem.teacher_weight.detach()
-
-    def loss() -> Tensor:
-        tokens, teacher = kept(problem), None
-        student = log_probs(tokens.hidden, problem.weight, tokens.token_ids, outputs)
-        if problem.objective == "rlsd":
-            states = tokens.teacher_hidden
-            with torch.no_grad():
-                teacher = log_probs(states, teacher_weight, tokens.token_ids, ("log_probs",))
-        return formulas.policy(
-            problem.objective, student, teacher, tokens.old_log_probs, tokens.advantages
-        )
-
-    return loss
+    return log_probs
 
 
 def sdpo(problem: Problem) -> Loss:
@@ -85,7 +59,7 @@ def sdpo(problem: Problem) -> Loss:
                 distillation_add_tail=True,
             ).mean()
         return compute_full_logit_self_distillation_loss(
-            student, teacher, distillation_alpha=BETA[problem.objective]
+            student, teacher, distillation_alpha=formulas.GKD_BETA[problem.objective]
         ).mean()
 
     return loss
@@ -93,23 +67,29 @@ def sdpo(problem: Problem) -> Loss:
 
 TRL_DIVERGENCE = make_provider(
     "TRL chunked divergence",
-    dict.fromkeys(BETA, chunked_divergence),
+    dict.fromkeys(formulas.GKD_BETA, chunked_divergence),
     package="trl",
     module="trl.kernels.chunked_divergence",
-    note="DistillationTrainer's: fp32 logits on CUDA, projected anew for JSD and backward; "
-    "computes the entropy too",
+    note="DistillationTrainer's: fp32 logits on CUDA, projected again for JSD and for backward; "
+    "the entropy comes with it",
 )
+SFT = log_probs_with("log_probs", "entropy", "is_top1")  # the outputs that each trainer asks for
+GRPO = log_probs_with("log_probs", "entropy")
+REFERENCE = log_probs_with("log_probs")
 TRL_LOG_PROBS = make_provider(
     "TRL chunked log-probs",
-    dict.fromkeys(formulas.POLICIES, chunked_log_probs),
+    {
+        **dict.fromkeys(formulas.POLICIES, from_log_probs(GRPO, REFERENCE)),
+        "cross_entropy": from_log_probs(SFT, REFERENCE),
+    },
     package="trl",
     module="trl.kernels.chunked_logprob",
-    note="GRPOTrainer's and SFTTrainer's: logits in the operands' dtype, projected anew in "
-    "backward; computes the entropy too",
+    note="SFTTrainer's and GRPOTrainer's: logits in the operands' dtype, projected again for "
+    "backward; the entropy comes with it",
 )
 TRL_SDPO = make_provider(
     "TRL SDPO",
-    dict.fromkeys((*BETA, "topk_tail"), sdpo),
+    dict.fromkeys((*formulas.GKD_BETA, "topk_tail"), sdpo),
     package="trl",
     module="trl.experimental.sdpo.loss_utils",
     note="SDPOTrainer's: logits of all tokens in the operands' dtype, then fp32",

@@ -1,0 +1,160 @@
+"""Every provider that runs here equals the formulas; every other says what it lacks."""
+
+import importlib.metadata
+from dataclasses import replace
+
+import pytest
+import torch
+from closeness import errors
+
+from fused_sd import reference
+from fused_sd.bench.problem import OBJECTIVES, Problem
+from fused_sd.bench.providers import PROVIDERS, Provider, formulas
+from fused_sd.bench.providers.provider import make_provider, why_broken
+
+NAMES = [provider.name for provider in PROVIDERS]
+COMPILED = [name for name in NAMES if "compile" in name]
+PAIRS = [(p, o) for p in PROVIDERS for o in OBJECTIVES if o in p.objectives]
+FAST = [(p, o) for p, o in PAIRS if p.name not in COMPILED]
+NUM_TOKENS, HIDDEN, VOCAB = 16, 16, 256
+# fp32 operands; the formulas differ in their sums and in SDPO's clamp, not in their logits
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+
+
+def make_problem(objective: str, *, frozen: bool, dtype: torch.dtype = torch.float32) -> Problem:
+    """One head for both sides, or a frozen one beside the teacher's own.
+
+    Flat enough for the clamp of SDPO's tail not to matter.
+    """
+    torch.manual_seed(1)
+    hidden = torch.randn(NUM_TOKENS, HIDDEN)
+    weight = 0.5 * torch.randn(VOCAB, HIDDEN)
+    token_ids = torch.randint(VOCAB, (NUM_TOKENS,))
+    log_probs = reference.token_log_prob(reference.logits(hidden, weight), token_ids).float()
+    teacher_weight = weight + 0.1 * torch.randn_like(weight)
+    own, other = weight.to(dtype).requires_grad_(not frozen), teacher_weight.to(dtype)
+    return Problem(
+        objective=objective,
+        hidden=hidden.to(dtype, copy=True).requires_grad_(),
+        weight=own,
+        teacher_hidden=(hidden + 0.3 * torch.randn_like(hidden)).to(dtype),
+        teacher_weight=other if frozen else own,
+        mask=torch.arange(NUM_TOKENS) % 5 != 3,
+        token_ids=token_ids,
+        old_log_probs=log_probs + 0.3 * torch.randn(NUM_TOKENS),
+        advantages=torch.randn(NUM_TOKENS),
+    )
+
+
+def exact(problem: Problem) -> torch.Tensor:
+    """The mean over the mask by the formulas, in the problem's own dtype: pass float64."""
+    student = reference.logits(problem.hidden, problem.weight)
+    teacher = reference.logits(problem.teacher_hidden, problem.teacher_weight.detach())
+    a = reference.token_log_prob(student, problem.token_ids)
+    b = reference.token_log_prob(teacher, problem.token_ids)
+    policy = a, problem.advantages, problem.old_log_probs
+    losses = {
+        "forward_kl": lambda: reference.gkd(student, teacher, beta=0.0),
+        "reverse_kl": lambda: reference.gkd(student, teacher, beta=1.0),
+        "jsd": lambda: reference.gkd(student, teacher, beta=0.5),
+        "topk_tail": lambda: reference.sdpo(student, teacher),
+        "topk_renormalized": lambda: reference.sd_zero(student, teacher),
+        "cross_entropy": lambda: -a,
+        "token_log_probs": lambda: -a,
+        "grpo": lambda: reference.grpo(*policy),
+        "rlsd": lambda: reference.rlsd(a, b, *policy[1:]),
+    }
+    return reference.token_mean(losses[problem.objective](), problem.mask)
+
+
+def in_float64(problem: Problem) -> Problem:
+    """The same operands, exactly, as new leaves."""
+    return replace(
+        problem,
+        hidden=problem.hidden.detach().double().requires_grad_(),
+        weight=problem.weight.detach().double().requires_grad_(problem.weight.requires_grad),
+        teacher_hidden=problem.teacher_hidden.double(),
+        teacher_weight=problem.teacher_weight.detach().double(),
+    )
+
+
+def assert_equals_reference(provider: Provider, problem: Problem) -> None:
+    reason = provider.why_not(problem)
+    if reason is not None:
+        pytest.skip(f"{provider.name}: {reason}")
+    double = in_float64(problem)
+    expected, loss = exact(double), provider.build(problem)
+    for _ in range(2):  # a loss that is called again is the same
+        value = loss()
+        assert value.shape == ()
+        assert value.item() == pytest.approx(expected.item(), rel=LOSS_TOLERANCE)
+    value.backward()
+    expected.backward()
+    for name in ("hidden", "weight"):
+        leaf, exact_leaf = getattr(problem, name), getattr(double, name)
+        if not leaf.requires_grad:
+            assert leaf.grad is None
+            continue
+        assert errors(leaf.grad, exact_leaf.grad)[0] <= GRADIENT_TOLERANCE, name
+    assert not problem.hidden.grad[~problem.mask].any()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "own"])
+@pytest.mark.parametrize("provider, objective", FAST, ids=[f"{p.name}-{o}" for p, o in FAST])
+def test_equals_the_reference(provider, objective, frozen):
+    assert_equals_reference(provider, make_problem(objective, frozen=frozen))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo reads non-leaves'
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_equals_the_reference(name):
+    """One objective for all: compiling takes seconds, and the function is the eager one."""
+    provider = PROVIDERS[NAMES.index(name)]
+    assert_equals_reference(provider, make_problem("jsd", frozen=False))
+
+
+@pytest.mark.parametrize("provider", PROVIDERS, ids=NAMES)
+def test_says_what_is_missing(provider):
+    """Nothing is imported for a package that is absent; a GPU's provider refuses the CPU."""
+    objective = next(o for o in OBJECTIVES if o in provider.objectives)
+    reason = provider.why_not(make_problem(objective, frozen=True))
+    absent = provider.package is not None and not is_installed(provider.package)
+    if absent:
+        assert reason == f"{provider.package} is not installed"
+    elif provider.needs_gpu:
+        assert reason == "needs CUDA, and the problem is on cpu"
+    else:
+        assert reason is None
+    assert provider.note
+    assert set(provider.objectives) <= set(OBJECTIVES)
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("provider", PROVIDERS, ids=NAMES)
+def test_refuses_an_unknown_objective(provider):
+    problem = make_problem("hellinger", frozen=True)
+    assert provider.why_not(problem) == "has no hellinger"
+    with pytest.raises(ValueError, match=r"objective must be one of .*got 'hellinger'"):
+        provider.build(problem)
+
+
+def test_first_is_this_library_and_it_has_every_objective():
+    assert NAMES[0] == "fused_sd"
+    assert len(set(NAMES)) == len(NAMES)
+    assert PROVIDERS[0].objectives == PROVIDERS[1].objectives == set(OBJECTIVES)
+    assert set(OBJECTIVES) == {*formulas.DIVERGENCES, *formulas.POLICIES}
+
+
+def test_a_broken_installation_is_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "broken_peer.py").write_text("raise OSError('libcuda.so is missing')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    reason = "broken_peer cannot be imported: OSError: libcuda.so is missing"
+    assert why_broken("broken_peer") == reason
+    provider = make_provider("peer", {"jsd": lambda problem: None}, module="broken_peer", note="")
+    assert provider.why_not(make_problem("jsd", frozen=True)) == reason
