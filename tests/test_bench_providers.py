@@ -9,7 +9,7 @@ from closeness import errors
 
 from fused_sd import reference
 from fused_sd.bench.problem import OBJECTIVES, Problem
-from fused_sd.bench.providers import PROVIDERS, Provider, formulas
+from fused_sd.bench.providers import PROVIDERS, Provider, cce, eager, formulas, quack, verl
 from fused_sd.bench.providers.provider import make_provider, why_broken
 
 NAMES = [provider.name for provider in PROVIDERS]
@@ -158,3 +158,40 @@ def test_a_broken_installation_is_the_reason(tmp_path, monkeypatch):
     assert why_broken("broken_peer") == reason
     provider = make_provider("peer", {"jsd": lambda problem: None}, module="broken_peer", note="")
     assert provider.why_not(make_problem("jsd", frozen=True)) == reason
+
+
+def sized(num_tokens: int, hidden_size: int, vocab: int, dtype: torch.dtype) -> Problem:
+    """A problem of which only sizes are read."""
+    hidden, weight = torch.empty(num_tokens, hidden_size), torch.empty(vocab, hidden_size)
+    return replace(
+        make_problem("cross_entropy", frozen=True), hidden=hidden.to(dtype), weight=weight.to(dtype)
+    )
+
+
+QUACK_REFUSALS = [
+    ((16, 16, 256), torch.float32, (9, 0), "needs 16-bit operands, got torch.float32"),
+    ((16, 16, 256), torch.bfloat16, (8, 9), "needs a GPU of sm_90 or later, this is sm_89"),
+    ((16, 16, 254), torch.bfloat16, (9, 0), "needs D and V divisible by 8, got 16 and 254"),
+    ((15, 16, 248), torch.bfloat16, (9, 0), "needs a number of tokens divisible by 8, got 15"),
+    ((15, 16, 256), torch.bfloat16, (10, 0), "needs a number of tokens divisible by 8, got 15"),
+    ((15, 16, 256), torch.bfloat16, (9, 0), None),
+    ((16, 16, 248), torch.float16, (9, 0), None),
+]
+
+
+@pytest.mark.parametrize("sizes, dtype, capability, reason", QUACK_REFUSALS)
+def test_quack_says_which_sizes_it_needs(sizes, dtype, capability, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert quack.refusal(sized(*sizes, dtype)) == reason
+
+
+def test_others_say_what_their_kernels_need(monkeypatch):
+    wanted = "needs a hidden size divisible by 128, got 96"
+    assert verl.triton_refusal(sized(4, 96, 8, torch.float32)) == wanted
+    assert verl.triton_refusal(sized(4, 256, 8, torch.float32)) is None
+    wanted = "needs 16-bit hidden states for its backward, got torch.float32"
+    assert cce.refusal(sized(4, 8, 8, torch.float32)) == wanted
+    assert cce.refusal(sized(4, 8, 8, torch.bfloat16)) is None
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert eager.no_compiler(sized(4, 8, 8, torch.float32)).startswith("torch.compile needs a C++")

@@ -2,6 +2,7 @@
 
 from fused_sd.bench.providers.cce import CCE
 from fused_sd.bench.providers.eager import COMPILED, EAGER, EAGER_FP32
+from fused_sd.bench.providers.fla import FLA
 from fused_sd.bench.providers.liger import (
     LIGER_CHUNKED_JSD,
     LIGER_CHUNKED_JSD_COMPILED,
@@ -31,6 +32,7 @@ PROVIDERS: tuple[Provider, ...] = (
     LIGER_CROSS_ENTROPY,
     LIGER_SCALED,
     LIGER_GRPO,
+    FLA,
     VERL_TORCH,
     VERL_TRITON,
     CCE,

@@ -21,14 +21,8 @@ def fused_jsd(problem: Problem) -> Loss:
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
     loss = LigerFusedLinearJSD(jsd_beta=formulas.GKD_BETA[problem.objective])
-    student, teacher = (
-        (problem.hidden, problem.weight),
-        (
-            problem.teacher_hidden,
-            problem.teacher_weight.detach(),
-        ),
-    )
-    return lambda: loss(*student, *teacher, labels(problem))
+    teacher = problem.teacher_hidden, problem.teacher_weight.detach()
+    return lambda: loss(problem.hidden, problem.weight, *teacher, labels(problem))
 
 
 def chunked_jsd(compiled: bool) -> Build:
@@ -37,7 +31,7 @@ def chunked_jsd(compiled: bool) -> Build:
     def build(problem: Problem) -> Loss:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        torch.compiler.reset()  # as in eager.compiled: it compiles one function again and again
+        torch.compiler.reset()  # as in eager.compiled: one function is compiled again and again
         loss = LigerFusedLinearJSDLoss(
             weight_hard_loss=0.0,
             weight_soft_loss=1.0,
@@ -100,7 +94,7 @@ LIGER_FUSED_JSD = make_provider(
     module="liger_kernel.transformers.fused_linear_jsd",
     needs_gpu=True,
     note="fp32 logits from sm_80 on; dW summed over the chunks in its own dtype; masked tokens "
-    "are computed",
+    "are computed; its row kernel is CuTe where cutlass is installed, else Triton",
 )
 CHUNKED_NOTE = (
     "logits and log-softmax in the operands' dtype; dW, for a frozen head too, summed over chunks "
