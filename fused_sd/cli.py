@@ -1,5 +1,6 @@
 """The command line: ``fused_sd env`` for bug reports, ``fused_sd verify`` for the promises,
-``fused_sd credit`` to look at what a teacher says of each token.
+``fused_sd bench`` for speed and memory, ``fused_sd credit`` to look at what a teacher says of each
+token.
 
 Exit status: 0; 1 when a promise is broken; 2 for wrong use, with a message that says what to do.
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fused_sd
+from fused_sd.bench.command import add_bench
 from fused_sd.credit import VALUES, CreditMap, print_map, save_html, save_png
 from fused_sd.environment import environment, environment_text
 from fused_sd.verify import report
@@ -65,6 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="write the table below its marker in a file (default README.md)",
     )
     command.set_defaults(run=run_verify)
+
+    add_bench(commands)
 
     credit = commands.add_parser("credit", help="show a credit map in the terminal, HTML or PNG")
     credit.add_argument("map", type=Path, metavar="MAP.json", help="written by CreditMap.to_json")

@@ -69,7 +69,7 @@ class Problem:
 
 
 Loss = Callable[[], Tensor]  # (), differentiable by problem.hidden and a trainable problem.weight
-_BY_TOKEN = ("hidden", "teacher_hidden", "token_ids", "old_log_probs", "advantages")
+BY_TOKEN = ("hidden", "teacher_hidden", "token_ids", "old_log_probs", "advantages")
 
 
 def make_problem(
@@ -144,7 +144,7 @@ def variant(
     count = len(problem.mask) if num_tokens is None else num_tokens
     weight = problem.weight.detach().requires_grad_(trainable)
     shared = problem.teacher_weight is problem.weight
-    by_token = {name: getattr(problem, name).detach()[:count].clone() for name in _BY_TOKEN}
+    by_token = {name: getattr(problem, name).detach()[:count].clone() for name in BY_TOKEN}
     by_token["hidden"].requires_grad_()
     at = torch.arange(count, device=problem.mask.device)
     period = min(count, SEQUENCE)
@@ -161,7 +161,7 @@ def variant(
 def refill_(problem: Problem, source: Problem, tokens: Tensor) -> None:
     """Overwrite a problem's tokens, where they are, by the given ones (N,) of another's."""
     with torch.no_grad():
-        for name in _BY_TOKEN:
+        for name in BY_TOKEN:
             mine, theirs = getattr(problem, name), getattr(source, name)
             for rows in realistic.slabs(len(tokens), PATCH_TOKENS):
                 mine[rows] = theirs[tokens[rows]]

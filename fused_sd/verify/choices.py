@@ -59,17 +59,9 @@ def resolve(arguments: argparse.Namespace) -> Choices:
     for name in losses:
         checks.check_one_of("--losses", name, ("all", *CASES))
     checks.check_one_of("--dtype", arguments.dtype, DTYPES)
-    checks.check_one_of("--device", arguments.device, ("auto", "cpu", "cuda"))
     checks.check_one_of("--backend", arguments.backend, ("auto", "triton", "torch"))
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        checks.fail(
-            "--device",
-            "be 'auto' or 'cpu' where PyTorch sees no GPU",
-            "'cuda'",
-            "choose one of them, or see `fused_sd env` for PyTorch's CUDA build",
-        )
-    device = default_device() if arguments.device == "auto" else torch.device(arguments.device)
-    hidden_size, vocab = _sizes(arguments)
+    device = resolve_device(arguments.device)
+    hidden_size, vocab = resolve_sizes(arguments, DEFAULT_SIZES)
     for name, value, least in (
         ("--tokens", arguments.tokens, MIN_TOKENS),
         ("--hidden", hidden_size, MIN_HIDDEN),
@@ -89,10 +81,23 @@ def resolve(arguments: argparse.Namespace) -> Choices:
     )
 
 
-def _sizes(arguments: argparse.Namespace) -> tuple[int, int]:
+def resolve_device(name: str) -> torch.device:
+    """The device that --device means."""
+    checks.check_one_of("--device", name, ("auto", "cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        checks.fail(
+            "--device",
+            "be 'auto' or 'cpu' where PyTorch sees no GPU",
+            "'cuda'",
+            "choose one of them, or see `fused_sd env` for PyTorch's CUDA build",
+        )
+    return default_device() if name == "auto" else torch.device(name)
+
+
+def resolve_sizes(arguments: argparse.Namespace, default: tuple[int, int]) -> tuple[int, int]:
     """Hidden size and vocabulary: given, a model's, or the defaults."""
     given = (arguments.hidden, arguments.vocab)
-    sizes = DEFAULT_SIZES
+    sizes = default
     if arguments.model is not None:
         checks.check_one_of("--model", arguments.model, MODELS)
         if given != (None, None):

@@ -7,9 +7,8 @@ Dimension key:  N tokens, D hidden size, V vocabulary
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from fused_sd.log_probs import entry_log_probs
 from fused_sd.loss_output import LossOutput
 from fused_sd.losses import Run
+from fused_sd.verify import truth
 from fused_sd.verify.cases import CASES, Case, Logits, token_weights
 from fused_sd.verify.inputs import SAMPLE, Operands, make_operands, with_teacher_at
 from fused_sd.verify.promises import (
@@ -26,42 +26,10 @@ from fused_sd.verify.promises import (
     broken_accuracy,
     broken_invariants,
 )
+from fused_sd.verify.truth import Distance, Exact
 
 KLS = (1e-5, 1e-3, 1e-1)
-SLAB = 2**13  # rows of the head that are in float64 at a time
-REFERENCE_ELEMENTS = 2**22  # logits that a definition is applied to at a time
 FP16_SCALE = 1024.0  # of the loss before backward, as GradScaler does: fp16 has no small gradients
-
-
-class Exact(NamedTuple):
-    """A loss by its definition; the head's gradient is formed from dlogits a slab at a time."""
-
-    loss: float
-    size: float  # the weighted sum of the token losses' absolute values
-    dlogits: Tensor  # (N, V)
-
-
-@dataclass
-class Distance:
-    """How far a tensor that comes in parts is from the truth."""
-
-    error: float = 0.0
-    size: float = 0.0
-    worst: float = 0.0
-    largest: float = 0.0
-
-    def add(self, value: Tensor, truth: Tensor) -> None:
-        difference = value - truth
-        self.error += float(difference.square().sum())
-        self.size += float(truth.square().sum())
-        self.worst = max(self.worst, float(difference.abs().max()))
-        self.largest = max(self.largest, float(truth.abs().max()))
-
-    def by_norm(self) -> float:
-        return (self.error / self.size) ** 0.5 if self.size else self.error
-
-    def by_element(self) -> float:
-        return self.worst / self.largest if self.largest else self.worst
 
 
 def verify(
@@ -98,11 +66,7 @@ class Verifier:
         backend: str = "auto",
         seed: int = 0,
     ) -> None:
-        # the one import of the definitions by the library: they are what is verified here, and
-        # nothing else may come to depend on them
-        from fused_sd import reference
-
-        self.reference: ModuleType = reference
+        self.reference: ModuleType = truth.reference()
         self.backend, self.dtype, self.on_gpu = backend, dtype, device.type == "cuda"
         self.scale = FP16_SCALE if dtype == torch.float16 else 1.0
         self.rounding = torch.float16 if dtype == torch.float16 else torch.bfloat16
@@ -111,7 +75,7 @@ class Verifier:
             num_tokens, hidden_size, vocab, dtype, device, seed
         )
         self.active = self.student.active()
-        self.student_logits = self.logits(self.active.hidden)
+        self.student_logits = truth.logits(self.active.hidden, self.student.weight)
         log_s = self.student_logits.log_softmax(-1)
         self.kl = 0.0
         self.entropy = float(-(log_s.exp() * log_s).sum(-1).mean())
@@ -121,19 +85,18 @@ class Verifier:
         """Put the teacher at a mean KL(t||s) from the student; ``kl`` is what came of it."""
         self.operands = with_teacher_at(self.student, self.direction, kl)
         self.active = self.operands.active()
-        self.teacher_logits = self.logits(self.active.teacher)
+        self.teacher_logits = truth.logits(self.active.teacher, self.student.weight)
         log_s, log_t = self.student_logits.log_softmax(-1), self.teacher_logits.log_softmax(-1)
         self.kl = float((log_t.exp() * (log_t - log_s)).sum(-1).mean())
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Float64 logits (N, V)."""
-        return torch.cat([self.reference.logits(hidden, w) for w in self._slabs()], -1)
 
     def measure(self, case: Case) -> Measured:
         """Errors of the library and of rounded logits, against float64."""
         fused = self.run(case, self.operands)
         exact = self.exact(case, self.student_logits, self.teacher_logits, self.fused_ids(case))
-        student, teacher = (self.round(side) for side in (self.active.hidden, self.active.teacher))
+        sides = (self.active.hidden, self.active.teacher)
+        student, teacher = (
+            truth.rounded_logits(side, self.active.weight, self.rounding) for side in sides
+        )
         rounded = self.exact(case, student, teacher, None)
         kl = None if case.against == "nothing" else self.kl
         ours, theirs = self._errors(fused, exact, rounded)
@@ -169,44 +132,32 @@ class Verifier:
         """The definition on given logits; a top-k is that of the ids, or the logits' own."""
         vocab = self.active.vocab
         weights = token_weights(case, self.active, self.reference)
-        dlogits, loss, size = torch.empty_like(student), 0.0, 0.0
         if case.chooser is not None and ids is None:
             chooser = student if case.chooser == "student" else teacher
             ids = chooser.topk(case.entries(vocab)).indices
-        step = max(1, REFERENCE_ELEMENTS // vocab)
-        for start in range(0, len(weights), step):
-            rows = slice(start, start + step)
-            support = None if ids is None else self.reference.given_ids(ids[rows], vocab)
-            leaf = student[rows].detach().requires_grad_(True)
-            logits = Logits(leaf, teacher[rows], support)
-            token_loss = case.definition(self.reference, logits, self.active.tokens(rows))
-            weighted = weights[rows] * token_loss
-            (dlogits[rows],) = torch.autograd.grad(weighted.sum(), leaf)
-            loss += float(weighted.detach().sum())
-            size += float(weighted.detach().abs().sum())
-        return Exact(loss, size, dlogits)
 
-    def round(self, hidden: Tensor) -> Tensor:
-        """Logits of an fp32 GEMM, rounded to 16 bits: (N, V)."""
-        wide = hidden.float()
-        parts = [(wide @ w.float().T).to(self.rounding) for w in self._slabs()]
-        return torch.cat(parts, -1).double()
+        def token_loss(leaf: Tensor, teacher: Tensor, rows: slice) -> Tensor:
+            support = None if ids is None else self.reference.given_ids(ids[rows], vocab)
+            sides = Logits(leaf, teacher, support)
+            return case.definition(self.reference, sides, self.active.tokens(rows))
+
+        return truth.exact(token_loss, student, teacher, weights)
 
     def _errors(self, fused: Result, exact: Exact, rounded: Exact) -> tuple[Errors, Errors]:
         """The library's errors and those of rounded logits, gradients in the operands' dtype."""
-        states = self.active.hidden.double()
-        dhidden, by_rounded = torch.zeros_like(states), torch.zeros_like(states)
+        states, weight = self.active.hidden, self.active.weight
         weight_errors = (Distance(), Distance())
-        for at, part in enumerate(self._slabs()):
-            columns = slice(at * SLAB, at * SLAB + len(part))
-            true, near = exact.dlogits[:, columns], rounded.dlogits[:, columns]
-            dhidden += true @ part.double()
-            by_rounded += near @ part.double()
-            truth = true.T @ states
-            weight_errors[0].add(fused.dweight[columns].double() / self.scale, truth)
-            weight_errors[1].add(self._stored(near.T @ states), truth)
+        both = zip(
+            truth.weight_gradient(exact.dlogits, states),
+            truth.weight_gradient(rounded.dlogits, states),
+        )
+        for (rows, true), (_, near) in both:
+            weight_errors[0].add(fused.dweight[rows].double() / self.scale, true)
+            weight_errors[1].add(self._stored(near), true)
         hidden_errors = (Distance(), Distance())
         alive = self.operands.token_weights != 0
+        dhidden = truth.hidden_gradient(exact.dlogits, weight)
+        by_rounded = truth.hidden_gradient(rounded.dlogits, weight)
         hidden_errors[0].add(fused.dhidden[alive].double() / self.scale, dhidden)
         hidden_errors[1].add(self._stored(by_rounded), dhidden)
         errors = []
@@ -221,6 +172,3 @@ class Verifier:
     def _stored(self, gradient: Tensor) -> Tensor:
         """What remains of a gradient in the operands' dtype."""
         return (self.scale * gradient).to(self.dtype).double() / self.scale
-
-    def _slabs(self) -> Iterator[Tensor]:
-        yield from self.student.weight.split(SLAB)

@@ -1,0 +1,186 @@
+"""One problem, every provider: checked against float64, then timed, in a random order."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from fused_sd.bench.accuracy import Errors, Truth, errors, find_truth
+from fused_sd.bench.floor import Floor, measure_floor
+from fused_sd.bench.measure import (
+    Effort,
+    Times,
+    forget,
+    is_out_of_memory,
+    peak_bytes,
+    time_runs,
+)
+from fused_sd.bench.problem import Problem, refill_
+from fused_sd.bench.providers import Provider
+from fused_sd.environment import installed
+
+Status = Literal["ok", "wrong", "unavailable", "out of memory", "failed"]
+
+REASON = 200  # characters of another's message
+
+
+@dataclass
+class Row:
+    """What came of one provider."""
+
+    provider: str
+    version: str | None  # of its package; None: PyTorch alone
+    note: str
+    status: Status = "failed"
+    reason: str = ""  # where the status is not "ok"
+    errors: Errors | None = None
+    times: Times | None = None
+    peak_bytes: int | None = None  # above the operands; the gradients are part of it
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A problem's sizes, its floor, and what came of the providers."""
+
+    objective: str
+    hidden_size: int
+    vocab: int
+    tokens: int
+    counted: int  # tokens that the mask keeps
+    dtype: str
+    trainable: bool
+    shared_head: bool
+    floor: Floor | None  # None: out of memory
+    bound: float  # of the errors
+    rows: list[Row]
+
+    def ratio(self, row: Row) -> float | None:
+        """A provider's time over the floor's."""
+        if self.floor is None or row.times is None:
+            return None
+        return row.times.p50 / self.floor.milliseconds
+
+    def tflops(self, row: Row) -> float | None:
+        """The floor's operations over a provider's time: what it recomputes does not count."""
+        if self.floor is None or row.times is None:
+            return None
+        return self.floor.flop / row.times.p50 / 1e9
+
+    def row_gigabytes(self, row: Row) -> float | None:
+        """GB/s of the passes over the logits, if they take all the time above the floor."""
+        if self.floor is None or row.times is None:
+            return None
+        above = row.times.p50 - self.floor.milliseconds
+        return self.floor.row_bytes / above / 1e6 if above > 0 else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, with what follows from it."""
+        facts = {name: value for name, value in vars(self).items() if name not in ("floor", "rows")}
+        floor = None
+        if self.floor is not None:
+            floor = self.floor._asdict() | {"milliseconds": self.floor.milliseconds}
+        rows = []
+        for row in self.rows:
+            plain = asdict(row)
+            for name in ("errors", "times"):
+                part = getattr(row, name)
+                plain[name] = None if part is None else part._asdict()
+            plain["ratio_to_floor"] = self.ratio(row)
+            plain["tflops"] = self.tflops(row)
+            plain["row_gigabytes"] = self.row_gigabytes(row)
+            rows.append(plain)
+        return {**facts, "floor": floor, "rows": rows}
+
+
+def measure_cell(
+    problem: Problem,
+    source: Problem,
+    providers: Sequence[Provider],
+    effort: Effort,
+    *,
+    floor_warm_seconds: float = 0.0,
+    seed: int = 0,
+) -> Cell:
+    """Check and time every provider that knows the objective.
+
+    Args:
+        problem: a ``variant`` of ``source``, whose tokens are overwritten.
+        source: the tokens.
+        floor_warm_seconds: of bare GEMMs before anything is timed, for the clocks to settle.
+        seed: of the providers' order.
+    """
+    device = problem.hidden.device
+    asked = [p for p in providers if problem.objective in p.objectives]
+    rows = [Row(p.name, installed(p.package) if p.package else None, p.note) for p in asked]
+    found = find_truth(problem)
+    forget(device)
+    floor = None
+    try:
+        floor = measure_floor(problem, effort._replace(warm_seconds=floor_warm_seconds))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    order = list(range(len(asked)))
+    random.Random(seed).shuffle(order)
+    for place in order:
+        forget(device)
+        _measure(rows[place], asked[place], problem, source, found, effort)
+    return Cell(
+        problem.objective,
+        problem.hidden.shape[1],
+        problem.vocab,
+        len(problem.mask),
+        int(problem.mask.sum()),
+        str(problem.hidden.dtype).removeprefix("torch."),
+        problem.trainable,
+        problem.teacher_weight is problem.weight,
+        floor,
+        found.bound,
+        rows,
+    )
+
+
+def _measure(
+    row: Row, provider: Provider, problem: Problem, source: Problem, found: Truth, effort: Effort
+) -> None:
+    """Fill a provider's row; whatever another's code raises is its result."""
+    device = problem.hidden.device
+    try:
+        reason = provider.why_not(problem)
+        if reason is not None:
+            row.status, row.reason = "unavailable", reason
+            return
+        refill_(problem, source, found.tokens)
+        build = provider.build(problem)
+        loss = build()
+        loss.backward()
+        row.errors = errors(found, problem, loss.detach())
+        del loss
+        _drop_gradients(problem)
+        beyond = row.errors.beyond(found.bound)
+        if beyond:
+            row.status = "wrong"
+            row.reason = f"{', '.join(beyond)}; rounding explains at most {found.bound:.1%}"
+            return
+        refill_(problem, source, torch.arange(len(problem.mask), device=device))
+
+        def run() -> None:
+            build().backward()
+            _drop_gradients(problem)
+
+        row.times = time_runs(run, device, effort)
+        row.peak_bytes = peak_bytes(run, device)
+        row.status = "ok"
+    except Exception as error:
+        said = str(error).strip() or "no message"
+        row.status = "out of memory" if is_out_of_memory(error) else "failed"
+        row.reason = f"{type(error).__name__}: {said.splitlines()[0][:REASON]}"
+        row.times = row.peak_bytes = None
+    finally:
+        _drop_gradients(problem)
+
+
+def _drop_gradients(problem: Problem) -> None:
+    problem.hidden.grad = problem.weight.grad = None

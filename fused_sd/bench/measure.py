@@ -1,0 +1,129 @@
+"""Time and peak memory of something that is run again and again.
+
+On a GPU the time is between CUDA events and the memory that of PyTorch's allocator.  On a CPU the
+memory is the sum of what PyTorch's allocator handed out and took back, from its profiler: the exact
+counterpart, in the same process, without the resident memory's noise.
+"""
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Run = Callable[[], None]
+QUIET = "6"  # for the profiler's library, which else reports each start and stop
+
+
+class Effort(NamedTuple):
+    """How long something is measured."""
+
+    warm_seconds: float  # of runs before the first that counts
+    runs: int
+    max_seconds: float = math.inf  # after which fewer runs will do
+    least_runs: int = 1
+
+
+class Times(NamedTuple):
+    """Milliseconds: the median, and between which three runs of five lie."""
+
+    p20: float
+    p50: float
+    p80: float
+    runs: int
+
+
+def time_runs(run: Run, device: torch.device, effort: Effort) -> Times:
+    """Warm up, then time run after run, without a pause between them."""
+    synchronize(device)
+    started, warm_runs = time.perf_counter(), 0
+    while not warm_runs or time.perf_counter() - started < effort.warm_seconds:
+        run()
+        synchronize(device)
+        warm_runs += 1
+    once = (time.perf_counter() - started) / warm_runs
+    affordable = int(min(effort.max_seconds / max(once, 1e-9), effort.runs))
+    count = max(effort.least_runs, affordable)
+    milliseconds = _on_gpu(run, count) if device.type == "cuda" else _on_cpu(run, count)
+    p20, p50, p80 = (quantile(milliseconds, share) for share in (0.2, 0.5, 0.8))
+    return Times(p20, p50, p80, count)
+
+
+def _on_gpu(run: Run, count: int) -> list[float]:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in pairwise(events)]
+
+
+def _on_cpu(run: Run, count: int) -> list[float]:
+    milliseconds = []
+    for _ in range(count):
+        started = time.perf_counter()
+        run()
+        milliseconds.append(1e3 * (time.perf_counter() - started))
+    return milliseconds
+
+
+def quantile(values: list[float], share: float) -> float:
+    """Linear between the nearest two."""
+    ranked = sorted(values)
+    place = share * (len(ranked) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ranked) - 1)
+    return ranked[low] + (place - low) * (ranked[high] - ranked[low])
+
+
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """The most that one run holds beyond what was held before it."""
+    if device.type != "cuda":
+        return _peak_of_profile(run)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_of_profile(run: Run) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", QUIET)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+        run()
+    assert seen.profiler is not None
+    assert seen.profiler.kineto_results is not None
+    changes = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def forget(device: torch.device) -> None:
+    """Give back what nothing holds: what one provider leaves must not stop the next."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also where an allocator, or a library on top of it, says so in words only."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in said or "not enough mem" in said)

@@ -1,0 +1,126 @@
+"""A cell as a table for terminals, with the verdict."""
+
+from collections.abc import Sequence
+
+from fused_sd.bench.cell import Cell, Row
+
+LINE = 100
+NAME = 28
+COLUMNS = (("ms", 10), ("p20-p80", 15), ("x floor", 9), ("memory", 10), ("loss", 9), ("dH", 9))
+US = "fused_sd"
+EVEN = 0.05  # times that differ by less are called equal
+LEGEND = (
+    "ms: median of forward and backward, and between what three runs of five lie; x floor: over",
+    "the bare GEMMs; memory: peak above the operands, gradients included; loss, dH, dW: errors",
+    "against float64, relative.",
+)
+
+
+def table_lines(cell: Cell) -> list[str]:
+    """Every row, fastest first; below them those without a time, with the reason."""
+    measured = sorted(
+        (r for r in cell.rows if r.times), key=lambda r: r.times.p50 if r.times else 0
+    )
+    header = f"{'':{NAME}}" + "".join(f"{name:>{width}}" for name, width in COLUMNS) + f"{'dW':>9}"
+    lines = [header, *(_line(cell, row) for row in measured)]
+    for row in cell.rows:
+        if row.times is None:
+            lines.append(f"{row.provider:{NAME}}  {row.status}: {row.reason}"[: LINE * 2])
+    return lines
+
+
+def setting_line(cell: Cell) -> str:
+    """What was measured."""
+    counted = "" if cell.counted == cell.tokens else f" ({cell.counted} count)"
+    head = "head trained" if cell.trainable else "head frozen"
+    floor = "the floor does not fit the memory"
+    if cell.floor is not None:
+        floor = f"floor {cell.floor.u}u = {cell.floor.milliseconds:.4g} ms"
+    return (
+        f"{cell.objective}: {cell.tokens} tokens{counted} x {cell.hidden_size} x {cell.vocab}, "
+        f"{cell.dtype}, {head}; {floor}"
+    )
+
+
+def verdict_lines(cell: Cell) -> list[str]:
+    """How this library compares with each of the others, for better and for worse."""
+    ours = next((row for row in cell.rows if row.provider == US), None)
+    if ours is None or ours.times is None or ours.peak_bytes is None:
+        why = "was not measured" if ours is None else f"was not measured: {ours.reason}"
+        return [f"{US} {why}"]
+    return [_verdict(ours, row) for row in cell.rows if row is not ours and row.times is not None]
+
+
+def _verdict(ours: Row, theirs: Row) -> str:
+    assert ours.times is not None
+    assert theirs.times is not None
+    assert ours.peak_bytes is not None
+    assert theirs.peak_bytes is not None
+    speed = theirs.times.p50 / ours.times.p50
+    if abs(speed - 1) < EVEN:
+        time = "is as fast as"
+    elif speed > 1:
+        time = f"is {speed:.2g} x faster than"
+    else:
+        time = f"is {1 / speed:.2g} x SLOWER than"
+    share = theirs.peak_bytes / max(ours.peak_bytes, 1)
+    if abs(share - 1) < EVEN:
+        memory = "the same memory"
+    elif share > 1:
+        memory = f"1/{share:.2g} of the memory"
+    else:
+        memory = f"{1 / share:.2g} x MORE memory"
+    return f"{US} {time} {theirs.provider}, with {memory}{_accuracy(ours, theirs)}"
+
+
+def _accuracy(ours: Row, theirs: Row) -> str:
+    """Told where it differs by more than luck."""
+    if ours.errors is None or theirs.errors is None or not ours.errors.dhidden:
+        return ""
+    share = theirs.errors.dhidden / ours.errors.dhidden
+    if share > 2:
+        return f" and 1/{share:.2g} of the gradient's error"
+    return f" and {1 / share:.2g} x MORE gradient error" if 0 < share < 0.5 else ""
+
+
+def _line(cell: Cell, row: Row) -> str:
+    assert row.times is not None
+    ratio = cell.ratio(row)
+    texts = [
+        number(row.times.p50),
+        f"{number(row.times.p20)}-{number(row.times.p80)}",
+        "-" if ratio is None else f"{ratio:.2f}",
+        memory(row.peak_bytes),
+        *(percent(error) for error in (row.errors or (None, None, None))),
+    ]
+    widths = [*(width for _, width in COLUMNS), 9]
+    return f"{row.provider[: NAME - 1]:{NAME}}" + "".join(
+        f"{text:>{width}}" for text, width in zip(texts, widths)
+    )
+
+
+def number(milliseconds: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+
+
+def memory(num_bytes: int | None) -> str:
+    """In the largest unit that leaves something before the point."""
+    if num_bytes is None:
+        return "-"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes / 2**10:.3g} KiB"
+
+
+def percent(error: float | None) -> str:
+    """Two digits."""
+    if error is None:
+        return "-"
+    return f"{100 * error:.2g}%" if abs(error) >= 1e-5 else "<.001%"
+
+
+def report_lines(cell: Cell) -> Sequence[str]:
+    """All of a cell."""
+    return [setting_line(cell), "", *table_lines(cell), "", *verdict_lines(cell)]

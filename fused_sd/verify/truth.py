@@ -1,0 +1,99 @@
+"""A loss in float64 from whole logits of few tokens, and how far gradients are from its own.
+
+The head's gradient is never held in float64: it is formed from the logits' a slab at a time.
+
+Dimension key:  N tokens, D hidden size, V vocabulary
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sd.realistic import slabs
+
+SLAB = 2**13  # rows of the head that are in float64 at a time
+ELEMENTS = 2**22  # logits that a definition is applied to at a time
+
+# student's and teacher's logits of the tokens in the slice, to one loss a token
+TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]
+
+
+def reference() -> ModuleType:
+    """The definitions, which the library itself must not depend on: imported where they measure."""
+    from fused_sd import reference
+
+    return reference
+
+
+class Exact(NamedTuple):
+    """A loss by its definition."""
+
+    loss: float
+    size: float  # the weighted sum of the token losses' absolute values
+    dlogits: Tensor  # (N, V)
+
+
+@dataclass
+class Distance:
+    """How far a tensor that comes in parts is from the truth."""
+
+    error: float = 0.0
+    size: float = 0.0
+    worst: float = 0.0
+    largest: float = 0.0
+
+    def add(self, value: Tensor, truth: Tensor) -> None:
+        difference = value - truth
+        self.error += float(difference.square().sum())
+        self.size += float(truth.square().sum())
+        self.worst = max(self.worst, float(difference.abs().max()))
+        self.largest = max(self.largest, float(truth.abs().max()))
+
+    def by_norm(self) -> float:
+        return (self.error / self.size) ** 0.5 if self.size else self.error
+
+    def by_element(self) -> float:
+        return self.worst / self.largest if self.largest else self.worst
+
+
+def exact(token_loss: TokenLoss, student: Tensor, teacher: Tensor, weights: Tensor) -> Exact:
+    """The weighted sum of the token losses on float64 logits (N, V), and its gradient."""
+    dlogits, loss, size = torch.empty_like(student), 0.0, 0.0
+    for rows in slabs(len(weights), max(1, ELEMENTS // student.shape[1])):
+        leaf = student[rows].detach().requires_grad_(True)
+        weighted = weights[rows] * token_loss(leaf, teacher[rows], rows)
+        (dlogits[rows],) = torch.autograd.grad(weighted.sum(), leaf)
+        loss += float(weighted.detach().sum())
+        size += float(weighted.detach().abs().sum())
+    return Exact(loss, size, dlogits)
+
+
+def logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Float64 logits (N, V)."""
+    return torch.cat([reference().logits(hidden, part) for part in weight.split(SLAB)], -1)
+
+
+def rounded_logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 logits (N, V) of an fp32 GEMM, rounded once to a 16-bit dtype."""
+    wide = hidden.float()
+    parts = [(wide @ part.float().T).to(dtype) for part in weight.split(SLAB)]
+    return torch.cat(parts, -1).double()
+
+
+def hidden_gradient(dlogits: Tensor, weight: Tensor) -> Tensor:
+    """``dlogits @ weight`` in float64: (N, D)."""
+    gradient = dlogits.new_zeros(len(dlogits), weight.shape[1])
+    for rows in slabs(len(weight), SLAB):
+        gradient += dlogits[:, rows] @ weight[rows].double()
+    return gradient
+
+
+def weight_gradient(dlogits: Tensor, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """``dlogits.T @ hidden`` in float64, rows of the head at a time."""
+    states = hidden.double()
+    for rows in slabs(dlogits.shape[1], SLAB):
+        yield rows, dlogits[:, rows].T @ states

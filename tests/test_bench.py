@@ -1,0 +1,350 @@
+"""Measuring: realistic problems, the truth about gradients, time, memory, floors and verdicts."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fused_sd import reference
+from fused_sd.bench import cell as cells
+from fused_sd.bench import command
+from fused_sd.bench.accuracy import DEFINITIONS, errors, find_truth
+from fused_sd.bench.cell import Cell, Row, measure_cell
+from fused_sd.bench.floor import Floor, measure_floor, products
+from fused_sd.bench.measure import Effort, Times, is_out_of_memory, peak_bytes, quantile, time_runs
+from fused_sd.bench.problem import OBJECTIVES, SHAPES, Problem, make_problem, refill_, variant
+from fused_sd.bench.providers import PROVIDERS, Provider
+from fused_sd.bench.table import report_lines, table_lines, verdict_lines
+from fused_sd.cli import main
+
+CPU = torch.device("cpu")
+QUICK = Effort(0.0, 2)
+FUSED, EAGER = PROVIDERS[:2]
+
+
+@pytest.fixture(scope="module")
+def source() -> Problem:
+    return make_problem(SHAPES["tiny"], 150)
+
+
+def stub(name, build, why_not=lambda problem: None):
+    """A provider of every objective."""
+    return Provider(name, None, frozenset(OBJECTIVES), why_not, build, False, "")
+
+
+def test_a_problem_is_like_a_policy_and_its_teacher():
+    problem = make_problem(SHAPES["tiny"], 600, seed=3)
+    assert problem.hidden.dtype == torch.bfloat16
+    student, teacher = (
+        reference.logits(hidden.detach(), problem.weight.detach())
+        for hidden in (problem.hidden, problem.teacher_hidden)
+    )
+    assert 20 < student.amax(-1).mean() < 30
+    assert 0.3 < reference.entropy(student).mean() < 1.3
+    assert 0.02 < reference.gkd(student, teacher, beta=0.0).mean() < 0.1
+    log_probs = reference.token_log_prob(student, problem.token_ids)
+    assert float(-log_probs.mean()) == pytest.approx(
+        float(reference.entropy(student).mean()), rel=0.2
+    )
+    ratio = (log_probs - problem.old_log_probs).exp()
+    clipped = ((ratio - 1).abs() > 0.2).double().mean()
+    assert 0.03 < clipped < 0.15
+    assert problem.advantages.abs().min() >= 0.5
+    assert 0.4 < (problem.advantages > 0).double().mean() < 0.6
+
+
+def test_a_seed_means_the_same_problem():
+    one, other, third = (make_problem(SHAPES["tiny"], 40, seed=seed) for seed in (1, 1, 2))
+    for name in ("hidden", "weight", "teacher_hidden", "token_ids", "old_log_probs", "advantages"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+        assert not torch.equal(getattr(one, name), getattr(third, name))
+
+
+def test_variants_share_heads_and_own_their_tokens(source):
+    made = variant(source, objective="jsd", num_tokens=100, trainable=False, mask_share=0.5)
+    assert made.objective == "jsd"
+    assert made.weight.data_ptr() == source.weight.data_ptr()
+    assert made.teacher_weight is made.weight
+    assert not made.trainable
+    assert int(made.mask.sum()) == 50
+    assert made.hidden.requires_grad
+    assert made.hidden.is_leaf
+    assert torch.equal(made.hidden, source.hidden[:100])
+    refill_(made, source, torch.full((100,), 7))
+    assert torch.equal(made.hidden[3], source.hidden[7])
+    assert not torch.equal(source.hidden[3], source.hidden[7])
+    apart = make_problem(SHAPES["tiny"], 8, shared_head=False)
+    assert apart.teacher_weight.data_ptr() != apart.weight.data_ptr()
+    assert torch.equal(variant(apart).teacher_weight, apart.weight)
+
+
+def found_errors(source, provider, objective, **choices):
+    """A provider's errors on the copied tokens, and the bound."""
+    problem = variant(source, objective=objective, **choices)
+    truth = find_truth(problem)
+    refill_(problem, source, truth.tokens)
+    loss = provider.build(problem)()
+    loss.backward()
+    return errors(truth, problem, loss.detach()), truth.bound
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_library_is_found_right_and_rounded_logits_within_the_bound(source, objective):
+    ours, bound = found_errors(source, FUSED, objective, mask_share=0.4)
+    assert abs(ours.loss_bias) < 1e-4
+    assert max(ours.dhidden, ours.dweight) < 3e-3
+    assert not ours.beyond(bound)
+    theirs, _ = found_errors(source, EAGER, objective, mask_share=0.4)
+    assert theirs.dhidden > 4 * ours.dhidden
+    assert not theirs.beyond(bound)
+
+
+def test_a_frozen_head_has_no_error_of_its_gradient(source):
+    ours, bound = found_errors(source, FUSED, "reverse_kl", trainable=False)
+    assert ours.dweight is None
+    assert not ours.beyond(bound)
+
+
+def other(objective):
+    """The library with another objective than the problem's."""
+    return stub("other", lambda problem: FUSED.build(replace(problem, objective=objective)))
+
+
+def scaled(factor):
+    return stub("scaled", lambda problem: lambda: factor * FUSED.build(problem)())
+
+
+def unmasked():
+    everything = lambda p: FUSED.build(replace(p, mask=torch.ones_like(p.mask)))  # noqa: E731
+    return stub("unmasked", everything)
+
+
+@pytest.mark.parametrize(
+    "objective, wrong",
+    [
+        ("forward_kl", other("reverse_kl")),
+        ("reverse_kl", other("forward_kl")),
+        ("jsd", other("reverse_kl")),
+        ("topk_tail", other("topk_renormalized")),
+        ("rlsd", other("cross_entropy")),
+        ("grpo", other("token_log_probs")),
+        ("jsd", scaled(0.5)),
+        ("cross_entropy", scaled(1.05)),
+        ("topk_renormalized", unmasked()),
+    ],
+)
+def test_another_loss_is_beyond_the_bound(source, objective, wrong):
+    theirs, bound = found_errors(source, wrong, objective, mask_share=0.4)
+    assert theirs.beyond(bound)
+
+
+def test_a_nan_is_within_no_bound(source):
+    ours, bound = found_errors(source, scaled(float("nan")), "jsd")
+    assert len(ours.beyond(bound)) == 3
+
+
+def test_every_objective_has_its_definition_and_its_products():
+    assert set(DEFINITIONS) == set(OBJECTIVES)
+    u = {o: (products(o, True).u, products(o, False).u) for o in OBJECTIVES}
+    assert u["jsd"] == u["reverse_kl"] == u["topk_tail"] == u["rlsd"] == (4, 3)
+    assert u["cross_entropy"] == u["token_log_probs"] == u["grpo"] == (3, 2)
+    assert u["topk_renormalized"] == (1, 1)
+
+
+def test_the_floor_counts_the_tokens_that_count(source):
+    problem = variant(source, objective="jsd", mask_share=0.5)
+    floor = measure_floor(problem, QUICK)
+    counted = int(problem.mask.sum())
+    assert floor.u == 4
+    assert floor.flop == 4 * 2 * counted * 64 * 1024
+    assert floor.row_bytes == (24 + 2) * counted * 1024
+    assert 0 < floor.milliseconds == min(floor.wide_ms, floor.narrow_ms)
+
+
+def test_peak_memory_is_exact_on_a_cpu():
+    def run():
+        first = torch.empty(1000, 1000)
+        second = torch.empty(2000, 1000)
+        del first
+        third = torch.empty(3000, 1000)
+        del second, third
+
+    assert peak_bytes(run, CPU) == 4 * 5_000_000
+    leaf = torch.randn(300, 500, requires_grad=True)
+
+    def backward():
+        (leaf * 2).sum().backward()
+        leaf.grad = None
+
+    assert leaf.nbytes <= peak_bytes(backward, CPU) < leaf.nbytes + 100  # the gradient, scalars
+
+
+def test_time_is_taken_as_often_as_asked_and_affordable():
+    calls = []
+    times = time_runs(lambda: calls.append(None), CPU, Effort(0.0, 7))
+    assert (times.runs, len(calls)) == (7, 8)
+    assert 0 <= times.p20 <= times.p50 <= times.p80
+    slow = time_runs(lambda: torch.randn(2000, 2000).mean(), CPU, Effort(0.0, 50, 1e-9, 3))
+    assert slow.runs == 3
+    assert [quantile([4.0, 1.0, 2.0, 3.0, 5.0], share) for share in (0.2, 0.5, 1.0)] == [
+        pytest.approx(1.8),
+        3.0,
+        5.0,
+    ]
+
+
+def test_running_out_of_memory_is_told_from_other_errors():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory"))
+    assert not is_out_of_memory(RuntimeError("illegal memory access"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_a_cell_holds_what_came_of_everybody(source):
+    def exhausted(problem):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
+
+    def broken(problem):
+        raise KeyError("a bug of theirs")
+
+    seen = []
+
+    def watched(problem):
+        def loss():
+            seen.append(problem.hidden.detach().clone())
+            return EAGER.build(problem)()
+
+        return loss
+
+    everybody = [
+        FUSED,
+        stub("eager", watched),
+        scaled(2.0),
+        stub("absent", broken, lambda problem: "not installed"),
+        stub("large", exhausted),
+        stub("broken", broken),
+        Provider("elsewhere", None, frozenset({"jsd"}), lambda p: None, broken, False, ""),
+    ]
+    problem = variant(source, objective="reverse_kl", mask_share=0.5)
+    cell = measure_cell(problem, source, everybody, QUICK)
+    assert {row.provider: row.status for row in cell.rows} == {
+        "fused_sd": "ok",
+        "eager": "ok",
+        "scaled": "wrong",
+        "absent": "unavailable",
+        "large": "out of memory",
+        "broken": "failed",
+    }
+    by_name = {row.provider: row for row in cell.rows}
+    assert "loss is off by 100.0%" in by_name["scaled"].reason
+    assert by_name["scaled"].times is None
+    assert by_name["large"].reason.endswith("9 GiB")
+    assert by_name["broken"].reason == "KeyError: 'a bug of theirs'"
+    assert by_name["eager"].peak_bytes > 4 * cell.counted * cell.vocab
+    # copies of 64 tokens are checked; the tokens themselves are warmed up, timed and weighed
+    assert len(seen) == 1 + 1 + QUICK.runs + 1
+    assert len(seen[0][problem.mask].unique(dim=0)) == 64
+    assert all(torch.equal(hidden, source.hidden) for hidden in seen[1:])
+    assert problem.weight.grad is None
+    plain = json.loads(json.dumps(cell.as_json()))
+    assert plain["rows"][0]["ratio_to_floor"] == pytest.approx(
+        by_name["fused_sd"].times.p50 / cell.floor.milliseconds
+    )
+    assert plain["rows"][0]["tflops"] > 0
+    assert plain["rows"][2]["ratio_to_floor"] is None
+    text = "\n".join(report_lines(cell))
+    for name in by_name:
+        assert name in text
+    assert all(len(line) <= 200 for line in text.splitlines())
+
+
+def test_providers_run_in_a_random_order_and_are_listed_in_theirs(source, monkeypatch):
+    ran = []
+    monkeypatch.setattr(cells, "_measure", lambda row, provider, *rest: ran.append(provider.name))
+    everybody = [stub(str(number), FUSED.build) for number in range(6)]
+    for seed in (0, 1):
+        cell = measure_cell(variant(source), source, everybody, QUICK, seed=seed)
+        assert [row.provider for row in cell.rows] == list("012345")
+    assert ran[:6] != ran[6:]
+    assert sorted(ran[:6]) == list("012345")
+
+
+def made_cell(**others) -> Cell:
+    """A cell with our 10 ms and 100 MiB, and others' times and memory."""
+    measured = {"fused_sd": (10.0, 100.0), **others}
+    rows = [
+        Row(name, None, "", "ok", times=Times(ms, ms, ms, 20), peak_bytes=int(mib * 2**20))
+        for name, (ms, mib) in measured.items()
+    ]
+    floor = Floor(4, 9.0, 8.0, 10**10, 10**6)
+    return Cell("jsd", 64, 1024, 10, 10, "bfloat16", True, True, floor, 0.2, rows)
+
+
+def test_the_verdict_says_where_the_library_loses():
+    cell = made_cell(slow=(18.0, 1200.0), quick=(5.0, 50.0), same=(10.1, 99.0))
+    assert verdict_lines(cell) == [
+        "fused_sd is 1.8 x faster than slow, with 1/12 of the memory",
+        "fused_sd is 2 x SLOWER than quick, with 2 x MORE memory",
+        "fused_sd is as fast as same, with the same memory",
+    ]
+    first = table_lines(cell)[1]
+    assert first.startswith("quick")
+    assert "0.62" in first
+    absent = replace(cell, rows=[Row("fused_sd", None, "", "wrong", "dH is off by 50.0%")])
+    assert verdict_lines(absent) == ["fused_sd was not measured: dH is off by 50.0%"]
+
+
+TINY = ["bench", "--device", "cpu", "--tokens", "24", "--hidden", "16", "--vocab", "256"]
+
+
+def test_the_command_measures_the_users_shape(capsys, monkeypatch):
+    monkeypatch.setattr(command, "PROVIDERS", (FUSED, EAGER))
+    assert main([*TINY, "--objective", "grpo", "--runs", "2", "--frozen", "--mask", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "grpo: 24 tokens (12 count) x 16 x 256, float32, head frozen; floor 2u" in out
+    assert "fused_sd is" in out
+    assert main([*TINY, "--objectives", "all", "--runs", "1", "--json", "--dtype", "bf16"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [cell["objective"] for cell in found["cells"]] == list(OBJECTIVES)
+    assert found["cells"][0]["rows"][0]["times"]["runs"] == 1
+    assert found["environment"]["torch"] == torch.__version__
+
+
+def test_the_command_fails_where_this_library_is_wrong(capsys, monkeypatch):
+    wrong = scaled(2.0)._replace(name="fused_sd")
+    monkeypatch.setattr(command, "PROVIDERS", (wrong, EAGER))
+    assert main([*TINY, "--objectives", "jsd", "--runs", "1"]) == 1
+    assert "fused_sd was not measured: loss is off by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--objectives", "kl"], "--objectives must be one of 'all', 'forward_kl'"),
+        (["--model", "gpt-2"], "--model must be one of"),
+        (["--model", "qwen3-8b"], "--model must come without --hidden and --vocab"),
+        (["--tokens", "1"], "--tokens must be at least 2, got 1"),
+        (["--vocab", "64"], "--vocab must be at least 128, got 64"),
+        (["--runs", "0"], "--runs must be at least 1, got 0"),
+        (["--mask", "1.0"], "--mask must leave a token that counts, got 1.0"),
+        (["--kl", "3"], "--kl must lie in [1e-4, 1], got 3.0"),
+        (["--dtype", "fp16"], "--dtype must be one of 'bf16', 'fp32', got 'fp16'"),
+        (["--device", "tpu"], "--device must be one of"),
+    ],
+)
+def test_wrong_use_says_what_to_do(capsys, arguments, says):
+    assert main([*TINY, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert says in printed.err
+    assert not printed.out
+    assert ";" in printed.err
+
+
+def test_operands_that_do_not_fit_are_said(capsys, monkeypatch):
+    def exhausted(*arguments, **choices):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+    monkeypatch.setattr(command, "make_problem", exhausted)
+    assert main(TINY) == 2
+    assert "pass fewer tokens or a smaller model" in capsys.readouterr().err
