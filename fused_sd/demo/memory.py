@@ -77,7 +77,7 @@ def measure(kind: TrainerKind, directory: Path, device: str) -> StepMemory:
     _one_step(trainer, random_batch(model.config.vocab_size, device, completion_length=4))
     batch = random_batch(model.config.vocab_size, device, COMPLETION_LENGTH)
 
-    with _Peak(device) as peak:
+    with Peak(device) as peak:
         started = time.perf_counter()
         loss = _one_step(trainer, batch)
         seconds = time.perf_counter() - started
@@ -119,42 +119,65 @@ def _one_step(trainer: Any, batch: dict[str, Any]) -> float:
     return loss.item()
 
 
-class _Peak:
-    """The highest memory seen inside the ``with``, in MiB above the memory at its start."""
+class Peak:
+    """The highest memory held between ``start`` and ``stop``, or inside a ``with``.
+
+    On a GPU it is what PyTorch's allocator has handed out, on the CPU the process's resident
+    memory.
+
+    Attributes:
+        start_bytes: held at the start.
+        highest_bytes: the most that was held at once.
+    """
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.mib = 0.0
+        self.start_bytes = self.highest_bytes = 0
 
-    def __enter__(self) -> "_Peak":
+    @property
+    def mib(self) -> float:
+        """Above what was held at the start."""
+        return (self.highest_bytes - self.start_bytes) / 2**20
+
+    def held_now(self) -> int:
         if self.device == "cpu":
-            self._start = self._highest = resident_bytes()
-            self._done = threading.Event()
-            # sampled, since the system's own record cannot be reset to forget the loading
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
-        else:
+            return resident_bytes()
+        import torch
+
+        return torch.cuda.memory_allocated()
+
+    def start(self) -> "Peak":
+        if self.device != "cpu":
             import torch
 
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            self._start = torch.cuda.memory_allocated()
+        self.start_bytes = self.highest_bytes = self.held_now()
+        if self.device == "cpu":
+            self._done = threading.Event()
+            # sampled, since the system's own record cannot be reset to forget the loading
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
         if self.device == "cpu":
             self._done.set()
             self._thread.join()
-        else:
-            import torch
+            return
+        import torch
 
-            torch.cuda.synchronize()
-            self._highest = torch.cuda.max_memory_allocated()
-        self.mib = (self._highest - self._start) / 2**20
+        torch.cuda.synchronize()
+        self.highest_bytes = torch.cuda.max_memory_allocated()
+
+    __enter__ = start
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def _watch(self) -> None:
         while not self._done.wait(0.005):
-            self._highest = max(self._highest, resident_bytes())
+            self.highest_bytes = max(self.highest_bytes, self.held_now())
 
 
 def resident_bytes() -> int:
