@@ -261,7 +261,12 @@ def test_the_plan_keeps_what_is_known_and_puts_the_important_pair_first():
     ]
     known["small/fused-topk"]["longest"]["complete"] = True
     assert len(plan.jobs(["tiny", "small"], ["trl-topk", "fused-topk"], searched, known)) == 2
-    assert list(PROVIDERS)[:2] == ["trl-topk", "fused-topk"]
+    everything = plan.jobs(["tiny", "small"], list(PROVIDERS), SETTINGS, {})
+    assert [job.name for job in everything[:5]] == [
+        *("tiny/trl-topk", "tiny/fused-topk", "small/trl-topk", "small/fused-topk"),
+        "tiny/trl-full",
+    ]
+    assert len({job.name for job in everything}) == 2 * len(PROVIDERS)
     assert plan.Job.from_json(planned[2].to_json()) == planned[2]
 
 
@@ -309,8 +314,8 @@ def test_a_process_that_fails_and_one_without_budget_are_said(tmp_path, capsys, 
     assert lane["failed"] == "exit status 1: nothing was said"
     command.main([*arguments, "--providers", "trl-topk", "--budget-seconds", "1"])
     lane = json.loads((tmp_path / "step.json").read_text())["lanes"]["tiny/trl-topk"]
-    assert "of the budget were left" in lane["left_out"]
-    assert "(left_out: " in capsys.readouterr().out
+    assert lane["left_out"] == "the time was up"
+    assert "(left out: the time was up)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.budget_seconds is not None:
             left = chosen.budget_seconds - (time.perf_counter() - started)
             if left < least_seconds(job):
-                results.add(job.name, {"left_out": f"{left:.0f} s of the budget were left"})
+                results.add(job.name, {"left_out": "the time was up"})
                 continue
         print(f"{job.name}: about {job_seconds(job):.0f} s", flush=True)
         process.run(job.within(left), partial(results.add, job.name))

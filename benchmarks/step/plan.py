@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks.step import batch
+from benchmarks.step.providers import PROVIDERS
 from benchmarks.step.sizes import SIZES, Size
 
 # rough, for planning alone: what bf16 training reaches on a large GPU, and one CPU core
@@ -79,24 +80,35 @@ class Job:
 def jobs(
     models: Sequence[str], providers: Sequence[str], settings: Settings, known: dict[str, Any]
 ) -> list[Job]:
-    """What is not in ``known``, the lanes of an earlier run; providers outside, models inside."""
-    planned = []
-    for provider in providers:
-        for model in models:
-            lane = known.get(f"{model}/{provider}", {})
-            cells = lane.get("cells", {})
-            missing = tuple(n for n in settings.lengths if str(n) not in cells)
-            searched = not settings.longest_cap or lane.get("longest", {}).get("complete", False)
-            if "wrong" in lane or (searched and not missing):
-                continue
-            by_outcome = {
-                outcome: [cell["tokens"] for cell in cells.values() if cell["outcome"] == outcome]
-                for outcome in ("measured", "out of memory")
-            }
-            fits = max(by_outcome["measured"], default=0)
-            fails = min(by_outcome["out of memory"], default=None)
-            planned.append(Job(model, provider, settings, missing, fits, fails))
-    return planned
+    """What is not in ``known``, the lanes of an earlier run.
+
+    Objective by objective, model by model: whom we compare comes one after the other.
+    """
+    objectives = dict.fromkeys(PROVIDERS[name].objective for name in providers)
+    planned = [
+        _job(model, name, settings, known.get(f"{model}/{name}", {}))
+        for objective in objectives
+        for model in models
+        for name in providers
+        if PROVIDERS[name].objective == objective
+    ]
+    return [job for job in planned if job is not None]
+
+
+def _job(model: str, provider: str, settings: Settings, lane: dict[str, Any]) -> Job | None:
+    """What is left of a lane; None: nothing."""
+    cells = lane.get("cells", {})
+    missing = tuple(n for n in settings.lengths if str(n) not in cells)
+    searched = not settings.longest_cap or lane.get("longest", {}).get("complete", False)
+    if "wrong" in lane or (searched and not missing):
+        return None
+    by_outcome = {
+        outcome: [cell["tokens"] for cell in cells.values() if cell["outcome"] == outcome]
+        for outcome in ("measured", "out of memory")
+    }
+    fits = max(by_outcome["measured"], default=0)
+    fails = min(by_outcome["out of memory"], default=None)
+    return Job(model, provider, settings, missing, fits, fails)
 
 
 def step_seconds(size: Size, num_tokens: int, settings: Settings) -> float:

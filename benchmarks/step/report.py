@@ -89,9 +89,8 @@ def _measured(cell: dict[str, Any] | None) -> bool:
 
 
 def _row(title: str, lane: dict[str, Any], lengths: list[str]) -> list[str]:
-    reason = next(
-        (f"{key}: {lane[key]}" for key in ("wrong", "failed", "left_out") if key in lane), ""
-    )
+    outcomes = [key for key in ("wrong", "failed", "left_out") if key in lane]
+    reason = "".join(f" ({key.replace('_', ' ')}: {lane[key]})" for key in outcomes)
     cells = [_cell(lane["cells"].get(length)) for length in lengths]
     found = lane.get("agreement")
     errors = (
@@ -99,7 +98,7 @@ def _row(title: str, lane: dict[str, Any], lengths: list[str]) -> list[str]:
         if found is None
         else [f"{found[f'{of}_error']:.1e}" for of in ("loss", "gradient")]
     )
-    return [f"{title}{f' ({reason})' if reason else ''}", *cells, _longest(lane), *errors]
+    return [title + reason, *cells, _longest(lane), *errors]
 
 
 def _cell(cell: dict[str, Any] | None) -> str:
@@ -124,8 +123,8 @@ def _explanation(settings: dict[str, Any]) -> str:
     limit = settings["memory_limit"]
     memory = "" if limit is None else f"  A step may hold {limit / GIB:.2f} GiB at most."
     return (
-        f"The trainers' own `train()` on {settings['device']}, {settings['dtype']} "
-        "random weights, AdamW, activation checkpointing, sdpa attention, responses of up to "
+        f"The trainers' own `train()` on {settings['device']}, {settings['dtype']} random weights "
+        "and AdamW states, activation checkpointing, sdpa attention, responses of up to "
         f"{settings['row_tokens']:,} tokens in one batch.  The teacher is the student after 512 "
         f"tokens of feedback.  Median of {settings['steps']} steps (20th to 80th percentile) and "
         "the most memory held at once, weights and optimiser included; the longest batch, in "

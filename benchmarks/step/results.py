@@ -66,7 +66,7 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(self.folder / RESULTS, json.dumps(self.document, indent=1) + "\n")
         _write(self.folder / TABLES, markdown(self.document))
-        print(f"  {json.dumps(finding)}", flush=True)
+        print(f"  {name} {json.dumps(finding)}", flush=True)
 
 
 def _differing(kept: dict[str, Any], new: dict[str, Any]) -> list[str]:
