@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fused_sd.backend import Rows
-from fused_sd.chunking import gradient_view
 from fused_sd.heads import Shaping
 
 
@@ -19,11 +18,17 @@ class Chunk(NamedTuple):
 
     student: Tensor  # (C, W) logits in fp32 or fp64, -inf behind the vocabulary; may be overwritten
     teacher: Tensor | None  # (C, W), as student
+    columns: int  # that hold an entry of either vocabulary
     inputs: list[Tensor]  # per-token inputs, each (C, ...)
     upstream: Tensor | None  # (C, J) or (C, 1); None where no gradient is wanted
+    dlogits: Tensor | None  # (C, W) for the gradient; may be the student's memory
     shaping: Shaping  # of the student's logits
-    gradient_dtype: torch.dtype
     rows: Rows  # the row functions of the backend
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """The logits (C, columns) of both sides, without the padding behind both vocabularies."""
+        assert self.teacher is not None
+        return self.student[:, : self.columns], self.teacher[:, : self.columns]
 
     def write_gradient_(
         self,
@@ -33,27 +38,32 @@ class Chunk(NamedTuple):
         columns: Tensor,  # (C, K)
         logits: Tensor,  # (C, K) at the columns
         values: Tensor,  # (C, K) gradient by the logits there
-    ) -> Tensor:
-        """A softmax gradient over whole rows of logits, and entries' own values over it: (C, W).
+    ) -> None:
+        """A softmax gradient over whole rows of logits, and entries' own values over it.
 
         The entries are set and not added, so that each is rounded once.
         """
-        cap, dtype = self.shaping.cap, self.gradient_dtype
+        cap, dlogits = self.shaping.cap, self.dlogits
+        assert dlogits is not None
         if background is None:
-            dlogits = gradient_view(self.student, dtype).zero_()
+            dlogits.zero_()
         else:
             fill = self.rows.softmax_gradient_
-            dlogits = fill(self.student, background, constant, slope, cap, dtype)
+            fill(self.student, background, constant, slope, cap, dlogits)
         if cap is not None:
             values = torch.where(values == 0, 0, values * (1 - (logits / cap).square()))
-        return dlogits.scatter_(1, columns, values.to(dtype))
+        dlogits.scatter_(1, columns, values.to(dlogits.dtype))
 
 
 class RowFunction(Protocol):
     """What is done to a chunk of logits."""
 
-    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """Values (C, J), extras (C, ...), and the gradient by the product (C, W) where wanted."""
+    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
+        """Values (C, J) and extras (C, ...); where wanted, the gradient by the product is written.
+
+        It is that of ``sum(upstream * values)``, and goes to the first V columns of
+        ``chunk.dlogits``.
+        """
 
     def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
         """Of each extra: whether it holds token ids, and its shape behind the token axis."""

@@ -1,19 +1,52 @@
-"""How many tokens are walked at a time.
+"""How many tokens are walked at a time, and the memory that takes.
 
-Dimension key:  C tokens in a chunk, V vocabulary
+A *chunk* is the tokens whose logits are held; a *group* is the chunks whose gradients are held
+until two GEMMs carry them on to the hidden states and the head.  Groups are longer than chunks
+because each adds its part to the head's gradient by reading and writing all of it: on an H200 at
+512 tokens that traffic takes about as long as the GEMM itself, at 2048 a quarter of it.
+
+Dimension key:  C tokens in a chunk, G tokens in a group, W columns of a chunk's logits
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-# bytes of logits in flight: on a GPU large enough that the GEMMs run at full rate and the head's
-# gradient is accumulated rarely, on a CPU small enough to stay near the caches
+# bytes of logits and their gradients in flight: on a GPU large enough that the GEMMs run at full
+# rate, on a CPU small beside the logits of any batch worth chunking
 GPU_BUDGET = 5 * 2**28
-CPU_BUDGET = 2**26
+CPU_BUDGET = 3 * 2**26
+SHARE_OF_FREE = 0.8  # of a GPU's free memory, where that is less
 MAX_CHUNK = 4096
+CHUNKS_IN_GROUP = 4
 ALIGNMENT = 16  # columns, so that every row of logits starts at an aligned address
+
+
+class WalkSize(NamedTuple):
+    """What decides the memory of a walk's workspaces."""
+
+    vocab: int  # the larger of the two sides'
+    sides: int  # 2 with a teacher's hidden states, else 1
+    logit_bytes: int  # of one logit: 4, or 8 for float64 operands
+    operand_bytes: int  # of one element of the GEMMs' operands, in which gradients are kept
+    forming: bool  # whether gradients are formed
+
+    @property
+    def width(self) -> int:
+        return workspace_width(self.vocab)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a gradient takes the place of its logit: where it is as wide."""
+        return self.forming and self.operand_bytes == self.logit_bytes
+
+
+class Layout(NamedTuple):
+    """Tokens in a chunk and in a group."""
+
+    chunk: int
+    group: int
 
 
 def workspace_width(vocab: int) -> int:
@@ -21,23 +54,46 @@ def workspace_width(vocab: int) -> int:
     return (vocab // ALIGNMENT + 1) * ALIGNMENT
 
 
-def chunk_size_for(width: int, device: torch.device, sides: int) -> int:
-    """Tokens in a chunk whose fp32 logits, on all sides together, fit the budget."""
-    budget = CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
-    size = budget // (4 * width * sides)
-    step = 1 if size < 128 else 128
-    return min(MAX_CHUNK, max(1, size // step * step))
+def workspace_bytes(size: WalkSize, layout: Layout) -> int:
+    """Bytes of logits and their gradients that a walk holds."""
+    if size.in_place:
+        columns = size.logit_bytes * (layout.group + (size.sides - 1) * layout.chunk)
+    else:
+        gradients = size.operand_bytes * layout.group if size.forming else 0
+        columns = size.logit_bytes * size.sides * layout.chunk + gradients
+    return size.width * columns
 
 
-def chunk_rows(num_tokens: int, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` tokens that cover them all."""
-    for start in range(0, num_tokens, size):
-        yield slice(start, min(start + size, num_tokens))
+def choose_layout(
+    size: WalkSize, num_tokens: int, budget: int, chunk_size: int | None = None
+) -> Layout:
+    """The largest chunk and group within a budget of bytes, or those of a given chunk."""
+    if chunk_size is None:
+        each = workspace_bytes(size, Layout(1, CHUNKS_IN_GROUP))
+        chunk_size = min(MAX_CHUNK, max(1, budget // each))
+        if chunk_size >= 128:
+            chunk_size -= chunk_size % 128  # whole tiles of the GEMMs
+    num_tokens = max(1, num_tokens)
+    chunk = min(chunk_size, num_tokens)
+    return Layout(chunk, min(CHUNKS_IN_GROUP * chunk, num_tokens))
 
 
-def gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The memory of a chunk's logits (C, W) as a matrix (C, W) of a dtype no wider than theirs.
+def budget_on(device: torch.device) -> int:
+    """Bytes that a walk's workspaces may take on a device, with what is free there at this time."""
+    if device.type != "cuda":
+        return CPU_BUDGET
+    if torch.cuda.is_current_stream_capturing():
+        return GPU_BUDGET
+    return min(GPU_BUDGET, int(SHARE_OF_FREE * free_bytes(device)))
 
-    Row by row: a narrower row lies in the first bytes of the logits' own row.
-    """
-    return logits.view(dtype)[:, : logits.shape[1]]
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on a GPU: the driver's and those PyTorch holds unused."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``size`` tokens that cover ``start`` to ``stop``."""
+    for at in range(start, stop, size):
+        yield slice(at, min(at + size, stop))

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_sd import specs
 from fused_sd.chunk import Chunk, RowFunction
 from fused_sd.divergence import DivergenceTerm
-from fused_sd.rows import SUMMARY
+from fused_sd.rows import SUMMARY, Normalizers
 from fused_sd.support import (
     Buckets,
     bucket_terms,
@@ -64,51 +64,68 @@ class DivergenceRows(NamedTuple):
     def replay(self, extras: list[Tensor]) -> tuple[RowFunction, list[Tensor]]:
         return self, []
 
-    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
         inputs = dict(zip(self.input_names, chunk.inputs, strict=True))
         metrics: dict[str, Tensor] = {}
         token_ids = inputs.get("token_ids")
         sampled = None if token_ids is None else chunk.student.gather(1, token_ids[:, None])[:, 0]
-        self._observe(chunk, token_ids, metrics)
-        row = _FullRow(self, chunk) if self.support == "full" else _BucketRow(self, chunk, inputs)
-        row.observe(metrics)
+        normalizers = self._observe(chunk, token_ids, metrics)
+        row: _FullRow | _BucketRow
+        if self.support == "full":
+            row = _FullRow(self, chunk, normalizers)
+        else:
+            row = _BucketRow(self, chunk, inputs)
 
-        loss, open_token = self._token_clip(row.loss)
-        metrics["token_clip_fraction"] = 1 - open_token
-        ratio = torch.ones_like(loss)
+        ratio: Tensor | None = None
         if self.importance_cap is not None and sampled is not None:
             log_prob = sampled - row.student_normalizer()
             ratio, capped = capped_ratio(log_prob, inputs["old_log_probs"], self.importance_cap)
             metrics["importance_ratio"], metrics["importance_cap_fraction"] = ratio, capped
-        dlogits = None
+        upstream = None
         if chunk.upstream is not None:
-            factor = chunk.shaping.factor
-            dlogits = row.gradient_(chunk.upstream[:, 0] * ratio * open_token * factor)
-        return (ratio * loss)[:, None], [loss, *(metrics[name] for name in self.metrics)], dlogits
+            upstream = chunk.upstream[:, 0] * chunk.shaping.factor
+            upstream = upstream if ratio is None else upstream * ratio
+        loss, is_open = row.loss_and_gradient_(upstream, metrics)
+        metrics["token_clip_fraction"] = 1 - is_open
+        values = loss if ratio is None else ratio * loss
+        return values[:, None], [loss, *(metrics[name] for name in self.metrics)]
 
-    def _token_clip(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+    def clip_tokens(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """The clipped loss, and 1 where it follows the logits."""
         if self.token_clip is None:
             return loss, torch.ones_like(loss)
         clipped = loss.clamp(*self.token_clip)
         return clipped, (clipped == loss).to(loss)
 
-    def _observe(self, chunk: Chunk, token_ids: Tensor | None, metrics: dict[str, Tensor]) -> None:
-        """Metrics of whole rows, taken before any entry is masked or overwritten."""
-        wanted = set(self.metrics)
-        for name, logits in (("student", chunk.student), ("teacher", chunk.teacher)):
-            if f"{name}_log_prob" in wanted and logits is not None and token_ids is not None:
-                label = logits.gather(1, token_ids[:, None])[:, 0]
-                metrics[f"{name}_log_prob"] = label - chunk.rows.log_normalizer(logits)
+    def _observe(
+        self, chunk: Chunk, token_ids: Tensor | None, metrics: dict[str, Tensor]
+    ) -> Normalizers | None:
+        """Metrics of whole rows, taken before any entry is masked or overwritten.
+
+        Returns:
+            Both sides' normalisers, where the metrics or the full vocabulary need them.
+        """
+        wanted, rows, normalizers = set(self.metrics), chunk.rows, None
+        named = wanted.intersection(SUMMARY)
+        label_sides = [side for side in ("student", "teacher") if f"{side}_log_prob" in wanted]
+        lse: dict[str, Tensor] = {}
         if chunk.teacher is None:
             if "student_entropy" in wanted:
-                lse = chunk.rows.log_normalizer(chunk.student)
-                metrics["student_entropy"] = chunk.rows.entropy(chunk.student, lse)
-            return
-        named = wanted.intersection(SUMMARY)
+                lse["student"], metrics["student_entropy"] = rows.moments(chunk.student)
+            elif label_sides:
+                lse["student"] = rows.log_normalizer(chunk.student)
+        elif named or label_sides or self.support == "full":
+            normalizers = rows.normalizers(*chunk.sides())
+            lse = {"student": normalizers.student, "teacher": normalizers.teacher}
+        for side in label_sides:
+            logits = chunk.student if side == "student" else chunk.teacher
+            if logits is not None and token_ids is not None:
+                label = logits.gather(1, token_ids[:, None])[:, 0]
+                metrics[f"{side}_log_prob"] = label - lse[side]
+        if chunk.teacher is None:
+            return None
         if named:
-            lse = [chunk.rows.log_normalizer(side) for side in (chunk.student, chunk.teacher)]
-            metrics |= chunk.rows.summary(chunk.student, chunk.teacher, *lse, named)
+            metrics |= rows.summary(*chunk.sides(), normalizers, named)
         if "top1_agreement" in wanted:
             agree = chunk.student.argmax(-1) == chunk.teacher.argmax(-1)
             metrics["top1_agreement"] = agree.to(chunk.student)
@@ -118,29 +135,39 @@ class DivergenceRows(NamedTuple):
                 for side in (chunk.student, chunk.teacher)
             ]
             metrics["topk_overlap"] = overlap(*chosen).to(chunk.student)
+        return normalizers
 
 
 class _FullRow:
     """Every entry of the vocabulary is compared."""
 
-    def __init__(self, settings: DivergenceRows, chunk: Chunk) -> None:
-        assert chunk.teacher is not None
-        self.settings, self.chunk = settings, chunk
-        normalizers = [chunk.rows.log_normalizer(side) for side in (chunk.student, chunk.teacher)]
-        self.pair = (chunk.student, chunk.teacher, *normalizers, settings.term, settings.entry_clip)
-        self.loss, self.total, self.clipped = chunk.rows.divergence(*self.pair)
-
-    def observe(self, metrics: dict[str, Tensor]) -> None:
-        num_entries = (self.chunk.student > -torch.inf).sum(-1) if self.settings.entry_clip else 1
-        metrics["entry_clip_fraction"] = self.clipped / num_entries
+    def __init__(
+        self, settings: DivergenceRows, chunk: Chunk, normalizers: Normalizers | None
+    ) -> None:
+        assert normalizers is not None
+        self.settings, self.chunk, self.normalizers = settings, chunk, normalizers
+        self.num_entries: Tensor | int = 1
+        if "entry_clip_fraction" in settings.metrics:
+            self.num_entries = (chunk.student > -torch.inf).sum(-1)
 
     def student_normalizer(self) -> Tensor:
-        return self.pair[2]
+        return self.normalizers.student
 
-    def gradient_(self, upstream: Tensor) -> Tensor:
-        cap, dtype = self.chunk.shaping.cap, self.chunk.gradient_dtype
-        gradient = self.chunk.rows.divergence_gradient_
-        return gradient(*self.pair, self.total, upstream, cap, dtype)
+    def loss_and_gradient_(
+        self, upstream: Tensor | None, metrics: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The token's loss and whether it is open; with ``upstream``, the gradient is written."""
+        chunk, settings = self.chunk, self.settings
+        term, clip, cap = settings.term, settings.entry_clip, chunk.shaping.cap
+        compare = chunk.rows.divergence_
+        given = *chunk.sides(), self.normalizers, term, clip
+        at_once = settings.token_clip is None  # else the loss decides whether there is a gradient
+        loss, clipped = compare(*given, upstream if at_once else None, cap, chunk.dlogits)
+        metrics["entry_clip_fraction"] = clipped / self.num_entries
+        loss, is_open = settings.clip_tokens(loss)
+        if upstream is not None and not at_once:
+            compare(*given, upstream * is_open, cap, chunk.dlogits)
+        return loss, is_open
 
 
 class _BucketRow:
@@ -152,10 +179,9 @@ class _BucketRow:
         self.lse: Tensor | None = None  # of the student's row, where the remainder needs it
         self.buckets = self._buckets()
         remainder, clip = settings.remainder, settings.entry_clip
-        value, self.dlog_s, self.clipped = bucket_terms(
+        self.terms, self.dlog_s, self.clipped = bucket_terms(
             self.buckets, settings.term, remainder, clip
         )
-        self.loss = value.sum(-1)
 
     def _entries(self, inputs: dict[str, Tensor]) -> _Entries:
         """Choose the entries and gather both sides' logits there."""
@@ -231,10 +257,10 @@ class _BucketRow:
             self.lse = self.chunk.rows.log_normalizer(self.chunk.student)
         return self.lse
 
-    def observe(self, metrics: dict[str, Tensor]) -> None:
+    def _observe(self, metrics: dict[str, Tensor]) -> None:
         wanted = set(self.settings.metrics)
         num_entries = self.clipped.shape[-1]
-        metrics["entry_clip_fraction"] = self.clipped.sum(-1).to(self.loss) / num_entries
+        metrics["entry_clip_fraction"] = self.clipped.sum(-1).to(self.terms) / num_entries
         if not wanted.intersection(SUPPORT_METRICS):
             return
         teacher_lse: Tensor | float = 0.0
@@ -255,7 +281,17 @@ class _BucketRow:
         masked = self.settings.remainder == "tail" and self.settings.tail_floor is None
         return torch.logaddexp(rest, entries.logsumexp(-1)) if masked else rest
 
-    def gradient_(self, upstream: Tensor) -> Tensor:
+    def loss_and_gradient_(
+        self, upstream: Tensor | None, metrics: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The token's loss and whether it is open; with ``upstream``, the gradient is written."""
+        self._observe(metrics)
+        loss, is_open = self.settings.clip_tokens(self.terms.sum(-1))
+        if upstream is not None:
+            self._write_gradient_(upstream * is_open)
+        return loss, is_open
+
+    def _write_gradient_(self, upstream: Tensor) -> None:
         """A constant times a softmax outside the entries, and the entries written over it."""
         floor, k = self.settings.tail_floor, self.entries.ids.shape[-1]
         dlog_s, log_s = self.dlog_s, self.buckets.log_s
@@ -270,6 +306,6 @@ class _BucketRow:
         if self.entries.active is not None:
             inside = inside.masked_fill(~self.entries.active, 0)
         columns = self._columns(self.chunk.student)
-        return self.chunk.write_gradient_(
+        self.chunk.write_gradient_(
             self.buckets.background, outside, None, columns, self.entries.student, inside
         )

@@ -94,31 +94,53 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class Projection:
     """One side's hidden states and head inside the chunk loop.
 
-    16-bit operands meet in the GPU's own mixed GEMM; elsewhere they are widened first.
+    16-bit operands meet in the GPU's own mixed GEMM; elsewhere they are widened first, a head that
+    both sides share once.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, shaping: Shaping
+        self,
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        shaping: Shaping,
+        other: "Projection | None" = None,
     ) -> None:
         wide = accumulation_dtype(hidden.dtype)
-        self.dtype = hidden.dtype if hidden.is_cuda else wide
-        self.hidden = hidden  # (N, D)
-        self.weight = weight.to(self.dtype)  # (V, D)
+        self.dtype = operand_dtype(hidden)
+        self.hidden, self.given, self.shaping = hidden, weight, shaping
+        self.weight: Tensor
+        if other is not None and self._has_head_of(other):
+            self.weight = other.weight
+        else:
+            self.weight = weight.to(self.dtype)
         self.bias = None if bias is None else bias.to(wide)
-        self.shaping = shaping
 
     @property
     def vocab(self) -> int:
         return self.weight.shape[0]
+
+    def _has_head_of(self, other: "Projection") -> bool:
+        mine, theirs = self.given, other.given
+        return (
+            mine.data_ptr() == theirs.data_ptr()
+            and mine.shape == theirs.shape
+            and mine.stride() == theirs.stride()
+            and self.dtype == other.dtype
+        )
 
     def chunk(self, rows: slice) -> Tensor:
         """Hidden states of a chunk: (C, D)."""
         return self.hidden[rows].to(self.dtype)
 
     def logits(self, rows: slice, out: Tensor) -> Tensor:
-        """Write the chunk's logits into ``out`` (C, >= V); what lies behind them becomes -inf."""
+        """Write the chunk's logits into ``out`` (C, >= V)."""
+        matmul(self.chunk(rows), self.weight.t(), out[:, : self.vocab])
+        return self.finish_(out)
+
+    def finish_(self, out: Tensor) -> Tensor:
+        """Products (C, >= V) become logits; what lies behind them becomes -inf."""
         logits, (factor, cap) = out[:, : self.vocab], self.shaping
-        matmul(self.chunk(rows), self.weight.t(), logits)
         if self.bias is not None:
             logits += self.bias
         if cap is not None:
@@ -127,6 +149,11 @@ class Projection:
             logits *= factor
         out[:, self.vocab :] = -torch.inf
         return out
+
+
+def operand_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype in which the GEMMs take their operands, and gradients of logits are kept."""
+    return hidden.dtype if hidden.is_cuda else accumulation_dtype(hidden.dtype)
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:

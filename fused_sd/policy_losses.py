@@ -66,7 +66,8 @@ def policy_loss(
         kl_estimator: ``"k1"`` as ``sg(d) log_prob``, ``"k2"`` or ``"k3"`` of d = log_prob -
             reference.  The gradients of k1 and k2 are in expectation that of KL(policy||reference),
             k3's that of KL(reference||policy).
-        token_weights: mask and normaliser; a token of weight 0 contributes exactly 0.
+        token_weights: mask and normaliser; a token of weight 0 contributes exactly 0, and so does,
+            where no metrics are asked for, one of advantage 0 without a KL: neither is computed.
         temperature: divides the policy's logits, and the teacher's unless
         teacher_temperature: is given.
         metrics: of "log_prob", "teacher_log_prob", "evidence" (delta), "evidence_weight",

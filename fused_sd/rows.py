@@ -1,110 +1,147 @@
 """Row functions in PyTorch: what is done to a chunk of logits between the GEMMs.
 
-The twin of ``kernels/rows.py``: same names, same arguments, same results.  Rows are (C, V) logits
-in fp32 or fp64; a column of -inf has no mass.  A trailing underscore says that the logits are
-spent.
+The twin of ``kernels/rows.py``: same names, same arguments, same results.  Rows are (C, W) logits
+in fp32 or fp64; a column of -inf has no mass.  A trailing underscore says that the gradient may
+take the place of the logits.
 
-Dimension key:  C rows in a chunk, V vocabulary (with padding columns of -inf), K support size
-Symbols:        lse_s, lse_t log-sum-exp of the student's and the teacher's rows
+A CPU visits a few rows at a time and reuses the memory of what it makes of them, so that all of it
+stays in the caches; nothing here selects by a mask, which costs as much as ten multiplications.
+
+Dimension key:  C rows in a chunk, R rows visited at a time, W columns
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_sd.chunking import gradient_view
+from fused_sd.chunking import slices
 from fused_sd.divergence import DivergenceTerm
+from fused_sd.near import FORMS, Block, clip_
 from fused_sd.support import BLOCK
 
+VISITED = 2**19  # logits at a time: smaller visits lose more to threads that wait for each other
+FLOOR = -1e4  # a log-probability whose probability is 0, and whose products are too
 # both KLs, the JSD with its beta, and both entropies, over the full vocabulary
 SUMMARY_PARAMETERS = {"forward_kl": 0.0, "reverse_kl": 0.0, "jsd": 0.5}
 SUMMARY = (*SUMMARY_PARAMETERS, "student_entropy", "teacher_entropy")
 
 
+class Normalizers(NamedTuple):
+    """Log-sum-exps of a chunk's rows on both sides."""
+
+    student: Tensor  # (C,)
+    teacher: Tensor  # (C,)
+    state: Any  # what a backend keeps beside them
+
+
 def log_normalizer(logits: Tensor) -> Tensor:
     """Log-sum-exp of each row: (C,)."""
-    return logits.logsumexp(-1)
+    lse = logits.new_empty(logits.shape[0])
+    for at in _visits(logits):
+        torch.logsumexp(logits[at], -1, out=lse[at])
+    return lse
 
 
-def entropy(logits: Tensor, lse: Tensor) -> Tensor:
-    """Entropy of each row in nats: (C,)."""
-    return torch.special.entr(torch.exp(logits - lse[:, None])).sum(-1)
+def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of each row and its entropy in nats: (C,) each."""
+    lse = log_normalizer(logits)
+    entropy = torch.empty_like(lse)
+    for at, log_probs, spare in _visits(logits, 2):
+        torch.sub(logits[at], lse[at, None], out=log_probs)
+        torch.exp(log_probs, out=spare)
+        torch.sum(spare.mul_(log_probs.clamp_(min=FLOOR)), -1, out=entropy[at])
+    return lse, entropy.neg_()
 
 
-def divergence(
-    student: Tensor,  # (C, V)
-    teacher: Tensor,  # (C, V)
-    lse_s: Tensor,  # (C,)
-    lse_t: Tensor,  # (C,)
+def normalizers(student: Tensor, teacher: Tensor) -> Normalizers:
+    """Log-sum-exps of both sides' rows."""
+    return Normalizers(log_normalizer(student), log_normalizer(teacher), None)
+
+
+def divergence_(
+    student: Tensor,  # (C, W)
+    teacher: Tensor,  # (C, W)
+    normalizers: Normalizers,
     term: DivergenceTerm,
     entry_clip: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of a divergence's terms over the vocabulary.
+    upstream: Tensor | None,  # (C,)
+    cap: float | None,
+    out: Tensor | None,  # (C, >= W); may be the student's logits
+) -> tuple[Tensor, Tensor]:
+    """Sum of a divergence's terms over the vocabulary and, with ``upstream``, its gradient.
+
+    Args:
+        upstream: factors of the rows' gradients, or None: no gradient.
+        cap: soft-cap of the student's logits; the gradient is by the logits before it.
+        out: receives the gradient of ``sum(upstream * loss)``.
 
     Returns:
         loss: (C,) sum of the terms.
-        total: (C,) sum of their derivatives by the student's log-probabilities.
         clipped: (C,) number of entries that the entry clip cut.
     """
-    value, dlog_s, clipped = _terms(student, teacher, lse_s, lse_t, term, entry_clip)
-    return value.sum(-1), dlog_s.sum(-1), clipped
-
-
-def divergence_gradient_(
-    student: Tensor,  # (C, V), spent
-    teacher: Tensor,  # (C, V)
-    lse_s: Tensor,  # (C,)
-    lse_t: Tensor,  # (C,)
-    term: DivergenceTerm,
-    entry_clip: float | None,
-    total: Tensor,  # (C,), of divergence()
-    upstream: Tensor,  # (C,)
-    cap: float | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Gradient of ``sum(upstream * loss)`` by the logits before the soft-cap: (C, V)."""
-    _, dlog_s, _ = _terms(student, teacher, lse_s, lse_t, term, entry_clip)
-    s = torch.exp(student - lse_s[:, None])
-    dlogits = dlog_s.sub_(s.mul_(total[:, None])).mul_(upstream[:, None])
-    dlogits.masked_fill_(upstream[:, None] == 0, 0)  # a token that is cut may be infinite
-    return _into(student, dlogits, cap, dtype)
+    loss = torch.empty_like(normalizers.student)
+    clipped = torch.zeros_like(loss)
+    lse_s, lse_t = normalizers.student, normalizers.teacher
+    for at, *buffers in _visits(student, len(Block._fields)):
+        block = Block(*buffers)
+        is_near = block.fill_(student[at], teacher[at], lse_s[at], lse_t[at])
+        if is_near:
+            value, dlog_s = FORMS[term.name](block, term.parameter)
+            if entry_clip is not None:
+                value, dlog_s, clipped[at] = clip_(block, value, dlog_s, term.slope, entry_clip)
+            s = block.s
+        else:
+            value, dlog_s, cut = _terms(block.s, block.t, term, entry_clip)
+            clipped[at] = cut.sum(-1).to(loss)
+            s = block.s.exp_()
+        torch.sum(value, -1, out=loss[at])
+        if upstream is not None and out is not None:
+            dlogits = dlog_s.sub_(s.mul_(dlog_s.sum(-1, keepdim=True)))
+            if not is_near:  # a token that is cut may be infinite
+                dlogits.masked_fill_(upstream[at, None] == 0, 0)
+            _write(dlogits, upstream[at], student[at], cap, out[at])
+    return loss, clipped
 
 
 def softmax_gradient_(
-    logits: Tensor,  # (C, V), spent
+    logits: Tensor,  # (C, W)
     normalizer: Tensor,  # (C,)
     constant: Tensor,  # (C,)
     slope: Tensor | None,  # (C,)
     cap: float | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """``exp(x) * (constant + slope * x)`` with ``x = logits - normalizer``: (C, V) of ``dtype``."""
-    shifted = logits - normalizer[:, None]
-    share = shifted.exp()
-    factor = constant[:, None]
-    if slope is not None:
-        factor = factor + slope[:, None] * shifted.masked_fill_(share == 0, 0)
-    return _into(logits, share.mul_(factor), cap, dtype)
+    out: Tensor,  # (C, W); may be the logits
+) -> None:
+    """``out = exp(x) * (constant + slope * x)`` with ``x = logits - normalizer``."""
+    for at, shifted, share in _visits(logits, 2):
+        torch.sub(logits[at], normalizer[at, None], out=shifted)
+        torch.exp(shifted, out=share)
+        if slope is not None:
+            factor = shifted.clamp_(min=FLOOR).mul_(slope[at, None]).add_(constant[at, None])
+            _write(share.mul_(factor), None, logits[at], cap, out[at])
+        else:
+            _write(share, constant[at], logits[at], cap, out[at])
 
 
 def summary(
-    student: Tensor, teacher: Tensor, lse_s: Tensor, lse_t: Tensor, names: Collection[str]
+    student: Tensor, teacher: Tensor, normalizers: Normalizers, names: Collection[str]
 ) -> dict[str, Tensor]:
     """What a row of both sides says: those of ``SUMMARY`` that are named, each (C,)."""
     observed = {}
     for name in names:
         if name in SUMMARY_PARAMETERS:
             term = DivergenceTerm(name, SUMMARY_PARAMETERS[name], 0.0)
-            observed[name] = divergence(student, teacher, lse_s, lse_t, term, None)[0]
-    for name, side, lse in (("student", student, lse_s), ("teacher", teacher, lse_t)):
-        if f"{name}_entropy" in names:
-            observed[f"{name}_entropy"] = entropy(side, lse)
+            pair = student, teacher, normalizers
+            observed[name] = divergence_(*pair, term, None, None, None, None)[0]
+    for name, side in (("student_entropy", student), ("teacher_entropy", teacher)):
+        if name in names:
+            observed[name] = moments(side)[1]
     return observed
 
 
 def block_maxima(logits: Tensor) -> Tensor:
-    """The largest logit of every ``BLOCK`` columns: (C, ceil(V / BLOCK))."""
+    """The largest logit of every ``BLOCK`` columns: (C, ceil(W / BLOCK))."""
     num_columns = logits.shape[1]
     whole = num_columns // BLOCK * BLOCK
     blocks = logits[:, :whole].unflatten(1, (whole // BLOCK, BLOCK)).amax(-1)
@@ -113,24 +150,31 @@ def block_maxima(logits: Tensor) -> Tensor:
     return torch.cat([blocks, logits[:, whole:].amax(-1, keepdim=True)], 1)
 
 
+def _visits(logits: Tensor, num_buffers: int = 0) -> Iterator[Any]:
+    """Slices of rows, each with buffers (R, W) that the next visit reuses."""
+    num_rows, width = logits.shape
+    size = max(1, num_rows if logits.is_cuda else VISITED // max(1, width))
+    buffers = logits.new_empty((num_buffers, min(size, num_rows), width))
+    for at in slices(0, num_rows, size):
+        yield (at, *buffers[:, : at.stop - at.start]) if num_buffers else at
+
+
 def _terms(
-    student: Tensor,
-    teacher: Tensor,
-    lse_s: Tensor,
-    lse_t: Tensor,
-    term: DivergenceTerm,
-    entry_clip: float | None,
+    log_s: Tensor, log_t: Tensor, term: DivergenceTerm, entry_clip: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    log_s, log_t = student - lse_s[:, None], teacher - lse_t[:, None]
-    if entry_clip is None:
-        value, dlog_s = term.function(log_s, log_t, term.parameter)
-        return value, dlog_s, torch.zeros_like(lse_s)
-    value, dlog_s, clipped = term.clipped(log_s, log_t, entry_clip)
-    return value, dlog_s, clipped.sum(-1).to(lse_s)
+    if entry_clip is not None:
+        return term.clipped(log_s, log_t, entry_clip)
+    value, dlog_s = term.function(log_s, log_t, term.parameter)
+    return value, dlog_s, torch.zeros_like(value[:, :1])
 
 
-def _into(logits: Tensor, dlogits: Tensor, cap: float | None, dtype: torch.dtype) -> Tensor:
-    """Write the gradient over the logits it came from, through the soft-cap's derivative."""
+def _write(
+    dlogits: Tensor, upstream: Tensor | None, logits: Tensor, cap: float | None, out: Tensor
+) -> None:
+    """Scale a gradient, carry it through the soft-cap's derivative and round it once."""
     if cap is not None:
-        dlogits = dlogits.mul_(1 - (logits / cap).square_()).masked_fill_(logits == -torch.inf, 0)
-    return gradient_view(logits, dtype).copy_(dlogits)
+        dlogits.mul_(logits.clamp(min=-cap).div_(cap).square_().neg_().add_(1))
+    if upstream is None:
+        out[:, : dlogits.shape[1]].copy_(dlogits)
+    else:
+        torch.mul(dlogits, upstream[:, None], out=out[:, : dlogits.shape[1]])

@@ -115,7 +115,7 @@ def token_loss(
         (hidden, lm_head),
         side,
         list(inputs.values()),
-        token_weights,
+        _walked_weights(settings, inputs, token_weights, metrics),
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         reduced=reduction != "none",
@@ -126,6 +126,25 @@ def token_loss(
     extras = dict(zip(metrics, walked.extras, strict=True))
     token_loss = walked.values[:, 0]
     return reduce_loss(walked, token_loss, extras, token_weights, reduction, shape)
+
+
+def _walked_weights(
+    settings: Surrogate | None,
+    inputs: dict[str, Tensor],
+    token_weights: Tensor | None,
+    metrics: Sequence[str],
+) -> Tensor | None:
+    """Weights that leave out what cannot contribute: tokens without an advantage or a KL.
+
+    Half of GRPO's groups may have equal rewards; where their metrics are not asked for, neither are
+    their logits.
+    """
+    if settings is None or settings.kl_coefficient or metrics:
+        return token_weights
+    has_advantage = inputs["advantages"] != 0
+    if token_weights is None:
+        return has_advantage.to(torch.float32)
+    return torch.where(has_advantage, token_weights, 0)
 
 
 def check_tokens(

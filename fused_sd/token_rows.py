@@ -39,15 +39,13 @@ class LogProbRows(NamedTuple):
         """A second walk reads the entries that the first one chose."""
         return self._replace(is_top_k=False), extras
 
-    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
         rows, logits = chunk.rows, chunk.student
         ids = top_k(logits, self.k, rows.block_maxima) if self.is_top_k else chunk.inputs[0]
         chosen = logits.gather(1, ids)
-        lse = rows.log_normalizer(logits)
-        values = [chosen - lse[:, None]]
+        lse, *entropies = rows.moments(logits) if self.entropy else (rows.log_normalizer(logits),)
+        values = [chosen - lse[:, None], *(entropy[:, None] for entropy in entropies)]
         normalizer = lse
-        if self.entropy:
-            values.append(rows.entropy(logits, lse)[:, None])
         if self.tail:
             logits.scatter_(1, ids, -torch.inf)
             rest = rows.log_normalizer(logits)
@@ -55,13 +53,13 @@ class LogProbRows(NamedTuple):
             normalizer = torch.where(rest == -torch.inf, 0, rest)
         result = torch.cat(values, -1)
         extras = [ids] if self.is_top_k else []
-        if chunk.upstream is None:
-            return result, extras, None
-        return result, extras, self._gradient_(chunk, ids, chosen, result, normalizer)
+        if chunk.upstream is not None:
+            self._write_gradient_(chunk, ids, chosen, result, normalizer)
+        return result, extras
 
-    def _gradient_(
+    def _write_gradient_(
         self, chunk: Chunk, ids: Tensor, chosen: Tensor, values: Tensor, normalizer: Tensor
-    ) -> Tensor:
+    ) -> None:
         """Gradient of ``sum(upstream * values)``; never of a tail and an entropy at once."""
         assert chunk.upstream is not None
         upstream = chunk.upstream * chunk.shaping.factor
@@ -77,7 +75,7 @@ class LogProbRows(NamedTuple):
             at_entries = at_entries + log_probs.exp() * slope[:, None] * (
                 log_probs + values[:, -1:]
             )
-        return chunk.write_gradient_(normalizer, constant, slope, ids, chosen, at_entries)
+        chunk.write_gradient_(normalizer, constant, slope, ids, chosen, at_entries)
 
 
 @specs.setting
@@ -103,11 +101,13 @@ class TokenLossRows(NamedTuple):
     def replay(self, extras: list[Tensor]) -> tuple[RowFunction, list[Tensor]]:
         return self, []
 
-    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
         rows, logits = chunk.rows, chunk.student
         inputs = dict(zip(self.input_names, chunk.inputs, strict=True))
         ids = inputs["token_ids"][:, None]
-        chosen, lse = logits.gather(1, ids), rows.log_normalizer(logits)
+        chosen = logits.gather(1, ids)
+        wants_entropy = "entropy" in self.metrics
+        lse, *entropies = rows.moments(logits) if wants_entropy else (rows.log_normalizer(logits),)
         log_prob = chosen[:, 0] - lse
         if chunk.teacher is not None:
             label = chunk.teacher.gather(1, ids)[:, 0]
@@ -118,11 +118,10 @@ class TokenLossRows(NamedTuple):
             term = surrogate(self.surrogate, log_prob, inputs)
         metrics = {"log_prob": log_prob, "teacher_log_prob": inputs.get("teacher_log_probs")}
         metrics |= term.metrics
-        if "entropy" in self.metrics:
-            metrics["entropy"] = rows.entropy(logits, lse)
-        dlogits = None
+        if wants_entropy:
+            metrics["entropy"] = entropies[0]
         if chunk.upstream is not None:
             coefficient = chunk.upstream[:, 0] * term.dlog_prob * chunk.shaping.factor
             at_token = (-coefficient * torch.expm1(log_prob))[:, None]
-            dlogits = chunk.write_gradient_(lse, -coefficient, None, ids, chosen, at_token)
-        return term.loss[:, None], [metrics[name] for name in self.metrics], dlogits
+            chunk.write_gradient_(lse, -coefficient, None, ids, chosen, at_token)
+        return term.loss[:, None], [metrics[name] for name in self.metrics]

@@ -1,9 +1,19 @@
-"""The programs behind the row functions: each walks one row of fp32 logits in blocks of columns."""
+"""The programs behind the row functions: each walks one row of fp32 logits in blocks of columns.
+
+Sums over a row are kept lane by lane and reduced once, at its end: no thread waits for another
+inside the loop.
+
+What is known of a pair of rows lies in ``STATE`` numbers: of each side the largest logit (*anchor*)
+and the logarithm of what the others add to it, whose sum is the log-sum-exp, and the student's mean
+log-ratio.  ``(z - anchor) - log_scale`` keeps the digits that ``z - lse`` would lose.
+"""
 
 import triton
 import triton.language as tl
 
 from fused_sd.kernels.divergence import forward_kl, jsd, reverse_kl
+
+LOWEST = tl.constexpr(-3e38)  # below every logit but -inf, and finite
 
 
 @triton.jit
@@ -32,30 +42,97 @@ def clipped_term(
 
 
 @triton.jit
-def log_normalizer(logits_ptr, stride, num_columns, lse_ptr, BLOCK_V: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    largest = -float("inf")
-    scale = 0.0
-    for start in range(0, num_columns, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        z = load(logits_ptr + row * stride, offs_v, num_columns)
-        above = tl.maximum(largest, tl.max(z, axis=0))
-        anchor = tl.where(above == -float("inf"), 0.0, above)  # a block of -inf has no anchor
-        scale = scale * tl.exp(largest - anchor) + tl.sum(tl.exp(z - anchor), axis=0)
-        largest = above
-    anchor = tl.where(largest == -float("inf"), 0.0, largest)
-    tl.store(lse_ptr + row, anchor + tl.log(scale))
+def observe(z, anchor):
+    """Online log-sum-exp, one exponential for each logit.
+
+    Returns:
+        anchor: the largest logit of each lane, now.
+        fade: by which what was summed before shrinks.
+        share: the weight of ``z`` among what is summed.
+    """
+    is_larger = z > anchor
+    decay = tl.exp(-tl.abs(z - anchor))  # 0 for -inf, since no anchor is
+    fade, share = tl.where(is_larger, decay, 1.0), tl.where(is_larger, 1.0, decay)
+    return tl.where(is_larger, z, anchor), fade, share
 
 
 @triton.jit
-def entropy(logits_ptr, stride, num_columns, lse_ptr, out_ptr, BLOCK_V: tl.constexpr):
+def log_normalizer(
+    logits_ptr,
+    stride,
+    num_columns,
+    lse_ptr,
+    entropy_ptr,
+    HAS_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
-    lse = tl.load(lse_ptr + row)
-    total = tl.zeros([BLOCK_V], tl.float32)
+    anchor = tl.full([BLOCK_V], LOWEST, tl.float32)
+    scale = tl.zeros([BLOCK_V], tl.float32)
+    weighted = tl.zeros([BLOCK_V], tl.float32)  # sum of exp(z - anchor) (z - anchor)
     for start in range(0, num_columns, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        total += entropy_term(load(logits_ptr + row * stride, offs_v, num_columns) - lse)
-    tl.store(out_ptr + row, tl.sum(total, axis=0))
+        z = load(logits_ptr + row * stride, offs_v, num_columns)
+        before = anchor
+        anchor, fade, share = observe(z, before)
+        if HAS_ENTROPY:
+            step = tl.where(scale == 0, 0.0, before - anchor)
+            gap = tl.where(share == 0, 0.0, z - anchor)
+            weighted = fade * (weighted + scale * step) + share * gap
+        scale = fade * scale + share
+    top = tl.max(anchor, axis=0)
+    decay = tl.exp(anchor - top)
+    total = tl.sum(scale * decay, axis=0)
+    tl.store(lse_ptr + row, top + tl.log(total))
+    if HAS_ENTROPY:
+        step = tl.where(scale == 0, 0.0, anchor - top)
+        below = tl.sum(decay * (weighted + scale * step), axis=0)
+        tl.store(entropy_ptr + row, tl.log(total) - below / total)
+
+
+@triton.jit
+def normalizers(
+    student_ptr,
+    teacher_ptr,
+    student_stride,
+    teacher_stride,
+    num_columns,
+    state_ptr,
+    STATE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    anchor_s = tl.full([BLOCK_V], LOWEST, tl.float32)
+    anchor_t = tl.full([BLOCK_V], LOWEST, tl.float32)
+    scale_s = tl.zeros([BLOCK_V], tl.float32)
+    scale_t = tl.zeros([BLOCK_V], tl.float32)
+    weighted = tl.zeros([BLOCK_V], tl.float32)  # sum of exp(z_s - anchor_s) (z_s - z_t)
+    for start in range(0, num_columns, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        z_s = load(student_ptr + row * student_stride, offs_v, num_columns)
+        z_t = load(teacher_ptr + row * teacher_stride, offs_v, num_columns)
+        anchor_s, fade, share = observe(z_s, anchor_s)
+        scale_s = fade * scale_s + share
+        weighted = fade * weighted + tl.where(share == 0, 0.0, share * (z_s - z_t))
+        anchor_t, fade, share = observe(z_t, anchor_t)
+        scale_t = fade * scale_t + share
+    top_s, top_t = tl.max(anchor_s, axis=0), tl.max(anchor_t, axis=0)
+    decay = tl.exp(anchor_s - top_s)
+    total_s = tl.sum(scale_s * decay, axis=0)
+    mean = tl.sum(tl.where(decay == 0, 0.0, weighted * decay), axis=0) / total_s
+    log_scale_s = tl.log(total_s)
+    log_scale_t = tl.log(tl.sum(scale_t * tl.exp(anchor_t - top_t), axis=0))
+    state_ptr += row * STATE
+    tl.store(state_ptr, top_s)
+    tl.store(state_ptr + 1, log_scale_s)
+    tl.store(state_ptr + 2, top_t)
+    tl.store(state_ptr + 3, log_scale_t)
+    tl.store(state_ptr + 4, mean - ((top_s - top_t) + (log_scale_s - log_scale_t)))
+
+
+@triton.jit
+def log_probs(logits_ptr, offs_v, num_columns, anchor, log_scale):
+    return (load(logits_ptr, offs_v, num_columns) - anchor) - log_scale
 
 
 @triton.jit
@@ -71,8 +148,7 @@ def divergence(
     student_stride,
     teacher_stride,
     num_columns,
-    lse_s_ptr,
-    lse_t_ptr,
+    state_ptr,
     loss_ptr,
     total_ptr,
     clipped_ptr,
@@ -81,17 +157,22 @@ def divergence(
     clip,
     DIVERGENCE: tl.constexpr,
     HAS_CLIP: tl.constexpr,
+    STATE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    lse_s, lse_t = tl.load(lse_s_ptr + row), tl.load(lse_t_ptr + row)
+    student_ptr += row * student_stride
+    teacher_ptr += row * teacher_stride
+    state_ptr += row * STATE
+    anchor_s, log_scale_s = tl.load(state_ptr), tl.load(state_ptr + 1)
+    anchor_t, log_scale_t = tl.load(state_ptr + 2), tl.load(state_ptr + 3)
     loss = tl.zeros([BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
     clipped = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, num_columns, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        log_s = load(student_ptr + row * student_stride, offs_v, num_columns) - lse_s
-        log_t = load(teacher_ptr + row * teacher_stride, offs_v, num_columns) - lse_t
+        log_s = log_probs(student_ptr, offs_v, num_columns, anchor_s, log_scale_s)
+        log_t = log_probs(teacher_ptr, offs_v, num_columns, anchor_t, log_scale_t)
         term, dlog_s, cut = clipped_term(log_s, log_t, parameter, slope, clip, DIVERGENCE, HAS_CLIP)
         loss += term
         total += dlog_s
@@ -108,8 +189,8 @@ def divergence_gradient(
     student_stride,
     teacher_stride,
     num_columns,
-    lse_s_ptr,
-    lse_t_ptr,
+    state_ptr,
+    loss_ptr,
     total_ptr,
     upstream_ptr,
     out_ptr,
@@ -117,23 +198,41 @@ def divergence_gradient(
     parameter,
     slope,
     clip,
+    ratio_share,  # of the total, the student's mean log-ratio; where the total is not given
     inverse_cap,
     DIVERGENCE: tl.constexpr,
     HAS_CLIP: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,  # else the loss is summed here too
     HAS_CAP: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    STATE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    lse_s, lse_t = tl.load(lse_s_ptr + row), tl.load(lse_t_ptr + row)
-    total, upstream = tl.load(total_ptr + row), tl.load(upstream_ptr + row)
+    student_ptr += row * student_stride
+    teacher_ptr += row * teacher_stride
+    out_ptr += row * out_stride
+    state_ptr += row * STATE
+    anchor_s, log_scale_s = tl.load(state_ptr), tl.load(state_ptr + 1)
+    anchor_t, log_scale_t = tl.load(state_ptr + 2), tl.load(state_ptr + 3)
+    upstream = tl.load(upstream_ptr + row)
+    if HAS_TOTAL:
+        total = tl.load(total_ptr + row)
+    else:
+        total = ratio_share * tl.load(state_ptr + 4)
+    loss = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, num_columns, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        z = load(student_ptr + row * student_stride, offs_v, num_columns)
-        log_t = load(teacher_ptr + row * teacher_stride, offs_v, num_columns) - lse_t
-        _, dlog_s, _ = clipped_term(z - lse_s, log_t, parameter, slope, clip, DIVERGENCE, HAS_CLIP)
-        dlogits = (dlog_s - tl.exp(z - lse_s) * total) * upstream
+        z = load(student_ptr, offs_v, num_columns)
+        log_s = (z - anchor_s) - log_scale_s
+        log_t = log_probs(teacher_ptr, offs_v, num_columns, anchor_t, log_scale_t)
+        term, dlog_s, _ = clipped_term(log_s, log_t, parameter, slope, clip, DIVERGENCE, HAS_CLIP)
+        loss += term
+        dlogits = (dlog_s - tl.exp(log_s) * total) * upstream
         dlogits = tl.where(upstream == 0, 0.0, dlogits)  # a token that is cut may be infinite
-        overwrite(out_ptr + row * out_stride, offs_v, num_columns, dlogits, z, inverse_cap, HAS_CAP)
+        write(out_ptr, offs_v, num_columns, dlogits, z, inverse_cap, HAS_CAP, IN_PLACE)
+    if not HAS_TOTAL:
+        tl.store(loss_ptr + row, tl.sum(loss, axis=0))
 
 
 @triton.jit
@@ -149,6 +248,7 @@ def softmax_gradient(
     inverse_cap,
     HAS_SLOPE: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -161,20 +261,30 @@ def softmax_gradient(
         if HAS_SLOPE:
             factor += tl.load(slope_ptr + row) * tl.where(share == 0, 0.0, z - normalizer)
         dlogits = share * factor
-        overwrite(out_ptr + row * out_stride, offs_v, num_columns, dlogits, z, inverse_cap, HAS_CAP)
+        to = out_ptr + row * out_stride
+        write(to, offs_v, num_columns, dlogits, z, inverse_cap, HAS_CAP, IN_PLACE)
 
 
 @triton.jit
-def overwrite(out_ptr, offs_v, num_columns, dlogits, logits, inverse_cap, HAS_CAP: tl.constexpr):
-    """Store a block of gradient over the row of logits it was made from.
+def write(
+    out_ptr,
+    offs_v,
+    num_columns,
+    dlogits,
+    logits,
+    inverse_cap,
+    HAS_CAP: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+):
+    """Store a block of gradient, in place over the logits that it was made from.
 
-    A 16-bit block lies where logits of this block or of earlier ones were: all threads must have
-    read theirs before any thread writes.
+    In place, all threads must have read theirs before any thread writes.
     """
     if HAS_CAP:
         share = logits * inverse_cap
         dlogits = tl.where(logits == -float("inf"), 0.0, dlogits * (1 - share * share))
-    tl.debug_barrier()
+    if IN_PLACE:
+        tl.debug_barrier()
     tl.store(out_ptr + offs_v, dlogits.to(out_ptr.dtype.element_ty), mask=offs_v < num_columns)
 
 
@@ -185,14 +295,18 @@ def summary(
     student_stride,
     teacher_stride,
     num_columns,
-    lse_s_ptr,
-    lse_t_ptr,
+    state_ptr,
     out_ptr,
     out_stride,
+    STATE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    lse_s, lse_t = tl.load(lse_s_ptr + row), tl.load(lse_t_ptr + row)
+    student_ptr += row * student_stride
+    teacher_ptr += row * teacher_stride
+    state_ptr += row * STATE
+    anchor_s, log_scale_s = tl.load(state_ptr), tl.load(state_ptr + 1)
+    anchor_t, log_scale_t = tl.load(state_ptr + 2), tl.load(state_ptr + 3)
     forward = tl.zeros([BLOCK_V], tl.float32)
     reverse = tl.zeros([BLOCK_V], tl.float32)
     mixture = tl.zeros([BLOCK_V], tl.float32)
@@ -200,8 +314,8 @@ def summary(
     entropy_t = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, num_columns, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        log_s = load(student_ptr + row * student_stride, offs_v, num_columns) - lse_s
-        log_t = load(teacher_ptr + row * teacher_stride, offs_v, num_columns) - lse_t
+        log_s = log_probs(student_ptr, offs_v, num_columns, anchor_s, log_scale_s)
+        log_t = log_probs(teacher_ptr, offs_v, num_columns, anchor_t, log_scale_t)
         forward += forward_kl(log_s, log_t, 0.0)[0]
         reverse += reverse_kl(log_s, log_t, 0.0)[0]
         mixture += jsd(log_s, log_t, 0.5)[0]

@@ -1,8 +1,10 @@
 """Row functions in Triton: the twin of ``fused_sd/rows.py``, with the same names and arguments.
 
-One program of ``programs.py`` walks one row.
+One program of ``programs.py`` walks one row.  A KL, a cross entropy and a policy loss read their
+rows twice, once for the normalisers and once for loss and gradient; a JSD, an entry clip or a token
+clip needs its loss, or the sum of its derivatives, before the gradient, and reads them three times.
 
-Dimension key:  C rows in a chunk, V columns (with padding columns of -inf)
+Dimension key:  C rows in a chunk, W columns
 """
 
 from collections.abc import Collection
@@ -11,78 +13,72 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_sd.chunking import gradient_view
 from fused_sd.divergence import DivergenceTerm
 from fused_sd.kernels import programs
 from fused_sd.kernels.divergence import TERMS
-from fused_sd.rows import SUMMARY
+from fused_sd.kernels.tuning import launch_for
+from fused_sd.rows import SUMMARY, Normalizers
 from fused_sd.support import BLOCK
 
-BLOCK_V = 2048  # columns a program holds at a time: two sides and their terms fit the registers
-NUM_WARPS = 8
+STATE = 8  # numbers that are kept of a pair of rows: five, in one sector of memory
 SEGMENT = 32  # blocks whose maxima one program finds
 
 
 def log_normalizer(logits: Tensor) -> Tensor:
     """Log-sum-exp of each row: (C,)."""
     lse = logits.new_empty(logits.shape[0])
-    _launch(programs.log_normalizer, logits, logits, logits.stride(0), logits.shape[1], lse)
+    _launch(programs.log_normalizer, logits, *_of(logits), lse, lse, HAS_ENTROPY=False)
     return lse
 
 
-def entropy(logits: Tensor, lse: Tensor) -> Tensor:
-    """Entropy of each row in nats: (C,)."""
-    out = torch.empty_like(lse)
-    _launch(programs.entropy, logits, logits, logits.stride(0), logits.shape[1], lse, out)
-    return out
+def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of each row and its entropy in nats: (C,) each."""
+    lse, entropy = (logits.new_empty(logits.shape[0]) for _ in range(2))
+    _launch(programs.log_normalizer, logits, *_of(logits), lse, entropy, HAS_ENTROPY=True)
+    return lse, entropy
 
 
-def divergence(
+def normalizers(student: Tensor, teacher: Tensor) -> Normalizers:
+    """Log-sum-exps of both sides' rows, from one visit."""
+    state = student.new_empty((student.shape[0], STATE))
+    _launch(programs.normalizers, student, *_pair(student, teacher), state, STATE=STATE)
+    return Normalizers(state[:, 0] + state[:, 1], state[:, 2] + state[:, 3], state)
+
+
+def divergence_(
     student: Tensor,
     teacher: Tensor,
-    lse_s: Tensor,
-    lse_t: Tensor,
+    normalizers: Normalizers,
     term: DivergenceTerm,
     entry_clip: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of a divergence's terms over the vocabulary; see the twin."""
-    loss, total, clipped = (torch.empty_like(lse_s) for _ in range(3))
-    _launch(
-        programs.divergence,
-        student,
-        *_pair(student, teacher, lse_s, lse_t),
-        *(loss, total, clipped),
-        *_settings(term, entry_clip),
-        **_constants(term, entry_clip),
-    )
-    return loss, total, clipped
-
-
-def divergence_gradient_(
-    student: Tensor,
-    teacher: Tensor,
-    lse_s: Tensor,
-    lse_t: Tensor,
-    term: DivergenceTerm,
-    entry_clip: float | None,
-    total: Tensor,
-    upstream: Tensor,
+    upstream: Tensor | None,
     cap: float | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Gradient of ``sum(upstream * loss)`` by the logits before the soft-cap; see the twin."""
-    out = gradient_view(student, dtype)
-    _launch(
-        programs.divergence_gradient,
-        student,
-        *_pair(student, teacher, lse_s, lse_t),
-        *(total, upstream, out, out.stride(0)),
-        *_settings(term, entry_clip),
-        1.0 if cap is None else 1 / cap,
-        **_constants(term, entry_clip),
-        HAS_CAP=cap is not None,
-    )
-    return out
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Sum of a divergence's terms over the vocabulary and, with ``upstream``, its gradient."""
+    loss = torch.empty_like(normalizers.student)
+    clipped = torch.zeros_like(loss)
+    total = torch.empty_like(loss)
+    pair = *_pair(student, teacher), normalizers.state
+    settings = term.parameter, term.slope, 0.0 if entry_clip is None else entry_clip
+    constants = {"DIVERGENCE": TERMS[term.name], "HAS_CLIP": entry_clip is not None, "STATE": STATE}
+    ratio_share = None if entry_clip is not None else _share_of_mean_ratio(term)
+    has_gradient = upstream is not None and out is not None
+    if not has_gradient or ratio_share is None:
+        totals = loss, total, clipped
+        _launch(programs.divergence, student, *pair, *totals, *settings, **constants)
+    if upstream is not None and out is not None:
+        _launch(
+            programs.divergence_gradient,
+            student,
+            *(*pair, loss, total, upstream, out, out.stride(0), *settings),
+            *(ratio_share or 0.0, 1.0 if cap is None else 1 / cap),
+            **constants,
+            HAS_TOTAL=ratio_share is None,
+            HAS_CAP=cap is not None,
+            IN_PLACE=out.dtype == student.dtype,
+        )
+    return loss, clipped
 
 
 def softmax_gradient_(
@@ -91,33 +87,32 @@ def softmax_gradient_(
     constant: Tensor,
     slope: Tensor | None,
     cap: float | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """``exp(x) * (constant + slope * x)`` with ``x = logits - normalizer``; see the twin."""
-    out = gradient_view(logits, dtype)
+    out: Tensor,
+) -> None:
+    """``out = exp(x) * (constant + slope * x)`` with ``x = logits - normalizer``; see the twin."""
     _launch(
         programs.softmax_gradient,
         logits,
-        *(logits, logits.stride(0), logits.shape[1], normalizer, constant),
-        *(constant if slope is None else slope, out, out.stride(0)),
-        1.0 if cap is None else 1 / cap,
+        *(*_of(logits), normalizer, constant, constant if slope is None else slope),
+        *(out, out.stride(0), 1.0 if cap is None else 1 / cap),
         HAS_SLOPE=slope is not None,
         HAS_CAP=cap is not None,
+        IN_PLACE=out.dtype == logits.dtype,
     )
-    return out
 
 
 def summary(
-    student: Tensor, teacher: Tensor, lse_s: Tensor, lse_t: Tensor, names: Collection[str]
+    student: Tensor, teacher: Tensor, normalizers: Normalizers, names: Collection[str]
 ) -> dict[str, Tensor]:
     """What a row of both sides says: one pass finds all that can be named; see the twin."""
-    out = lse_s.new_empty((len(SUMMARY), lse_s.shape[0]))
-    _launch(programs.summary, student, *_pair(student, teacher, lse_s, lse_t), out, out.stride(0))
+    out = student.new_empty((len(SUMMARY), student.shape[0]))
+    pair = *_pair(student, teacher), normalizers.state
+    _launch(programs.summary, student, *pair, out, out.stride(0), STATE=STATE)
     return {name: values for name, values in zip(SUMMARY, out) if name in names}
 
 
 def block_maxima(logits: Tensor) -> Tensor:
-    """The largest logit of every ``BLOCK`` columns: (C, ceil(V / BLOCK))."""
+    """The largest logit of every ``BLOCK`` columns: (C, ceil(W / BLOCK))."""
     num_rows, num_columns = logits.shape
     num_blocks = triton.cdiv(num_columns, BLOCK)
     out = logits.new_empty((num_rows, num_blocks))
@@ -127,32 +122,36 @@ def block_maxima(logits: Tensor) -> Tensor:
             *(logits, logits.stride(0), num_columns, out, num_blocks, num_segments),
             BLOCK=BLOCK,
             SEGMENT=SEGMENT,
-            num_warps=NUM_WARPS,
+            num_warps=launch_for("block_maxima", logits.device).num_warps,
         )
     return out
+
+
+def _share_of_mean_ratio(term: DivergenceTerm) -> float | None:
+    """Sum over the vocabulary of ``dlog_s``, in units of the mean log-ratio; None: must be summed.
+
+    ``dlog_s`` of a forward KL is ``s - t``, which sums to 0; of a reverse KL ``s r``, the mean.
+    """
+    return {"forward_kl": 0.0, "reverse_kl": 1.0, "mixed_kl": 1 - term.parameter}.get(term.name)
 
 
 def _launch(kernel, like: Tensor, *arguments, **constants) -> None:
     """One program for each row; what has one number for each row is read with stride 1."""
     if like.shape[0]:
-        block = min(BLOCK_V, triton.next_power_of_2(like.shape[1]))
+        launch = launch_for(kernel.__name__, like.device)
+        block = min(launch.block_v, triton.next_power_of_2(like.shape[1]))
         dense = (
             argument.contiguous()
             if isinstance(argument, Tensor) and argument.dim() == 1
             else argument
             for argument in arguments
         )
-        kernel[(like.shape[0],)](*dense, **constants, BLOCK_V=block, num_warps=NUM_WARPS)
+        kernel[(like.shape[0],)](*dense, **constants, BLOCK_V=block, num_warps=launch.num_warps)
 
 
-def _pair(student: Tensor, teacher: Tensor, lse_s: Tensor, lse_t: Tensor) -> tuple:
-    strides = student.stride(0), teacher.stride(0)
-    return student, teacher, *strides, student.shape[1], lse_s, lse_t
+def _of(logits: Tensor) -> tuple[Tensor, int, int]:
+    return logits, logits.stride(0), logits.shape[1]
 
 
-def _settings(term: DivergenceTerm, entry_clip: float | None) -> tuple[float, float, float]:
-    return term.parameter, term.slope, 0.0 if entry_clip is None else entry_clip
-
-
-def _constants(term: DivergenceTerm, entry_clip: float | None) -> dict[str, object]:
-    return {"DIVERGENCE": TERMS[term.name], "HAS_CLIP": entry_clip is not None}
+def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, int, int, int]:
+    return student, teacher, student.stride(0), teacher.stride(0), student.shape[1]

@@ -45,14 +45,14 @@ class AbsentDriver:
         return torch.device("meta")
 
 
-def compile_all(target: GPUTarget) -> list[tuple[str, object]]:
-    """Every kernel that the launchers launch, by name."""
+def compile_all(target: GPUTarget) -> list[tuple[str, dict, object]]:
+    """Every kernel that the launchers launch: its name, its constants, and itself."""
     compiled = []
     launch = JITFunction.run
 
     def compile_instead(self, *args, grid, warmup=False, **options):
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        compiled.append((self.fn.__name__, kernel))
+        compiled.append((self.fn.__name__, options, kernel))
         return kernel
 
     driver.set_active(AbsentDriver(target))
@@ -66,16 +66,19 @@ def launch_all(vocab: int) -> None:
     student, teacher = (torch.empty(1024, vocab, device="meta") for _ in range(2))
     row = torch.empty(1024, device="meta")
     rows.log_normalizer(student)
-    rows.entropy(student, row)
-    rows.summary(student, teacher, row, row, ())
+    rows.moments(student)
+    sides = rows.normalizers(student, teacher)
+    rows.summary(student, teacher, sides, ())
     rows.block_maxima(student)
-    for slope in (None, row):
-        rows.softmax_gradient_(student, row, row, slope, 30.0, torch.bfloat16)
-    for divergence in ("forward_kl", "reverse_kl", fused_sd.Jsd(0.5), fused_sd.MixedKl(0.5)):
-        pair = (student, teacher, row, row, divergence_term(divergence))
-        for entry_clip in (None, 0.05):
-            rows.divergence(*pair, entry_clip)
-            rows.divergence_gradient_(*pair, entry_clip, row, row, None, torch.bfloat16)
+    narrow = torch.empty_like(student, dtype=torch.bfloat16)
+    for out in (narrow, student):
+        for slope in (None, row):
+            rows.softmax_gradient_(student, row, row, slope, 30.0, out)
+        for divergence in ("forward_kl", "reverse_kl", fused_sd.Jsd(0.5), fused_sd.MixedKl(0.5)):
+            pair = (student, teacher, sides, divergence_term(divergence))
+            for entry_clip in (None, 0.05):
+                rows.divergence_(*pair, entry_clip, None, None, None)
+                rows.divergence_(*pair, entry_clip, row, None, out)
 
 
 def resources(kernel) -> dict[str, object]:
@@ -114,4 +117,14 @@ if __name__ == "__main__":
     target = GPUTarget(
         backend, int(arch) if arch.isdigit() else arch, 32 if backend == "cuda" else 64
     )
-    print(json.dumps([{"name": name, **resources(k)} for name, k in compile_all(target)]))
+    found = [
+        {
+            "name": name,
+            "in_place": bool(constants.get("IN_PLACE")),
+            "block": constants.get("BLOCK_V"),
+            "shared": kernel.metadata.shared,
+            **resources(kernel),
+        }
+        for name, constants, kernel in compile_all(target)
+    ]
+    print(json.dumps(found))

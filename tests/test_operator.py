@@ -11,7 +11,7 @@ from fused_sd.divergence import divergence_term
 from fused_sd.divergence_rows import DivergenceRows
 from fused_sd.heads import Shaping
 from fused_sd.token_rows import LogProbRows
-from fused_sd.walk import Options
+from fused_sd.walk_operator import Options
 
 
 def arguments(case, rows, inputs, *, reduced, wanted):

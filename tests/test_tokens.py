@@ -220,6 +220,28 @@ def test_rlsd_by_hand():
     assert_close(output.loss, torch.tensor([-1.25, 1.0]).double(), torch.float64)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_tokens_without_an_advantage_are_left_out(reduction, weighted):
+    """Whatever they hold: they contribute 0 to the loss, and to a mean their weight."""
+    case = make_case()
+    advantages = torch.randn(7, dtype=torch.float64)
+    advantages[:5] = 0
+    weights = case.token_weights if weighted else None
+    settings = {"token_weights": weights, "reduction": reduction}
+    call = (case.head, case.token_ids, advantages)
+    exact = fused_sd.policy_loss(case.hidden, *call, metrics=("ratio",), **settings)
+    assert (exact.metrics["ratio"][:5] != 0).any()  # metrics are of all tokens
+    with torch.no_grad():
+        spoiled = case.hidden.clone()
+        spoiled[:5] = torch.nan
+    spoiled.requires_grad_(True)
+    loss = fused_sd.policy_loss(spoiled, *call, **settings).loss
+    assert_close(loss, exact.loss, torch.float64)
+    gradient = torch.autograd.grad(loss.sum(), spoiled)[0]
+    assert_close(gradient, torch.autograd.grad(exact.loss.sum(), case.hidden)[0], torch.float64)
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("capped", [False, True])
 def test_sampled_kl_equals_the_reference(estimator, capped):
