@@ -21,6 +21,7 @@ from fused_sd.modules import (
     SDPOLoss,
     SDZeroLoss,
 )
+from fused_sd.planning import Plan, plan
 from fused_sd.policy_losses import policy_loss, sampled_kl_loss
 from fused_sd.rl_losses import grpo_loss, rlcsd_loss, rlsd_loss
 from fused_sd.shift import ShiftEvidence, detect_shift
@@ -56,6 +57,7 @@ __all__ = [
     "LossOutput",
     "MixedKl",
     "OPSDLoss",
+    "Plan",
     "RLCSDLoss",
     "RLSDLoss",
     "SDFTLoss",
@@ -80,6 +82,7 @@ __all__ = [
     "grpo_loss",
     "iw_opd_advantages",
     "opsd_loss",
+    "plan",
     "policy_loss",
     "rlcsd_advantages",
     "rlcsd_loss",

@@ -1,6 +1,6 @@
 """The command line: ``fused_sd env`` for bug reports, ``fused_sd verify`` for the promises,
-``fused_sd bench`` for speed and memory, ``fused_sd credit`` to look at what a teacher says of each
-token.
+``fused_sd bench`` for speed and memory, ``fused_sd plan`` for memory and time beforehand,
+``fused_sd credit`` to look at what a teacher says of each token.
 
 Exit status: 0; 1 when a promise is broken; 2 for wrong use, with a message that says what to do.
 """
@@ -16,6 +16,7 @@ import fused_sd
 from fused_sd.bench.command import add_bench
 from fused_sd.credit import VALUES, CreditMap, print_map, save_html, save_png
 from fused_sd.environment import environment, environment_text
+from fused_sd.planning.command import add_plan
 from fused_sd.verify import report
 from fused_sd.verify.cases import CASES
 from fused_sd.verify.choices import DEFAULT_SIZES, DTYPES, MODELS, Choices, resolve
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_verify)
 
     add_bench(commands)
+    add_plan(commands)
 
     credit = commands.add_parser("credit", help="show a credit map in the terminal, HTML or PNG")
     credit.add_argument("map", type=Path, metavar="MAP.json", help="written by CreditMap.to_json")

@@ -1,0 +1,103 @@
+"""``fused_sd plan``: what a loss will cost, as a table or as JSON.
+
+Exit status: 0; 2 for wrong use.
+"""
+
+import argparse
+import json
+import sys
+
+from fused_sd import checks
+from fused_sd.planning.devices import CARDS
+from fused_sd.planning.models import MODELS
+from fused_sd.planning.objectives import OBJECTIVES, parse_divergence, parse_support
+from fused_sd.planning.plan import PLANNED_DTYPES, plan
+from fused_sd.planning.result import size_text
+
+SUFFIXES = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
+
+
+def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command and its options."""
+    command = commands.add_parser(
+        "plan",
+        help="memory, chunk and time of a loss, of this library and of others, beforehand",
+        description="Peak memory, expected time and the longest batch that fits, of this library, "
+        "eager PyTorch, TRL, Liger, verl, cut-cross-entropy and QuACK, without running any.",
+    )
+    add = command.add_argument
+    add("--model", help=f"a config.json, its folder, or one of {', '.join(MODELS)}")
+    add("--hidden", type=int, help="hidden size, instead of a model")
+    add("--vocab", type=int, help="vocabulary, instead of a model")
+    add("--tokens", type=int, required=True, help="of the whole batch, over all ranks")
+    add("--teacher", help="a model with another head (default: the student's)")
+    add("--own-teacher-head", action="store_true", help="the teacher has its own copy of the head")
+    add("--objective", default="sdpo", help=f"{', '.join(OBJECTIVES)} (default sdpo)")
+    add("--divergence", help="forward_kl, reverse_kl, jsd:BETA or mixed_kl:WEIGHT")
+    add("--support", help="full, student:K, teacher:K or union:K")
+    add("--remainder", help="tail, renormalize, drop or teacher_renormalize")
+    add("--dtype", default="bf16", help=f"{', '.join(PLANNED_DTYPES)} (default bf16)")
+    add("--frozen", action="store_true", help="the head has no gradient")
+    add("--reduction", default="mean", help="mean, sum or none (default mean)")
+    add("--mask", type=float, default=0.0, help="share of tokens that do not count (default 0)")
+    add("--world-size", type=int, default=1, help="ranks (default 1)")
+    add("--device", help=f"cuda, cpu or a card: {', '.join(CARDS)} (default: this machine's)")
+    add(
+        "--free", metavar="BYTES", help="free memory, as in 60GB or 56GiB (default: ask the device)"
+    )
+    add("--rate", type=float, metavar="TFLOP/S", help="of the device's GEMMs, where unknown")
+    add("--chunk", type=int, metavar="TOKENS", help="chunk_size (default: by memory)")
+    add("--parts", action="store_true", help="print all parts of each peak")
+    add("--json", action="store_true", help="print JSON, in bytes and seconds")
+    command.set_defaults(run=run_plan)
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """Plan and print."""
+    try:
+        planned = plan(
+            arguments.model,
+            tokens=arguments.tokens,
+            hidden_size=arguments.hidden,
+            vocab=arguments.vocab,
+            teacher=arguments.teacher,
+            shared_head=False if arguments.own_teacher_head else None,
+            objective=arguments.objective,
+            divergence=None
+            if arguments.divergence is None
+            else parse_divergence(arguments.divergence),
+            support=None if arguments.support is None else parse_support(arguments.support),
+            remainder=arguments.remainder,
+            dtype=arguments.dtype,
+            train_head=not arguments.frozen,
+            reduction=arguments.reduction,
+            masked=arguments.mask,
+            world_size=arguments.world_size,
+            device=arguments.device,
+            free_bytes=None if arguments.free is None else parse_bytes(arguments.free),
+            rate=None if arguments.rate is None else 1e12 * arguments.rate,
+            chunk_size=arguments.chunk,
+        )
+    except ValueError as error:
+        print(f"fused_sd plan: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        print(json.dumps(planned.as_dict(), indent=2))
+        return 0
+    print(planned)
+    for estimate in planned.estimates if arguments.parts else ():
+        print(f"\n{estimate.provider} ({estimate.source})")
+        for name, size in sorted(estimate.parts.items(), key=lambda part: -part[1]):
+            print(f"  {size_text(size):>10}  {name}")
+    return 0
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes with or without a unit."""
+    number = text.rstrip("BbGgMmKkIi ")
+    unit = text[len(number) :].strip().upper()
+    try:
+        return int(float(number) * SUFFIXES[unit])
+    except (KeyError, ValueError):
+        checks.fail("--free", "be a number of bytes", repr(text), "write 60GB or 56GiB")
+        raise

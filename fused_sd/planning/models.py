@@ -1,0 +1,140 @@
+"""Which head a model has: by a known name, a transformers configuration, or its sizes."""
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fused_sd import checks
+
+
+class HeadSize(NamedTuple):
+    """The output projection of a model: (vocab, hidden_size)."""
+
+    hidden_size: int
+    vocab: int
+
+
+# from the models' own config.json
+MODELS: dict[str, HeadSize] = {
+    "HuggingFaceTB/SmolLM2-135M": HeadSize(576, 49152),
+    "HuggingFaceTB/SmolLM3-3B": HeadSize(2048, 128256),
+    "Qwen/Qwen3-0.6B": HeadSize(1024, 151936),
+    "Qwen/Qwen3-1.7B": HeadSize(2048, 151936),
+    "Qwen/Qwen3-4B": HeadSize(2560, 151936),
+    "Qwen/Qwen3-8B": HeadSize(4096, 151936),
+    "Qwen/Qwen3-32B": HeadSize(5120, 151936),
+    "Qwen/Qwen3-30B-A3B": HeadSize(2048, 151936),
+    "Qwen/Qwen3.5-0.8B": HeadSize(1024, 248320),
+    "Qwen/Qwen3.5-27B": HeadSize(5120, 248320),
+    "Qwen/Qwen3.5-35B-A3B": HeadSize(2048, 248320),
+    "allenai/Olmo-3-7B": HeadSize(4096, 100278),
+    "meta-llama/Llama-3.2-1B": HeadSize(2048, 128256),
+    "meta-llama/Llama-3.2-3B": HeadSize(3072, 128256),
+    "meta-llama/Llama-3.1-8B": HeadSize(4096, 128256),
+    "meta-llama/Llama-3.1-70B": HeadSize(8192, 128256),
+    "meta-llama/Llama-3.3-70B": HeadSize(8192, 128256),
+    "google/gemma-3-4b": HeadSize(2560, 262208),
+    "google/gemma-3-12b": HeadSize(3840, 262208),
+}
+# what is left out of a name before it is looked up: a fine-tune has its base's head
+_SUFFIXES = ("-instruct", "-base", "-it", "-pt", "-thinking", "-think", "-2507", "-hf")
+
+
+def head_size(
+    model: str | PathLike[str] | Mapping[str, Any] | object | None,
+    hidden_size: int | None,
+    vocab: int | None,
+) -> HeadSize:
+    """The head that is meant.
+
+    Args:
+        model: a name of ``MODELS`` (with or without its owner, in any case), a path to a
+            ``config.json`` or to the folder that holds one, a transformers configuration, or its
+            dict; None: the sizes are given.
+        hidden_size, vocab: the sizes, without a model.
+
+    Raises:
+        ValueError: when nothing, both or an unknown model is given.
+    """
+    if model is None:
+        if hidden_size is None or vocab is None:
+            checks.fail(
+                "model",
+                "be given, or hidden_size and vocab both",
+                f"hidden_size={hidden_size}, vocab={vocab}",
+                "pass a name, a config.json, a configuration, or both sizes",
+            )
+        assert hidden_size is not None
+        assert vocab is not None
+        return _checked(hidden_size, vocab)
+    if hidden_size is not None or vocab is not None:
+        checks.fail(
+            "model",
+            "come without hidden_size and vocab, which it sets",
+            repr(model),
+            "leave out one or the other",
+        )
+    if isinstance(model, str | PathLike):
+        return _by_text(str(model))
+    return _by_config(model)
+
+
+def _by_text(text: str) -> HeadSize:
+    name = text.rstrip("/").rpartition("/")[2].lower()
+    stripped = _strip(name)
+    for known, size in MODELS.items():
+        if stripped == _strip(known.rpartition("/")[2].lower()):
+            return size
+    path = Path(text)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        return _by_config(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, json.JSONDecodeError) as error:
+        checks.fail(
+            "model",
+            "be a known name or a path to a config.json",
+            f"{text!r} ({error})",
+            f"known are {', '.join(MODELS)}; or pass hidden_size and vocab",
+        )
+        raise
+
+
+def _strip(name: str) -> str:
+    """A model's name without what its fine-tunes add, Llama 3 and 3.1 alike."""
+    name = name.replace("meta-", "").replace("llama-3-", "llama-3.1-").replace("-1025", "")
+    while True:
+        for suffix in _SUFFIXES:
+            name = name.removesuffix(suffix)
+        if not name.endswith(_SUFFIXES):
+            return name
+
+
+def _by_config(config: object) -> HeadSize:
+    """The sizes of a configuration, or of the text model's inside a multimodal one."""
+    inner = _entry(config, "text_config")
+    if inner is not None:
+        config = inner
+    found = [_entry(config, name) for name in ("hidden_size", "vocab_size")]
+    if None in found:
+        checks.fail(
+            "model",
+            "be a configuration with hidden_size and vocab_size",
+            type(config).__name__,
+            "pass hidden_size and vocab themselves",
+        )
+    return _checked(*found)
+
+
+def _entry(config: object, name: str) -> Any:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+def _checked(hidden_size: Any, vocab: Any) -> HeadSize:
+    for name, value in (("hidden_size", hidden_size), ("vocab", vocab)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            checks.fail(
+                name, "be an integer of at least 1", repr(value), "pass the head's own size"
+            )
+    return HeadSize(hidden_size, vocab)

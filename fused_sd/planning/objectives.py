@@ -1,0 +1,176 @@
+"""The objectives that can be planned: what each asks of the head, by the names of its losses."""
+
+from typing import NamedTuple
+
+from fused_sd import checks
+from fused_sd.divergence import Divergence, Jsd, MixedKl, divergence_term
+from fused_sd.support import (
+    FULL_VOCABULARY,
+    FullVocabulary,
+    StudentTopK,
+    Support,
+    TeacherTopK,
+    TokenIds,
+    UnionTopK,
+)
+
+_SUPPORT_NAMES: dict[type[StudentTopK] | type[TeacherTopK] | type[UnionTopK], str] = {
+    StudentTopK: "student",
+    TeacherTopK: "teacher",
+    UnionTopK: "union",
+}
+
+
+class Objective(NamedTuple):
+    """What decides memory and GEMMs."""
+
+    name: str
+    divergence: str = ""  # of DivergenceTerm; "": a loss of the sampled token
+    support: str = "full"  # "full", "student", "teacher", "union" (top-k of), "ids"
+    k: int = 0  # entries of the support; 0: all
+    remainder: str = "tail"
+    entry_clip: bool = False
+    has_teacher: bool = True
+    is_per_token: bool = False  # returns values of tokens, never their weighted sum
+
+    @property
+    def is_divergence(self) -> bool:
+        return bool(self.divergence)
+
+
+def _divergences() -> dict[str, Objective]:
+    sdpo = Objective("sdpo", "jsd", "student", 100, "tail")
+    sd_zero = Objective("sd_zero", "mixed_kl", "teacher", 64, "renormalize")
+    full = {"sdft": "forward_kl", "gkd": "jsd", "forward_kl": "forward_kl"}
+    full |= {"reverse_kl": "reverse_kl", "jsd": "jsd", "divergence": "reverse_kl"}
+    return {
+        "sdpo": sdpo,
+        "sd_zero": sd_zero,
+        "opsd": Objective("opsd", "forward_kl", entry_clip=True),
+        **{name: Objective(name, divergence) for name, divergence in full.items()},
+        "topk_tail": sdpo._replace(name="topk_tail"),
+        "topk_renormalized": sd_zero._replace(name="topk_renormalized"),
+    }
+
+
+# the losses with their defaults, and the benchmark's names for the same things
+OBJECTIVES: dict[str, Objective] = {
+    **_divergences(),
+    "rlsd": Objective("rlsd"),
+    "rlcsd": Objective("rlcsd", has_teacher=False),  # it takes the teachers' log-probabilities
+    "grpo": Objective("grpo", has_teacher=False),
+    "cross_entropy": Objective("cross_entropy", has_teacher=False),
+    "token_log_probs": Objective("token_log_probs", has_teacher=False, is_per_token=True),
+}
+
+
+BENCHMARKED = (  # names of ``fused_sd.bench``
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "topk_tail",
+    "topk_renormalized",
+    "cross_entropy",
+    "token_log_probs",
+    "grpo",
+    "rlsd",
+)
+
+
+def benchmark_name(objective: Objective) -> str | None:
+    """The benchmark's objective that asks the same of the head."""
+    for name in BENCHMARKED:
+        if OBJECTIVES[name]._replace(name=objective.name) == objective:
+            return objective.name if objective.name in BENCHMARKED else name
+    return None
+
+
+def choose(
+    name: str,
+    divergence: Divergence | None = None,
+    support: Support | None = None,
+    remainder: str | None = None,
+) -> Objective:
+    """A named objective with another divergence, support or remainder where one is given.
+
+    Raises:
+        ValueError: when the name is unknown, or a setting means nothing for it.
+    """
+    checks.check_one_of("objective", name, OBJECTIVES)
+    chosen = OBJECTIVES[name]
+    for argument, value in (
+        ("divergence", divergence),
+        ("support", support),
+        ("remainder", remainder),
+    ):
+        if value is not None and not chosen.is_divergence:
+            checks.fail(
+                argument,
+                "be left out for a loss of the sampled token",
+                f"{value!r} for {name!r}",
+                "leave it out, or plan objective='divergence'",
+            )
+    if divergence is not None:
+        chosen = chosen._replace(divergence=divergence_term(divergence).name)
+    if support is not None:
+        kind, k = _support(support)
+        chosen = chosen._replace(support=kind, k=k)
+    if remainder is not None:
+        legal = ("tail", "renormalize", "drop", "teacher_renormalize")
+        checks.check_one_of("remainder", remainder, legal)
+        chosen = chosen._replace(remainder=remainder)
+    return chosen
+
+
+def _support(support: Support) -> tuple[str, int]:
+    """The support's name and number of entries."""
+    if isinstance(support, FullVocabulary):
+        return "full", 0
+    if isinstance(support, TokenIds):
+        return "ids", support.ids.shape[-1]
+    if not isinstance(support, StudentTopK | TeacherTopK | UnionTopK):
+        checks.fail(
+            "support",
+            "be FULL_VOCABULARY, StudentTopK(k), TeacherTopK(k), UnionTopK(k) or TokenIds(ids)",
+            repr(support),
+            "choose one of them",
+        )
+    return _SUPPORT_NAMES[type(support)], support.k
+
+
+def parse_divergence(text: str) -> Divergence:
+    """A divergence as the command line writes it: forward_kl, reverse_kl, jsd:0.5, mixed_kl:0.5."""
+    name, _, number = text.partition(":")
+    if name in ("forward_kl", "reverse_kl") and not number:
+        return name
+    kinds: dict[str, type[Jsd] | type[MixedKl]] = {"jsd": Jsd, "mixed_kl": MixedKl}
+    try:
+        return kinds[name](float(number))
+    except (KeyError, ValueError):
+        checks.fail(
+            "divergence",
+            "be forward_kl, reverse_kl, jsd:BETA or mixed_kl:WEIGHT",
+            text,
+            "BETA lies in (0, 1), WEIGHT in [0, 1]",
+        )
+        raise
+
+
+def parse_support(text: str) -> Support:
+    """A support as the command line writes it: full, student:100, teacher:64, union:50."""
+    name, _, number = text.partition(":")
+    if name == "full" and not number:
+        return FULL_VOCABULARY
+    kinds: dict[str, type[StudentTopK] | type[TeacherTopK] | type[UnionTopK]] = {
+        kind: support for support, kind in _SUPPORT_NAMES.items()
+    }
+    try:
+        return kinds[name](int(number))
+    except (KeyError, ValueError):
+        checks.fail(
+            "support",
+            "be full, student:K, teacher:K or union:K",
+            text,
+            "K is the number of entries",
+        )
+        raise

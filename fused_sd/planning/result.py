@@ -1,0 +1,153 @@
+"""What a plan says, for programs and for people."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+LINE = 100
+FLOOR_MARK = ">="
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One implementation of the loss, on one rank.
+
+    Attributes:
+        provider: its name, as in ``fused_sd bench``.
+        peak_bytes: bytes beyond the inputs, gradients included.
+        parts: bytes of what is held at the peak, by name.
+        fits: whether inputs and peak fit the free memory.
+        longest_tokens: most tokens, over all ranks, whose inputs and peak would fit.
+        seconds: of forward and backward; None: unknown.
+        seconds_source: "measured": in proportion to a measurement on such a device; "floor": what
+            its GEMMs alone take at the device's rate, an estimate from below.
+        source: where the peak's formula is from.
+    """
+
+    provider: str
+    peak_bytes: int
+    parts: dict[str, int]
+    fits: bool
+    longest_tokens: int
+    seconds: float | None
+    seconds_source: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``fused_sd.plan`` found; ``str`` makes the table that ``fused_sd plan`` prints.
+
+    Attributes:
+        tokens: of the whole batch; ``tokens_per_rank`` and ``active_per_rank`` (those with a
+            weight) are each rank's.
+        free_bytes: that were counted with; ``is_whole_card``: a card with nothing on it.
+        chunk, group: tokens whose logits, and whose logits' gradients, this library will hold.
+        walks: 2 where backward computes the logits again, else 1.
+        estimates: this library first.
+    """
+
+    model: str
+    objective: str
+    hidden_size: int
+    vocab: int
+    dtype: str
+    train_head: bool
+    reduction: str
+    tokens: int
+    world_size: int
+    tokens_per_rank: int
+    active_per_rank: int
+    device: str
+    free_bytes: int
+    is_whole_card: bool
+    chunk: int
+    group: int
+    walks: int
+    estimates: tuple[Estimate, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of this library, on one rank."""
+        return self.estimates[0].peak_bytes
+
+    def __getitem__(self, provider: str) -> Estimate:
+        """The estimate of one provider."""
+        for estimate in self.estimates:
+            if estimate.provider == provider:
+                return estimate
+        raise KeyError(provider)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = "head trained" if self.train_head else "head frozen"
+        counted = (
+            ""
+            if self.active_per_rank == self.tokens_per_rank
+            else (f" ({self.active_per_rank} count)")
+        )
+        ranks = f" on each of {self.world_size} ranks" if self.world_size > 1 else ""
+        card = ", the whole card" if self.is_whole_card else ""
+        lines = [
+            f"{self.objective}: {self.model}, {self.hidden_size} x {self.vocab}, {self.dtype}, "
+            f"{head}, reduction {self.reduction}",
+            f"{self.tokens_per_rank} tokens{counted}{ranks}; "
+            f"{self.device}, {size_text(self.free_bytes)} free{card}",
+            f"fused_sd holds logits of {self.chunk} tokens and gradients of {self.group}"
+            + (", and walks again in backward" if self.walks == 2 else ""),
+            "",
+            f"{'':26}{'peak':>9}{'':5}{'longest':>12}{'time':>11}  largest part of the peak",
+        ]
+        for estimate in self.estimates:
+            fits = "" if estimate.fits else "  OOM"
+            lines.append(
+                f"{estimate.provider:26}{size_text(estimate.peak_bytes):>9}{fits:5}"
+                f"{estimate.longest_tokens:>12,}{_time_text(estimate):>11}  "
+                f"{_largest(estimate.parts)}"
+            )
+        return "\n".join([*lines, "", *self._legend()])
+
+    def _legend(self) -> list[str]:
+        over = " over all ranks" if self.world_size > 1 else ""
+        lines = [
+            "peak: on each rank, beyond hidden states and head, gradients included;",
+            f"longest: tokens{over} whose hidden states and peak fit what is free.",
+        ]
+        sources = {estimate.seconds_source for estimate in self.estimates}
+        if "measured" in sources:
+            lines.append("time: of forward and backward, in proportion to a measurement.")
+        if "floor" in sources:
+            lines.append(
+                f"time {FLOOR_MARK}: not measured; what the GEMMs alone take at the device's rate."
+            )
+        return lines
+
+
+def size_text(num_bytes: int) -> str:
+    """In the largest unit that leaves something before the point."""
+    for unit, size in UNITS:
+        if num_bytes >= size:
+            return (
+                f"{num_bytes / size:.3g} {unit}"
+                if num_bytes < 1000 * size
+                else (f"{num_bytes / size:.0f} {unit}")
+            )
+    return f"{num_bytes} B"
+
+
+def _time_text(estimate: Estimate) -> str:
+    if estimate.seconds is None:
+        return "unknown"
+    mark = FLOOR_MARK + " " if estimate.seconds_source == "floor" else ""
+    milliseconds = 1e3 * estimate.seconds
+    return (
+        f"{mark}{milliseconds:.3g} ms" if milliseconds < 1000 else f"{mark}{estimate.seconds:.3g} s"
+    )
+
+
+def _largest(parts: dict[str, int]) -> str:
+    name, size = max(parts.items(), key=lambda part: part[1])
+    return f"{name} {size_text(size)}"
