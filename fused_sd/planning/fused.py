@@ -1,4 +1,4 @@
-"""This library's memory: what ``walk.py`` and ``workspace.py`` hold, by their own layout.
+"""This library's memory: what ``walk_operator.py`` and ``workspace.py`` hold, by their own layout.
 
 Forward forms the gradients where the loss is reduced or only the hidden states want one, and keeps
 them in fp32; backward scales and rounds them.  Else nothing is kept, and backward walks again.
