@@ -1,0 +1,162 @@
+"""How a GPU walks, shown without one: 16-bit operands, their own memory for gradients, one GEMM for
+both sides of a shared head.  Only the mixed GEMM is replaced, by what it computes.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from cases import make_case
+from closeness import assert_close
+
+import fused_sd
+from fused_sd import heads, workspace
+
+triton = pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU shows the real thing"),
+    pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
+]
+VOCAB, CHUNK = 509, 3
+BACKENDS = ["torch", "triton"]
+SETTINGS = {
+    "reverse": {},
+    "jsd": {"divergence": fused_sd.Jsd(0.5)},
+    "clipped": {"divergence": "forward_kl", "entry_clip": 0.05},
+    "token clip": {"divergence": "forward_kl", "token_clip": 0.5},
+    "tail": {"support": fused_sd.StudentTopK(3), "divergence": fused_sd.Jsd(0.5)},
+    "renormalized": {"support": fused_sd.TeacherTopK(3), "remainder": "renormalize"},
+}
+
+
+@pytest.fixture
+def gemms(monkeypatch):
+    """16-bit operands stay as they are; returns how many GEMMs of which kind ran."""
+    counted = Counter()
+
+    def kind(out):
+        return "dW" if out.shape[0] == VOCAB else "logits" if out.shape[1] == VOCAB else "dH"
+
+    def matmul(a, b, out):
+        assert a.dtype == b.dtype
+        counted[kind(out)] += 1
+        out.copy_(a.to(out.dtype) @ b.to(out.dtype))
+
+    def matmul_add_(out, a, b):
+        assert a.dtype == b.dtype
+        counted[kind(out)] += 1
+        out.add_(a.to(out.dtype) @ b.to(out.dtype))
+
+    monkeypatch.setattr(heads, "operand_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(heads, "matmul", matmul)
+    monkeypatch.setattr(workspace, "matmul", matmul)
+    monkeypatch.setattr(workspace, "matmul_add_", matmul_add_)
+    return counted
+
+
+def sixteen_bit_case(num_tokens=24, **settings):
+    return make_case(num_tokens, 32, VOCAB, **settings).to(torch.bfloat16)
+
+
+def losses(case, backend, shared=False, **settings):
+    """The loss as a GPU walks it, and in float64."""
+    double = case.to(torch.float64)
+    for one, how in ((case, {"backend": backend, "chunk_size": CHUNK}), (double, {"backend": "torch"})):
+        teacher = one.head if shared else one.teacher_head
+        sides = one.hidden, one.head, one.teacher_hidden, teacher
+        output = fused_sd.divergence_loss(
+            *sides, token_weights=one.token_weights, **settings, **how
+        )
+        yield output.loss, torch.autograd.grad(output.loss.sum(), one.inputs)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_in_their_own_memory(name, backend, shared, gemms):
+    case = sixteen_bit_case(softcap=30.0 if name == "jsd" else None)
+    (loss, found), (exact, expected) = losses(case, backend, shared, **SETTINGS[name])
+    assert_close(loss, exact, torch.float32)
+    for value, truth in zip(found, expected, strict=True):
+        assert (value.double() - truth).norm() <= 6e-3 * truth.norm()
+
+
+def run(case, shared=False, **settings):
+    teacher = case.head if shared else case.teacher_head
+    sides = case.hidden, case.head, case.teacher_hidden, teacher
+    weights = case.token_weights
+    return fused_sd.divergence_loss(
+        *sides, token_weights=weights, chunk_size=CHUNK, backend="torch", **settings
+    ).loss
+
+
+def test_gemms_are_few(gemms):
+    case = sixteen_bit_case()
+    num_active = int((case.token_weights != 0).sum())
+    chunks, groups = -(-num_active // CHUNK), -(-num_active // (4 * CHUNK))
+    assert groups > 1
+    run(case).backward()
+    assert gemms == {"logits": 2 * chunks, "dH": groups, "dW": groups}
+    gemms.clear()
+    run(case, shared=True).backward()
+    assert gemms == {"logits": chunks, "dH": groups, "dW": groups}  # one GEMM for both sides
+
+
+def test_what_is_not_asked_for_is_not_multiplied(gemms):
+    case = sixteen_bit_case()
+    with torch.no_grad():
+        run(case)
+    assert set(gemms) == {"logits"}
+    gemms.clear()
+    case.weight.requires_grad_(False)
+    run(case).backward()
+    assert set(gemms) == {"logits", "dH"}
+    gemms.clear()
+    case.token_weights.zero_()
+    run(case).backward()
+    assert not gemms
+    assert (case.hidden.grad == 0).sum() >= 8 * 32  # the masked of the run before, attached now
+    gemms.clear()
+    advantages = torch.zeros_like(case.token_weights)
+    fused_sd.policy_loss(case.hidden, case.head, case.token_ids, advantages).loss.backward()
+    assert not gemms
+
+
+@pytest.mark.parametrize("freeze", ["hidden", "weight"])
+def test_each_input_can_be_frozen(freeze, gemms):
+    case = sixteen_bit_case()
+    whole = torch.autograd.grad(run(case), (case.hidden, case.weight))
+    getattr(case, freeze).requires_grad_(False)
+    left = case.weight if freeze == "hidden" else case.hidden
+    alone = torch.autograd.grad(run(case), left)[0]
+    assert torch.equal(alone, whole[freeze == "hidden"])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_losses_by_token_walk_again(shared, gemms):
+    case = sixteen_bit_case()
+    upstream = torch.randn(24)
+    by_token = run(case, shared, reduction="none")
+    found = torch.autograd.grad((by_token * upstream).sum(), (case.hidden, case.weight))
+    case.token_weights = case.token_weights * upstream
+    expected = torch.autograd.grad(run(case, shared), (case.hidden, case.weight))
+    for value, truth in zip(found, expected, strict=True):
+        assert (value.float() - truth.float()).norm() <= 6e-3 * truth.float().norm()
+
+
+def test_the_token_path_has_one_side(gemms):
+    case = sixteen_bit_case()
+    for settings in ({}, {"entropy": True}):
+        gemms.clear()
+        for value in torch.autograd.grad(
+            sum(
+                part.sum()
+                for part in fused_sd.token_log_probs(
+                    case.hidden, case.head, case.token_ids, chunk_size=CHUNK, **settings
+                )
+                if part is not None
+            ),
+            (case.hidden, case.weight),
+        ):
+            assert value.isfinite().all()
+        assert gemms == {"logits": 16, "dH": 2, "dW": 2}  # once for the values, once more backward
