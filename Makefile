@@ -1,8 +1,8 @@
-# venv: everything the others need, in .venv.  test, check, demo: what the README says.
+# venv: everything the others need, in .venv.  test, check, demo, bench: what the README says.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: venv test check demo clean
+.PHONY: venv test check demo bench clean
 
 venv: $(VENV)/.ready
 
@@ -22,6 +22,10 @@ check: venv
 
 demo: venv
 	$(PYTHON) -m fused_sd.demo $(DEMO)
+
+bench: venv
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]'
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest benchmarks $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -270,6 +270,24 @@ def test_providers_run_in_a_random_order_and_are_listed_in_theirs(source, monkey
     assert sorted(ran[:6]) == list("012345")
 
 
+def test_a_lost_device_leaves_a_cell_with_the_reason(source, monkeypatch):
+    problem = variant(source)
+    truth = find_truth(problem)
+    monkeypatch.setattr(cells, "find_truth", lambda problem: truth)
+    lost = []
+
+    def forget(device):
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        lost.append(device)
+
+    monkeypatch.setattr(cells, "forget", forget)
+    cell = measure_cell(problem, source, [FUSED, EAGER], QUICK)
+    assert [row.status for row in cell.rows] == ["failed"] * 2
+    assert "illegal memory access" in cell.rows[1].reason
+    assert json.dumps(cell.as_json())
+
+
 def made_cell(**others) -> Cell:
     """A cell with our 10 ms and 100 MiB, and others' times and memory."""
     measured = {"fused_sd": (10.0, 100.0), **others}

@@ -37,7 +37,7 @@ def together(methods: dict[str, Any], path: Path) -> None:
     """Accuracy with its interval, entropy and length by generations."""
     ranked = sorted(methods.items(), key=lambda m: -m[1]["curve"][-1]["accuracy"])
     shape = {"figsize": (11, 3.8), "width_ratios": (2, 1, 1)}
-    with _figure(path, 1, 3, **shape) as (figure, axes):
+    with figure_at(path, 1, 3, **shape) as (figure, axes):
         for name, method in ranked:
             _accuracy(axes[0], method, _colour(name))
             curve, colour = method["curve"], _colour(name)
@@ -54,7 +54,7 @@ def together(methods: dict[str, Any], path: Path) -> None:
 
 def alone(name: str, methods: dict[str, Any], path: Path) -> None:
     """One method's accuracy with its interval; the others thin and grey."""
-    with _figure(path, 1, 1, figsize=(4.2, 2.4)) as (_, axis):
+    with figure_at(path, 1, 1, figsize=(4.2, 2.4)) as (_, axis):
         for other, method in methods.items():
             if other != name:
                 curve = method["curve"]
@@ -68,7 +68,7 @@ def alone(name: str, methods: dict[str, Any], path: Path) -> None:
 
 
 @contextmanager
-def _figure(path: Path, rows: int, columns: int, **shape: Any) -> Iterator[tuple[Any, Any]]:
+def figure_at(path: Path, rows: int, columns: int, **shape: Any) -> Iterator[tuple[Any, Any]]:
     """A figure that is saved at the end."""
     import matplotlib
 

@@ -21,7 +21,8 @@ from fused_sd.bench.problem import Problem, refill_
 from fused_sd.bench.providers import Provider
 from fused_sd.environment import installed
 
-Status = Literal["ok", "wrong", "unavailable", "out of memory", "failed"]
+# "checked": right, and not timed as nobody asked
+Status = Literal["ok", "checked", "wrong", "unavailable", "out of memory", "failed"]
 
 REASON = 200  # characters of another's message
 
@@ -34,7 +35,7 @@ class Row:
     version: str | None  # of its package; None: PyTorch alone
     note: str
     status: Status = "failed"
-    reason: str = ""  # where the status is not "ok"
+    reason: str = ""  # where the provider is not right, or does not run
     errors: Errors | None = None
     times: Times | None = None
     peak_bytes: int | None = None  # above the operands; the gradients are part of it
@@ -52,7 +53,7 @@ class Cell:
     dtype: str
     trainable: bool
     shared_head: bool
-    floor: Floor | None  # None: out of memory
+    floor: Floor | None  # None: not timed, or out of memory
     bound: float  # of the errors
     rows: list[Row]
 
@@ -98,7 +99,7 @@ def measure_cell(
     problem: Problem,
     source: Problem,
     providers: Sequence[Provider],
-    effort: Effort,
+    effort: Effort | None,
     *,
     floor_warm_seconds: float = 0.0,
     seed: int = 0,
@@ -108,31 +109,32 @@ def measure_cell(
     Args:
         problem: a ``variant`` of ``source``, whose tokens are overwritten.
         source: the tokens.
+        effort: of a provider's timing; None: errors only.
         floor_warm_seconds: of bare GEMMs before anything is timed, for the clocks to settle.
         seed: of the providers' order.
     """
     device = problem.hidden.device
     asked = [p for p in providers if problem.objective in p.objectives]
     rows = [Row(p.name, installed(p.package) if p.package else None, p.note) for p in asked]
-    found = find_truth(problem)
+    found, counted = find_truth(problem), int(problem.mask.sum())
     forget(device)
     floor = None
-    try:
-        floor = measure_floor(problem, effort._replace(warm_seconds=floor_warm_seconds))
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
+    if effort is not None:
+        try:
+            floor = measure_floor(problem, effort._replace(warm_seconds=floor_warm_seconds))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
     order = list(range(len(asked)))
     random.Random(seed).shuffle(order)
     for place in order:
-        forget(device)
         _measure(rows[place], asked[place], problem, source, found, effort)
     return Cell(
         problem.objective,
         problem.hidden.shape[1],
         problem.vocab,
         len(problem.mask),
-        int(problem.mask.sum()),
+        counted,
         str(problem.hidden.dtype).removeprefix("torch."),
         problem.trainable,
         problem.teacher_weight is problem.weight,
@@ -143,11 +145,17 @@ def measure_cell(
 
 
 def _measure(
-    row: Row, provider: Provider, problem: Problem, source: Problem, found: Truth, effort: Effort
+    row: Row,
+    provider: Provider,
+    problem: Problem,
+    source: Problem,
+    found: Truth,
+    effort: Effort | None,
 ) -> None:
     """Fill a provider's row; whatever another's code raises is its result."""
     device = problem.hidden.device
     try:
+        forget(device)
         reason = provider.why_not(problem)
         if reason is not None:
             row.status, row.reason = "unavailable", reason
@@ -163,6 +171,9 @@ def _measure(
         if beyond:
             row.status = "wrong"
             row.reason = f"{', '.join(beyond)}; rounding explains at most {found.bound:.1%}"
+            return
+        row.status = "checked"
+        if effort is None:
             return
         refill_(problem, source, torch.arange(len(problem.mask), device=device))
 

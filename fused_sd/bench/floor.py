@@ -21,6 +21,7 @@ from fused_sd.bench.problem import Problem
 from fused_sd.heads import accumulation_dtype, matmul, matmul_add_
 from fused_sd.realistic import slabs
 
+FLOOR_RUNS = 10  # at most
 CHUNK = 4096  # tokens: more would not make a GEMM faster
 TEACHER_COMPARED = ("forward_kl", "reverse_kl", "jsd", "topk_tail", "rlsd")
 # times that a pass over the rows must read fp32 logits: for the statistics and for the gradient;
@@ -76,12 +77,13 @@ def measure_floor(problem: Problem, effort: Effort) -> Floor:
     hidden, weight = problem.hidden.detach()[problem.mask], problem.weight.detach()
     needed = products(problem.objective, problem.trainable)
     wide = accumulation_dtype(hidden.dtype)
+    effort = effort._replace(runs=min(effort.runs, FLOOR_RUNS))
     narrow_ms = _median(hidden, weight, hidden.dtype, needed, effort)
     wide_ms = narrow_ms
     if hidden.dtype != wide:
         if not hidden.is_cuda:  # a CPU has no product of 16-bit operands with an fp32 result
             hidden, weight = hidden.to(wide), weight.to(wide)
-        wide_ms = _median(hidden, weight, wide, needed, effort)
+        wide_ms = _median(hidden, weight, wide, needed, effort._replace(warm_seconds=0.0))
     num_logits = len(hidden) * len(weight)
     written = problem.hidden.element_size() if needed.dhidden else 0
     return Floor(

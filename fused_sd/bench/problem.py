@@ -40,7 +40,7 @@ class Shape(NamedTuple):
     vocab: int
 
 
-_SMALL = {"tiny": (64, 1024), "small": (256, 32000)}  # for a CPU
+_SMALL = {"tiny": (64, 1024), "small": (256, 32000), "wide": (256, 151936)}  # for a CPU
 SHAPES = {name: Shape(name, *sizes) for name, sizes in (MODELS | _SMALL).items()}
 
 

@@ -8,6 +8,7 @@ LINE = 100
 NAME = 28
 COLUMNS = (("ms", 10), ("p20-p80", 15), ("x floor", 9), ("memory", 10), ("loss", 9), ("dH", 9))
 US = "fused_sd"
+RIGHT = ("ok", "checked")
 EVEN = 0.05  # times that differ by less are called equal
 LEGEND = (
     "ms: median of forward and backward, and between what three runs of five lie; x floor: over",
@@ -17,14 +18,13 @@ LEGEND = (
 
 
 def table_lines(cell: Cell) -> list[str]:
-    """Every row, fastest first; below them those without a time, with the reason."""
-    measured = sorted(
-        (r for r in cell.rows if r.times), key=lambda r: r.times.p50 if r.times else 0
-    )
+    """Every row that is right, fastest first; below them the others, with the reason."""
+    right = [row for row in cell.rows if row.status in RIGHT]
+    right.sort(key=lambda row: row.times.p50 if row.times else 0.0)
     header = f"{'':{NAME}}" + "".join(f"{name:>{width}}" for name, width in COLUMNS) + f"{'dW':>9}"
-    lines = [header, *(_line(cell, row) for row in measured)]
+    lines = [header, *(_line(cell, row) for row in right)]
     for row in cell.rows:
-        if row.times is None:
+        if row.status not in RIGHT:
             lines.append(f"{row.provider:{NAME}}  {row.status}: {row.reason}"[: LINE * 2])
     return lines
 
@@ -33,7 +33,7 @@ def setting_line(cell: Cell) -> str:
     """What was measured."""
     counted = "" if cell.counted == cell.tokens else f" ({cell.counted} count)"
     head = "head trained" if cell.trainable else "head frozen"
-    floor = "the floor does not fit the memory"
+    floor = "no floor"
     if cell.floor is not None:
         floor = f"floor {cell.floor.u}u = {cell.floor.milliseconds:.4g} ms"
     return (
@@ -45,7 +45,7 @@ def setting_line(cell: Cell) -> str:
 def verdict_lines(cell: Cell) -> list[str]:
     """How this library compares with each of the others, for better and for worse."""
     ours = next((row for row in cell.rows if row.provider == US), None)
-    if ours is None or ours.times is None or ours.peak_bytes is None:
+    if ours is None or ours.status not in RIGHT:
         why = "was not measured" if ours is None else f"was not measured: {ours.reason}"
         return [f"{US} {why}"]
     return [_verdict(ours, row) for row in cell.rows if row is not ours and row.times is not None]
@@ -84,11 +84,10 @@ def _accuracy(ours: Row, theirs: Row) -> str:
 
 
 def _line(cell: Cell, row: Row) -> str:
-    assert row.times is not None
-    ratio = cell.ratio(row)
+    ratio, times = cell.ratio(row), row.times
     texts = [
-        number(row.times.p50),
-        f"{number(row.times.p20)}-{number(row.times.p80)}",
+        "-" if times is None else number(times.p50),
+        "-" if times is None else f"{number(times.p20)}-{number(times.p80)}",
         "-" if ratio is None else f"{ratio:.2f}",
         memory(row.peak_bytes),
         *(percent(error) for error in (row.errors or (None, None, None))),

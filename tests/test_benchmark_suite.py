@@ -1,0 +1,219 @@
+"""The benchmark's suites: that they fit their time, resume, and become tables and plots."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from benchmarks import report, run, suites
+from benchmarks.results_store import Store, file_slug, stored
+from benchmarks.suites import SUITES, Asked, Suite, expected_seconds
+from fused_sd.bench.measure import Effort
+from fused_sd.bench.problem import OBJECTIVES, SHAPES
+from fused_sd.bench.providers import PROVIDERS
+
+PAIR = ("fused_sd", "eager")
+
+
+def cells(name):
+    return [asked for part in SUITES[name].parts.values() for asked in part]
+
+
+@pytest.mark.parametrize("name", SUITES, ids="suite-{}".format)
+def test_a_suite_is_whole_and_fits_its_time(name):
+    providers = {provider.name for provider in PROVIDERS}
+    for asked in cells(name):
+        assert set(asked.providers) <= providers, asked.key
+        assert asked.providers[0] == "fused_sd"
+        assert asked.shape in SHAPES
+    assert {asked.objective for asked in cells(name)} == set(OBJECTIVES)
+    keys = [(part, asked.key) for part, found in SUITES[name].parts.items() for asked in found]
+    assert len(keys) == len(set(keys))
+    assert set(suites.FACTORS) <= providers
+    seconds = sum(expected_seconds(asked, name) for asked in cells(name))
+    assert seconds < 60 * SUITES[name].minutes
+
+
+def test_the_gpu_suite_covers_what_is_claimed():
+    asked = cells("gpu")
+    assert SUITES["gpu"].minutes <= 9
+    assert SUITES["gpu"].effort.runs >= 20
+    assert SUITES["gpu"].floor_warm_seconds >= 2
+    assert {a.shape for a in asked} >= {
+        "qwen3-4b",
+        "qwen3-8b",
+        "olmo-3-7b",
+        "llama-3-8b",
+        "qwen3.5",
+    }
+    whole = {a.tokens for a in asked if a[2:] == asked[-1][2:] or a.objective == "reverse_kl"}
+    assert whole >= {1024, 4096, 16384, 65536}
+    assert any(not a.trainable for a in asked)
+    assert any(a.mask_share == 0.5 for a in asked)
+    everybody = {name for a in asked for name in a.providers}
+    assert everybody == {provider.name for provider in PROVIDERS}
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A CPU suite of seconds, and the folder of its results."""
+
+    def cell(objective, **others):
+        return Asked("tiny", 40, objective, PAIR, dtype="float32")._replace(**others)
+
+    parts = {
+        "main": [cell("reverse_kl"), cell("grpo", trainable=False)],
+        "scaling": [cell("reverse_kl", tokens=20), cell("reverse_kl", tokens=80)],
+        "accuracy": [cell("jsd", timed=False, kl=0.01)],
+    }
+    monkeypatch.setitem(SUITES, "cpu", Suite(parts, Effort(0.0, 2), 0.0, 5.0))
+    monkeypatch.setitem(suites.SETUP_SECONDS, "cpu", 0.1)
+    monkeypatch.setitem(suites.CHECK_SECONDS, "cpu", 0.1)
+    return tmp_path / "results"
+
+
+def measure(folder, *arguments):
+    return run.main(["--suite", "cpu", "--out", str(folder), "--commit", "abc", *arguments])
+
+
+def document(folder):
+    (found,) = stored(folder)
+    return found
+
+
+def test_a_suite_is_measured_kept_and_resumed(tiny, capsys, monkeypatch):
+    assert measure(tiny, "--parts", "main") == 0
+    found = document(tiny)
+    assert found["environment"]["torch"] == torch.__version__
+    assert found["environment"]["commit"] == "abc"
+    assert list(found["parts"]) == ["main"]
+    first, second = found["parts"]["main"].values()
+    assert first["shape"] == "tiny"
+    assert [row["status"] for row in first["rows"]] == ["ok", "ok"]
+    assert first["floor"]["u"] == 4
+    assert second["floor"]["u"] == 2
+    assert second["rows"][0]["errors"]["dweight"] is None
+
+    asked = []
+    exact = run.measure_asked
+    monkeypatch.setattr(run, "measure_asked", lambda a, *rest: asked.append(a) or exact(a, *rest))
+    assert measure(tiny, "--resume") == 0
+    assert [a.tokens for a in asked] == [20, 80, 40]
+    resumed = document(tiny)
+    assert resumed["parts"]["main"] == found["parts"]["main"]
+    (errors_only,) = resumed["parts"]["accuracy"].values()
+    assert errors_only["floor"] is None
+    assert errors_only["rows"][0]["errors"]["dhidden"] < 1e-3
+    assert [row["status"] for row in errors_only["rows"]] == ["checked"] * 2
+    assert errors_only["rows"][0]["times"] is None
+    assert measure(tiny, "--resume") == 0
+    assert len(asked) == 3
+
+
+def test_what_does_not_fit_is_left_for_the_next_run(tiny, capsys):
+    assert measure(tiny, "--minutes", "0") == 3
+    out = capsys.readouterr().out
+    assert "The time is up before main: tiny, 40, reverse_kl" in out
+    assert "--resume" in out
+    assert not stored(tiny)
+
+
+def test_results_of_another_environment_are_not_mixed_in(tiny, capsys):
+    assert measure(tiny, "--parts", "main") == 0
+    arguments = ["--suite", "cpu", "--out", str(tiny), "--resume", "--commit", "other"]
+    assert run.main(arguments) == 2
+    assert "another commit; leave it out" in capsys.readouterr().err
+    assert run.main([*arguments[:4], "--parts", "accuracy", "--commit", "other"]) == 0
+    assert list(document(tiny)["parts"]) == ["accuracy"]
+
+
+def test_wrong_use_says_what_to_do(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.main(["--suite", "gpu", "--out", str(tiny)]) == 2
+    assert "pass --suite cpu" in capsys.readouterr().err
+    assert measure(tiny, "--parts", "shapes") == 2
+    assert "--parts must be one of 'main', 'scaling', 'accuracy', 'step'" in capsys.readouterr().err
+    assert run.main(["--suite", "gpu", "--plan"]) == 0
+    assert re.search(r"in all \d+ s, of 540", capsys.readouterr().out)
+
+
+def test_a_lost_device_ends_the_run_with_what_was_measured(tiny, capsys, monkeypatch):
+    def lost(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(run, "synchronize", lost)
+    assert measure(tiny) == 1
+    assert "The device was lost" in capsys.readouterr().err
+    assert len(document(tiny)["parts"]["main"]) == 1
+
+
+def test_the_whole_step_gets_the_time_that_is_left(tiny, monkeypatch):
+    commands = []
+
+    class Done:
+        returncode = 0
+
+    monkeypatch.setattr(run.subprocess, "run", lambda command: commands.append(command) or Done())
+    assert measure(tiny, "--parts", "step", "--minutes", "2", "--resume") == 0
+    ((_, _, module, *arguments),) = commands
+    assert module == "benchmarks.step"
+    assert 100 <= float(arguments[arguments.index("--budget-seconds") + 1]) <= 120
+    assert arguments[-1] == "--resume"
+
+
+def test_a_device_has_one_folder():
+    assert file_slug("CPU (x86_64, 1 thread)") == file_slug("CPU (x86_64, 8 threads)")
+    assert file_slug("NVIDIA H200") == "nvidia-h200"
+
+
+def test_results_become_tables_and_plots_again_and_again(tiny, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert measure(tiny) == 0
+    readme, docs = tmp_path / "README.md", tmp_path / "docs"
+    readme.write_text(f"before\n\n{report.MARKER}\n{report.END}\n\nafter\n")
+    arguments = ["--results", str(tiny), "--docs", str(docs), "--update-readme", str(readme)]
+    assert report.main(arguments) == 0
+    text = readme.read_text()
+    assert report.main(arguments) == 0
+    assert readme.read_text() == text
+    assert text.startswith("before\n\n")
+    assert text.endswith(f"{report.END}\n\nafter\n")
+    assert "GPU figures are still to be measured" in text
+    assert "| **fused_sd** |" in text
+    assert "| the bare GEMMs (4u) |" in text
+    assert "| reverse_kl | tiny | 80 | trained |" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in tables} == {11, 13}
+    pictures = re.findall(r"\(docs/(\S+\.png)\)", text)
+    assert sorted(pictures) == sorted(path.name for path in docs.iterdir())
+    assert len(pictures) == 2
+    capsys.readouterr()
+    assert report.main(["--results", str(tiny)]) == 0
+    assert "| **fused_sd** |" in capsys.readouterr().out
+    readme.write_text("nothing")
+    assert report.main(arguments) == 2
+    assert "add the two lines" in capsys.readouterr().err
+
+
+def test_who_has_no_time_is_named_with_the_reason(tmp_path):
+    row = {"provider": "theirs", "status": "out of memory", "reason": "9 GiB", "times": None}
+    cell = {
+        "objective": "jsd",
+        "shape": "qwen3-8b",
+        "tokens": 8,
+        "counted": 4,
+        "trainable": False,
+        "dtype": "bfloat16",
+        "floor": None,
+        "rows": [row],
+    }
+    where = {"device": "NVIDIA H200", "torch": "2.11", "trl": "not installed", "commit": "abc"}
+    store = Store(tmp_path / "nvidia-h200", "gpu", where, resume=False)
+    store.add("main", "a cell", cell)
+    text = "\n".join(report.markdown_lines(stored(tmp_path), {}))
+    assert "still to be measured" not in text
+    assert "NVIDIA H200; torch 2.11; commit abc:" in text
+    assert "Without a time: theirs: out of memory (9 GiB)." in text
+    assert "jsd, qwen3-8b, 8 tokens, head frozen (4 count), bfloat16" in text
+    assert json.loads(store.path.read_text())["parts"]["main"]["a cell"]["date"]
