@@ -84,7 +84,12 @@ def budget_on(device: torch.device) -> int:
         return CPU_BUDGET
     if torch.cuda.is_current_stream_capturing():
         return GPU_BUDGET
-    return min(GPU_BUDGET, int(SHARE_OF_FREE * free_bytes(device)))
+    return gpu_budget(free_bytes(device))
+
+
+def gpu_budget(num_free: int) -> int:
+    """Bytes that a walk's workspaces may take on a GPU with so many free."""
+    return min(GPU_BUDGET, int(SHARE_OF_FREE * max(0, num_free)))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -134,6 +134,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     *tensors, row_inputs, text, floats, ints, wanted = inputs
     rows, options = specs.decode(text, floats, ints)
+    ctx.set_materialize_grads(False)  # zeros for the gradients' own gradients would be as large
     ctx.reduced, ctx.wanted, ctx.num_inputs = options.reduced, wanted, len(row_inputs)
     ctx.recompute = wanted != _formed(options, rows, wanted)
     hidden, weight, bias = tensors[:3]

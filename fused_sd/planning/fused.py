@@ -62,7 +62,7 @@ def _budget(work: Workload) -> int:
     free = (
         work.free_bytes - work.inputs_bytes - total(_accumulators(work)) - total(_compacted(work))
     )
-    return min(chunking.GPU_BUDGET, int(chunking.SHARE_OF_FREE * max(0, free)))
+    return chunking.gpu_budget(free)
 
 
 def _moments(work: Workload) -> Sequence[Parts]:
@@ -153,11 +153,7 @@ def _top_k_bytes(k: int, size: WalkSize, chunk: int) -> int:
 
 def _rounding(work: Workload, held: Parts) -> Sequence[Parts]:
     """Backward: each gradient is scaled and rounded while the sums are kept."""
-    held = {
-        **held,
-        # autograd makes them for the sums, which are outputs of the operator
-        "zeros": held["fp32 dH"] + held["fp32 dW"],
-    }
+    held = dict(held)
     if work.kind == "cpu" and work.element < LOGIT_BYTES:  # multiplies in fp32 first
         held["scaled in fp32"] = max(held["fp32 dW"], held["fp32 dH"])
     return [{**held, **work.gradients}]

@@ -1,0 +1,148 @@
+"""Block sizes of the row programs: measure the candidates on this GPU, write the winners.
+
+    python -m benchmarks.tune            prints the table
+    python -m benchmarks.tune --write    and writes it to kernels/tuned.json, with GPU and versions
+
+Each program is timed alone on logits of several vocabularies, with a chunk's number of rows; beside
+its time stands its share of this GPU's copy bandwidth, for which 85 % is the aim.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sd import Jsd
+from fused_sd.divergence import divergence_term
+from fused_sd.kernels import rows
+from fused_sd.kernels.tuning import TABLE, Launch, family_of, forced, launch_for
+
+CANDIDATES = [Launch(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
+VOCABULARIES = (151936, 100278, 248320)
+NUM_ROWS = 512
+Timer = Callable[[Callable[[], object]], float]  # seconds
+
+
+class Task(NamedTuple):
+    """One program, as its launcher launches it, and the bytes that it must move."""
+
+    program: str
+    run: Callable[[], object]
+    num_bytes: int
+
+
+class Result(NamedTuple):
+    """A program's best launch, and its seconds over all vocabularies beside the default's."""
+
+    launch: Launch
+    seconds: float
+    default_seconds: float
+    bytes_per_second: float
+
+
+def make_tasks(num_rows: int, vocab: int, device: torch.device) -> list[Task]:
+    """Every row program on logits (num_rows, vocab) like a policy's."""
+    student = 4 * torch.randn(num_rows, vocab, device=device)
+    teacher = student + 0.3 * torch.randn_like(student)
+    out = torch.empty_like(student, dtype=torch.bfloat16)
+    ones = torch.ones(num_rows, device=device)
+    sides = rows.normalizers(student, teacher)
+    one, two, narrow = (4 * student.numel(), 8 * student.numel(), 2 * student.numel())
+    reverse, jsd = divergence_term("reverse_kl"), divergence_term(Jsd(0.5))
+
+    def compare(term: object, upstream: Tensor | None) -> Callable[[], object]:
+        return lambda: rows.divergence_(student, teacher, sides, term, None, upstream, None, out)
+
+    return [
+        Task("log_normalizer", lambda: rows.log_normalizer(student), one),
+        Task("normalizers", lambda: rows.normalizers(student, teacher), two),
+        Task("divergence", compare(jsd, None), two),
+        Task("divergence_gradient", compare(reverse, ones), two + narrow),
+        Task("summary", lambda: rows.summary(student, teacher, sides, ()), two),
+        Task(
+            "softmax_gradient",
+            lambda: rows.softmax_gradient_(student, sides.student, ones, None, None, out),
+            one + narrow,
+        ),
+        Task("block_maxima", lambda: rows.block_maxima(student), one),
+    ]
+
+
+def tune(
+    device: torch.device,
+    timer: Timer,
+    num_rows: int = NUM_ROWS,
+    vocabularies: Sequence[int] = VOCABULARIES,
+    candidates: Sequence[Launch] = CANDIDATES,
+) -> dict[str, Result]:
+    """The fastest launch of every program, by its time over all vocabularies together."""
+    seconds: dict[str, dict[Launch, float]] = {}
+    moved: dict[str, int] = {}
+    for vocab in vocabularies:
+        for task in make_tasks(num_rows, vocab, device):
+            moved[task.program] = moved.get(task.program, 0) + task.num_bytes
+            timed = seconds.setdefault(task.program, {})
+            for launch in {*candidates, launch_for(task.program, device)}:
+                with forced(task.program, launch):
+                    timed[launch] = timed.get(launch, 0.0) + timer(task.run)
+    results = {}
+    for program, timed in seconds.items():
+        best = min(timed, key=lambda launch: timed[launch])
+        now = timed[launch_for(program, device)]
+        results[program] = Result(best, timed[best], now, moved[program] / timed[best])
+    return results
+
+
+def copy_bandwidth(device: torch.device, timer: Timer) -> float:
+    """Bytes a second of a large copy on the device, read and written."""
+    source = torch.randn(2**28, device=device)
+    target = torch.empty_like(source)
+    return 8 * source.numel() / timer(lambda: target.copy_(source))
+
+
+def write(results: dict[str, Result], family: str, measured_on: dict[str, str]) -> None:
+    """Put a family's winners into the table, in place of those it held."""
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    launches = {program: list(result.launch) for program, result in results.items()}
+    table[family] = {"measured_on": measured_on, "launches": launches}
+    TABLE.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and perhaps write; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write kernels/tuned.json")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("benchmarks.tune: needs a GPU, and there is none", file=sys.stderr)
+        return 2
+    import triton
+
+    device = torch.device("cuda")
+
+    def timer(run: Callable[[], object]) -> float:
+        median: float = triton.testing.do_bench(run, warmup=20, rep=60, return_mode="median")
+        return median / 1e3
+
+    bandwidth = copy_bandwidth(device, timer)
+    results = tune(device, timer)
+    print(f"{torch.cuda.get_device_name(device)}: copies run at {bandwidth / 1e12:.2f} TB/s")
+    for program, (launch, seconds, before, rate) in results.items():
+        print(
+            f"{program:20} block {launch.block_v:5} warps {launch.num_warps:2}  "
+            f"{1e6 * seconds:8.1f} us, now {1e6 * before:8.1f} us, {rate / bandwidth:.0%} of copy"
+        )
+    if arguments.write:
+        name = torch.cuda.get_device_name(device)
+        versions = {"gpu": name, "torch": torch.__version__, "triton": triton.__version__}
+        write(results, family_of(device), versions)
+        print(f"written to {TABLE.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The table of block sizes: what is in it is used, what is not has a default, and who writes it."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from benchmarks import tune
+from fused_sd.kernels import rows, tuning
+from fused_sd.kernels.tuning import DEFAULT, Launch
+
+CPU = torch.device("cpu")
+PROGRAMS = {"log_normalizer", "normalizers", "divergence", "divergence_gradient"}
+PROGRAMS |= {"softmax_gradient", "summary", "block_maxima"}
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    path.write_text("{}")
+    for module in (tuning, tune):
+        monkeypatch.setattr(module, "TABLE", path)
+    tuning.tuned.cache_clear()
+    yield path
+    tuning.tuned.cache_clear()
+
+
+def test_the_committed_table_can_be_read():
+    table = json.loads(tuning.TABLE.read_text())
+    for family, entry in table.items():
+        assert set(entry["launches"]) <= PROGRAMS, family
+        assert entry["measured_on"]["gpu"]
+        for block, warps in entry["launches"].values():
+            assert block & (block - 1) == 0
+            assert warps in (1, 2, 4, 8, 16, 32)
+
+
+def test_a_program_is_launched_as_the_table_says(table):
+    assert tuning.launch_for("divergence", CPU) == DEFAULT
+    table.write_text(json.dumps({"cpu": {"launches": {"divergence": [512, 4]}}}))
+    tuning.tuned.cache_clear()
+    assert tuning.launch_for("divergence", CPU) == Launch(512, 4)
+    assert tuning.launch_for("summary", CPU) == DEFAULT
+    with tuning.forced("divergence", Launch(1024, 16)):
+        assert tuning.launch_for("divergence", CPU) == Launch(1024, 16)
+    assert tuning.launch_for("divergence", CPU) == Launch(512, 4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted without a GPU")
+def test_the_fastest_candidate_of_every_program_is_written(table, monkeypatch):
+    candidates = [Launch(256, 4), Launch(512, 4)]
+    used = []
+
+    def timer(run):
+        """As if 512 columns were fastest; notes what was really launched."""
+        before = len(used)
+        run()
+        blocks = {block for block in used[before:] if block is not None}
+        return {512: 1.0, 256: 2.0}.get(blocks.pop() if blocks else None, 3.0)
+
+    launched = tuning.launch_for
+
+    def launch_for(program, device):
+        launch = launched(program, device)
+        used.append(launch.block_v)
+        return launch
+
+    monkeypatch.setattr(rows, "launch_for", launch_for)
+    results = tune.tune(CPU, timer, num_rows=2, vocabularies=(1000, 700), candidates=candidates)
+    assert set(results) == PROGRAMS
+    assert all(result.launch == Launch(512, 4) for result in results.values())
+    assert all(result.seconds < result.default_seconds for result in results.values())
+    tune.write(results, "cpu", {"gpu": "none"})
+    tuning.tuned.cache_clear()
+    assert tuning.launch_for("divergence", CPU) == Launch(512, 4)
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main([]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
