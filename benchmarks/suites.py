@@ -104,7 +104,7 @@ def _cpu() -> Suite:
             cell("small", 128, "reverse_kl", mask_share=0.5),
         ],
         "objectives": [cell("small", 128, objective) for objective in OBJECTIVES],
-        "scaling": [cell("wide", tokens, "reverse_kl") for tokens in (32, 256)],
+        "scaling": [cell("wide", tokens, "reverse_kl") for tokens in (32, 512)],
         "accuracy": [
             Asked("small", 64, objective, QUICK, kl=kl, timed=False)
             for kl in (1e-3, 1e-2, 1e-1)

@@ -194,6 +194,50 @@ def test_time_is_taken_as_often_as_asked_and_affordable():
     ]
 
 
+def test_a_gpu_is_timed_by_its_events_and_weighed_by_its_allocator(monkeypatch):
+    """With a stand-in for PyTorch's CUDA: a run takes 3 ms and holds 5 bytes at most."""
+    clock, held = [0.0], {"peak": 7}
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    def run():
+        clock[0] += 3.0
+        held["peak"] = max(held["peak"], 7 + 5)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held["peak"])
+    reset = lambda device: held.update(peak=7)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    gpu = torch.device("cuda")
+    assert time_runs(run, gpu, Effort(0.0, 4)) == Times(3.0, 3.0, 3.0, 4)
+    held["peak"] = 100
+    assert peak_bytes(run, gpu) == 5
+
+
+@pytest.mark.gpu
+def test_a_cell_on_a_gpu():
+    drawn = make_problem(SHAPES["small"], 600, device="cuda")
+    for objective in OBJECTIVES:
+        problem = variant(drawn, objective=objective, mask_share=0.5)
+        cell = measure_cell(problem, drawn, [FUSED, EAGER], Effort(0.01, 5))
+        assert [row.status for row in cell.rows] == ["ok", "ok"], cell.rows
+        ours, theirs = cell.rows
+        assert 0 < ours.times.p20 <= ours.times.p80
+        assert 0 < ours.errors.dhidden < 6e-3
+        assert min(ours.peak_bytes, theirs.peak_bytes) > problem.weight.nbytes
+        assert cell.floor.milliseconds > 0
+
+
 def test_running_out_of_memory_is_told_from_other_errors():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory"))
