@@ -22,6 +22,7 @@ SAMPLED = (
     "verl triton",
     "Liger scaled cross entropy",
 )
+OF_BOTH_KINDS = ("reverse_kl", "jsd")  # divergences of two and of three visits to a row
 ON_CPU = ("fused_sd", "eager", "TRL chunked divergence", "TRL chunked log-probs")
 
 
@@ -104,7 +105,10 @@ def _cpu() -> Suite:
             cell("small", 128, "reverse_kl", mask_share=0.5),
         ],
         "objectives": [cell("small", 128, objective) for objective in OBJECTIVES],
-        "scaling": [cell("wide", tokens, "reverse_kl") for tokens in (32, 512)],
+        "scaling": [
+            *(cell("wide", tokens, "reverse_kl") for tokens in (32, 512)),
+            *(cell("wide", 1024, name, providers=("fused_sd", "eager")) for name in OF_BOTH_KINDS),
+        ],
         "accuracy": [
             Asked("small", 64, objective, QUICK, kl=kl, timed=False)
             for kl in (1e-3, 1e-2, 1e-1)
