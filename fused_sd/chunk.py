@@ -18,7 +18,7 @@ class Chunk(NamedTuple):
 
     student: Tensor  # (C, W) logits in fp32 or fp64, -inf behind the vocabulary; may be overwritten
     teacher: Tensor | None  # (C, W), as student
-    columns: int  # that hold an entry of either vocabulary
+    columns: int  # that a comparison of both sides reads
     inputs: list[Tensor]  # per-token inputs, each (C, ...)
     upstream: Tensor | None  # (C, J) or (C, 1); None where no gradient is wanted
     dlogits: Tensor | None  # (C, W) for the gradient; may be the student's memory
@@ -26,7 +26,7 @@ class Chunk(NamedTuple):
     rows: Rows  # the row functions of the backend
 
     def sides(self) -> tuple[Tensor, Tensor]:
-        """The logits (C, columns) of both sides, without the padding behind both vocabularies."""
+        """The logits (C, columns) of both sides, as a comparison reads them."""
         assert self.teacher is not None
         return self.student[:, : self.columns], self.teacher[:, : self.columns]
 

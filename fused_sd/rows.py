@@ -21,6 +21,7 @@ from fused_sd.divergence import DivergenceTerm
 from fused_sd.near import FORMS, Block, clip_
 from fused_sd.support import BLOCK
 
+READS_PADDING = False  # of -inf on both sides, where a log-ratio is not a number
 VISITED = 2**19  # logits at a time: smaller visits lose more to threads that wait for each other
 FLOOR = -1e4  # a log-probability whose probability is 0, and whose products are too
 # both KLs, the JSD with its beta, and both entropies, over the full vocabulary

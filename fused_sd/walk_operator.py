@@ -80,6 +80,7 @@ def _walk(
     _, values, dhidden, dweight, dbias, *extras = selected
     workspace = Workspace(student, teacher, forming, options.chunk_size)
     row_functions = choose_rows(options.backend, hidden.device, wide)
+    columns = workspace.width if row_functions.READS_PADDING else workspace.vocab
 
     for group in slices(0, hidden.shape[0], workspace.layout.group):
         for at in slices(group.start, group.stop, workspace.layout.chunk):
@@ -88,7 +89,7 @@ def _walk(
             chunk = Chunk(
                 logits,
                 teacher_logits,
-                workspace.columns,
+                columns,
                 [tensor[at] for tensor in inputs],
                 scaled if forming else None,
                 dlogits,

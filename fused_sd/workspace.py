@@ -27,15 +27,15 @@ class Workspace:
         hidden = student.hidden
         wide = accumulation_dtype(hidden.dtype)
         self.student, self.teacher = student, teacher
-        self.columns = max(student.vocab, teacher.vocab if teacher is not None else 0)
+        self.vocab = max(student.vocab, teacher.vocab if teacher is not None else 0)
         size = WalkSize(
-            self.columns,
+            self.vocab,
             1 if teacher is None else 2,
             wide.itemsize,
             student.dtype.itemsize,
             forming,
         )
-        num_tokens = hidden.shape[0]
+        self.width, num_tokens = size.width, hidden.shape[0]
         budget = budget_on(hidden.device) if chunk_size is None else 0
         self.layout: Layout = choose_layout(size, num_tokens, budget, chunk_size)
         chunk, group = min(self.layout.chunk, num_tokens), min(self.layout.group, num_tokens)

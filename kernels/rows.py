@@ -20,6 +20,7 @@ from fused_sd.kernels.tuning import launch_for
 from fused_sd.rows import SUMMARY, Normalizers
 from fused_sd.support import BLOCK
 
+READS_PADDING = True  # so that a row is read in pieces of 16 bytes, whatever its vocabulary
 STATE = 8  # numbers that are kept of a pair of rows: five, in one sector of memory
 SEGMENT = 32  # blocks whose maxima one program finds
 

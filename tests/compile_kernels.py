@@ -1,8 +1,8 @@
-"""Compile every row kernel for GPUs that are not here, and print what the compiler made of it as
-JSON.
+"""Compile every row kernel for GPUs that are not here, and print what the compiler made of it.
 
 The launchers run on meta tensors with their real specialisation; nothing is launched.  A process of
-its own, since Triton either interprets or compiles: ``python compile_kernels.py cuda 90``.
+its own, since Triton either interprets or compiles: ``python compile_kernels.py cuda 90`` prints
+JSON, and without a target ``python compile_kernels.py`` prints a table of all of them.
 """
 
 import json
@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,11 +20,13 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import fused_sd
+from fused_sd.chunking import ALIGNMENT, workspace_width
 from fused_sd.divergence import divergence_term
 from fused_sd.kernels import rows
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-VOCABULARIES = (151952, 100279)  # aligned rows, and rows that are aligned to nothing
+TARGETS = ("cuda 80", "cuda 90", "cuda 100", "hip gfx942")
+VOCABULARIES = (workspace_width(100278), 100279)  # as the walk has them; aligned to nothing
 
 
 class AbsentDriver:
@@ -45,14 +48,23 @@ class AbsentDriver:
         return torch.device("meta")
 
 
-def compile_all(target: GPUTarget) -> list[tuple[str, dict, object]]:
-    """Every kernel that the launchers launch: its name, its constants, and itself."""
-    compiled = []
+class Compiled(NamedTuple):
+    """A kernel as a launcher launches it."""
+
+    name: str
+    constants: dict[str, object]
+    aligned: bool  # rows of logits that start at aligned addresses, as the walk's do
+    kernel: object
+
+
+def compile_all(target: GPUTarget) -> list[Compiled]:
+    """Every kernel that the launchers launch."""
+    compiled: list[Compiled] = []
     launch = JITFunction.run
 
     def compile_instead(self, *args, grid, warmup=False, **options):
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        compiled.append((self.fn.__name__, options, kernel))
+        compiled.append(Compiled(self.fn.__name__, options, vocab % ALIGNMENT == 0, kernel))
         return kernel
 
     driver.set_active(AbsentDriver(target))
@@ -82,7 +94,7 @@ def launch_all(vocab: int) -> None:
 
 
 def resources(kernel) -> dict[str, object]:
-    """Registers, bytes spilled, function calls that are left, barriers."""
+    """Registers, bytes spilled, function calls that are left, barriers, loads of 16 bytes."""
     if "cubin" in kernel.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
@@ -96,6 +108,7 @@ def resources(kernel) -> dict[str, object]:
             "spilled": int(found["STACK"]),
             "calls": len(re.findall(r"\bcall\b", ptx)),
             "barriers": len(re.findall(r"\b(bar|barrier)(\.cta)?\.sync", ptx)),
+            "wide_loads": len(re.findall(r"ld\.global\.v4\.b32", ptx)),
         }
     assembly = kernel.asm["amdgcn"]
 
@@ -109,22 +122,43 @@ def resources(kernel) -> dict[str, object]:
         "spilled": 4 * count("vgpr_spill_count"),
         "calls": assembly.count("s_swappc_b64"),
         "barriers": assembly.count("s_barrier"),
+        "wide_loads": assembly.count("_load_dwordx4"),
     }
 
 
-if __name__ == "__main__":
-    backend, arch = sys.argv[1:]
-    target = GPUTarget(
-        backend, int(arch) if arch.isdigit() else arch, 32 if backend == "cuda" else 64
-    )
-    found = [
+def describe(target: GPUTarget) -> list[dict[str, object]]:
+    """Of every kernel its name, its constants and its resources."""
+    return [
         {
             "name": name,
             "in_place": bool(constants.get("IN_PLACE")),
-            "block": constants.get("BLOCK_V"),
+            "aligned": aligned,
             "shared": kernel.metadata.shared,
             **resources(kernel),
         }
-        for name, constants, kernel in compile_all(target)
+        for name, constants, aligned, kernel in compile_all(target)
     ]
-    print(json.dumps(found))
+
+
+def print_table() -> None:
+    """The most that any variant of a kernel takes, on every target."""
+    for target in TARGETS:
+        command = [sys.executable, __file__, *target.split()]
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        kernels = json.loads(run.stdout)
+        for name in sorted({kernel["name"] for kernel in kernels}):
+            variants = [kernel for kernel in kernels if kernel["name"] == name]
+            most = {
+                key: max(k[key] for k in variants) for key in ("registers", "shared", "spilled")
+            }
+            print(f"{target:12} {name:20} {len(variants):2} variants", *most.items())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        print_table()
+    else:
+        backend, arch = sys.argv[1:]
+        wide = 32 if backend == "cuda" else 64
+        print(json.dumps(describe(GPUTarget(backend, int(arch) if arch.isdigit() else arch, wide))))

@@ -9,12 +9,12 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
+from compile_kernels import TARGETS
+
 HERE = pathlib.Path(__file__).parent
 
 
-@pytest.mark.parametrize(
-    "target", ["cuda 80", "cuda 90", "cuda 100", "hip gfx942"], ids=lambda name: name.split()[1]
-)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda name: name.split()[1])
 def test_kernels_compile_without_spills(target):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(HERE.parent)
@@ -28,5 +28,7 @@ def test_kernels_compile_without_spills(target):
         assert kernel["calls"] == 0, kernel
         # of 65536 registers, so that a multiprocessor holds at least one program of 256 threads
         assert kernel["registers"] <= 168, kernel
+        if kernel["aligned"]:
+            assert kernel["wide_loads"] >= 1, kernel
         if kernel["in_place"]:
             assert kernel["barriers"] >= 1, kernel
