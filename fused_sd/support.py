@@ -140,6 +140,11 @@ def fold_tail(dlog_s: Tensor, log_s: Tensor, floor: float) -> Tensor:
     return dlog_s[:, :-1] - pull * inside.exp()
 
 
+def has_short_list(k: int, num_columns: int) -> bool:
+    """Whether the blocks that may hold the k largest are few beside the row."""
+    return 4 * k * BLOCK < num_columns
+
+
 def top_k(logits: Tensor, k: int, block_maxima: Callable[[Tensor], Tensor]) -> Tensor:
     """Ids of the k largest logits of each row, largest first: (C, k).
 
@@ -147,7 +152,7 @@ def top_k(logits: Tensor, k: int, block_maxima: Callable[[Tensor], Tensor]) -> T
     maxima and only those blocks are searched.
     """
     num_columns = logits.shape[1]
-    if 2 * k * BLOCK >= num_columns:
+    if not has_short_list(k, num_columns):
         return logits.topk(k, dim=-1).indices
     blocks = block_maxima(logits).topk(k, dim=-1, sorted=False).indices
     columns = torch.arange(BLOCK, device=logits.device)

@@ -131,6 +131,14 @@ def normalizers(
 
 
 @triton.jit
+def known_of(state_ptr):
+    """What ``normalizers`` found of a pair of rows."""
+    anchor_s, log_scale_s = tl.load(state_ptr), tl.load(state_ptr + 1)
+    anchor_t, log_scale_t = tl.load(state_ptr + 2), tl.load(state_ptr + 3)
+    return anchor_s, log_scale_s, anchor_t, log_scale_t, tl.load(state_ptr + 4)
+
+
+@triton.jit
 def log_probs(logits_ptr, offs_v, num_columns, anchor, log_scale):
     return (load(logits_ptr, offs_v, num_columns) - anchor) - log_scale
 
@@ -163,9 +171,7 @@ def divergence(
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
-    state_ptr += row * STATE
-    anchor_s, log_scale_s = tl.load(state_ptr), tl.load(state_ptr + 1)
-    anchor_t, log_scale_t = tl.load(state_ptr + 2), tl.load(state_ptr + 3)
+    anchor_s, log_scale_s, anchor_t, log_scale_t, _ = known_of(state_ptr + row * STATE)
     loss = tl.zeros([BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
     clipped = tl.zeros([BLOCK_V], tl.float32)
@@ -212,14 +218,12 @@ def divergence_gradient(
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
     out_ptr += row * out_stride
-    state_ptr += row * STATE
-    anchor_s, log_scale_s = tl.load(state_ptr), tl.load(state_ptr + 1)
-    anchor_t, log_scale_t = tl.load(state_ptr + 2), tl.load(state_ptr + 3)
+    anchor_s, log_scale_s, anchor_t, log_scale_t, mean_ratio = known_of(state_ptr + row * STATE)
     upstream = tl.load(upstream_ptr + row)
     if HAS_TOTAL:
         total = tl.load(total_ptr + row)
     else:
-        total = ratio_share * tl.load(state_ptr + 4)
+        total = ratio_share * mean_ratio
     loss = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, num_columns, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
@@ -304,9 +308,7 @@ def summary(
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
-    state_ptr += row * STATE
-    anchor_s, log_scale_s = tl.load(state_ptr), tl.load(state_ptr + 1)
-    anchor_t, log_scale_t = tl.load(state_ptr + 2), tl.load(state_ptr + 3)
+    anchor_s, log_scale_s, anchor_t, log_scale_t, _ = known_of(state_ptr + row * STATE)
     forward = tl.zeros([BLOCK_V], tl.float32)
     reverse = tl.zeros([BLOCK_V], tl.float32)
     mixture = tl.zeros([BLOCK_V], tl.float32)

@@ -119,12 +119,14 @@ def block_maxima(logits: Tensor) -> Tensor:
     out = logits.new_empty((num_rows, num_blocks))
     num_segments = triton.cdiv(num_blocks, SEGMENT)
     if num_rows:
-        programs.block_maxima[(num_rows * num_segments,)](
-            *(logits, logits.stride(0), num_columns, out, num_blocks, num_segments),
-            BLOCK=BLOCK,
-            SEGMENT=SEGMENT,
-            num_warps=launch_for("block_maxima", logits.device).num_warps,
-        )
+        launch = launch_for("block_maxima", logits.device)
+        with torch.cuda.device_of(logits):
+            programs.block_maxima[(num_rows * num_segments,)](
+                *(logits, logits.stride(0), num_columns, out, num_blocks, num_segments),
+                BLOCK=BLOCK,
+                SEGMENT=SEGMENT,
+                num_warps=launch.num_warps,
+            )
     return out
 
 
@@ -137,7 +139,10 @@ def _share_of_mean_ratio(term: DivergenceTerm) -> float | None:
 
 
 def _launch(kernel, like: Tensor, *arguments, **constants) -> None:
-    """One program for each row; what has one number for each row is read with stride 1."""
+    """One program for each row; what has one number for each row is read with stride 1.
+
+    Triton launches on the current GPU, which need not be the one that holds the head.
+    """
     if like.shape[0]:
         launch = launch_for(kernel.__name__, like.device)
         block = min(launch.block_v, triton.next_power_of_2(like.shape[1]))
@@ -147,7 +152,9 @@ def _launch(kernel, like: Tensor, *arguments, **constants) -> None:
             else argument
             for argument in arguments
         )
-        kernel[(like.shape[0],)](*dense, **constants, BLOCK_V=block, num_warps=launch.num_warps)
+        options = {**constants, "BLOCK_V": block, "num_warps": launch.num_warps}
+        with torch.cuda.device_of(like):
+            kernel[(like.shape[0],)](*dense, **options)
 
 
 def _of(logits: Tensor) -> tuple[Tensor, int, int]:

@@ -1,5 +1,7 @@
 """Triton's row functions against their PyTorch twins in float64; interpreted without a GPU."""
 
+import contextlib
+
 import pytest
 import torch
 from cases import make_case
@@ -263,6 +265,23 @@ def test_top_k_is_exact_with_large_vocabularies():
         exact = logits.topk(k, dim=-1).indices
         for module in (rows, kernels):
             assert torch.equal(top_k(logits, k, module.block_maxima), exact)
+
+
+def test_kernels_are_launched_on_the_gpu_that_holds_the_logits(monkeypatch):
+    """Not on the current one: a model spread over GPUs has its head on the last."""
+    entered = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        entered.append(tensor)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    student, teacher = make_rows(300)
+    compare(kernels, student, teacher, "reverse_kl")
+    kernels.block_maxima(student)
+    assert len(entered) == 3
+    assert all(tensor is student for tensor in entered)
 
 
 def test_triton_where_it_cannot_run_is_an_error(monkeypatch):

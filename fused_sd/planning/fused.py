@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from fused_sd import chunking, rows
 from fused_sd.chunking import Layout, WalkSize
 from fused_sd.planning.workload import Parts, Peer, Workload, exact_gemms, gemm_flops, total
-from fused_sd.support import BLOCK
+from fused_sd.support import BLOCK, has_short_list
 
 LOGIT_BYTES = 4  # fp32, whatever the operands
 ID_BYTES = 8
@@ -145,7 +145,7 @@ def _row_bytes(work: Workload, size: WalkSize, chunk: int) -> int:
 
 def _top_k_bytes(k: int, size: WalkSize, chunk: int) -> int:
     """Blocks' maxima, and candidates: their ids, the same within bounds, and their logits."""
-    if 2 * k * BLOCK >= size.width:
+    if not has_short_list(k, size.width):
         return 0
     blocks = chunk * -(-size.width // BLOCK) * LOGIT_BYTES
     return blocks + chunk * k * BLOCK * (2 * ID_BYTES + LOGIT_BYTES)
