@@ -19,7 +19,6 @@ GPU_BUDGET = 5 * 2**28
 CPU_BUDGET = 3 * 2**26
 SHARE_OF_FREE = 0.8  # of a GPU's free memory, where that is less
 MAX_CHUNK = 4096
-CHUNKS_IN_GROUP = 4
 ALIGNMENT = 16  # columns, so that every row of logits starts at an aligned address
 
 
@@ -40,6 +39,11 @@ class WalkSize(NamedTuple):
     def in_place(self) -> bool:
         """Whether a gradient takes the place of its logit: where it is as wide."""
         return self.forming and self.operand_bytes == self.logit_bytes
+
+    @property
+    def chunks_in_group(self) -> int:
+        """Fewer where a gradient is as wide as a logit, and a group costs as much as a chunk."""
+        return 2 if self.in_place else 4
 
 
 class Layout(NamedTuple):
@@ -69,13 +73,13 @@ def choose_layout(
 ) -> Layout:
     """The largest chunk and group within a budget of bytes, or those of a given chunk."""
     if chunk_size is None:
-        each = workspace_bytes(size, Layout(1, CHUNKS_IN_GROUP))
+        each = workspace_bytes(size, Layout(1, size.chunks_in_group))
         chunk_size = min(MAX_CHUNK, max(1, budget // each))
         if chunk_size >= 128:
             chunk_size -= chunk_size % 128  # whole tiles of the GEMMs
     num_tokens = max(1, num_tokens)
     chunk = min(chunk_size, num_tokens)
-    return Layout(chunk, min(CHUNKS_IN_GROUP * chunk, num_tokens))
+    return Layout(chunk, min(size.chunks_in_group * chunk, num_tokens))
 
 
 def budget_on(device: torch.device) -> int:
