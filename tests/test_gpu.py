@@ -71,6 +71,30 @@ def test_no_host_synchronisation_without_compaction(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_policy_losses_do_not_synchronise_either():
+    case = on_gpu(torch.bfloat16)
+    old = case.old_log_probs.float()
+
+    def losses():
+        common = {"compact": False}
+        given = case.hidden, case.head, case.token_ids
+        teacher = case.teacher_hidden, case.teacher_head
+        evidence = fused_sd.Evidence()
+        policy = fused_sd.policy_loss(
+            *given, old, old_log_probs=old, teacher=teacher, evidence=evidence, **common
+        ).loss
+        log_probs = fused_sd.token_log_probs(*given, entropy=True, **common)
+        (policy + log_probs.log_probs.sum() + log_probs.entropy.sum()).backward()
+
+    losses()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_cuda_graph_replays_the_loss():
     case = on_gpu(torch.bfloat16)
     stream = torch.cuda.Stream()
