@@ -12,7 +12,9 @@ from closeness import assert_close
 import fused_sd
 from fused_sd import heads, workspace
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+from fused_sd.kernels import rows as kernels
+
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU shows the real thing"),
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
@@ -61,7 +63,10 @@ def sixteen_bit_case(num_tokens=24, **settings):
 def losses(case, backend, shared=False, **settings):
     """The loss as a GPU walks it, and in float64."""
     double = case.to(torch.float64)
-    for one, how in ((case, {"backend": backend, "chunk_size": CHUNK}), (double, {"backend": "torch"})):
+    for one, how in (
+        (case, {"backend": backend, "chunk_size": CHUNK}),
+        (double, {"backend": "torch"}),
+    ):
         teacher = one.head if shared else one.teacher_head
         sides = one.hidden, one.head, one.teacher_hidden, teacher
         output = fused_sd.divergence_loss(
@@ -120,6 +125,20 @@ def test_what_is_not_asked_for_is_not_multiplied(gemms):
     advantages = torch.zeros_like(case.token_weights)
     fused_sd.policy_loss(case.hidden, case.head, case.token_ids, advantages).loss.backward()
     assert not gemms
+
+
+def test_kernels_compare_whole_rows_with_their_padding(gemms, monkeypatch):
+    """509 columns are aligned to nothing; 512 are read in pieces of 16 bytes."""
+    widths, compare = [], kernels.normalizers
+    monkeypatch.setattr(
+        kernels,
+        "normalizers",
+        lambda s, t: widths.append((s.shape[1], t.shape[1])) or compare(s, t),
+    )
+    case = sixteen_bit_case(num_tokens=3)
+    sides = case.hidden, case.head, case.teacher_hidden, case.teacher_head
+    fused_sd.divergence_loss(*sides, backend="triton")
+    assert set(widths) == {(512, 512)}
 
 
 @pytest.mark.parametrize("freeze", ["hidden", "weight"])
