@@ -78,7 +78,7 @@ def _gpu() -> Suite:
         "rlsd": [Asked(big, 16384, "rlsd", SAMPLED)],
         "shapes": [
             Asked(shape, 16384, "reverse_kl", CHUNKED)
-            for shape in ("qwen3-4b", "olmo-3-7b", "llama-3-8b", "qwen3.5")
+            for shape in ("qwen3-4b", "olmo-3-7b", "llama-3-8b", "qwen3.5-35b-a3b")
         ],
         "accuracy": [
             Asked("qwen3-4b", 512, objective, QUICK, kl=kl, timed=False)

@@ -16,10 +16,11 @@ import fused_sd
 from fused_sd.bench.command import add_bench
 from fused_sd.credit import VALUES, CreditMap, print_map, save_html, save_png
 from fused_sd.environment import environment, environment_text
+from fused_sd.head_sizes import MODEL_HELP
 from fused_sd.planning.command import add_plan
 from fused_sd.verify import report
 from fused_sd.verify.cases import CASES
-from fused_sd.verify.choices import DEFAULT_SIZES, DTYPES, MODELS, Choices, resolve
+from fused_sd.verify.choices import DEFAULT_SIZES, DTYPES, Choices, resolve
 from fused_sd.verify.promises import Measured
 from fused_sd.verify.run import Verifier, verify
 
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=32, help="default 32; errors do not depend on it")
     add("--hidden", type=int, help=f"hidden size (default {DEFAULT_SIZES[0]})")
     add("--vocab", type=int, help=f"vocabulary (default {DEFAULT_SIZES[1]})")
-    add("--model", help=f"hidden size and vocabulary of {', '.join(MODELS)}")
+    add("--model", help=MODEL_HELP)
     add("--backend", default="auto", help="auto, triton or torch (default auto)")
     add("--seed", type=int, default=0, help="of the operands (default 0)")
     output = command.add_mutually_exclusive_group()

@@ -11,8 +11,8 @@ from fused_sd.bench.measure import peak_bytes
 from fused_sd.bench.problem import Shape, make_problem, variant
 from fused_sd.bench.providers import PROVIDERS
 from fused_sd.cli import main
+from fused_sd.head_sizes import MODELS, head_size
 from fused_sd.planning import timing
-from fused_sd.planning.models import MODELS, head_size
 from fused_sd.planning.objectives import OBJECTIVES
 from fused_sd.planning.plan import PEERS
 

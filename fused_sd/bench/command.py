@@ -21,7 +21,8 @@ from fused_sd.bench.problem import MEAN_KL, OBJECTIVES, Shape, make_problem, var
 from fused_sd.bench.providers import PROVIDERS
 from fused_sd.bench.table import LEGEND, US, report_lines
 from fused_sd.environment import device_name, environment
-from fused_sd.verify.choices import DTYPES, MODELS, resolve_device, resolve_sizes
+from fused_sd.head_sizes import MODEL_HELP, head_size
+from fused_sd.verify.choices import DTYPES, resolve_device, resolve_sizes
 
 DEFAULT_OBJECTIVES = ("reverse_kl", "jsd")
 LEAST_TOKENS, LEAST_HIDDEN, LEAST_VOCAB = 2, 4, 128  # SDPO compares 100 entries
@@ -39,7 +40,7 @@ class Defaults:
     floor_warm_seconds: float
 
 
-ON_GPU = Defaults(MODELS["qwen3-8b"], 4096, "bf16", Effort(0.5, 20, 10.0, 5), 2.0)
+ON_GPU = Defaults(head_size("qwen3-8b"), 4096, "bf16", Effort(0.5, 20, 10.0, 5), 2.0)
 ON_CPU = Defaults((256, 32000), 256, "fp32", Effort(0.2, 5, 10.0, 2), 0.0)
 
 
@@ -70,7 +71,7 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "float64 before it is timed.  Exit status 1: this library is wrong or could not run.",
     )
     add = command.add_argument
-    add("--model", help=f"hidden size and vocabulary of {', '.join(MODELS)}")
+    add("--model", help=MODEL_HELP)
     add("--hidden", type=int, help="hidden size (default: Qwen3-8B's on a GPU, 256 on a CPU)")
     add("--vocab", type=int, help="vocabulary (default: Qwen3-8B's on a GPU, 32000 on a CPU)")
     add("--tokens", type=int, help="in a batch (default 4096 on a GPU, 256 on a CPU)")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import realistic
-from fused_sd.verify.choices import MODELS
+from fused_sd.head_sizes import head_size
 
 OBJECTIVES = (  # means over the tokens that count, at temperature 1
     "forward_kl",  # full vocabulary, as are the next two
@@ -41,7 +41,12 @@ class Shape(NamedTuple):
 
 
 _SMALL = {"tiny": (64, 1024), "small": (256, 32000), "wide": (256, 151936)}  # for a CPU
-SHAPES = {name: Shape(name, *sizes) for name, sizes in (MODELS | _SMALL).items()}
+_MODELS = (
+    *("smollm2-135m", "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"),
+    *("olmo-3-7b", "llama-3-8b", "qwen3.5-35b-a3b"),
+)
+SHAPES = {name: Shape(name, *sizes) for name, sizes in _SMALL.items()}
+SHAPES |= {name: Shape(name, *head_size(name)) for name in _MODELS}
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ import json
 import sys
 
 from fused_sd import checks
+from fused_sd.head_sizes import MODEL_HELP
 from fused_sd.planning.devices import CARDS
-from fused_sd.planning.models import MODELS
 from fused_sd.planning.objectives import OBJECTIVES, parse_divergence, parse_support
 from fused_sd.planning.plan import PLANNED_DTYPES, plan
 from fused_sd.planning.result import size_text
@@ -26,7 +26,7 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "eager PyTorch, TRL, Liger, verl, cut-cross-entropy and QuACK, without running any.",
     )
     add = command.add_argument
-    add("--model", help=f"a config.json, its folder, or one of {', '.join(MODELS)}")
+    add("--model", help=MODEL_HELP)
     add("--hidden", type=int, help="hidden size, instead of a model")
     add("--vocab", type=int, help="vocabulary, instead of a model")
     add("--tokens", type=int, required=True, help="of the whole batch, over all ranks")

@@ -11,9 +11,9 @@ import torch
 
 from fused_sd import checks
 from fused_sd.divergence import Divergence
+from fused_sd.head_sizes import head_size
 from fused_sd.planning import eager, fused, liger, timing, token_peers, trl
 from fused_sd.planning.devices import Device, find_device
-from fused_sd.planning.models import head_size
 from fused_sd.planning.objectives import choose
 from fused_sd.planning.result import Estimate, Plan
 from fused_sd.planning.workload import Peer, Workload, peak, total
@@ -68,7 +68,7 @@ def plan(
     head, its gradient and the workspaces are each rank's own.
 
     Args:
-        model: a known name (``fused_sd.planning.models.MODELS``), a path to a ``config.json`` or to
+        model: a known name (``fused_sd.head_sizes.MODELS``), a path to a ``config.json`` or to
             its folder, or a transformers configuration or its dict; or pass the sizes.
         tokens: N of the whole batch, over all ranks.
         hidden_size, vocab: of the head, instead of a model.

@@ -7,6 +7,7 @@ import torch
 
 from fused_sd import checks
 from fused_sd.environment import chosen_backend, default_device
+from fused_sd.head_sizes import head_size
 from fused_sd.verify.cases import CASES
 
 DTYPES = {
@@ -14,16 +15,6 @@ DTYPES = {
     "fp16": torch.float16,
     "fp32": torch.float32,
     "fp64": torch.float64,
-}
-MODELS = {  # hidden size, vocabulary
-    "smollm2-135m": (576, 49152),
-    "qwen3-0.6b": (1024, 151936),
-    "qwen3-1.7b": (2048, 151936),
-    "qwen3-4b": (2560, 151936),
-    "qwen3-8b": (4096, 151936),
-    "olmo-3-7b": (4096, 100278),
-    "llama-3-8b": (4096, 128256),
-    "qwen3.5": (2048, 248320),
 }
 DEFAULT_SIZES = (128, 32000)
 MIN_TOKENS, MIN_HIDDEN, MIN_VOCAB = 2, 4, 32  # one token is masked; rows come in clusters
@@ -99,7 +90,7 @@ def resolve_sizes(arguments: argparse.Namespace, default: tuple[int, int]) -> tu
     given = (arguments.hidden, arguments.vocab)
     sizes = default
     if arguments.model is not None:
-        checks.check_one_of("--model", arguments.model, MODELS)
+        sizes = head_size(arguments.model)
         if given != (None, None):
             checks.fail(
                 "--model",
@@ -107,7 +98,6 @@ def resolve_sizes(arguments: argparse.Namespace, default: tuple[int, int]) -> tu
                 arguments.model,
                 "leave out one or the other",
             )
-        sizes = MODELS[arguments.model]
     hidden_size, vocab = (
         size if got is None else got for size, got in zip(sizes, given, strict=True)
     )

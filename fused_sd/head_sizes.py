@@ -38,14 +38,15 @@ MODELS: dict[str, HeadSize] = {
     "google/gemma-3-4b": HeadSize(2560, 262208),
     "google/gemma-3-12b": HeadSize(3840, 262208),
 }
+MODEL_HELP = f"a config.json, its folder, or one of {', '.join(MODELS)}"
 # what is left out of a name before it is looked up: a fine-tune has its base's head
 _SUFFIXES = ("-instruct", "-base", "-it", "-pt", "-thinking", "-think", "-2507", "-hf")
 
 
 def head_size(
     model: str | PathLike[str] | Mapping[str, Any] | object | None,
-    hidden_size: int | None,
-    vocab: int | None,
+    hidden_size: int | None = None,
+    vocab: int | None = None,
 ) -> HeadSize:
     """The head that is meant.
 
