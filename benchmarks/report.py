@@ -105,7 +105,8 @@ def markdown_lines(
     for index, found in enumerate(documents):
         yield from (setting_line(found["environment"]), "")
         for name in plots.get(index, []):
-            yield from (f"![Time and memory by tokens, time against error](docs/{name})", "")
+            shown = "Time against error" if "plane" in name else "Time and memory by tokens"
+            yield from (f"![{shown}](docs/{name})", "")
         for cell in found["parts"].get(WHOLE_TABLE, {}).values():
             yield from cell_lines(cell)
         rest = [
