@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2
     plots = {index: figures.plots(found, chosen.docs) for index, found in enumerate(documents)}
-    body = "\n".join([*markdown_lines(documents, plots), *map(step_markdown, steps)]).rstrip()
+    inside = [re.sub("^#", "##", step_markdown(step), flags=re.MULTILINE) for step in steps]
+    body = "\n".join([*markdown_lines(documents, plots), *inside]).rstrip()
     chosen.update_readme.write_text(f"{before}\n\n{body}\n\n{after}", encoding="utf-8")
     return 0
 
