@@ -217,3 +217,15 @@ def test_who_has_no_time_is_named_with_the_reason(tmp_path):
     assert "Without a time: theirs: out of memory (9 GiB)." in text
     assert "jsd, qwen3-8b, 8 tokens, head frozen (4 count), bfloat16" in text
     assert json.loads(store.path.read_text())["parts"]["main"]["a cell"]["date"]
+
+
+def test_the_whole_step_stands_below_the_readmes_section(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text("## Speed\n\n" + report.MARKER + "\nold\n" + report.END + "\n\n## Next\n")
+    monkeypatch.setattr(report, "stored", lambda folder: [])
+    monkeypatch.setattr(report, "stored_steps", lambda folder: [{}])
+    monkeypatch.setattr(report, "step_markdown", lambda step: "## One step\n\n### small\n")
+    assert report.main(["--update-readme", str(readme)]) == 0
+    headings = [line for line in readme.read_text().splitlines() if line.startswith("#")]
+    assert headings == ["## Speed", "### One step", "#### small", "## Next"]
+    assert "old" not in readme.read_text()
