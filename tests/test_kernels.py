@@ -121,6 +121,23 @@ def test_near_and_general_forms_agree(divergence, entry_clip, kind):
     assert_close(gradient[finite], dlogits[finite], torch.float64)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_sides_that_are_far_apart_stay_finite(divergence):
+    """The exponential of a log-ratio of 99 is beyond fp32."""
+    student, teacher = torch.zeros(2, 40, device=DEVICE), torch.zeros(2, 40, device=DEVICE)
+    student[0, 3] = teacher[1, 5] = 100.0
+    ones = torch.ones(2, device=DEVICE)
+    found = []
+    for module, dtype in ((rows, torch.float64), (kernels, torch.float32), (rows, torch.float32)):
+        pair = student.to(dtype), teacher.to(dtype)
+        gradient = torch.empty_like(pair[0])
+        loss, _ = compare(module, *pair, divergence, None, ones.to(dtype), None, gradient)
+        found.append((loss, gradient))
+    for loss, gradient in found[1:]:
+        assert_close(loss, found[0][0], torch.float32)
+        assert_close(gradient, found[0][1], torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_gradients_are_rounded_once(dtype):
     student, teacher = make_rows(missing=False)
