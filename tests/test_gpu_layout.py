@@ -11,6 +11,7 @@ from closeness import assert_close
 
 import fused_sd
 from fused_sd import heads, workspace
+from fused_sd.chunking import Layout, WalkSize, choose_layout, workspace_bytes
 
 pytest.importorskip("triton")
 from fused_sd.kernels import rows as kernels
@@ -123,6 +124,29 @@ def test_what_is_not_asked_for_is_not_multiplied(gemms):
     advantages = torch.zeros_like(case.token_weights)
     fused_sd.policy_loss(case.hidden, case.head, case.token_ids, advantages).loss.backward()
     assert not gemms
+
+
+@pytest.mark.parametrize("sixteen_bit", [False, True])
+@pytest.mark.parametrize("forming", [False, True])
+@pytest.mark.parametrize("has_teacher", [False, True])
+def test_workspaces_take_the_bytes_that_are_planned(sixteen_bit, forming, has_teacher, request):
+    if sixteen_bit:
+        request.getfixturevalue("gemms")
+    dtype = torch.bfloat16 if sixteen_bit else torch.float32
+    hidden, weight = torch.randn(90, 8, dtype=dtype), torch.randn(VOCAB, 8, dtype=dtype)
+    student = heads.Projection(hidden, weight, None, heads.Shaping(1.0, None))
+    teacher = student if has_teacher else None
+    made = workspace.Workspace(student, teacher, forming, chunk_size=7)
+    held = [made.logits] if made.gradients is None else [made.logits, made.gradients]
+    size = WalkSize(VOCAB, 1 + has_teacher, 4, dtype.itemsize, forming)
+    assert size.in_place == (forming and not sixteen_bit)
+    assert made.layout == (7, 14 if size.in_place else 28)
+    assert sum(tensor.nbytes for tensor in held) == workspace_bytes(size, made.layout)
+    limit = 40 * workspace_bytes(size, Layout(1, 1))
+    chunk, group = choose_layout(size, 10**6, limit)
+    assert workspace_bytes(size, Layout(chunk, group)) <= limit
+    longer = Layout(chunk + 1, group + group // chunk)
+    assert workspace_bytes(size, longer) > limit
 
 
 def test_kernels_compare_whole_rows_with_their_padding(gemms, monkeypatch):

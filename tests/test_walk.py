@@ -489,6 +489,18 @@ def test_a_token_clip_saves_a_token_whose_divergence_is_infinite():
         assert (gradient == 0).all()
 
 
+def test_a_token_clip_saves_a_token_whose_derivative_is_infinite():
+    """KL(s||t) where the teacher leaves out an entry: its log-ratio is infinite too."""
+    case = make_case()
+    bias = torch.zeros(67, dtype=torch.float64)
+    bias[3] = -torch.inf
+    sides = case.hidden, case.head, case.teacher_hidden, fused_sd.LMHead(case.teacher_weight, bias)
+    output = fused_sd.divergence_loss(*sides, divergence="reverse_kl", token_clip=5.0)
+    assert output.loss == 7 * 5.0
+    for gradient in torch.autograd.grad(output.loss, (case.hidden, case.weight)):
+        assert (gradient == 0).all()
+
+
 def test_importance_ratio_is_formed_in_the_chunk_and_capped():
     case = make_case()
     output = loss_of(
