@@ -23,6 +23,8 @@ def test_kernels_compile_without_spills(target):
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = json.loads(run.stdout)
     assert len({kernel["name"] for kernel in kernels}) == 7
+    in_place = {kernel["name"] for kernel in kernels if kernel["in_place"]}
+    assert in_place == {"divergence_gradient", "softmax_gradient"}
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
         assert kernel["calls"] == 0, kernel
