@@ -164,7 +164,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def matmul_add_(out: Tensor, a: Tensor, b: Tensor) -> None:
+def matmul_add_(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out += a @ b`` with the products summed, and kept, in the dtype of ``out``."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)

@@ -84,11 +84,7 @@ class Workspace:
         if dhidden.numel():
             matmul(dlogits, self.student.weight, dhidden[group])
         if dweight.numel():
-            add = matmul if group.start == 0 else _add
-            add(dlogits.t(), self.student.chunk(group), dweight)
+            write = matmul if group.start == 0 else matmul_add_
+            write(dlogits.t(), self.student.chunk(group), dweight)
         if dbias.numel():
             dbias += dlogits.sum(0, dtype=dbias.dtype)
-
-
-def _add(a: Tensor, b: Tensor, out: Tensor) -> None:
-    matmul_add_(out, a, b)

@@ -114,6 +114,6 @@ def _median(
             for _ in range(needed.dhidden):
                 matmul(dlogits[:count], weight, dhidden[rows])
             for _ in range(needed.dweight):
-                matmul_add_(dweight, dlogits[:count].t(), hidden[rows])
+                matmul_add_(dlogits[:count].t(), hidden[rows], dweight)
 
     return time_runs(run, hidden.device, effort).p50
