@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * minutes
     status = measure(chosen.suite, parts, store, device, deadline)
     if status == DONE and STEP in parts:
-        status = measure_step(folder, deadline - time.monotonic(), chosen.resume)
+        status = measure_step(folder, device, deadline - time.monotonic(), chosen)
     return status
 
 
@@ -159,11 +159,14 @@ def measure_asked(asked: Asked, operands: Problem, suite: Suite) -> Cell:
     )
 
 
-def measure_step(folder: Path, seconds: float, resume: bool) -> int:
+def measure_step(
+    folder: Path, device: torch.device, seconds: float, chosen: argparse.Namespace
+) -> int:
     """The whole training step, in the time that is left."""
     command = [sys.executable, "-m", "benchmarks.step", "--out", str(folder)]
-    command += ["--budget-seconds", f"{max(0.0, seconds):.0f}"]
-    return subprocess.run([*command, "--resume"] if resume else command).returncode
+    command += ["--device", device.type, "--budget-seconds", f"{max(0.0, seconds):.0f}"]
+    command += [] if chosen.commit is None else ["--commit", chosen.commit]
+    return subprocess.run([*command, "--resume"] if chosen.resume else command).returncode
 
 
 if __name__ == "__main__":

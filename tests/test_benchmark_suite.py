@@ -159,6 +159,8 @@ def test_the_whole_step_gets_the_time_that_is_left(tiny, monkeypatch):
     ((_, _, module, *arguments),) = commands
     assert module == "benchmarks.step"
     assert 100 <= float(arguments[arguments.index("--budget-seconds") + 1]) <= 120
+    assert arguments[arguments.index("--commit") + 1] == "abc"
+    assert arguments[arguments.index("--device") + 1] == "cpu"
     assert arguments[-1] == "--resume"
 
 
