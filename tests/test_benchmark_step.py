@@ -11,7 +11,17 @@ pytest.importorskip("trl")
 import trl_pairs  # noqa: F401  # sets TRL's environment before it is imported
 
 from benchmarks.step import __main__ as command
-from benchmarks.step import batch, loop, models, plan, process, report, schedule, trainers
+from benchmarks.step import (
+    agreement,
+    batch,
+    loop,
+    models,
+    plan,
+    process,
+    report,
+    schedule,
+    trainers,
+)
 from benchmarks.step.providers import PROVIDERS
 from benchmarks.step.results import Results
 from benchmarks.step.search import Bracket, longest
@@ -375,3 +385,12 @@ def test_the_full_divergence_is_judged_against_both_of_trls_trainers(tmp_path):
     assert len(lines) == 2
     assert all(line.startswith("tiny, fused_sd, full against TRL ") for line in lines)
     assert (tmp_path / "step.md").read_text().count("| out of memory | not run |") == 4
+
+
+@pytest.mark.parametrize("bounds", agreement.BOUNDS.values(), ids=agreement.BOUNDS)
+def test_a_step_without_a_gradient_never_agrees(bounds):
+    """No gradient at all is off by exactly 1."""
+    found = agreement.Agreement(1.0, 1.0, 0.0, 1.0, bounds, 20.0, 0.05)
+    assert not found.agrees
+    assert found._replace(gradient_error=0.9 * bounds[1]).agrees
+    assert not found._replace(gradient_error=float("nan")).agrees

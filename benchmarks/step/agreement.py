@@ -21,8 +21,8 @@ NUM_TOKENS = 64  # of the batch that is compared: float64 logits of both sides a
 BOUNDS = {
     "float32": (1e-4, 1e-3),
     "bfloat16": (1e-2, 3e-2),
-    # 16-bit logits lose much of a divergence of near equals: only nonsense is refused
-    "bfloat16, 16-bit logits": (0.5, 1.0),
+    # 16-bit logits lose much of a divergence of near equals: nonsense is refused, and no gradient
+    "bfloat16, 16-bit logits": (0.5, 0.7),
 }
 
 
