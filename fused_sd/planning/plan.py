@@ -94,7 +94,7 @@ def plan(
     head = head_size(model, hidden_size, vocab)
     _check(tokens, world_size, reduction, masked, chunk_size)
     dtype_name = _dtype_name(dtype)
-    other = head if teacher is None else head_size(teacher, None, None)
+    other = head if teacher is None else head_size(teacher)
     shared = teacher is None if shared_head is None else shared_head
     if shared and other != head:
         checks.fail(
