@@ -1,0 +1,184 @@
+"""Sparse gradients by the logits in PyTorch: the twin of ``kernels/sparse.py``.
+
+A gradient with few entries for each token needs neither of the two GEMMs that carry it on: the
+gradient by the hidden states gathers rows of the head, and the gradient by the head sums hidden
+states, sorted by vocabulary entry.  Sums are in fp32, of fp64 in fp64, in an order that depends on
+the shapes alone, and are rounded once.
+
+Dimension key:  N tokens, C tokens in a chunk, D hidden size, V vocabulary, K entries of a token,
+                E entries of all tokens
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from fused_sd.chunking import slices
+from fused_sd.selection import Selection, select, top_k
+
+__all__ = [
+    "ByColumn",
+    "Entries",
+    "Selection",
+    "by_column",
+    "entry_logits",
+    "gather_sum",
+    "segment_sum",
+    "select",
+    "top_k",
+]
+
+GATHERED = 2**19  # elements of gathered rows at a time: they stay in a CPU's caches
+GPU_GATHERED = 2**24
+
+
+class Entries(NamedTuple):
+    """A sparse gradient by the product of hidden states and head, as CSR."""
+
+    columns: Tensor  # (E,) int32 in [0, V]; V: an empty place, whose value is 0
+    values: Tensor  # (E,) fp32 or fp64
+    starts: Tensor  # (N + 1,) int64 of each token's entries
+    spread: Tensor | None  # (N,) as values: mass that is spread evenly over the vocabulary
+
+
+class ByColumn(NamedTuple):
+    """Entries in the order of their columns."""
+
+    tokens: Tensor  # (E,) int64, of each entry as it stands in ``Entries``
+    order: Tensor  # (E,) int64, entries by column, of one column by token
+    starts: Tensor  # (V + 1,) int64 of each column's entries in that order; then empty places
+
+
+def by_column(entries: Entries, vocab: int) -> ByColumn:
+    """Sort entries by column: O(E log E + V), without reading a value on the host."""
+    device = entries.columns.device
+    places = torch.arange(entries.columns.shape[0], device=device)
+    tokens = torch.searchsorted(entries.starts, places, right=True) - 1
+    columns, order = entries.columns.sort(stable=True)
+    ids = torch.arange(vocab + 1, dtype=columns.dtype, device=device)
+    return ByColumn(tokens, order, torch.searchsorted(columns, ids))
+
+
+def entry_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """Products of hidden states with a few rows of the head each, O(C K D).
+
+    Args:
+        hidden: (C, D).
+        weight: (V, D) in the dtype of hidden.
+        ids: (C, K) int64 in [0, V).
+
+    Returns:
+        (C, K) fp32, of fp64 operands fp64.
+    """
+    num_tokens, num_ids = ids.shape
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    out = torch.empty(ids.shape, dtype=wide, device=hidden.device)
+    rows = _rows_at_a_time(hidden)
+    for some in slices(0, num_ids, rows):
+        for at in slices(0, num_tokens, max(1, rows // min(num_ids, rows))):
+            gathered = weight[ids[at, some]].to(wide)
+            torch.bmm(gathered, hidden[at, :, None].to(wide), out=out[at, some, None])
+    return out
+
+
+def gather_sum(
+    entries: Entries,
+    weight: Tensor,
+    mean_row: Tensor | None,
+    factor: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient by the hidden states, O(E D): one weighted sum of the head's rows for each token.
+
+    Args:
+        weight: (V, D).
+        mean_row: (D,) mean of the head's rows, as values; needed with a spread.
+        factor: (N,) as values, of each token's entries and spread.
+        dtype: of the result.
+
+    Returns:
+        (N, D): ``factor * (sum of value * weight[column] + spread * mean_row)``.
+    """
+    is_entry = entries.columns < weight.shape[0]
+    before = torch.nn.functional.pad(is_entry.cumsum(0), (1, 0))
+    starts = before[entries.starts]
+    columns, values = entries.columns[is_entry], entries.values[is_entry]
+    out = torch.empty((factor.shape[0], weight.shape[1]), dtype=dtype, device=weight.device)
+    for at, total in _sums(weight, columns, values, starts):
+        if entries.spread is not None:
+            assert mean_row is not None
+            total.addcmul_(entries.spread[at, None], mean_row)
+        out[at] = total.mul_(factor[at, None])
+    return out
+
+
+def segment_sum(
+    entries: Entries,
+    hidden: Tensor,
+    vocab: int,
+    factor: Tensor,
+    background: Tensor | None,
+    base: Tensor | None,
+    base_factor: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient by the head, O(E D + V D): one weighted sum of hidden states for each of its rows.
+
+    Args:
+        hidden: (N, D); rows of tokens without entries are not read.
+        vocab: V, rows of the head.
+        factor: (N,) as values, of each token's entries.
+        background: (D,) as values, added to every row.
+        base: (V, D) as values, what is already there.
+        base_factor: () as values, of the base; None: 1.
+        dtype: of the result.
+
+    Returns:
+        (V, D): ``base_factor * base + background + sum of factor * value * hidden`` over the
+        entries of the row's column.
+    """
+    sorted_ = by_column(entries, vocab)
+    order = sorted_.order[: int(sorted_.starts[-1])]
+    tokens = sorted_.tokens[order]
+    values = entries.values[order] * factor[tokens]
+    out = torch.empty((vocab, hidden.shape[1]), dtype=dtype, device=hidden.device)
+    for at, total in _sums(hidden, tokens, values, sorted_.starts):
+        if background is not None:
+            total.add_(background)
+        if base is not None:
+            total.add_(base[at] if base_factor is None else base[at] * base_factor)
+        out[at] = total
+    return out
+
+
+def _sums(
+    table: Tensor, ids: Tensor, values: Tensor, starts: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of bags with their sums of ``value * table[id]`` (bags, D) in the values' dtype.
+
+    Rows are gathered in pieces, so that long bags are summed in parts, which is more accurate too.
+    """
+    num_bags, num_entries = starts.shape[0] - 1, ids.shape[0]
+    rows = _rows_at_a_time(table)
+    size = max(1, rows * num_bags // max(num_bags, num_entries, 1))
+    for bags in slices(0, num_bags, size):
+        total = values.new_zeros((bags.stop - bags.start, table.shape[1]))
+        offsets = starts[bags.start : bags.stop + 1]
+        for at in slices(int(offsets[0]), int(offsets[-1]), rows):
+            gathered = table[ids[at]].to(values.dtype)
+            total += embedding_bag(
+                torch.arange(at.stop - at.start, device=table.device),
+                gathered,
+                (offsets - at.start).clamp(0, at.stop - at.start),
+                mode="sum",
+                per_sample_weights=values[at],
+                include_last_offset=True,
+            )
+        yield bags, total
+
+
+def _rows_at_a_time(table: Tensor) -> int:
+    return max(1, (GPU_GATHERED if table.is_cuda else GATHERED) // table.shape[1])
