@@ -2,6 +2,7 @@
 
 from fused_sd.advantages import iw_opd_advantages, rlcsd_advantages
 from fused_sd.align import Alignment, align_responses, check_alignment
+from fused_sd.certificate import GradientCertificate
 from fused_sd.combinations import METRIC_NEEDS
 from fused_sd.distill import divergence_loss, topk_divergence_loss
 from fused_sd.divergence import Jsd, MixedKl, generalized_jsd
@@ -51,6 +52,7 @@ __all__ = [
     "EvidenceSchedule",
     "GKDLoss",
     "GRPOLoss",
+    "GradientCertificate",
     "ImportanceCap",
     "Jsd",
     "LMHead",

@@ -1,29 +1,61 @@
 """What a row function sees of a chunk, and what it is.
 
-Dimension key:  C tokens in a chunk, W columns of a chunk's logits, J values for each token,
-                K entries of a row
+Dimension key:  C tokens in a chunk, W columns of a chunk's logits, V vocabulary, J values for each
+                token, K entries of a row
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fused_sd.backend import Rows
+from fused_sd.backend import Functions
 from fused_sd.heads import Shaping
+
+
+class Side(NamedTuple):
+    """One side's logits of a chunk, in fp32 or fp64."""
+
+    whole: Tensor | None  # (C, W), -inf behind the vocabulary; may be overwritten; None: not made
+    dot_products: Callable[[Tensor], Tensor]  # of (C, K) ids, where the whole is not made
+
+    def at(self, ids: Tensor) -> Tensor:
+        """Logits (C, K) of entries (C, K)."""
+        return self.dot_products(ids) if self.whole is None else self.whole.gather(1, ids)
+
+
+class EntryBuffers(NamedTuple):
+    """Where a chunk's sparse gradient goes."""
+
+    columns: Tensor  # (C, K) int32
+    values: Tensor  # (C, K)
+    vocab: int  # the column of a place that is not used
 
 
 class Chunk(NamedTuple):
     """What a row function sees of a chunk."""
 
-    student: Tensor  # (C, W) logits in fp32 or fp64, -inf behind the vocabulary; may be overwritten
-    teacher: Tensor | None  # (C, W), as student
+    student_side: Side
+    teacher_side: Side | None
+    dlogits: Tensor | None  # (C, W) for the gradient; may be the student's memory
+    entries: EntryBuffers | None  # for the gradient of a row function that only has entries
     columns: int  # that a comparison of both sides reads
     inputs: list[Tensor]  # per-token inputs, each (C, ...)
     upstream: Tensor | None  # (C, J) or (C, 1); None where no gradient is wanted
-    dlogits: Tensor | None  # (C, W) for the gradient; may be the student's memory
     shaping: Shaping  # of the student's logits
-    rows: Rows  # the row functions of the backend
+    functions: Functions  # of the backend
+
+    @property
+    def student(self) -> Tensor:
+        """The student's whole logits (C, W), for row functions that have them made."""
+        assert self.student_side.whole is not None
+        return self.student_side.whole
+
+    @property
+    def teacher(self) -> Tensor | None:
+        """The teacher's whole logits (C, W), where they are made."""
+        return None if self.teacher_side is None else self.teacher_side.whole
 
     def sides(self) -> tuple[Tensor, Tensor]:
         """The logits (C, columns) of both sides, as a comparison reads them."""
@@ -35,7 +67,7 @@ class Chunk(NamedTuple):
         background: Tensor | None,  # (C,) log-normaliser of the entries outside; None: they get 0
         constant: Tensor,  # (C,)
         slope: Tensor | None,  # (C,)
-        columns: Tensor,  # (C, K)
+        columns: Tensor,  # (C, K); V and above: nowhere
         logits: Tensor,  # (C, K) at the columns
         values: Tensor,  # (C, K) gradient by the logits there
     ) -> None:
@@ -44,14 +76,17 @@ class Chunk(NamedTuple):
         The entries are set and not added, so that each is rounded once.
         """
         cap, dlogits = self.shaping.cap, self.dlogits
-        assert dlogits is not None
-        if background is None:
-            dlogits.zero_()
-        else:
-            fill = self.rows.softmax_gradient_
-            fill(self.student, background, constant, slope, cap, dlogits)
         if cap is not None:
             values = torch.where(values == 0, 0, values * (1 - (logits / cap).square()))
+        if self.entries is not None:
+            vocab = self.entries.vocab
+            self.entries.columns.copy_(columns.clamp(max=vocab))
+            self.entries.values.copy_(values.masked_fill(columns >= vocab, 0))
+            return
+        assert dlogits is not None
+        assert background is not None
+        fill = self.functions.rows.softmax_gradient_
+        fill(self.student, background, constant, slope, cap, dlogits)
         dlogits.scatter_(1, columns, values.to(dlogits.dtype))
 
 
@@ -62,7 +97,7 @@ class RowFunction(Protocol):
         """Values (C, J) and extras (C, ...); where wanted, the gradient by the product is written.
 
         It is that of ``sum(upstream * values)``, and goes to the first V columns of
-        ``chunk.dlogits``.
+        ``chunk.dlogits``, or to ``chunk.entries``.
         """
 
     def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
@@ -71,6 +106,14 @@ class RowFunction(Protocol):
     @property
     def num_values(self) -> int:
         """J."""
+
+    @property
+    def num_entries(self) -> int:
+        """K, where the gradient has so many entries and no others; 0: it may have all."""
+
+    @property
+    def whole_sides(self) -> tuple[bool, bool]:
+        """Whether the whole logits of the student, and of a teacher, are read."""
 
     def replay(self, extras: list[Tensor]) -> tuple["RowFunction", list[Tensor]]:
         """The row function of a second walk, and inputs for it beside the first walk's.

@@ -26,10 +26,10 @@ class WalkSize(NamedTuple):
     """What decides the memory of a walk's workspaces."""
 
     vocab: int  # the larger of the two sides'
-    sides: int  # 2 with a teacher's hidden states, else 1
+    sides: int  # whose whole logits are made: 0 to 2
     logit_bytes: int  # of one logit: 4, or 8 for float64 operands
     operand_bytes: int  # of one element of the GEMMs' operands, in which gradients are kept
-    forming: bool  # whether gradients are formed
+    forming: bool  # whether gradients by whole rows are formed
 
     @property
     def width(self) -> int:
@@ -73,7 +73,7 @@ def choose_layout(
 ) -> Layout:
     """The largest chunk and group within a budget of bytes, or those of a given chunk."""
     if chunk_size is None:
-        each = workspace_bytes(size, Layout(1, size.chunks_in_group))
+        each = max(1, workspace_bytes(size, Layout(1, size.chunks_in_group)))
         chunk_size = min(MAX_CHUNK, max(1, budget // each))
         if chunk_size >= 128:
             chunk_size -= chunk_size % 128  # whole tiles of the GEMMs

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import fused_sd
-from fused_sd.backend import choose_rows
+from fused_sd.backend import choose_functions
 from fused_sd.heads import accumulation_dtype
 
 DISTRIBUTIONS = (
@@ -50,7 +50,7 @@ def chosen_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     Raises:
         ValueError: when it cannot run there.
     """
-    rows = choose_rows(backend, device, accumulation_dtype(dtype))
+    rows = choose_functions(backend, device, accumulation_dtype(dtype)).rows
     return "triton" if rows.__name__.startswith("fused_sd.kernels") else "torch"
 
 

@@ -7,6 +7,7 @@ back to autograd.
 Dimension key:  N tokens, C tokens in a chunk, D hidden size, V vocabulary
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fused_sd import specs, tensor_checks
+
+DotProducts = Callable[[Tensor, Tensor, Tensor], Tensor]  # (C, D), (V, D), ids (C, K) -> (C, K)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,9 +132,17 @@ class Projection:
             and self.dtype == other.dtype
         )
 
-    def chunk(self, rows: slice) -> Tensor:
-        """Hidden states of a chunk: (C, D)."""
+    def chunk(self, rows: slice | Tensor) -> Tensor:
+        """Hidden states of a chunk, or of chosen tokens: (C, D)."""
         return self.hidden[rows].to(self.dtype)
+
+    def entry_logits(self, rows: slice, ids: Tensor, dot_products: DotProducts) -> Tensor:
+        """The chunk's logits (C, K) of entries, -inf behind this side's vocabulary."""
+        known = ids.clamp(max=self.vocab - 1)
+        logits = dot_products(self.chunk(rows), self.weight, known)
+        if self.bias is not None:
+            logits += self.bias[known]
+        return self._shape_(logits).masked_fill_(ids >= self.vocab, -torch.inf)
 
     def logits(self, rows: slice, out: Tensor) -> Tensor:
         """Write the chunk's logits into ``out`` (C, >= V)."""
@@ -140,15 +151,20 @@ class Projection:
 
     def finish_(self, out: Tensor) -> Tensor:
         """Products (C, >= V) become logits; what lies behind them becomes -inf."""
-        logits, (factor, cap) = out[:, : self.vocab], self.shaping
+        logits = out[:, : self.vocab]
         if self.bias is not None:
             logits += self.bias
-        if cap is not None:
-            logits.mul_(factor / cap).tanh_().mul_(cap)
-        elif factor != 1:
-            logits *= factor
+        self._shape_(logits)
         out[:, self.vocab :] = -torch.inf
         return out
+
+    def _shape_(self, products: Tensor) -> Tensor:
+        factor, cap = self.shaping
+        if cap is not None:
+            products.mul_(factor / cap).tanh_().mul_(cap)
+        elif factor != 1:
+            products *= factor
+        return products
 
 
 def operand_dtype(hidden: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_sd.certificate import GradientCertificate
 from fused_sd.walk import Walked
 
 Reduction = Literal["sum", "mean", "none"]
@@ -17,11 +18,13 @@ class LossOutput(NamedTuple):
         loss: (), or (...) for ``reduction="none"``; differentiable; fp32 (fp64 for fp64 operands).
         token_loss: (...), detached, before weighting; 0 for a token of weight 0.
         metrics: what was asked for, each (...) and detached; 0 for a token of weight 0.
+        certificate: of ``gradient="sparse"``, where a gradient is wanted: how far it is from dense.
     """
 
     loss: Tensor
     token_loss: Tensor
     metrics: dict[str, Tensor]
+    certificate: GradientCertificate | None = None
 
 
 def reduce_loss(
@@ -47,4 +50,7 @@ def reduce_loss(
             weight == 0, 1, weight
         )  # no weight, no loss: 0 and not NaN
     metrics = {name: values.reshape(*shape, *values.shape[1:]) for name, values in extras.items()}
-    return LossOutput(loss, token_loss.reshape(shape).detach(), metrics)
+    certificate = walked.certificate
+    if certificate is not None:
+        certificate = GradientCertificate(*(tensor.reshape(shape) for tensor in certificate))
+    return LossOutput(loss, token_loss.reshape(shape).detach(), metrics, certificate)

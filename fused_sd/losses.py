@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_sd import checks
+from fused_sd.certificate import GradientKind
 from fused_sd.distill import divergence_loss
 from fused_sd.divergence import MixedKl, generalized_jsd
 from fused_sd.heads import LMHead
@@ -34,6 +35,8 @@ class Run(TypedDict, total=False):
     teacher_temperature: float | None
     reduction: Reduction
     metrics: Sequence[str]
+    gradient: GradientKind
+    tolerance: float | None
     compact: bool
     backend: str
     chunk_size: int | None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import checks, tensor_checks
+from fused_sd.certificate import GradientKind
 from fused_sd.evidence import Evidence
 from fused_sd.heads import LMHead, accumulation_dtype
 from fused_sd.loss_output import LossOutput, Reduction
@@ -40,6 +41,8 @@ def policy_loss(
     teacher_temperature: float | None = None,
     reduction: Reduction = "sum",
     metrics: Sequence[str] = (),
+    gradient: GradientKind = "dense",
+    tolerance: float | None = None,
     compact: bool = True,
     backend: str = "auto",
     chunk_size: int | None = None,
@@ -72,7 +75,7 @@ def policy_loss(
         teacher_temperature: is given.
         metrics: of "log_prob", "teacher_log_prob", "evidence" (delta), "evidence_weight",
             "evidence_clip_fraction", "ratio", "ratio_clip_fraction", "reference_kl", "entropy".
-        reduction, compact, backend, chunk_size: as in ``divergence_loss``.
+        reduction, gradient, tolerance, compact, backend, chunk_size: as in ``divergence_loss``.
 
     Returns:
         Loss, token losses and metrics.
@@ -119,6 +122,8 @@ def policy_loss(
         reduction=reduction,
         metrics=metrics,
         legal_metrics=metrics_of,
+        gradient=gradient,
+        tolerance=tolerance,
         compact=compact,
         backend=backend,
         chunk_size=chunk_size,
@@ -139,6 +144,8 @@ def sampled_kl_loss(
     teacher_temperature: float | None = None,
     reduction: Reduction = "sum",
     metrics: Sequence[str] = (),
+    gradient: GradientKind = "dense",
+    tolerance: float | None = None,
     compact: bool = True,
     backend: str = "auto",
     chunk_size: int | None = None,
@@ -156,8 +163,8 @@ def sampled_kl_loss(
         teacher_log_probs: or its log-probabilities of the tokens, nats.
         importance: multiplies each token by its capped importance ratio.
         metrics: of "log_prob", "teacher_log_prob", "reference_kl" (k3), "entropy".
-        hidden, head, token_weights, temperature, teacher_temperature, reduction, compact, backend,
-            chunk_size: as in ``policy_loss``.
+        hidden, head, token_weights, temperature, teacher_temperature, reduction, gradient,
+            tolerance, compact, backend, chunk_size: as in ``policy_loss``.
 
     Returns:
         Loss, token losses and metrics.
@@ -193,6 +200,8 @@ def sampled_kl_loss(
         reduction=reduction,
         metrics=metrics,
         legal_metrics=("log_prob", "teacher_log_prob", "reference_kl", "entropy"),
+        gradient=gradient,
+        tolerance=tolerance,
         compact=compact,
         backend=backend,
         chunk_size=chunk_size,

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_sd.advantages import rlcsd_advantages
+from fused_sd.certificate import GradientKind
 from fused_sd.evidence import Evidence
 from fused_sd.heads import accumulation_dtype
 from fused_sd.loss_output import LossOutput
@@ -119,6 +120,8 @@ def rlcsd_loss(
     ratio_clip: tuple[float, float] | None = (0.2, 0.2),
     temperature: float = 1.0,
     metrics: Sequence[str] = (),
+    gradient: GradientKind = "dense",
+    tolerance: float | None = None,
     compact: bool = True,
     backend: str = "auto",
     chunk_size: int | None = None,
@@ -162,6 +165,8 @@ def rlcsd_loss(
         token_weights=weights,
         temperature=temperature,
         metrics=metrics,
+        gradient=gradient,
+        tolerance=tolerance,
         compact=compact,
         backend=backend,
         chunk_size=chunk_size,

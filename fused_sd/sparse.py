@@ -57,6 +57,7 @@ def by_column(entries: Entries, vocab: int) -> ByColumn:
     device = entries.columns.device
     places = torch.arange(entries.columns.shape[0], device=device)
     tokens = torch.searchsorted(entries.starts, places, right=True) - 1
+    tokens.clamp_(max=entries.starts.shape[0] - 2)  # of empty places behind all tokens' entries
     columns, order = entries.columns.sort(stable=True)
     ids = torch.arange(vocab + 1, dtype=columns.dtype, device=device)
     return ByColumn(tokens, order, torch.searchsorted(columns, ids))
@@ -105,7 +106,7 @@ def gather_sum(
     is_entry = entries.columns < weight.shape[0]
     before = torch.nn.functional.pad(is_entry.cumsum(0), (1, 0))
     starts = before[entries.starts]
-    columns, values = entries.columns[is_entry], entries.values[is_entry]
+    columns, values = entries.columns[is_entry].long(), entries.values[is_entry]
     out = torch.empty((factor.shape[0], weight.shape[1]), dtype=dtype, device=weight.device)
     for at, total in _sums(weight, columns, values, starts):
         if entries.spread is not None:
@@ -159,20 +160,21 @@ def _sums(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Slices of bags with their sums of ``value * table[id]`` (bags, D) in the values' dtype.
 
-    Rows are gathered in pieces, so that long bags are summed in parts, which is more accurate too.
+    A narrow table is widened in pieces; long bags are summed in parts, which is more accurate too.
     """
     num_bags, num_entries = starts.shape[0] - 1, ids.shape[0]
     rows = _rows_at_a_time(table)
     size = max(1, rows * num_bags // max(num_bags, num_entries, 1))
+    count = torch.arange(rows, device=table.device)
     for bags in slices(0, num_bags, size):
+        bounds = starts[bags.start : bags.stop + 1]
         total = values.new_zeros((bags.stop - bags.start, table.shape[1]))
-        offsets = starts[bags.start : bags.stop + 1]
-        for at in slices(int(offsets[0]), int(offsets[-1]), rows):
-            gathered = table[ids[at]].to(values.dtype)
+        for at in slices(int(bounds[0]), int(bounds[-1]), rows):
+            is_wide = table.dtype == values.dtype
             total += embedding_bag(
-                torch.arange(at.stop - at.start, device=table.device),
-                gathered,
-                (offsets - at.start).clamp(0, at.stop - at.start),
+                ids[at] if is_wide else count[: at.stop - at.start],
+                table if is_wide else table[ids[at]].to(values.dtype),
+                (bounds - at.start).clamp(0, at.stop - at.start),
                 mode="sum",
                 per_sample_weights=values[at],
                 include_last_offset=True,

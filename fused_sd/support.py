@@ -8,7 +8,6 @@ over the vocabulary are in ``rows.py``.
 Dimension key:  C rows in a chunk, K entries of the support
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -143,23 +142,6 @@ def fold_tail(dlog_s: Tensor, log_s: Tensor, floor: float) -> Tensor:
 def has_short_list(k: int, num_columns: int) -> bool:
     """Whether the blocks that may hold the k largest are few beside the row."""
     return 4 * k * BLOCK < num_columns
-
-
-def top_k(logits: Tensor, k: int, block_maxima: Callable[[Tensor], Tensor]) -> Tensor:
-    """Ids of the k largest logits of each row, largest first: (C, k).
-
-    They lie in the k blocks of columns with the largest maxima, so a row is read once for its block
-    maxima and only those blocks are searched.
-    """
-    num_columns = logits.shape[1]
-    if not has_short_list(k, num_columns):
-        return logits.topk(k, dim=-1).indices
-    blocks = block_maxima(logits).topk(k, dim=-1, sorted=False).indices
-    columns = torch.arange(BLOCK, device=logits.device)
-    candidates = (blocks[:, :, None] * BLOCK + columns).flatten(1)
-    found = logits.gather(1, candidates.clamp(max=num_columns - 1))
-    found.masked_fill_(candidates >= num_columns, -torch.inf)
-    return candidates.gather(1, found.topk(k, dim=-1).indices)
 
 
 def overlap(ids: Tensor, other: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import checks, tensor_checks
+from fused_sd.certificate import GradientKind, checked_tolerance
 from fused_sd.heads import LMHead, as_head
 from fused_sd.loss_output import LossOutput, Reduction, reduce_loss
 from fused_sd.policy import Surrogate
@@ -27,6 +28,8 @@ def cross_entropy_loss(
     temperature: float = 1.0,
     reduction: Reduction = "sum",
     metrics: Sequence[str] = (),
+    gradient: GradientKind = "dense",
+    tolerance: float | None = None,
     compact: bool = True,
     backend: str = "auto",
     chunk_size: int | None = None,
@@ -37,8 +40,8 @@ def cross_entropy_loss(
         token_ids: int64 targets; those equal to ``ignore_index`` have weight 0.
         token_weights: weight of each token; None: ones.
         metrics: of "log_prob", "entropy".
-        hidden, head, temperature, reduction, compact, backend, chunk_size: as in
-            ``divergence_loss``.
+        hidden, head, temperature, reduction, gradient, tolerance, compact, backend, chunk_size: as
+            in ``divergence_loss``.
 
     Returns:
         Loss, token losses (nats) and metrics.
@@ -70,6 +73,8 @@ def cross_entropy_loss(
         reduction=reduction,
         metrics=metrics,
         legal_metrics=("log_prob", "entropy"),
+        gradient=gradient,
+        tolerance=tolerance,
         compact=compact,
         backend=backend,
         chunk_size=chunk_size,
@@ -89,6 +94,8 @@ def token_loss(
     reduction: Reduction,
     metrics: Sequence[str],
     legal_metrics: tuple[str, ...],
+    gradient: GradientKind,
+    tolerance: float | None,
     compact: bool,
     backend: str,
     chunk_size: int | None,
@@ -119,6 +126,7 @@ def token_loss(
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         reduced=reduction != "none",
+        tolerance=checked_tolerance(gradient, tolerance),
         compact=compact,
         backend=backend,
         chunk_size=chunk_size,

@@ -11,7 +11,6 @@ from torch import Tensor
 from fused_sd import specs
 from fused_sd.chunk import Chunk, RowFunction
 from fused_sd.policy import Surrogate, cross_entropy, surrogate
-from fused_sd.support import top_k
 
 
 @specs.setting
@@ -32,6 +31,14 @@ class LogProbRows(NamedTuple):
     def num_values(self) -> int:
         return self.k + self.tail + self.entropy
 
+    @property
+    def num_entries(self) -> int:
+        return 0
+
+    @property
+    def whole_sides(self) -> tuple[bool, bool]:
+        return True, True
+
     def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
         return [(True, (self.k,))] if self.is_top_k else []
 
@@ -40,8 +47,8 @@ class LogProbRows(NamedTuple):
         return self._replace(is_top_k=False), extras
 
     def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
-        rows, logits = chunk.rows, chunk.student
-        ids = top_k(logits, self.k, rows.block_maxima) if self.is_top_k else chunk.inputs[0]
+        rows, logits = chunk.functions.rows, chunk.student
+        ids = chunk.functions.sparse.top_k(logits, self.k) if self.is_top_k else chunk.inputs[0]
         chosen = logits.gather(1, ids)
         lse, *entropies = rows.moments(logits) if self.entropy else (rows.log_normalizer(logits),)
         values = [chosen - lse[:, None], *(entropy[:, None] for entropy in entropies)]
@@ -95,6 +102,14 @@ class TokenLossRows(NamedTuple):
     def num_values(self) -> int:
         return 1
 
+    @property
+    def num_entries(self) -> int:
+        return 0
+
+    @property
+    def whole_sides(self) -> tuple[bool, bool]:
+        return True, True
+
     def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
         return [(False, ())] * len(self.metrics)
 
@@ -102,7 +117,7 @@ class TokenLossRows(NamedTuple):
         return self, []
 
     def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
-        rows, logits = chunk.rows, chunk.student
+        rows, logits = chunk.functions.rows, chunk.student
         inputs = dict(zip(self.input_names, chunk.inputs, strict=True))
         ids = inputs["token_ids"][:, None]
         chosen = logits.gather(1, ids)

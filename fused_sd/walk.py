@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from fused_sd import specs
+from fused_sd.certificate import GradientCertificate
 from fused_sd.chunk import RowFunction
 from fused_sd.heads import LMHead, accumulation_dtype
-from fused_sd.walk_operator import Options
+from fused_sd.walk_gradients import backward, keep
+from fused_sd.walk_operator import Options, structured, walk_operator
+
+walk_operator.register_autograd(backward, setup_context=keep)
 
 
 class Walked(NamedTuple):
@@ -20,6 +24,7 @@ class Walked(NamedTuple):
     total: Tensor  # (), sum(upstream * values); differentiable when the loss is reduced inside
     values: Tensor  # (N, J); differentiable when it is not
     extras: list[Tensor]  # (N, ...), detached; 0 for a token without a weight
+    certificate: GradientCertificate | None  # of a gradient that may be sparse
 
 
 def walk(
@@ -35,6 +40,7 @@ def walk(
     compact: bool = True,
     backend: str = "auto",
     chunk_size: int | None = None,
+    tolerance: float | None = None,
 ) -> Walked:
     """Apply a row function to the logits of all tokens, differentiably.
 
@@ -50,6 +56,8 @@ def walk(
         compact: drop tokens of weight 0 before any GEMM, which waits for their number once.
         backend: "auto", "triton" or "torch".
         chunk_size: tokens in a chunk; None: by memory.
+        tolerance: share of the gradient's L1 norm that may be dropped to make it sparse; None: a
+            dense gradient, unless the row function has only entries.
     """
     hidden, weight, bias = student[1].operands(student[0])
     t_hidden = t_weight = t_bias = t_shaping = None
@@ -63,7 +71,7 @@ def walk(
         for tensor in (hidden, weight, bias)
     ]
     options = Options(
-        student[1].shaping(temperature), t_shaping, reduced, compact, backend, chunk_size
+        student[1].shaping(temperature), t_shaping, reduced, compact, backend, chunk_size, tolerance
     )
     wide = accumulation_dtype(hidden.dtype)
     upstream = None
@@ -82,12 +90,17 @@ def walk(
         *specs.encode((rows, options)),
         wanted,
     )
-    total, values, extras = flat[0], flat[1], [extra.detach() for extra in flat[5:]]
-    return (
-        Walked(total, values.detach(), extras)
-        if reduced
-        else Walked(total.detach(), values, extras)
-    )
+    total, values, _, sparse, extras = structured(flat)
+    extras = [extra.detach() for extra in extras]
+    certificate = None
+    if tolerance is not None and any(wanted):
+        is_dense = torch.zeros_like(sparse.kept, dtype=torch.bool)
+        is_dense = is_dense.index_fill(0, sparse.dense_tokens, True)
+        certificate = GradientCertificate(sparse.kept, is_dense, sparse.dropped, sparse.norm)
+        certificate = GradientCertificate(*(tensor.detach() for tensor in certificate))
+    if reduced:
+        return Walked(total, values.detach(), extras, certificate)
+    return Walked(total.detach(), values, extras, certificate)
 
 
 def _flat(tensor: Tensor, shape: torch.Size) -> Tensor:

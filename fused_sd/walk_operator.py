@@ -2,26 +2,34 @@
 
 A chunk's hidden states become logits, a row function turns them into its values and, where a
 gradient is wanted, into the gradient by themselves; two GEMMs carry that of a few chunks on to the
-hidden states and the head, and they are forgotten.  Extra memory is O(C V), never O(N V).
+hidden states and the head, and they are forgotten.  Extra memory is O(C V), never O(N V).  A
+gradient that has few entries, or may be cut to few (``gradients.py``), is kept as those instead.
 
 The gradient is that of ``sum(upstream * values)``.  Where the loss is reduced inside, ``upstream``
-is the token weights and forward keeps the finished gradients, which backward only scales (out of
-place, so that a second backward is right).  Otherwise backward walks again with autograd's gradient
-as ``upstream``.
+is the token weights; otherwise it is 1 where a token has a weight.
 
-Dimension key:  N tokens, D hidden size, V vocabulary, J values of a row function for each token
+Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary, J values of a row
+                function for each token, K entries of a row
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_sd import specs
+from fused_sd import checks, specs
 from fused_sd.active import ActiveTokens
-from fused_sd.backend import choose_rows
+from fused_sd.backend import choose_functions
 from fused_sd.chunk import Chunk, RowFunction
 from fused_sd.chunking import slices
+from fused_sd.gradients import (
+    CertifiedGradients,
+    Dense,
+    DenseGradients,
+    EntryGradients,
+    Sparse,
+)
 from fused_sd.heads import Projection, Shaping, accumulation_dtype
 from fused_sd.workspace import Workspace
 
@@ -36,10 +44,56 @@ class Options(NamedTuple):
     compact: bool
     backend: str
     chunk_size: int | None
+    tolerance: float | None  # of a certified sparse gradient; None: a dense one
+
+
+class Forming(NamedTuple):
+    """Which gradients a walk forms, and how."""
+
+    kind: Literal["nothing", "dense", "entries", "certified"]
+    dense: tuple[bool, bool, bool]  # by hidden, weight, bias: those that backward only scales
+
+
+class Outputs(NamedTuple):
+    """What the operator returns, in this order and flattened; what is not formed is empty."""
+
+    total: Tensor  # (), sum(upstream * values)
+    values: Tensor  # (N, J)
+    dense: Dense
+    sparse: Sparse
+    extras: list[Tensor]  # each (N, ...)
+
+    def flat(self) -> list[Tensor]:
+        return [self.total, self.values, *self.dense, *self.sparse, *self.extras]
+
+
+FIRST_SPARSE = 2 + len(Dense._fields)
+FIRST_EXTRA = FIRST_SPARSE + len(Sparse._fields)
+
+
+def structured(flat: Sequence[Any]) -> Outputs:
+    """The operator's outputs, or what autograd knows of them, by their names."""
+    dense, sparse = Dense(*flat[2:FIRST_SPARSE]), Sparse(*flat[FIRST_SPARSE:FIRST_EXTRA])
+    return Outputs(flat[0], flat[1], dense, sparse, list(flat[FIRST_EXTRA:]))
+
+
+def forming(rows: RowFunction, options: Options, wanted: Sequence[bool]) -> Forming:
+    """What a walk forms: of whole rows, what backward can reach by scaling it."""
+    nothing = (False, False, False)
+    if not any(wanted):
+        return Forming("nothing", nothing)
+    if rows.num_entries:
+        return Forming("entries", nothing)
+    hidden_only = tuple(wanted) == (True, False, False) and rows.num_values == 1
+    hidden, weight, bias = wanted
+    dense = (hidden, weight, bias) if options.reduced or hidden_only else nothing
+    if options.tolerance is not None:
+        return Forming("certified", dense)
+    return Forming("dense" if any(dense) else "nothing", dense)
 
 
 @torch.library.custom_op("fused_sd::walk", mutates_args=())
-def _walk(
+def walk_operator(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
@@ -53,18 +107,17 @@ def _walk(
     ints: list[int],
     wanted: list[bool],  # gradients by hidden, weight, bias
 ) -> list[Tensor]:
-    """Total, values, the three gradients (empty where not formed), extras."""
+    """Walk; returns ``Outputs``, flat."""
     rows: RowFunction
     options: Options
     rows, options = specs.decode(text, floats, ints)
     num_tokens, wide = hidden.shape[0], accumulation_dtype(hidden.dtype)
     if upstream is None:
         upstream = hidden.new_ones((num_tokens, 1), dtype=wide)
-    outputs = _outputs(rows, hidden, weight, bias, _formed(options, rows, wanted))
     active = ActiveTokens(upstream, options.compact)
+    formed = forming(rows, options, wanted)
     hidden, upstream = active.select(hidden), active.select(upstream)
     inputs = [active.select(tensor) for tensor in inputs]
-    forming = any(tensor.numel() for tensor in outputs[2:5])
 
     # an fp16 gradient is formed from weights near 1 and scaled where there is room for it
     unit = upstream.abs().amax().clamp(min=1e-30) if _fp16_gradient(hidden) else None
@@ -76,44 +129,66 @@ def _walk(
         teacher = Projection(
             teacher_hidden, teacher_weight, teacher_bias, options.teacher, other=student
         )
-    selected = [active.buffer(tensor, at) for at, tensor in enumerate(outputs)]
-    _, values, dhidden, dweight, dbias, *extras = selected
-    workspace = Workspace(student, teacher, forming, options.chunk_size)
-    row_functions = choose_rows(options.backend, hidden.device, wide)
-    columns = workspace.width if row_functions.READS_PADDING else workspace.vocab
+    stop = hidden.shape[0]
+    values, *extras = _by_token(rows, hidden, stop)
+    functions = choose_functions(options.backend, hidden.device, wide)
+    workspace = Workspace(
+        student,
+        teacher,
+        rows.whole_sides,
+        formed.kind in ("dense", "certified"),
+        options.chunk_size,
+        functions.sparse.entry_logits,
+    )
+    gradients: DenseGradients
+    if formed.kind == "entries":
+        gradients = EntryGradients(workspace, num_tokens, rows.num_entries)
+    elif formed.kind == "certified":
+        assert options.tolerance is not None
+        if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+            checks.fail(
+                "gradient",
+                "be 'dense' under CUDA graph capture",
+                "'sparse'",
+                "how many entries and dense rows there are must be read from the device",
+            )
+        settings = formed.dense, options.tolerance, options.reduced
+        gradients = CertifiedGradients(workspace, functions, *settings)
+    else:
+        gradients = DenseGradients(workspace, formed.dense)
 
-    for group in slices(0, hidden.shape[0], workspace.layout.group):
+    start = 0
+    while start < stop:
+        group = slice(start, min(start + gradients.room(), stop))
         for at in slices(group.start, group.stop, workspace.layout.chunk):
             scaled = upstream[at] if unit is None else upstream[at] / unit
-            logits, teacher_logits, dlogits = workspace.fill(at, group.start)
             chunk = Chunk(
-                logits,
-                teacher_logits,
-                columns,
+                *workspace.fill(at, gradients.first_row + at.start - group.start),
+                gradients.entries(at),
+                workspace.width if functions.rows.READS_PADDING else workspace.vocab,
                 [tensor[at] for tensor in inputs],
-                scaled if forming else None,
-                dlogits,
+                None if formed.kind == "nothing" else scaled,
                 options.student,
-                row_functions,
+                functions,
             )
             values[at], chunk_extras = rows(chunk)
             for buffer, extra in zip(extras, chunk_extras, strict=True):
                 buffer[at] = extra
-        workspace.carry(group, dhidden, dweight, dbias)
-    if hidden.shape[0] == 0:
-        dweight.zero_()
+        gradients.carry(group)
+        start = group.stop
 
+    active.clear_(values)
+    total = (upstream * values).sum()
+    dense, sparse = gradients.finish(active)
     if unit is not None:
-        for gradient in (dhidden, dweight, dbias):
+        scaled_too = sparse.values, sparse.spread, sparse.norm, sparse.dropped
+        for gradient in (*dense, *scaled_too):
             gradient *= unit
-    values.masked_fill_(active.dead(values), 0)
-    outputs[0].copy_((upstream * values).sum())
-    for place, (output, buffer) in enumerate(zip(outputs, selected, strict=True)):
-        active.restore(output, buffer, place)
-    return outputs
+    restored = [active.restored(buffer) for buffer in (values, *extras)]
+    return Outputs(total, restored[0], dense, sparse, restored[1:]).flat()
 
 
-@_walk.register_fake
+@walk_operator.register_fake
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -123,99 +198,54 @@ def _(
     teacher_bias: Tensor | None,
     upstream: Tensor | None,
     inputs: list[Tensor],
-    text: str,  # rows and options, encoded
+    text: str,
     floats: list[float],
     ints: list[int],
     wanted: list[bool],
 ) -> list[Tensor]:
     rows, options = specs.decode(text, floats, ints)
-    return _outputs(rows, hidden, weight, bias, _formed(options, rows, wanted))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *tensors, row_inputs, text, floats, ints, wanted = inputs
-    rows, options = specs.decode(text, floats, ints)
-    ctx.set_materialize_grads(False)  # zeros for the gradients' own gradients would be as large
-    ctx.reduced, ctx.wanted, ctx.num_inputs = options.reduced, wanted, len(row_inputs)
-    ctx.recompute = wanted != _formed(options, rows, wanted)
-    hidden, weight, bias = tensors[:3]
-    ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
-    if ctx.recompute:
-        replayed, chosen = rows.replay(output[5:])
-        ctx.spec = specs.encode((replayed, options._replace(reduced=True)))
-        ctx.save_for_backward(*tensors, *row_inputs, *chosen)
-    else:
-        ctx.save_for_backward(*output[2:5])
-
-
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "fused_sd losses must not be differentiated twice, got create_graph=True: a second "
-            "derivative would need the logits; use the plain PyTorch loss for it"
+    num_tokens, wide = hidden.shape[0], accumulation_dtype(hidden.dtype)
+    formed = forming(rows, options, wanted)
+    total = hidden.new_empty((), dtype=wide)
+    values, *extras = _by_token(rows, hidden, num_tokens)
+    sparse = Sparse.none(total)
+    sizes: list[Any] = [num_tokens, weight.shape[0], weight.shape[0]]
+    if formed.kind in ("entries", "certified"):
+        num_entries = num_tokens * rows.num_entries
+        by_token = {
+            name: getattr(sparse, name).new_empty(num_tokens)
+            for name in ("kept", "norm", "dropped")
+        }
+        if formed.kind == "certified":  # whose sizes depend on what is in the gradient
+            size = torch.library.get_ctx().new_dynamic_size
+            num_entries, num_dense = size(), size()
+            sizes = [num_dense, *(size() if is_formed else 0 for is_formed in formed.dense[1:])]
+            by_token["spread"] = total.new_empty(num_tokens)
+            by_token["mean_row"] = total.new_empty(weight.shape[1])
+            by_token["dense_tokens"] = sparse.dense_tokens.new_empty(num_dense)
+        sparse = sparse._replace(
+            columns=sparse.columns.new_empty(num_entries),
+            values=total.new_empty(num_entries),
+            starts=sparse.starts.new_empty(num_tokens + 1),
+            **by_token,
         )
-    upstream = grads[0] if ctx.reduced else grads[1]
-    gradients: list[Tensor | None] = [None, None, None]
-    if any(ctx.wanted) and upstream is not None:
-        if ctx.recompute:
-            *tensors, old_upstream = ctx.saved_tensors[:7]
-            upstream = _masked(upstream, old_upstream)
-            formed = torch.ops.fused_sd.walk(
-                *tensors,
-                upstream,
-                list(ctx.saved_tensors[7:]),
-                *ctx.spec,
-                ctx.wanted,
-            )[2:5]
-        else:
-            formed = ctx.saved_tensors
-        for place, (gradient, dtype) in enumerate(zip(formed, ctx.dtypes, strict=True)):
-            if ctx.wanted[place]:
-                # one number, or one for each token, which only the rows of dhidden can follow
-                factor = None if ctx.recompute else upstream
-                gradients[place] = _rounded(gradient, factor, dtype)
-    settings = [None] * 4
-    return (*gradients, None, None, None, None, [None] * ctx.num_inputs, *settings)
-
-
-_walk.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Scale and round at once: a wide copy of the head's gradient would double its memory."""
-    if factor is None:
-        return gradient.to(dtype)
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
-
-
-def _masked(gradient: Tensor, weights: Tensor | None) -> Tensor:
-    """The gradient by the values, 0 for the tokens that the forward walk left out."""
-    return gradient if weights is None else torch.where(weights != 0, gradient, 0)
-
-
-def _formed(options: Options, rows: RowFunction, wanted: list[bool]) -> list[bool]:
-    """Which gradients this walk forms: those that backward can reach by scaling them."""
-    hidden_only = wanted == [True, False, False] and rows.num_values == 1
-    return wanted if options.reduced or hidden_only else [False, False, False]
+    trailing: list[tuple[int, ...]] = [(hidden.shape[1],), (weight.shape[1],), ()]
+    dense = [
+        total.new_empty((size, *rest) if is_formed else 0)
+        for is_formed, size, rest in zip(formed.dense, sizes, trailing, strict=True)
+    ]
+    return Outputs(total, values, Dense(*dense), sparse, extras).flat()
 
 
 def _fp16_gradient(hidden: Tensor) -> bool:
     return hidden.is_cuda and hidden.dtype == torch.float16 and hidden.shape[0] > 0
 
 
-def _outputs(
-    rows: RowFunction, hidden: Tensor, weight: Tensor, bias: Tensor | None, formed: list[bool]
-) -> list[Tensor]:
-    """The operator's outputs: all zero, but for the head's gradient, which is written whole."""
-    num_tokens, wide = hidden.shape[0], accumulation_dtype(hidden.dtype)
-    shapes: list[tuple[int, ...]] = [(), (num_tokens, rows.num_values)]
-    for tensor, is_formed in zip((hidden, weight, bias), formed, strict=True):
-        shapes.append(tuple(tensor.shape) if is_formed and tensor is not None else (0,))
-    outputs = [
-        hidden.new_empty(shape, dtype=wide) if place == 3 else hidden.new_zeros(shape, dtype=wide)
-        for place, shape in enumerate(shapes)
-    ]
+def _by_token(rows: RowFunction, hidden: Tensor, num_tokens: int) -> list[Tensor]:
+    """Memory for values and extras of so many tokens."""
+    wide = accumulation_dtype(hidden.dtype)
+    buffers = [hidden.new_empty((num_tokens, rows.num_values), dtype=wide)]
     for is_ids, trailing in rows.extras():
         dtype = torch.int64 if is_ids else wide
-        outputs.append(hidden.new_zeros((num_tokens, *trailing), dtype=dtype))
-    return outputs
+        buffers.append(hidden.new_empty((num_tokens, *trailing), dtype=dtype))
+    return buffers

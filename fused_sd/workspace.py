@@ -3,15 +3,15 @@
 Logits are held for a chunk at a time, their gradients for a group of chunks.  A gradient as wide as
 its logit takes the logit's place; a 16-bit one has its own memory.
 
-Dimension key:  N tokens, C tokens in a chunk, G tokens in a group, D hidden size, V vocabulary,
-                W columns
+Dimension key:  C tokens in a chunk, G tokens in a group, D hidden size, V vocabulary, W columns
 """
 
 import torch
 from torch import Tensor
 
+from fused_sd.chunk import Side
 from fused_sd.chunking import Layout, WalkSize, budget_on, choose_layout
-from fused_sd.heads import Projection, accumulation_dtype, matmul, matmul_add_
+from fused_sd.heads import DotProducts, Projection, accumulation_dtype, matmul, matmul_add_
 
 
 class Workspace:
@@ -21,16 +21,20 @@ class Workspace:
         self,
         student: Projection,
         teacher: Projection | None,
-        forming: bool,
+        whole: tuple[bool, bool],  # sides whose whole logits are made
+        forming: bool,  # whether gradients by whole rows are
         chunk_size: int | None,
+        dot_products: DotProducts,  # for the other sides
     ) -> None:
         hidden = student.hidden
         wide = accumulation_dtype(hidden.dtype)
         self.student, self.teacher = student, teacher
+        self.whole_student, self.whole_teacher = whole[0], teacher is not None and whole[1]
+        self.dot_products = dot_products
         self.vocab = max(student.vocab, teacher.vocab if teacher is not None else 0)
         size = WalkSize(
             self.vocab,
-            1 if teacher is None else 2,
+            self.whole_student + self.whole_teacher,
             wide.itemsize,
             student.dtype.itemsize,
             forming,
@@ -46,45 +50,61 @@ class Workspace:
         sides = size.sides - size.in_place
         self.logits = hidden.new_empty((sides, chunk, size.width), dtype=wide)
 
-    def fill(self, at: slice, start: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Logits of a chunk on both sides, and where their gradient goes; ``start`` is the group's.
+    def fill(self, at: slice, row: int) -> tuple[Side, Side | None, Tensor | None]:
+        """Logits of a chunk on both sides, and where their gradient goes.
+
+        Args:
+            row: of the group's gradients, where those of the chunk begin.
 
         Returns:
-            (C, W) each: the student's logits, the teacher's, the gradient's memory.
+            The student's logits, the teacher's, and the gradient's memory (C, W).
         """
         count = at.stop - at.start
-        dlogits = None
-        if self.gradients is not None:
-            dlogits = self.gradients[at.start - start : at.stop - start]
-        teacher = self.teacher
+        dlogits = None if self.gradients is None else self.gradients[row : row + count]
+        student, teacher = self.student, self.teacher
+        logits = theirs = None
+        places = list(self.logits[:, :count])
         if self.in_place:
             assert dlogits is not None
-            logits = self.student.logits(at, dlogits)
-            theirs = None if teacher is None else teacher.logits(at, self.logits[0, :count])
-        elif teacher is not None and teacher.weight is self.student.weight:
+            places.insert(0, dlogits)
+        elif len(places) == 2 and teacher is not None and teacher.weight is student.weight:
             # one GEMM over both sides' states reads the head once
             both = self.logits.flatten(0, 1)[: 2 * count]
-            states = torch.cat([self.student.chunk(at), teacher.chunk(at)])
+            states = torch.cat([student.chunk(at), teacher.chunk(at)])
             matmul(states, teacher.weight.t(), both[:, : teacher.vocab])
-            logits = self.student.finish_(both[:count])
-            theirs = teacher.finish_(both[count:])
-        else:
-            logits = self.student.logits(at, self.logits[0, :count])
-            theirs = None if teacher is None else teacher.logits(at, self.logits[1, :count])
-        return logits, theirs, dlogits
+            logits, theirs = student.finish_(both[:count]), teacher.finish_(both[count:])
+        if self.whole_student and logits is None:
+            logits = student.logits(at, places.pop(0))
+        if teacher is None:
+            return self._side(student, at, logits), None, dlogits
+        if self.whole_teacher and theirs is None:
+            theirs = teacher.logits(at, places.pop(0))
+        return self._side(student, at, logits), self._side(teacher, at, theirs), dlogits
 
-    def carry(self, group: slice, dhidden: Tensor, dweight: Tensor, dbias: Tensor) -> None:
+    def _side(self, projection: Projection, at: slice, whole: Tensor | None) -> Side:
+        return Side(whole, lambda ids: projection.entry_logits(at, ids, self.dot_products))
+
+    def carry(
+        self,
+        tokens: slice | Tensor,  # whose gradients lie in the first rows
+        dhidden: Tensor,
+        dweight: Tensor,
+        dbias: Tensor,
+        *,
+        is_first: bool,  # then the head's gradient is written, else it is added to
+    ) -> None:
         """Carry the gradients of a group on to its hidden states, the head and its bias.
 
         Empty gradients are not formed.
         """
         if self.gradients is None:
             return
-        dlogits = self.gradients[: group.stop - group.start, : self.student.vocab]
+        hidden = self.student.chunk(tokens)
+        dlogits = self.gradients[: hidden.shape[0], : self.student.vocab]
         if dhidden.numel():
-            matmul(dlogits, self.student.weight, dhidden[group])
+            matmul(dlogits, self.student.weight, dhidden)
         if dweight.numel():
-            write = matmul if group.start == 0 else matmul_add_
-            write(dlogits.t(), self.student.chunk(group), dweight)
+            write = matmul if is_first else matmul_add_
+            write(dlogits.t(), hidden, dweight)
         if dbias.numel():
             dbias += dlogits.sum(0, dtype=dbias.dtype)

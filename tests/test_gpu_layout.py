@@ -10,7 +10,7 @@ from cases import make_case
 from closeness import assert_close
 
 import fused_sd
-from fused_sd import heads, workspace
+from fused_sd import heads, sparse, workspace
 from fused_sd.chunking import Layout, WalkSize, choose_layout, workspace_bytes
 
 pytest.importorskip("triton")
@@ -136,7 +136,8 @@ def test_workspaces_take_the_bytes_that_are_planned(sixteen_bit, forming, has_te
     hidden, weight = torch.randn(90, 8, dtype=dtype), torch.randn(VOCAB, 8, dtype=dtype)
     student = heads.Projection(hidden, weight, None, heads.Shaping(1.0, None))
     teacher = student if has_teacher else None
-    made = workspace.Workspace(student, teacher, forming, chunk_size=7)
+    dots = sparse.entry_logits
+    made = workspace.Workspace(student, teacher, (True, True), forming, 7, dots)
     held = [made.logits] if made.gradients is None else [made.logits, made.gradients]
     size = WalkSize(VOCAB, 1 + has_teacher, 4, dtype.itemsize, forming)
     assert size.in_place == (forming and not sixteen_bit)

@@ -9,7 +9,7 @@ from closeness import assert_close
 
 import fused_sd
 from fused_sd import reference, rows
-from fused_sd.backend import choose_rows
+from fused_sd.backend import choose_functions
 from fused_sd.divergence import divergence_term
 
 triton = pytest.importorskip("triton")
@@ -274,16 +274,6 @@ def test_token_path_through_triton():
     assert_close(one, other, torch.float32)
 
 
-def test_top_k_is_exact_with_large_vocabularies():
-    from fused_sd.support import top_k
-
-    logits = torch.randn(4, 70_001, device=DEVICE)
-    for k in (1, 20, 100):
-        exact = logits.topk(k, dim=-1).indices
-        for module in (rows, kernels):
-            assert torch.equal(top_k(logits, k, module.block_maxima), exact)
-
-
 def test_kernels_are_launched_on_the_gpu_that_holds_the_logits(monkeypatch):
     """Not on the current one: a model spread over GPUs has its head on the last."""
     entered = []
@@ -304,6 +294,6 @@ def test_kernels_are_launched_on_the_gpu_that_holds_the_logits(monkeypatch):
 def test_triton_where_it_cannot_run_is_an_error(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="Triton needs a GPU"):
-        choose_rows("triton", torch.device("cpu"), torch.float32)
+        choose_functions("triton", torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match="float64"):
-        choose_rows("triton", torch.device("cuda"), torch.float64)
+        choose_functions("triton", torch.device("cuda"), torch.float64)

@@ -1,0 +1,250 @@
+"""Where the gradients by the head's product go: to two GEMMs, or into entries that are kept.
+
+Dimension key:  N tokens, A of them that are walked, D hidden size, V vocabulary, K entries of a
+                row, E entries of all, F tokens whose gradient is dense
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sd.active import ActiveTokens
+from fused_sd.backend import Functions
+from fused_sd.certificate import judge, mean_row, row_share
+from fused_sd.chunk import EntryBuffers
+from fused_sd.workspace import Workspace
+
+MOST = 512  # entries of a row: beyond, gathering rows of the head is no longer cheaper by far
+Formed = tuple[bool, bool, bool]  # gradients by hidden states, weight, bias
+
+
+class Dense(NamedTuple):
+    """Gradients formed by GEMMs, in fp32 or fp64; (0,) where they are not formed."""
+
+    dhidden: Tensor  # (N, D); of a certified gradient (F, D)
+    dweight: Tensor  # (V, D); of a certified gradient without dense rows (0, D)
+    dbias: Tensor  # (V,)
+
+
+class Sparse(NamedTuple):
+    """A gradient by the product in entries, and what it leaves out; (0,) where there is none."""
+
+    columns: Tensor  # (E,) int32; V: a place that is not used
+    values: Tensor  # (E,)
+    starts: Tensor  # (N + 1,) int64
+    spread: Tensor  # (N,) mass that is spread over the vocabulary
+    mean_row: Tensor  # (D,) of the head, where mass is spread
+    dense_tokens: Tensor  # (F,) int64, ascending
+    kept: Tensor  # (N,) int64
+    norm: Tensor  # (N,)
+    dropped: Tensor  # (N,)
+
+    @classmethod
+    def none(cls, like: Tensor) -> "Sparse":
+        """No sparse gradient, in the dtype of ``like``."""
+        dtypes = {"columns": torch.int32, "starts": torch.int64, "dense_tokens": torch.int64}
+        dtypes["kept"] = torch.int64
+        return cls(*(like.new_empty(0, dtype=dtypes.get(name)) for name in cls._fields))
+
+
+class DenseGradients:
+    """Two GEMMs carry the gradients of each group on."""
+
+    first_row = 0  # of the workspace's gradients, for the next group
+
+    def __init__(self, workspace: Workspace, formed: Formed) -> None:
+        self.workspace = workspace
+        self.dense = _empty(workspace, formed, workspace.student.hidden.shape[0])
+
+    def entries(self, at: slice) -> EntryBuffers | None:
+        """Where a chunk's row function writes entries instead."""
+        return None
+
+    def room(self) -> int:
+        """Tokens that the next group may have."""
+        return self.workspace.layout.group
+
+    def carry(self, group: slice) -> None:
+        """Take the gradients of a group out of the workspace."""
+        dhidden, dweight, dbias = self.dense
+        rows = dhidden[group] if dhidden.numel() else dhidden
+        self.workspace.carry(group, rows, dweight, dbias, is_first=group.start == 0)
+
+    def finish(self, active: ActiveTokens) -> tuple[Dense, Sparse]:
+        """The gradients of all tokens."""
+        dhidden, dweight, dbias = self.dense
+        if self.workspace.student.hidden.shape[0] == 0:
+            dweight.zero_()
+        if dhidden.dim() == 2:
+            dhidden = active.restored(dhidden)
+        return Dense(dhidden, dweight, dbias), Sparse.none(self.workspace.logits)
+
+
+class EntryGradients(DenseGradients):
+    """Row functions that write entries: they are the gradient."""
+
+    def __init__(self, workspace: Workspace, num_tokens: int, num_entries: int) -> None:
+        super().__init__(workspace, (False, False, False))
+        shape, vocab = (num_tokens, num_entries), workspace.student.vocab
+        hidden = workspace.student.hidden
+        self.columns = hidden.new_full(shape, vocab, dtype=torch.int32)
+        self.values = workspace.logits.new_zeros(shape)
+
+    def entries(self, at: slice) -> EntryBuffers:
+        return EntryBuffers(self.columns[at], self.values[at], self.workspace.student.vocab)
+
+    def carry(self, group: slice) -> None:
+        """They are where they belong."""
+
+    def finish(self, active: ActiveTokens) -> tuple[Dense, Sparse]:
+        num_tokens, num_entries = self.columns.shape
+        walked = slice(self.workspace.student.hidden.shape[0])
+        columns, values = self.columns[walked], self.values[walked]
+        used = columns < self.workspace.student.vocab
+        places = active.restored(torch.full_like(used[:, :1].sum(-1), num_entries))
+        sparse = Sparse.none(values)._replace(
+            columns=self.columns.flatten(),
+            values=self.values.flatten(),
+            starts=_starts(places),
+            kept=active.restored(used.sum(-1)),
+            norm=active.restored(values.abs().sum(-1)),
+            dropped=values.new_zeros(num_tokens),
+        )
+        return self.dense, sparse
+
+
+class Part(NamedTuple):
+    """What a group adds to a certified gradient."""
+
+    columns: Tensor
+    values: Tensor
+    dense_tokens: Tensor
+    kept: Tensor
+    norm: Tensor
+    dropped: Tensor
+    spread: Tensor
+
+
+class CertifiedGradients(DenseGradients):
+    """Rows whose largest entries are enough keep those; the others take the dense way.
+
+    The dense rows of a group move to the front of the workspace's gradients and wait there for
+    those of the next groups: a GEMM that reads the whole head needs many.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        functions: Functions,
+        formed: Formed,  # what is formed of dense rows at once
+        tolerance: float,
+        reduced: bool,
+    ) -> None:
+        super().__init__(workspace, (False, False, False))
+        self.functions, self.formed = functions, formed
+        self.tolerance, self.reduced = tolerance, reduced
+        self.waiting: list[Tensor] = []  # tokens of the rows that wait
+        self.dhidden: list[Tensor] = []
+        none = Sparse.none(workspace.logits)
+        self.parts = [Part(*(getattr(none, name) for name in Part._fields))]
+
+    def room(self) -> int:
+        layout = self.workspace.layout
+        return max(layout.chunk, (layout.group - self.first_row) // layout.chunk * layout.chunk)
+
+    def carry(self, group: slice) -> None:
+        gradients, count = self.workspace.gradients, group.stop - group.start
+        assert gradients is not None
+        vocab = self.workspace.student.vocab
+        rows = gradients[self.first_row : self.first_row + count, :vocab]
+        share = row_share(self.tolerance, self.reduced)
+        selection = self.functions.sparse.select(rows, share, min(MOST, vocab))
+        is_dense, threshold = judge(selection, self.tolerance, self.reduced)
+        dense = is_dense.nonzero()[:, 0]
+        if 2 * dense.numel() > count:  # the rest would save less than moving the others costs
+            is_dense = torch.ones_like(is_dense)
+            dense = torch.arange(count, device=dense.device)
+        columns, values = selection.columns, selection.values
+        small = values.abs() < threshold  # among them the places that are not used
+        used = (columns < vocab) & ~small & ~is_dense[:, None]
+        trimmed = values * small
+        dropped = selection.dropped + trimmed.abs().sum(-1)
+        spread = selection.spread + trimmed.sum(-1)
+        part = Part(
+            columns[used],
+            values[used],
+            dense + group.start,
+            used.sum(-1),
+            selection.norm,
+            dropped.masked_fill(is_dense, 0),
+            spread.masked_fill(is_dense, 0),
+        )
+        self.parts.append(part)
+        if any(self.formed):
+            self._keep(dense, count)
+            self.waiting.append(part.dense_tokens)
+            if 2 * self.first_row > self.workspace.layout.group:
+                self._flush()
+
+    def _keep(self, rows: Tensor, count: int) -> None:
+        """Move chosen rows (ascending) of the last ``count`` to the first that do not wait."""
+        gradients = self.workspace.gradients
+        assert gradients is not None
+        to, self.first_row = self.first_row, self.first_row + rows.numel()
+        if rows.numel() == count:
+            return
+        for part in (rows + to).split(self.workspace.layout.chunk):
+            # no row goes behind where it was, so what is overwritten has moved before
+            gradients[to : to + part.numel()] = gradients.index_select(0, part)
+            to += part.numel()
+
+    def _flush(self) -> None:
+        """Carry the rows on that wait."""
+        tokens, self.waiting, self.first_row = torch.cat(self.waiting), [], 0
+        is_first = not self.dhidden
+        if is_first:
+            self.dense = _empty(self.workspace, self.formed, tokens.numel())
+        dhidden, dweight, dbias = self.dense
+        rows = dhidden.new_empty((tokens.numel(), *dhidden.shape[1:]))
+        self.dhidden.append(rows)
+        self.workspace.carry(tokens, rows, dweight, dbias, is_first=is_first)
+
+    def finish(self, active: ActiveTokens) -> tuple[Dense, Sparse]:
+        if self.first_row:
+            self._flush()
+        parts = Part(*(torch.cat(tensors) for tensors in zip(*self.parts, strict=True)))
+        by_token = {
+            name: active.restored(getattr(parts, name))
+            for name in ("kept", "norm", "dropped", "spread")
+        }
+        dense = self.dense
+        if self.dhidden:
+            dense = dense._replace(dhidden=torch.cat(self.dhidden))
+        elif any(self.formed):
+            dense = _empty(self.workspace, self.formed, 0)
+            dense = dense._replace(dweight=dense.dweight[:0], dbias=dense.dbias[:0])
+        sparse = Sparse(
+            columns=parts.columns,
+            values=parts.values,
+            starts=_starts(by_token["kept"]),
+            mean_row=mean_row(self.workspace.student.given),
+            dense_tokens=active.tokens(parts.dense_tokens),
+            **by_token,
+        )
+        return dense, sparse
+
+
+def _empty(workspace: Workspace, formed: Formed, num_tokens: int) -> Dense:
+    """Memory for the gradients that are formed of so many tokens; a bias's is added to."""
+    student, wide = workspace.student, workspace.logits
+    shapes = [(num_tokens, student.hidden.shape[1]), student.weight.shape, (student.vocab,)]
+    given = zip(formed, shapes, strict=True)
+    tensors = [wide.new_empty(shape if is_formed else 0) for is_formed, shape in given]
+    tensors[2].zero_()
+    return Dense(*tensors)
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """(N + 1,) where the entries of each token begin."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
