@@ -204,11 +204,11 @@ class CertifiedGradients(DenseGradients):
         tokens, self.waiting, self.first_row = torch.cat(self.waiting), [], 0
         is_first = not self.dhidden
         if is_first:
-            self.dense = _empty(self.workspace, self.formed, tokens.numel())
-        dhidden, dweight, dbias = self.dense
-        rows = dhidden.new_empty((tokens.numel(), *dhidden.shape[1:]))
-        self.dhidden.append(rows)
-        self.workspace.carry(tokens, rows, dweight, dbias, is_first=is_first)
+            self.dense = _empty(self.workspace, self.formed, 0)
+        _, dweight, dbias = self.dense
+        (dhidden, *_) = _empty(self.workspace, (self.formed[0], False, False), tokens.numel())
+        self.dhidden.append(dhidden)
+        self.workspace.carry(tokens, dhidden, dweight, dbias, is_first=is_first)
 
     def finish(self, active: ActiveTokens) -> tuple[Dense, Sparse]:
         if self.first_row:

@@ -95,7 +95,7 @@ def walk(
     certificate = None
     if tolerance is not None and any(wanted):
         is_dense = torch.zeros_like(sparse.kept, dtype=torch.bool)
-        is_dense = is_dense.index_fill(0, sparse.dense_tokens, True)
+        is_dense = is_dense.index_fill(0, sparse.dense_tokens, True) & (sparse.norm != 0)
         certificate = GradientCertificate(sparse.kept, is_dense, sparse.dropped, sparse.norm)
         certificate = GradientCertificate(*(tensor.detach() for tensor in certificate))
     if reduced:
