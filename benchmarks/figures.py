@@ -1,4 +1,4 @@
-"""Results as pictures: time and memory by tokens, and time against error."""
+"""Results as pictures: time and memory by tokens, time against error, and time by entropy."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.methods.figures import GREY, figure_at
 from benchmarks.results_store import file_slug
+from benchmarks.sparse_table import PART, times_4u
 from fused_sd.bench.providers import PROVIDERS
 from fused_sd.bench.table import US
 
@@ -18,7 +19,7 @@ def plots(found: dict[str, Any], folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     slug = file_slug(found["environment"]["device"])
     names = []
-    for kind, draw in (("scaling", scaling), ("plane", plane)):
+    for kind, draw in (("scaling", scaling), ("plane", plane), ("entropy", by_entropy)):
         name = f"bench_{slug}_{kind}.png"
         if draw(found, folder / name):
             names.append(name)
@@ -64,6 +65,32 @@ def plane(found: dict[str, Any], path: Path) -> bool:
         axis.set_xlabel("ms; dashed: the bare GEMMs")
         title = f"{cell['objective']}, {cell['shape']}, {cell['tokens']} tokens: error of dH, %"
         axis.set_title(title, fontsize=9, loc="left")
+        axis.grid(alpha=0.25)
+        figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    return True
+
+
+def by_entropy(found: dict[str, Any], path: Path) -> bool:
+    """Time over four GEMMs of a KL, by the student's entropy; False: there are not two."""
+    cells = [c for c in found["parts"].get(PART, {}).values() if c["objective"] == "reverse_kl"]
+    timed = sorted((c for c in cells if c["floor"]), key=lambda cell: cell["entropy"])
+    if len(timed) < 2:
+        return False
+    with figure_at(path, 1, 1, figsize=(6.5, 3.6)) as (figure, axis):
+        for name in NAMES:
+            points = [
+                (cell["entropy"], times_4u(cell, row))
+                for cell in timed
+                for row in cell["rows"]
+                if row["provider"] == name and row["times"]
+            ]
+            if points:
+                style = _style(name)
+                axis.plot(*zip(*points), marker=style["marker"], color=style["color"], label=name)
+        axis.axhline(1, color=GREY, ls="--", lw=1)
+        axis.set_xlabel("mean entropy of the student, nat")
+        title = f"reverse_kl, {timed[0]['shape']}, {timed[0]['tokens']} tokens"
+        axis.set_title(f"{title}: time over that of four GEMMs", fontsize=9, loc="left")
         axis.grid(alpha=0.25)
         figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return True

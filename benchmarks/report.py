@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures
+from benchmarks import figures, sparse_table
+from benchmarks.markdown import line, ruler
 from benchmarks.methods.storage import ROOT
 from benchmarks.results_store import RESULTS, stored, stored_steps
 from benchmarks.step.report import markdown as step_markdown
 from fused_sd import checks
 from fused_sd.bench.providers import PROVIDERS
-from fused_sd.bench.table import US, memory, number, percent
+from fused_sd.bench.table import US, is_ours, memory, number, percent
 
 MARKER, END = "<!-- speed: python -m benchmarks.report --update-readme -->", "<!-- end -->"
 TO_COME = (
@@ -26,6 +27,11 @@ TO_COME = (
 )
 ABSENT = "not installed"
 WHOLE_TABLE = "main"  # the part whose cells are shown with everybody
+SHOWN = {
+    "plane.png": "Time against error",
+    "scaling.png": "Time and memory by tokens",
+    "entropy.png": "Time by the policy's entropy",
+}
 COLUMNS = (
     "ms",
     "p20 - p80",
@@ -106,14 +112,15 @@ def markdown_lines(
     for index, found in enumerate(documents):
         yield from (setting_line(found["environment"]), "")
         for name in plots.get(index, []):
-            shown = "Time against error" if "plane" in name else "Time and memory by tokens"
-            yield from (f"![{shown}](docs/{name})", "")
+            yield from (f"![{SHOWN[name.rpartition('_')[2]]}](docs/{name})", "")
         for cell in found["parts"].get(WHOLE_TABLE, {}).values():
             yield from cell_lines(cell)
+        sparse = found["parts"].get(sparse_table.PART, {})
+        yield from (sparse_table.sparse_lines(sparse) if sparse else ())
         rest = [
             cell
             for part, cells in found["parts"].items()
-            if part != WHOLE_TABLE
+            if part not in (WHOLE_TABLE, sparse_table.PART)
             for cell in cells.values()
             if cell["floor"] is not None
         ]
@@ -169,7 +176,11 @@ def measured_row(row: dict[str, Any]) -> str:
 def summary_row(cell: dict[str, Any]) -> str:
     """The library beside eager PyTorch and the fastest of all others."""
     by_name = {row["provider"]: row for row in cell["rows"]}
-    others = [r for r in cell["rows"] if r["times"] and r["provider"] not in (US, "eager")]
+    others = [
+        row
+        for row in cell["rows"]
+        if row["times"] and not is_ours(row["provider"]) and row["provider"] != "eager"
+    ]
     fastest = min(others, key=lambda r: r["times"]["p50"], default=None)
     ours, eager = by_name.get(US), by_name.get("eager")
     best = "-"
@@ -195,14 +206,6 @@ def summary_row(cell: dict[str, Any]) -> str:
 
 def head(cell: dict[str, Any]) -> str:
     return f"head {'trained' if cell['trainable'] else 'frozen'}{_masked(cell)}, {cell['dtype']}"
-
-
-def line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def ruler(texts: int, columns: int) -> str:
-    return line([*["---"] * texts, *["---:"] * (columns - texts)])
 
 
 def _masked(cell: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -101,8 +102,8 @@ def measure(
     """The cells that are not in the store yet."""
     named = [(part, a) for part in parts if part != STEP for a in SUITES[name].parts[part]]
     left = [(part, asked) for part, asked in named if not store.has(part, asked.key)]
-    # problems of one shape and KL are drawn once, at the largest size that is asked for
-    largest: dict[tuple[str, float, str], int] = {}
+    # problems of one shape, KL and entropy are drawn once, at the largest size that is asked for
+    largest: dict[Drawn, int] = {}
     for _, asked in named:
         largest[_drawn(asked)] = max(asked.tokens, largest.get(_drawn(asked), 0))
     for place, (part, asked) in enumerate(left):
@@ -126,17 +127,29 @@ def measure(
     return DONE
 
 
-def _drawn(asked: Asked) -> tuple[str, float, str]:
+class Drawn(NamedTuple):
     """What decides the operands, beside their number."""
-    return asked.shape, asked.kl, asked.dtype
+
+    shape: str
+    kl: float
+    dtype: str
+    entropy: float | None
+
+
+def _drawn(asked: Asked) -> Drawn:
+    return Drawn(asked.shape, asked.kl, asked.dtype, asked.entropy)
 
 
 @lru_cache(maxsize=1)
-def source(drawn: tuple[str, float, str], num_tokens: int, device: torch.device) -> Problem:
+def source(drawn: Drawn, num_tokens: int, device: torch.device) -> Problem:
     """Operands that several cells take the first tokens of."""
-    shape, kl, dtype = drawn
     return make_problem(
-        SHAPES[shape], num_tokens, kl=kl, dtype=getattr(torch, dtype), device=device
+        SHAPES[drawn.shape],
+        num_tokens,
+        kl=drawn.kl,
+        entropy=drawn.entropy,
+        dtype=getattr(torch, drawn.dtype),
+        device=device,
     )
 
 

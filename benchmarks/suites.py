@@ -10,7 +10,8 @@ from fused_sd.bench.measure import Effort
 from fused_sd.bench.problem import MEAN_KL, OBJECTIVES, SHAPES
 from fused_sd.bench.providers import PROVIDERS
 
-EVERY = tuple(provider.name for provider in PROVIDERS)
+SPARSE, LOOSE, TIGHT = "fused_sd, sparse", "fused_sd, sparse 2^-6", "fused_sd, sparse 2^-10"
+EVERY = tuple(provider.name for provider in PROVIDERS if provider.name not in (LOOSE, TIGHT))
 COMPILING = ("torch.compile", "Liger chunked JSD, compiled")
 FP32 = "eager, fp32 logits"  # an order of magnitude slower on a GPU: measured once
 QUICK = tuple(name for name in EVERY if name not in (*COMPILING, FP32))
@@ -37,6 +38,7 @@ class Asked(NamedTuple):
     kl: float = MEAN_KL
     dtype: str = "bfloat16"
     timed: bool = True
+    entropy: float | None = None  # nat; None: that of the default operands
 
     @property
     def key(self) -> str:
@@ -45,6 +47,7 @@ class Asked(NamedTuple):
         parts += [] if self.trainable else ["frozen"]
         parts += [f"mask {self.mask_share:g}"] if self.mask_share else []
         parts += [f"KL {self.kl:g}"] if self.kl != MEAN_KL else []
+        parts += [] if self.entropy is None else [f"entropy {self.entropy:g}"]
         return ", ".join(parts if self.timed else [*parts, "errors"])
 
 
@@ -57,6 +60,22 @@ class Suite(NamedTuple):
     minutes: float  # for all parts
 
 
+def _sparse(shape: str, tokens: int, **others: Any) -> list[Asked]:
+    """Gradients with few entries, at the entropies of policies from sharp to soft."""
+
+    def cell(objective: str, entropy: float, *providers: str) -> Asked:
+        asked = Asked(shape, tokens, objective, ("fused_sd", *providers), entropy=entropy)
+        return asked._replace(**others)
+
+    return [
+        cell("reverse_kl", 0.3, SPARSE),
+        cell("reverse_kl", 0.6, SPARSE, LOOSE, TIGHT),
+        cell("reverse_kl", 1.3, SPARSE),
+        cell("topk_renormalized", 0.6, "eager"),
+        cell("topk_tail", 0.6, SPARSE),
+    ]
+
+
 def _gpu() -> Suite:
     big = "qwen3-8b"
     parts = {
@@ -65,6 +84,7 @@ def _gpu() -> Suite:
             Asked(big, 16384, "jsd", QUICK),
             Asked(big, 4096, "reverse_kl", (*QUICK, FP32)),
         ],
+        "sparse": _sparse(big, 16384),
         "frozen": [
             Asked(big, 16384, "reverse_kl", CHUNKED, trainable=False),
             Asked(big, 16384, "reverse_kl", CHUNKED, mask_share=0.5),
@@ -86,8 +106,8 @@ def _gpu() -> Suite:
             for objective in ("reverse_kl", "topk_tail")
         ],
     }
-    # 20 runs of whatever takes less than 0.15 s, and never fewer than 5
-    return Suite(parts, Effort(0.5, 20, 3.0, 5), 2.0, 9.0)
+    # 20 runs of whatever takes less than 0.1 s, and never fewer than 5
+    return Suite(parts, Effort(0.5, 20, 2.0, 5), 2.0, 9.0)
 
 
 def _cpu() -> Suite:
@@ -99,6 +119,7 @@ def _cpu() -> Suite:
             cell("wide", 128, "reverse_kl", providers=(*ON_CPU, "torch.compile")),
             cell("wide", 128, "jsd"),
         ],
+        "sparse": _sparse("deep", 256, dtype="float32"),
         "frozen": [
             cell("small", 128, "reverse_kl", trainable=False),
             cell("small", 128, "reverse_kl", mask_share=0.5),
@@ -124,7 +145,7 @@ SUITES = {"gpu": _gpu(), "cpu": _cpu()}
 # PEERS.md): products in fp32, further projections, passes over whole logits; and seconds that
 # compiling takes
 FACTORS = {
-    "fused_sd": 1.2,
+    **dict.fromkeys(("fused_sd", SPARSE, LOOSE, TIGHT), 1.2),
     "eager": 3.5,
     FP32: 16.0,
     "torch.compile": 2.0,
@@ -138,7 +159,7 @@ OTHERS = 3.0
 COMPILE_SECONDS = 20.0
 WHOLE = ("eager", FP32, "torch.compile", "TRL SDPO")  # hold the logits of all tokens
 LARGEST_GPU = 141e9  # bytes
-GPU_FLOPS, CPU_FLOPS = 6.0e14, 4.0e10  # sustained; the CPU's on one busy core
+GPU_FLOPS, CPU_FLOPS = 6.0e14, 6.0e10  # sustained; the CPU's on one busy core
 SETUP_SECONDS = {"gpu": 0.7, "cpu": 4.0}  # of drawing, shared by cells, and of the truth
 CHECK_SECONDS = {"gpu": 0.3, "cpu": 1.0}  # of comparing a provider, and of its first kernels
 
@@ -152,7 +173,8 @@ def expected_seconds(asked: Asked, suite: str) -> float:
     once = flop * products(asked.objective, asked.trainable).u / rate
     total = SETUP_SECONDS[suite]
     if asked.timed:
-        total += SUITES[suite].floor_warm_seconds + 2 * FLOOR_RUNS * once
+        kinds = 1 if asked.dtype == "float32" else 2  # of the floor
+        total += SUITES[suite].floor_warm_seconds + kinds * min(effort.runs, FLOOR_RUNS) * once
     for provider in PROVIDERS:
         if provider.name not in asked.providers or asked.objective not in provider.objectives:
             continue

@@ -5,6 +5,9 @@ clusters, as word forms do, and each token's state points at one of them: the la
 near 25, the entropy near 1 nat, and thousands of entries share the tail.  A decided token's state
 leans towards one row of its cluster besides, as most of a policy's tokens do.
 
+Where the entropy is chosen, states are noise instead, of more or less sharpness, each drawn towards
+a row by more or less: their tails are those of a model at that entropy (benchmarks/notes.md).
+
 Everything is drawn on the generator's device.
 
 Dimension key:  N tokens, D hidden size, V vocabulary
@@ -22,6 +25,8 @@ CLUSTER = 16  # rows that are alike
 AFFINITY = 0.6  # share of a row that it has in common with its cluster
 CLUSTER_LOGIT, BULK_DEVIATION = 24.0, 4.0
 DECIDED_LOGIT, DECIDED_CLUSTER_LOGIT = 12.0, 20.0
+LARGEST_PULL = 6.0  # towards a row, in deviations of the noise's logits
+SHARPNESS_DEVIATION = 0.3  # of its logarithm
 SLAB = 2**15  # rows of a head that are drawn, or widened, at a time
 SEARCH_STEPS, SEARCH_TOLERANCE = 20, 0.02
 
@@ -61,6 +66,41 @@ def draw_policy_states(
     own = weight[row[::2]].float() - math.sqrt(AFFINITY) * centres[of_row[row[::2]]]
     states[::2] += DECIDED_LOGIT / (1 - AFFINITY) * own
     return states
+
+
+def draw_graded_states(
+    num_tokens: int, weight: Tensor, centres: Tensor, of_row: Tensor, draw: torch.Generator
+) -> Tensor:
+    """fp32 states (N, D), open to decided, whose logits deviate by about 1.
+
+    Multiplied by a factor they have any entropy.
+    """
+    row = torch.randint(len(weight), (num_tokens,), generator=draw, device=draw.device)
+    own = weight[row].float() - math.sqrt(AFFINITY) * centres[of_row[row]]
+    pull = LARGEST_PULL * torch.rand((num_tokens, 1), generator=draw, device=draw.device)
+    states = normal(draw, num_tokens, centres.shape[1]) + pull / (1 - AFFINITY) * own
+    return states * torch.exp(SHARPNESS_DEVIATION * normal(draw, num_tokens, 1))
+
+
+def sharpness_at(states: Tensor, weight: Tensor, entropy: float) -> float:
+    """The factor on graded states at which their mean entropy is so many nat, by bisection."""
+
+    def mean_entropy(factor: float) -> float:
+        log_s = wide_logits((factor * states).to(weight.dtype), weight).log_softmax(-1)
+        return float(-(log_s.exp() * log_s).sum(-1).mean())
+
+    low = high = factor = 8.0
+    while mean_entropy(low) < entropy:
+        low /= 2
+    while mean_entropy(high) > entropy:
+        high *= 2
+    for _ in range(SEARCH_STEPS):
+        factor = math.sqrt(low * high)
+        reached = mean_entropy(factor)
+        if abs(reached / entropy - 1) < SEARCH_TOLERANCE:
+            break
+        low, high = (low, factor) if reached < entropy else (factor, high)
+    return factor
 
 
 def _bulk(

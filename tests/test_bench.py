@@ -20,7 +20,10 @@ from fused_sd.cli import main
 
 CPU = torch.device("cpu")
 QUICK = Effort(0.0, 2)
-FUSED, EAGER = PROVIDERS[:2]
+FUSED, SPARSE, EAGER = (
+    next(provider for provider in PROVIDERS if provider.name == name)
+    for name in ("fused_sd", "fused_sd, sparse", "eager")
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,25 @@ def test_a_seed_means_the_same_problem():
         assert not torch.equal(getattr(one, name), getattr(third, name))
 
 
+@pytest.mark.parametrize("entropy", [0.3, 1.3])
+def test_the_entropy_is_chosen(entropy):
+    problem = make_problem(SHAPES["tiny"], 600, entropy=entropy, dtype=torch.float32)
+    student, teacher = (
+        reference.logits(hidden.detach(), problem.weight.detach())
+        for hidden in (problem.hidden, problem.teacher_hidden)
+    )
+    entropies = reference.entropy(student)
+    assert torch.allclose(problem.entropies.double(), entropies.double(), atol=1e-4)
+    assert float(entropies.mean()) == pytest.approx(entropy, rel=0.25)
+    decided, open_ = entropies.quantile(torch.tensor([0.1, 0.9]).to(entropies))
+    assert decided < 0.1 * entropy < 1.5 * entropy < open_
+    assert 0.02 < reference.gkd(student, teacher, beta=0.0).mean() < 0.1
+    gradient = (student.softmax(-1) - teacher.softmax(-1)).abs()
+    tails = gradient.sort(-1, descending=True).values.flip(-1).cumsum(-1).flip(-1)
+    entries = (tails > 2**-8 * gradient.sum(-1, keepdim=True)).sum(-1)
+    assert entries.median() < (10 if entropy < 1 else 80)
+
+
 def test_variants_share_heads_and_own_their_tokens(source):
     made = variant(source, objective="jsd", num_tokens=100, trainable=False, mask_share=0.5)
     assert made.objective == "jsd"
@@ -98,6 +120,22 @@ def test_the_library_is_found_right_and_rounded_logits_within_the_bound(source, 
     theirs, _ = found_errors(source, EAGER, objective, mask_share=0.4)
     assert theirs.dhidden > 4 * ours.dhidden
     assert not theirs.beyond(bound)
+
+
+@pytest.mark.parametrize("objective", sorted(SPARSE.objectives))
+def test_a_sparse_gradient_is_measured_with_its_certificate(source, objective):
+    problem = variant(source, objective=objective, mask_share=0.4)
+    cell = measure_cell(problem, source, [FUSED, SPARSE], QUICK)
+    dense, sparse = cell.rows
+    assert (dense.status, sparse.status) == ("ok", "ok"), sparse.reason
+    assert dense.kept is None
+    assert 0 < sparse.kept.entries < cell.vocab
+    assert 0 <= sparse.kept.dense_share <= 1
+    assert 0 <= sparse.kept.dropped_share <= 2**-8
+    assert sparse.errors.dhidden < 2**-6
+    assert json.loads(json.dumps(cell.as_json()))["rows"][1]["kept"] == sparse.kept._asdict()
+    (line,) = (line for line in table_lines(cell) if line.startswith("fused_sd, sparse: "))
+    assert f"{sparse.kept.entries:.3g} entries a token" in line
 
 
 def test_a_frozen_head_has_no_error_of_its_gradient(source):
@@ -340,7 +378,7 @@ def made_cell(**others) -> Cell:
         for name, (ms, mib) in measured.items()
     ]
     floor = Floor(4, 9.0, 8.0, 10**10, 10**6)
-    return Cell("jsd", 64, 1024, 10, 10, "bfloat16", True, True, floor, 0.2, rows)
+    return Cell("jsd", 64, 1024, 10, 10, "bfloat16", True, True, 0.8, floor, 0.2, rows)
 
 
 def test_the_verdict_says_where_the_library_loses():
@@ -364,12 +402,15 @@ def test_the_command_measures_the_users_shape(capsys, monkeypatch):
     monkeypatch.setattr(command, "PROVIDERS", (FUSED, EAGER))
     assert main([*TINY, "--objective", "grpo", "--runs", "2", "--frozen", "--mask", "0.5"]) == 0
     out = capsys.readouterr().out
-    assert "grpo: 24 tokens (12 count) x 16 x 256, float32, head frozen; floor 2u" in out
+    assert "grpo: 24 tokens (12 count) x 16 x 256, float32, head frozen, entropy" in out
+    assert "; floor 2u" in out
     assert "fused_sd is" in out
-    assert main([*TINY, "--objectives", "all", "--runs", "1", "--json", "--dtype", "bf16"]) == 0
+    given = ["--objectives", "all", "--runs", "1", "--json", "--dtype", "bf16", "--entropy", "0.5"]
+    assert main([*TINY, *given]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [cell["objective"] for cell in found["cells"]] == list(OBJECTIVES)
     assert found["cells"][0]["rows"][0]["times"]["runs"] == 1
+    assert 0.1 < found["cells"][0]["entropy"] < 1
     assert found["environment"]["torch"] == torch.__version__
 
 
@@ -390,6 +431,7 @@ def test_the_command_fails_where_this_library_is_wrong(capsys, monkeypatch):
         (["--vocab", "64"], "--vocab must be at least 128, got 64"),
         (["--runs", "0"], "--runs must be at least 1, got 0"),
         (["--mask", "1.0"], "--mask must leave a token that counts, got 1.0"),
+        (["--entropy", "5"], "--entropy must lie in [0.05, 2.8], got 5.0"),
         (["--kl", "3"], "--kl must lie in [1e-4, 1], got 3.0"),
         (["--dtype", "fp16"], "--dtype must be one of 'bf16', 'fp32', got 'fp16'"),
         (["--device", "tpu"], "--device must be one of"),

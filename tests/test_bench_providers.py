@@ -19,6 +19,7 @@ FAST = [(p, o) for p, o in PAIRS if p.name not in COMPILED]
 NUM_TOKENS, HIDDEN, VOCAB = 16, 16, 256
 # fp32 operands; the formulas differ in their sums and in SDPO's clamp, not in their logits
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+DROPPED = 2.0**-5  # of a gradient that leaves out a share of at most 2^-6 of the row's sum
 
 
 def make_problem(objective: str, *, frozen: bool, dtype: torch.dtype = torch.float32) -> Problem:
@@ -43,6 +44,7 @@ def make_problem(objective: str, *, frozen: bool, dtype: torch.dtype = torch.flo
         token_ids=token_ids,
         old_log_probs=log_probs + 0.3 * torch.randn(NUM_TOKENS),
         advantages=torch.randn(NUM_TOKENS),
+        entropies=torch.zeros(NUM_TOKENS),
     )
 
 
@@ -95,7 +97,8 @@ def assert_equals_reference(provider: Provider, problem: Problem) -> None:
         if not leaf.requires_grad:
             assert leaf.grad is None
             continue
-        assert errors(leaf.grad, exact_leaf.grad)[0] <= GRADIENT_TOLERANCE, name
+        tolerance = GRADIENT_TOLERANCE if provider.certify is None else DROPPED
+        assert errors(leaf.grad, exact_leaf.grad)[0] <= tolerance, name
     assert not problem.hidden.grad[~problem.mask].any()
 
 
@@ -147,7 +150,8 @@ def test_refuses_an_unknown_objective(provider):
 def test_first_is_this_library_and_it_has_every_objective():
     assert NAMES[0] == "fused_sd"
     assert len(set(NAMES)) == len(NAMES)
-    assert PROVIDERS[0].objectives == PROVIDERS[1].objectives == set(OBJECTIVES)
+    eager_ = PROVIDERS[NAMES.index("eager")]
+    assert PROVIDERS[0].objectives == eager_.objectives == set(OBJECTIVES)
     assert set(OBJECTIVES) == {*formulas.DIVERGENCES, *formulas.POLICIES}
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import report, run, suites
+from benchmarks import report, run, sparse_table, suites
 from benchmarks.results_store import Store, file_slug, stored
 from benchmarks.suites import SUITES, Asked, Suite, expected_seconds
 from fused_sd.bench.measure import Effort
@@ -51,6 +51,10 @@ def test_the_gpu_suite_covers_what_is_claimed():
     assert whole >= {1024, 4096, 16384, 65536}
     assert any(not a.trainable for a in asked)
     assert any(a.mask_share == 0.5 for a in asked)
+    sparse = SUITES["gpu"].parts["sparse"]
+    assert {a.entropy for a in sparse if a.objective == "reverse_kl"} == {0.3, 0.6, 1.3}
+    assert {a.objective for a in sparse} >= {"topk_renormalized", "topk_tail"}
+    assert {a.tokens for a in sparse} == {16384}
     everybody = {name for a in asked for name in a.providers}
     assert everybody == {provider.name for provider in PROVIDERS}
 
@@ -64,6 +68,10 @@ def tiny(monkeypatch, tmp_path):
 
     parts = {
         "main": [cell("reverse_kl"), cell("grpo", trainable=False)],
+        "sparse": [
+            cell("reverse_kl", entropy=entropy, providers=("fused_sd", suites.SPARSE))
+            for entropy in (0.3, 1.0)
+        ],
         "scaling": [cell("reverse_kl", tokens=20), cell("reverse_kl", tokens=80)],
         "accuracy": [cell("jsd", timed=False, kl=0.01)],
     }
@@ -99,7 +107,13 @@ def test_a_suite_is_measured_kept_and_resumed(tiny, capsys, monkeypatch):
     exact = run.measure_asked
     monkeypatch.setattr(run, "measure_asked", lambda a, *rest: asked.append(a) or exact(a, *rest))
     assert measure(tiny, "--resume") == 0
-    assert [a.tokens for a in asked] == [20, 80, 40]
+    assert [(a.tokens, a.entropy) for a in asked] == [
+        (40, 0.3),
+        (40, 1.0),
+        (20, None),
+        (80, None),
+        (40, None),
+    ]
     resumed = document(tiny)
     assert resumed["parts"]["main"] == found["parts"]["main"]
     (errors_only,) = resumed["parts"]["accuracy"].values()
@@ -108,7 +122,7 @@ def test_a_suite_is_measured_kept_and_resumed(tiny, capsys, monkeypatch):
     assert [row["status"] for row in errors_only["rows"]] == ["checked"] * 2
     assert errors_only["rows"][0]["times"] is None
     assert measure(tiny, "--resume") == 0
-    assert len(asked) == 3
+    assert len(asked) == 5
 
 
 def test_what_does_not_fit_is_left_for_the_next_run(tiny, capsys):
@@ -133,7 +147,10 @@ def test_wrong_use_says_what_to_do(tiny, capsys, monkeypatch):
     assert run.main(["--suite", "gpu", "--out", str(tiny)]) == 2
     assert "pass --suite cpu" in capsys.readouterr().err
     assert measure(tiny, "--parts", "shapes") == 2
-    assert "--parts must be one of 'main', 'scaling', 'accuracy', 'step'" in capsys.readouterr().err
+    assert (
+        "--parts must be one of 'main', 'sparse', 'scaling', 'accuracy', 'step'"
+        in capsys.readouterr().err
+    )
     assert run.main(["--suite", "gpu", "--plan"]) == 0
     assert re.search(r"in all \d+ s, of 540", capsys.readouterr().out)
 
@@ -186,16 +203,35 @@ def test_results_become_tables_and_plots_again_and_again(tiny, tmp_path, capsys)
     assert "| the bare GEMMs (4u) |" in text
     assert "| reverse_kl | tiny | 80 | trained |" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in tables} == {11, 13}
+    assert {line.count("|") for line in tables} == {11, 12, 13}
     pictures = re.findall(r"\(docs/(\S+\.png)\)", text)
     assert sorted(pictures) == sorted(path.name for path in docs.iterdir())
-    assert len(pictures) == 2
+    assert len(pictures) == 3
     capsys.readouterr()
     assert report.main(["--results", str(tiny)]) == 0
     assert "| **fused_sd** |" in capsys.readouterr().out
     readme.write_text("nothing")
     assert report.main(arguments) == 2
     assert "add the two lines" in capsys.readouterr().err
+
+
+def test_sparse_gradients_stand_beside_dense_ones_by_entropy(tiny):
+    assert measure(tiny, "--parts", "sparse") == 0
+    cells = document(tiny)["parts"]["sparse"]
+    assert list(cells) == [f"tiny, 40, reverse_kl, float32, entropy {e}" for e in ("0.3", "1")]
+    first = next(iter(cells.values()))
+    table = list(sparse_table.sparse_lines(cells))
+    dense, sparse = (line.split(" | ") for line in table[2:4])
+    assert dense[:3] == ["| reverse_kl, tiny, 40", f"{first['entropy']:.2f}", "dense"]
+    assert sparse[2] == "sparse"
+    kept = first["rows"][1]["kept"]
+    assert dense[6:9] == ["-"] * 3
+    assert sparse[6] == f"{kept['entries']:.3g}"
+    assert float(sparse[4]) == pytest.approx(first["rows"][1]["ratio_to_floor"], abs=0.005)
+    renormalized = {"floor": {"u": 1, "milliseconds": 3.0}}
+    assert sparse_table.times_4u(renormalized, {"times": {"p50": 6.0}}) == pytest.approx(0.5)
+    text = "\n".join(report.markdown_lines([document(tiny)], {}))
+    assert sparse_table.LEGEND in text
 
 
 def test_who_has_no_time_is_named_with_the_reason(tmp_path):

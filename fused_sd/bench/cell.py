@@ -3,9 +3,10 @@
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fused_sd.bench.accuracy import Errors, Truth, errors, find_truth
 from fused_sd.bench.floor import Floor, measure_floor
@@ -19,12 +20,32 @@ from fused_sd.bench.measure import (
 )
 from fused_sd.bench.problem import Problem, refill_
 from fused_sd.bench.providers import Provider
+from fused_sd.certificate import GradientCertificate
 from fused_sd.environment import installed
 
 # "checked": right, and not timed as nobody asked
 Status = Literal["ok", "checked", "wrong", "unavailable", "out of memory", "failed"]
 
 REASON = 200  # characters of another's message
+
+
+class Kept(NamedTuple):
+    """What a gradient keeps of the tokens that count, by its own certificate."""
+
+    entries: float  # a token, of those that are not dense
+    dense_share: float  # of the tokens: those whose gradient is dense
+    dropped_share: float  # of the gradient's L1 norm
+
+    @classmethod
+    def of(cls, certificate: GradientCertificate, mask: Tensor) -> "Kept":
+        """A certificate in three numbers; ``mask`` (N,) says which tokens count."""
+        dense = certificate.dense[mask]
+        kept = certificate.kept[mask][~dense].double()
+        return cls(
+            float(kept.mean()) if kept.numel() else 0.0,
+            float(dense.double().mean()),
+            float(certificate.dropped_share),
+        )
 
 
 @dataclass
@@ -39,6 +60,7 @@ class Row:
     errors: Errors | None = None
     times: Times | None = None
     peak_bytes: int | None = None  # above the operands; the gradients are part of it
+    kept: Kept | None = None  # where the gradient is sparse
 
 
 @dataclass(frozen=True)
@@ -53,6 +75,7 @@ class Cell:
     dtype: str
     trainable: bool
     shared_head: bool
+    entropy: float  # nat, of the student, mean over the tokens that count
     floor: Floor | None  # None: not timed, or out of memory
     bound: float  # of the errors
     rows: list[Row]
@@ -85,7 +108,7 @@ class Cell:
         rows = []
         for row in self.rows:
             plain = asdict(row)
-            for name in ("errors", "times"):
+            for name in ("errors", "times", "kept"):
                 part = getattr(row, name)
                 plain[name] = None if part is None else part._asdict()
             plain["ratio_to_floor"] = self.ratio(row)
@@ -117,6 +140,7 @@ def measure_cell(
     asked = [p for p in providers if problem.objective in p.objectives]
     rows = [Row(p.name, installed(p.package) if p.package else None, p.note) for p in asked]
     found, counted = find_truth(problem), int(problem.mask.sum())
+    entropy = float(problem.entropies[problem.mask].mean())
     forget(device)
     floor = None
     if effort is not None:
@@ -138,6 +162,7 @@ def measure_cell(
         str(problem.hidden.dtype).removeprefix("torch."),
         problem.trainable,
         problem.teacher_weight is problem.weight,
+        entropy,
         floor,
         found.bound,
         rows,
@@ -183,12 +208,14 @@ def _measure(
 
         row.times = time_runs(run, device, effort)
         row.peak_bytes = peak_bytes(run, device)
+        if provider.certify is not None:
+            row.kept = Kept.of(provider.certify(problem), problem.mask)
         row.status = "ok"
     except Exception as error:
         said = str(error).strip() or "no message"
         row.status = "out of memory" if is_out_of_memory(error) else "failed"
         row.reason = f"{type(error).__name__}: {said.splitlines()[0][:REASON]}"
-        row.times = row.peak_bytes = None
+        row.times = row.peak_bytes = row.kept = None
     finally:
         _drop_gradients(problem)
 

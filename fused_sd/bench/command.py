@@ -6,6 +6,7 @@ use.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class Choices:
     trainable: bool
     mask_share: float
     kl: float
+    entropy: float | None
     effort: Effort
     floor_warm_seconds: float
     seed: int
@@ -85,6 +87,7 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add("--frozen", action="store_true", help="the head has no gradient")
     add("--mask", type=float, default=0.0, help="share of tokens that do not count (default 0)")
     add("--kl", type=float, default=MEAN_KL, help=f"teacher from student, nat (default {MEAN_KL})")
+    add("--entropy", type=float, help="of the student, nat (default: 0.6 to 1, as it comes)")
     add("--dtype", help=f"{' or '.join(BENCH_DTYPES)} (default bf16 on a GPU, fp32 on a CPU)")
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
     add("--runs", type=int, help="that are timed (default 20 on a GPU, 5 on a CPU)")
@@ -120,6 +123,11 @@ def resolve(arguments: argparse.Namespace) -> Choices:
         checks.fail("--kl", "lie in [1e-4, 1]", arguments.kl, "real ones are 0.001 to 0.1 nat")
     dtype = defaults.dtype if arguments.dtype is None else arguments.dtype
     checks.check_one_of("--dtype", dtype, BENCH_DTYPES)
+    most = math.log(vocab) / 2  # where a distribution is flatter than any policy's
+    if arguments.entropy is not None and not 0.05 <= arguments.entropy <= most:
+        checks.fail(
+            "--entropy", f"lie in [0.05, {most:.1f}]", arguments.entropy, "real ones are 0.2 to 2"
+        )
     effort = defaults.effort
     if arguments.runs is not None:
         effort = Effort(effort.warm_seconds, arguments.runs)
@@ -132,6 +140,7 @@ def resolve(arguments: argparse.Namespace) -> Choices:
         not arguments.frozen,
         arguments.mask,
         arguments.kl,
+        arguments.entropy,
         effort,
         defaults.floor_warm_seconds,
         arguments.seed,
@@ -148,6 +157,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
             dtype=DTYPES[choices.dtype],
             device=choices.device,
             kl=choices.kl,
+            entropy=choices.entropy,
             seed=choices.seed,
         )
     except ValueError as error:

@@ -26,6 +26,7 @@ OBJECTIVES = (  # means over the tokens that count, at temperature 1
 )
 MEAN_KL = 0.05  # nat, of the student from the teacher
 CALIBRATION_TOKENS = 32  # whose mean KL is set
+ENTROPY_TOKENS = 256  # whose mean entropy is set, where one is asked for
 PATCH_TOKENS = 4096  # whose states are drawn at a time
 PATCH_LOGITS = 2**27  # that are held while tokens are sampled
 SEQUENCE = 1024  # positions, of which the first are masked
@@ -40,7 +41,12 @@ class Shape(NamedTuple):
     vocab: int
 
 
-_SMALL = {"tiny": (64, 1024), "small": (256, 32000), "wide": (256, 151936)}  # for a CPU
+_SMALL = {  # for a CPU
+    "tiny": (64, 1024),
+    "small": (256, 32000),
+    "wide": (256, 151936),
+    "deep": (1024, 49152),  # where its GEMMs are most of the time
+}
 _MODELS = (
     *("smollm2-135m", "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"),
     *("olmo-3-7b", "llama-3-8b", "qwen3.5-35b-a3b"),
@@ -62,6 +68,7 @@ class Problem:
     token_ids: Tensor  # (N,) int64
     old_log_probs: Tensor  # (N,) fp32
     advantages: Tensor  # (N,) fp32
+    entropies: Tensor  # (N,) fp32, nat, of the student
 
     @property
     def vocab(self) -> int:
@@ -74,7 +81,7 @@ class Problem:
 
 
 Loss = Callable[[], Tensor]  # (), differentiable by problem.hidden and a trainable problem.weight
-BY_TOKEN = ("hidden", "teacher_hidden", "token_ids", "old_log_probs", "advantages")
+BY_TOKEN = ("hidden", "teacher_hidden", "token_ids", "old_log_probs", "advantages", "entropies")
 
 
 def make_problem(
@@ -88,6 +95,7 @@ def make_problem(
     mask_share: float = 0.0,
     shared_head: bool = True,
     kl: float = MEAN_KL,
+    entropy: float | None = None,
     seed: int = 0,
 ) -> Problem:
     """Draw a problem on its device, without ever holding the logits of all tokens.
@@ -99,22 +107,24 @@ def make_problem(
         mask_share: of the tokens, which do not count.
         shared_head: whether the teacher's head is the student's tensor, or a copy of it.
         kl: mean KL(t||s) in nat, calibrated on a few tokens.
+        entropy: the student's mean in nat, calibrated on a few tokens; None: 0.6 to 1, half of the
+            tokens nearly decided.
     """
     device = torch.device(device)
     draw = torch.Generator(device).manual_seed(seed)
     weight, centres, of_row = realistic.draw_head(shape.vocab, shape.hidden_size, dtype, draw)
     hidden = torch.empty((num_tokens, shape.hidden_size), dtype=dtype, device=device)
     teacher = torch.empty_like(hidden)
-    gap = None
+    gap, states_of = None, _states_of(entropy, weight, centres, of_row, draw)
     for rows in realistic.slabs(num_tokens, PATCH_TOKENS):
         count = rows.stop - rows.start
-        states = realistic.draw_policy_states(count, weight, centres, of_row, draw).to(dtype)
+        states = states_of(count).to(dtype)
         direction = realistic.normal(draw, *states.shape)
         if gap is None:
             few = slice(0, CALIBRATION_TOKENS)
             gap = realistic.gap_at(states[few], weight, direction[few], kl)
         hidden[rows], teacher[rows] = states, realistic.moved(states, direction, gap)
-    token_ids, log_probs = _sampled(hidden, weight, draw)
+    token_ids, log_probs, entropies = _sampled(hidden, weight, draw)
     old = log_probs + OLD_DEVIATION * realistic.normal(draw, num_tokens)
     old[::CLIPPED_EVERY] -= CLIPPED_DEVIATION
     old[CLIPPED_EVERY // 2 :: CLIPPED_EVERY] += CLIPPED_DEVIATION
@@ -130,6 +140,7 @@ def make_problem(
         token_ids,
         old.clamp(max=0),
         sign * size,
+        entropies,
     )
     return variant(drawn, trainable=trainable, mask_share=mask_share)
 
@@ -172,13 +183,33 @@ def refill_(problem: Problem, source: Problem, tokens: Tensor) -> None:
                 mine[rows] = theirs[tokens[rows]]
 
 
-def _sampled(hidden: Tensor, weight: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A token sampled from each state's distribution, and its log-probability: both (N,)."""
+def _states_of(
+    entropy: float | None,
+    weight: Tensor,
+    centres: Tensor,
+    of_row: Tensor,
+    draw: torch.Generator,
+) -> Callable[[int], Tensor]:
+    """What draws so many states, fp32 (N, D), whose mean entropy is the given one."""
+    head = weight, centres, of_row, draw
+    if entropy is None:
+        return lambda count: realistic.draw_policy_states(count, *head)
+    few = realistic.draw_graded_states(ENTROPY_TOKENS, *head)
+    sharpness = realistic.sharpness_at(few, weight, entropy)
+    return lambda count: sharpness * realistic.draw_graded_states(count, *head)
+
+
+def _sampled(hidden: Tensor, weight: Tensor, draw: torch.Generator) -> tuple[Tensor, ...]:
+    """A token sampled from each state's distribution, its log-probability, and the entropy: (N,)
+    each."""
     token_ids = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
     log_probs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    entropies = torch.empty_like(log_probs)
     for rows in realistic.slabs(len(hidden), max(1, PATCH_LOGITS // len(weight))):
         log_s = realistic.wide_logits(hidden[rows], weight).log_softmax(-1)
-        chosen = torch.multinomial(log_s.exp(), 1, generator=draw)
+        probs = log_s.exp()
+        chosen = torch.multinomial(probs, 1, generator=draw)
         token_ids[rows] = chosen[:, 0]
         log_probs[rows] = log_s.gather(1, chosen)[:, 0]
-    return token_ids, log_probs
+        entropies[rows] = -(probs * log_s).sum(-1)
+    return token_ids, log_probs, entropies

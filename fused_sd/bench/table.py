@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fused_sd.bench.cell import Cell, Row
+from fused_sd.bench.cell import Cell, Kept, Row
 
 LINE = 100
 NAME = 28
@@ -13,8 +13,14 @@ EVEN = 0.05  # times that differ by less are called equal
 LEGEND = (
     "ms: median of forward and backward, and between what three runs of five lie; x floor: over",
     "the bare GEMMs; memory: peak above the operands, gradients included; loss, dH, dW: errors",
-    "against float64, relative.",
+    "against float64, relative; entries: kept of a token's gradient where it is sparse; dense:",
+    "tokens where it is not; dropped: share of its L1 norm.",
 )
+
+
+def is_ours(provider: str) -> bool:
+    """This library, in any of its settings."""
+    return provider.split(",")[0] == US
 
 
 def table_lines(cell: Cell) -> list[str]:
@@ -26,7 +32,17 @@ def table_lines(cell: Cell) -> list[str]:
     for row in cell.rows:
         if row.status not in RIGHT:
             lines.append(f"{row.provider:{NAME}}  {row.status}: {row.reason}"[: LINE * 2])
+    for row in cell.rows:
+        if row.kept is not None:
+            lines.append(f"{row.provider}: {_kept_text(row.kept)}")
     return lines
+
+
+def _kept_text(kept: Kept) -> str:
+    return (
+        f"{kept.entries:.3g} entries a token, {percent(kept.dense_share)} dense, "
+        f"{percent(kept.dropped_share)} dropped"
+    )
 
 
 def setting_line(cell: Cell) -> str:
@@ -38,7 +54,7 @@ def setting_line(cell: Cell) -> str:
         floor = f"floor {cell.floor.u}u = {cell.floor.milliseconds:.4g} ms"
     return (
         f"{cell.objective}: {cell.tokens} tokens{counted} x {cell.hidden_size} x {cell.vocab}, "
-        f"{cell.dtype}, {head}; {floor}"
+        f"{cell.dtype}, {head}, entropy {cell.entropy:.2f}; {floor}"
     )
 
 

@@ -12,7 +12,7 @@ from fused_sd.bench.providers.liger import (
     LIGER_SCALED,
 )
 from fused_sd.bench.providers.orda import ORDA
-from fused_sd.bench.providers.ours import FUSED_SD
+from fused_sd.bench.providers.ours import FUSED_SD, SPARSE, TOLERANCES
 from fused_sd.bench.providers.provider import Provider
 from fused_sd.bench.providers.quack import QUACK
 from fused_sd.bench.providers.trl import TRL_DIVERGENCE, TRL_LOG_PROBS, TRL_SDPO
@@ -20,6 +20,8 @@ from fused_sd.bench.providers.verl import VERL_TORCH, VERL_TRITON
 
 PROVIDERS: tuple[Provider, ...] = (
     FUSED_SD,
+    SPARSE,
+    *TOLERANCES,
     EAGER,
     EAGER_FP32,
     COMPILED,

@@ -1,14 +1,20 @@
-"""This library, by its public functions and their defaults."""
+"""This library, by its public functions and their defaults; and with a sparse gradient."""
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 import fused_sd
-from fused_sd import Jsd
+from fused_sd import Jsd, LossOutput
 from fused_sd.bench.problem import Loss, Problem
 from fused_sd.bench.providers.formulas import RENORMALIZED_TOP_K, TAIL_TOP_K
-from fused_sd.bench.providers.provider import make_provider
+from fused_sd.bench.providers.provider import Build, Provider, make_provider
+from fused_sd.certificate import GradientCertificate
 
 Sides = tuple[Tensor, Tensor, Tensor, Tensor]
+Compute = Callable[[], LossOutput]
+Objective = Callable[..., Compute]  # of a problem, with keywords for the loss
 
 
 def sides(problem: Problem) -> tuple[Sides, Tensor]:
@@ -18,33 +24,55 @@ def sides(problem: Problem) -> tuple[Sides, Tensor]:
     return given, problem.mask.float()
 
 
-def divergence(problem: Problem) -> Loss:
+def divergence(problem: Problem, **run: Any) -> Compute:
     both, weights = sides(problem)
     name = Jsd(0.5) if problem.objective == "jsd" else problem.objective
-    return lambda: (
-        fused_sd.divergence_loss(
-            *both, divergence=name, token_weights=weights, reduction="mean"
-        ).loss
+    return lambda: fused_sd.divergence_loss(
+        *both, divergence=name, token_weights=weights, reduction="mean", **run
     )
 
 
-def topk_tail(problem: Problem) -> Loss:
+def topk_tail(problem: Problem, **run: Any) -> Compute:
     both, weights = sides(problem)
-    return lambda: fused_sd.sdpo_loss(*both, top_k=TAIL_TOP_K, token_weights=weights).loss
+    return lambda: fused_sd.sdpo_loss(*both, top_k=TAIL_TOP_K, token_weights=weights, **run)
 
 
-def topk_renormalized(problem: Problem) -> Loss:
+def topk_renormalized(problem: Problem) -> Compute:
     both, weights = sides(problem)
-    top_k = RENORMALIZED_TOP_K
-    return lambda: fused_sd.sd_zero_loss(*both, top_k=top_k, token_weights=weights).loss
+    return lambda: fused_sd.sd_zero_loss(*both, top_k=RENORMALIZED_TOP_K, token_weights=weights)
 
 
-def cross_entropy(problem: Problem) -> Loss:
+def cross_entropy(problem: Problem, **run: Any) -> Compute:
     (hidden, weight, *_), weights = sides(problem)
-    return lambda: (
-        fused_sd.cross_entropy_loss(
-            hidden, weight, problem.token_ids, token_weights=weights, reduction="mean"
-        ).loss
+    return lambda: fused_sd.cross_entropy_loss(
+        hidden, weight, problem.token_ids, token_weights=weights, reduction="mean", **run
+    )
+
+
+def grpo(problem: Problem, **run: Any) -> Compute:
+    (hidden, weight, *_), weights = sides(problem)
+    return lambda: fused_sd.grpo_loss(
+        hidden,
+        weight,
+        problem.token_ids,
+        problem.advantages,
+        old_log_probs=problem.old_log_probs,
+        token_weights=weights,
+        **run,
+    )
+
+
+def rlsd(problem: Problem, **run: Any) -> Compute:
+    (hidden, weight, *teacher), weights = sides(problem)
+    return lambda: fused_sd.rlsd_loss(
+        hidden,
+        weight,
+        problem.token_ids,
+        problem.advantages,
+        teacher=(teacher[0], teacher[1]),
+        old_log_probs=problem.old_log_probs,
+        token_weights=weights,
+        **run,
     )
 
 
@@ -58,47 +86,53 @@ def token_log_probs(problem: Problem) -> Loss:
     return loss
 
 
-def grpo(problem: Problem) -> Loss:
-    (hidden, weight, *_), weights = sides(problem)
-    return lambda: (
-        fused_sd.grpo_loss(
-            hidden,
-            weight,
-            problem.token_ids,
-            problem.advantages,
-            old_log_probs=problem.old_log_probs,
-            token_weights=weights,
-        ).loss
-    )
+WIDE: dict[str, Objective] = {  # whose gradients reach the whole vocabulary
+    "forward_kl": divergence,
+    "reverse_kl": divergence,
+    "jsd": divergence,
+    "topk_tail": topk_tail,
+    "cross_entropy": cross_entropy,
+    "grpo": grpo,
+    "rlsd": rlsd,
+}
 
 
-def rlsd(problem: Problem) -> Loss:
-    (hidden, weight, *teacher), weights = sides(problem)
-    return lambda: (
-        fused_sd.rlsd_loss(
-            hidden,
-            weight,
-            problem.token_ids,
-            problem.advantages,
-            teacher=(teacher[0], teacher[1]),
-            old_log_probs=problem.old_log_probs,
-            token_weights=weights,
-        ).loss
-    )
+def _loss(objective: Objective, **run: Any) -> Build:
+    """What computes the loss alone."""
+
+    def build(problem: Problem) -> Loss:
+        compute = objective(problem, **run)
+        return lambda: compute().loss
+
+    return build
+
+
+def _sparse(name: str, note: str, objectives: dict[str, Objective], **run: float) -> Provider:
+    """The library with a sparse gradient, which comes with its certificate."""
+
+    def certify(problem: Problem) -> GradientCertificate:
+        certificate = objectives[problem.objective](problem, gradient="sparse", **run)().certificate
+        assert certificate is not None
+        return certificate
+
+    builders = {key: _loss(of, gradient="sparse", **run) for key, of in objectives.items()}
+    return make_provider(name, builders, note=note, certify=certify)
 
 
 FUSED_SD = make_provider(
     "fused_sd",
-    {
-        "forward_kl": divergence,
-        "reverse_kl": divergence,
-        "jsd": divergence,
-        "topk_tail": topk_tail,
-        "topk_renormalized": topk_renormalized,
-        "cross_entropy": cross_entropy,
-        "token_log_probs": token_log_probs,
-        "grpo": grpo,
-        "rlsd": rlsd,
-    },
+    {name: _loss(objective) for name, objective in WIDE.items()}
+    | {"topk_renormalized": _loss(topk_renormalized), "token_log_probs": token_log_probs},
     note="fp32 logits; their gradient is rounded once",
+)
+SPARSE = _sparse("fused_sd, sparse", "what is dropped of the gradient is within 2^-8 of it", WIDE)
+# others, where the choice of the tolerance is measured
+TOLERANCES = tuple(
+    _sparse(
+        f"fused_sd, sparse 2^-{power}",
+        f"what is dropped of the gradient is within 2^-{power} of it",
+        {"reverse_kl": divergence},
+        tolerance=2.0**-power,
+    )
+    for power in (6, 10)
 )

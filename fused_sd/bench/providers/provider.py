@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fused_sd import checks
 from fused_sd.bench.problem import Loss, Problem
+from fused_sd.certificate import GradientCertificate
 
 Build = Callable[[Problem], Loss]
+Certify = Callable[[Problem], GradientCertificate]
 Refusal = Callable[[Problem], str | None]
 
 
@@ -27,6 +29,7 @@ class Provider(NamedTuple):
     build: Build  # the loss of a problem: the mean over its mask
     needs_gpu: bool
     note: str  # what its numbers mean
+    certify: Certify | None = None  # of a gradient that leaves something out
 
 
 class Kept(NamedTuple):
@@ -65,6 +68,7 @@ def make_provider(
     module: str | None = None,
     needs_gpu: bool = False,
     refusal: Refusal = lambda problem: None,
+    certify: Certify | None = None,
 ) -> Provider:
     """A provider from one builder for each objective.
 
@@ -72,6 +76,7 @@ def make_provider(
         module: what a builder imports; it is imported to answer ``why_not``, but only where the
             package is installed and the device is right.
         refusal: what else stands in the way of a problem, asked last.
+        certify: what a gradient leaves out, where it does.
     """
 
     def why_not(problem: Problem) -> str | None:
@@ -89,7 +94,7 @@ def make_provider(
         checks.check_one_of("objective", problem.objective, builders)
         return builders[problem.objective](problem)
 
-    return Provider(name, package, frozenset(builders), why_not, build, needs_gpu, note)
+    return Provider(name, package, frozenset(builders), why_not, build, needs_gpu, note, certify)
 
 
 def why_absent(package: str) -> str | None:
