@@ -55,7 +55,7 @@ class DenseGradients:
 
     def __init__(self, workspace: Workspace, formed: Formed) -> None:
         self.workspace = workspace
-        self.dense = _empty(workspace, formed, workspace.student.hidden.shape[0])
+        self.dense = _empty(workspace, formed)
 
     def entries(self, at: slice) -> EntryBuffers | None:
         """Where a chunk's row function writes entries instead."""
@@ -99,10 +99,14 @@ class EntryGradients(DenseGradients):
 
     def finish(self, active: ActiveTokens) -> tuple[Dense, Sparse]:
         num_tokens, num_entries = self.columns.shape
-        walked = slice(self.workspace.student.hidden.shape[0])
-        columns, values = self.columns[walked], self.values[walked]
+        num_walked = self.workspace.student.hidden.shape[0]
+        columns, values = self.columns[:num_walked], self.values[:num_walked]
+        places = torch.full((num_walked,), num_entries, device=columns.device)
+        if num_walked < num_tokens:
+            places = active.restored(places)
+        else:  # tokens without a weight have places too, which are not used
+            columns.masked_fill_(~active.alive[:, None], self.workspace.student.vocab)
         used = columns < self.workspace.student.vocab
-        places = active.restored(torch.full_like(used[:, :1].sum(-1), num_entries))
         sparse = Sparse.none(values)._replace(
             columns=self.columns.flatten(),
             values=self.values.flatten(),
@@ -141,8 +145,8 @@ class CertifiedGradients(DenseGradients):
         tolerance: float,
         reduced: bool,
     ) -> None:
-        super().__init__(workspace, (False, False, False))
-        self.functions, self.formed = functions, formed
+        self.workspace, self.functions, self.formed = workspace, functions, formed
+        self.dense = _empty(workspace, formed, 0, 0)
         self.tolerance, self.reduced = tolerance, reduced
         self.waiting: list[Tensor] = []  # tokens of the rows that wait
         self.dhidden: list[Tensor] = []
@@ -206,7 +210,7 @@ class CertifiedGradients(DenseGradients):
         if is_first:
             self.dense = _empty(self.workspace, self.formed, 0)
         _, dweight, dbias = self.dense
-        (dhidden, *_) = _empty(self.workspace, (self.formed[0], False, False), tokens.numel())
+        dhidden = _empty(self.workspace, (self.formed[0], False, False), tokens.numel()).dhidden
         self.dhidden.append(dhidden)
         self.workspace.carry(tokens, dhidden, dweight, dbias, is_first=is_first)
 
@@ -221,9 +225,6 @@ class CertifiedGradients(DenseGradients):
         dense = self.dense
         if self.dhidden:
             dense = dense._replace(dhidden=torch.cat(self.dhidden))
-        elif any(self.formed):
-            dense = _empty(self.workspace, self.formed, 0)
-            dense = dense._replace(dweight=dense.dweight[:0], dbias=dense.dbias[:0])
         sparse = Sparse(
             columns=parts.columns,
             values=parts.values,
@@ -235,10 +236,18 @@ class CertifiedGradients(DenseGradients):
         return dense, sparse
 
 
-def _empty(workspace: Workspace, formed: Formed, num_tokens: int) -> Dense:
-    """Memory for the gradients that are formed of so many tokens; a bias's is added to."""
+def _empty(
+    workspace: Workspace,
+    formed: Formed,
+    num_tokens: int | None = None,  # None: all that are walked
+    num_columns: int | None = None,  # None: V
+) -> Dense:
+    """Memory for the gradients that are formed; a bias's is added to."""
     student, wide = workspace.student, workspace.logits
-    shapes = [(num_tokens, student.hidden.shape[1]), student.weight.shape, (student.vocab,)]
+    num_tokens = student.hidden.shape[0] if num_tokens is None else num_tokens
+    num_columns = student.vocab if num_columns is None else num_columns
+    width = student.hidden.shape[1]
+    shapes = [(num_tokens, width), (num_columns, width), (num_columns,)]
     given = zip(formed, shapes, strict=True)
     tensors = [wide.new_empty(shape if is_formed else 0) for is_formed, shape in given]
     tensors[2].zero_()

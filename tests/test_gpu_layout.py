@@ -10,7 +10,7 @@ from cases import make_case
 from closeness import assert_close
 
 import fused_sd
-from fused_sd import heads, sparse, workspace
+from fused_sd import gradients, heads, sparse, workspace
 from fused_sd.chunking import Layout, WalkSize, choose_layout, workspace_bytes
 
 pytest.importorskip("triton")
@@ -124,6 +124,71 @@ def test_what_is_not_asked_for_is_not_multiplied(gemms):
     advantages = torch.zeros_like(case.token_weights)
     fused_sd.policy_loss(case.hidden, case.head, case.token_ids, advantages).loss.backward()
     assert not gemms
+
+
+GIVEN = torch.arange(4).expand(24, 4)
+ENTRIES = {  # GEMMs with the head for each chunk
+    "teacher": (1, {"support": fused_sd.TeacherTopK(3), "remainder": "renormalize"}),
+    "student": (1, {"support": fused_sd.StudentTopK(3), "remainder": "renormalize"}),
+    "union": (2, {"support": fused_sd.UnionTopK(3), "remainder": "renormalize"}),
+    "ids": (0, {"support": fused_sd.TokenIds(GIVEN), "remainder": "renormalize"}),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_gradient_of_few_entries_needs_no_gemm(name, reduction, gemms):
+    """Logits of the side that chooses, nothing for the other, and nothing in backward."""
+    case = sixteen_bit_case()
+    logits, settings = ENTRIES[name]
+    run(case, reduction=reduction, **settings).sum().backward()
+    chunks = -(-int((case.token_weights != 0).sum()) // CHUNK)
+    assert gemms == Counter({"logits": logits * chunks})
+
+
+@pytest.mark.parametrize("sides", ["ids", "student"])
+def test_a_renormalized_teacher_is_known_by_its_entries(sides, gemms):
+    support = fused_sd.TokenIds(GIVEN) if sides == "ids" else fused_sd.StudentTopK(3)
+    how = {"divergence": "forward_kl", "remainder": "teacher_renormalize"}
+    run(sixteen_bit_case(), support=support, **how).backward()
+    assert gemms["logits"] == 6  # the student's alone
+
+
+def test_a_teacher_server_needs_no_gemm(gemms):
+    case = sixteen_bit_case()
+    log_probs = torch.full(GIVEN.shape, -2.0)
+    output = fused_sd.topk_divergence_loss(
+        case.hidden, case.head, GIVEN, log_probs, remainder="renormalize"
+    )
+    output.loss.backward()
+    assert not gemms
+
+
+def test_what_reads_whole_rows_makes_them(gemms):
+    """An importance ratio and a metric of whole rows need the normalisers, at any support."""
+    case = sixteen_bit_case()
+    ids, settings = case.token_ids, ENTRIES["ids"][1]
+    cap = fused_sd.ImportanceCap(case.old_log_probs)
+    for more, sides in (({"importance": cap, "token_ids": ids}, 1), ({"metrics": ("jsd",)}, 2)):
+        gemms.clear()
+        run(case, **settings, **more).backward()
+        assert gemms == Counter({"logits": 6 * sides})
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_sparse_gradient_needs_no_gemm_where_no_row_is_dense(reduction, gemms, monkeypatch):
+    case = sixteen_bit_case(peak=20.0)
+    loss = run(case, gradient="sparse", tolerance=0.1, reduction=reduction)
+    loss.sum().backward()
+    assert set(gemms) == {"logits"}
+    gemms.clear()
+    monkeypatch.setattr(gradients, "MOST", 2)
+    case = sixteen_bit_case(peak=0.1)  # flat: every row is dense
+    loss = run(case, gradient="sparse", tolerance=0.1, reduction=reduction)
+    formed = gemms["dH"], gemms["dW"]
+    assert all(formed) == (reduction == "sum")  # at once, while the rows are at hand
+    loss.sum().backward()
+    assert gemms["dH"] == gemms["dW"] > 0
 
 
 @pytest.mark.parametrize("sixteen_bit", [False, True])

@@ -314,6 +314,19 @@ def test_nan_behind_a_zero_weight(exact, reduction, compact, few_entries):
 
 
 @pytest.mark.parametrize("exact", [True, False])
+def test_without_compaction_it_is_the_same_gradient(exact):
+    how = {"support": fused_sd.TeacherTopK(4), "remainder": "renormalize"} if exact else {}
+    case = mixed_case(bias=True)
+    run = {"gradient": "sparse", "token_weights": case.token_weights}
+    found = []
+    for compact in (True, False):
+        output = divergence(**how)(case, case.hidden, case.head, compact=compact, **run)
+        found.append(torch.autograd.grad(output.loss, case.inputs))
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other, torch.float64)
+
+
+@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("num_tokens", [0, 6])
 def test_no_tokens_at_all(exact, num_tokens):
     how = {"support": fused_sd.TeacherTopK(4), "remainder": "renormalize"} if exact else {}
