@@ -22,6 +22,7 @@ GradientKind = Literal["dense", "sparse"]
 TOLERANCE = 2.0**-8  # the rounding of a bf16 gradient
 OWN_SHARE = 0.25  # of the tolerance: what a row may drop of its own norm, where rows are summed
 ROUNDING = 1e-3  # of a budget: far above the rounding of the sums that it is compared with
+PARTS = 2**40  # of a budget, in which prices are counted
 SLAB = 2**13  # rows of a head that are looked at together
 
 
@@ -115,17 +116,27 @@ def judge(selection: Selection, tolerance: float, reduced: bool) -> Verdict:
     if not reduced:
         return Verdict(~within, values.new_zeros(()))
     budget = tolerance * (1 - ROUNDING) * norm.sum()
-    ordered, order = dropped.masked_fill(within, 0).sort(stable=True)
-    spent = torch.where(within, dropped, 0).sum() + ordered.cumsum(0)
+    left = budget - torch.where(within, dropped, 0).sum()
+    prices, order = dropped.masked_fill(within, 0).sort(stable=True)
     is_sparse = torch.empty_like(within)
-    is_sparse[order] = spent <= budget
+    is_sparse[order] = torch.arange(len(order), device=order.device) < _affordable(prices, left)
     is_sparse |= within
     left = budget - torch.where(is_sparse, dropped, 0).sum()
     places = torch.arange(values.shape[1], device=values.device)
     sizes = values[is_sparse[:, None] & (places < selection.count[:, None])].abs()
     sizes = torch.cat([sizes.sort().values, sizes.new_full((1,), torch.inf)])
-    num_dropped = (sizes.cumsum(0, dtype=torch.float64) <= left).sum()
-    return Verdict(~is_sparse, sizes[num_dropped])
+    return Verdict(~is_sparse, sizes[_affordable(sizes, left)])
+
+
+def _affordable(prices: Tensor, budget: Tensor) -> Tensor:
+    """How many of the ascending prices, from the first on, are within the budget together.
+
+    They are counted in whole parts of the budget, rounded up: a running sum of floats would depend
+    on its order, which a GPU does not keep.
+    """
+    parts = (prices.double() * (PARTS / budget)).ceil().nan_to_num(2 * PARTS).clamp(max=2 * PARTS)
+    affordable = (parts.long().cumsum(0) <= PARTS).sum()
+    return torch.where(budget > 0, affordable, 0)
 
 
 def row_share(tolerance: float, reduced: bool) -> float:
