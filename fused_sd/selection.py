@@ -1,7 +1,7 @@
 """Which entries of a row count: the k largest logits, and the entries that carry a gradient.
 
-The twin of ``kernels/sparse.py`` in PyTorch: same arguments, same results.  What is chosen is
-exact and has one answer, ties included, so that it depends on no backend and no number of threads.
+The twin of ``kernels/sparse.py`` in PyTorch: same arguments, same results.  Of equal logits the
+lowest ids are chosen and of equal magnitudes all or none, so that a choice has one answer.
 
 Dimension key:  C rows of logits, R rows of a gradient, W and V their columns, M places in a row
 """
@@ -68,7 +68,7 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
     Args:
         gradient: (R, V) bf16, fp16, fp32 or fp64; unit stride in the columns, any in the rows.
         share: of a row's norm that may be dropped, at least 0.
-        most: entries that may be kept of a row.
+        most: entries that may be kept of a row, at least 0.
 
     Returns:
         Selection with M = min(most, V).  A row whose norm is not finite keeps nothing, and what it

@@ -31,7 +31,8 @@ __all__ = [
     "top_k",
 ]
 
-GATHERED = 2**19  # elements of gathered rows at a time: they stay in a CPU's caches
+LONGEST = 4096  # entries that are summed one after the other
+GATHERED = 2**21  # elements of rows at a time: large beside a call, small beside the head
 GPU_GATHERED = 2**24
 
 
@@ -141,12 +142,11 @@ def segment_sum(
         (V, D): ``base_factor * base + background + sum of factor * value * hidden`` over the
         entries of the row's column.
     """
-    sorted_ = by_column(entries, vocab)
-    order = sorted_.order[: int(sorted_.starts[-1])]
-    tokens = sorted_.tokens[order]
-    values = entries.values[order] * factor[tokens]
+    by = by_column(entries, vocab)
+    tokens = by.tokens[by.order]
+    values = entries.values[by.order] * factor[tokens]
     out = torch.empty((vocab, hidden.shape[1]), dtype=dtype, device=hidden.device)
-    for at, total in _sums(hidden, tokens, values, sorted_.starts):
+    for at, total in _sums(hidden, tokens, values, by.starts):
         if background is not None:
             total.add_(background)
         if base is not None:
@@ -164,23 +164,28 @@ def _sums(
     """
     num_bags, num_entries = starts.shape[0] - 1, ids.shape[0]
     rows = _rows_at_a_time(table)
-    size = max(1, rows * num_bags // max(num_bags, num_entries, 1))
     count = torch.arange(rows, device=table.device)
-    for bags in slices(0, num_bags, size):
+
+    def part(at: slice, bounds: Tensor) -> Tensor:
+        is_wide = table.dtype == values.dtype
+        return embedding_bag(
+            ids[at] if is_wide else count[: at.stop - at.start],
+            table if is_wide else table[ids[at]].to(values.dtype),
+            (bounds - at.start).clamp(0, at.stop - at.start),
+            mode="sum",
+            per_sample_weights=values[at],
+            include_last_offset=True,
+        )
+
+    for bags in slices(0, num_bags, max(1, rows * num_bags // max(num_bags, num_entries, 1))):
         bounds = starts[bags.start : bags.stop + 1]
-        total = values.new_zeros((bags.stop - bags.start, table.shape[1]))
-        for at in slices(int(bounds[0]), int(bounds[-1]), rows):
-            is_wide = table.dtype == values.dtype
-            total += embedding_bag(
-                ids[at] if is_wide else count[: at.stop - at.start],
-                table if is_wide else table[ids[at]].to(values.dtype),
-                (bounds - at.start).clamp(0, at.stop - at.start),
-                mode="sum",
-                per_sample_weights=values[at],
-                include_last_offset=True,
-            )
+        first, last = int(bounds[0]), int(bounds[-1])
+        total = part(slice(first, min(first + rows, last)), bounds)
+        for at in slices(first + rows, last, rows):
+            total += part(at, bounds)
         yield bags, total
 
 
 def _rows_at_a_time(table: Tensor) -> int:
-    return max(1, (GPU_GATHERED if table.is_cuda else GATHERED) // table.shape[1])
+    gathered = GPU_GATHERED if table.is_cuda else GATHERED
+    return min(LONGEST, max(1, gathered // table.shape[1]))
