@@ -160,17 +160,18 @@ def _sums(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Slices of bags with their sums of ``value * table[id]`` (bags, D) in the values' dtype.
 
-    A narrow table is widened in pieces; long bags are summed in parts, which is more accurate too.
+    Only a wide and contiguous table is read in place: another would be copied whole.  Long bags are
+    summed in parts, which is more accurate too.
     """
+    is_ready = table.dtype == values.dtype and table.is_contiguous()
     num_bags, num_entries = starts.shape[0] - 1, ids.shape[0]
     rows = _rows_at_a_time(table)
     count = torch.arange(rows, device=table.device)
 
     def part(at: slice, bounds: Tensor) -> Tensor:
-        is_wide = table.dtype == values.dtype
         return embedding_bag(
-            ids[at] if is_wide else count[: at.stop - at.start],
-            table if is_wide else table[ids[at]].to(values.dtype),
+            ids[at] if is_ready else count[: at.stop - at.start],
+            table if is_ready else table[ids[at]].to(values.dtype),
             (bounds - at.start).clamp(0, at.stop - at.start),
             mode="sum",
             per_sample_weights=values[at],
