@@ -22,7 +22,7 @@ GradientKind = Literal["dense", "sparse"]
 TOLERANCE = 2.0**-8  # the rounding of a bf16 gradient
 OWN_SHARE = 0.25  # of the tolerance: what a row may drop of its own norm, where rows are summed
 ROUNDING = 1e-3  # of a budget: far above the rounding of the sums that it is compared with
-PARTS = 2**40  # of a budget, in which prices are counted
+PARTS = 2**32  # of a budget, in which prices are counted
 SLAB = 2**13  # rows of a head that are looked at together
 
 
