@@ -140,6 +140,7 @@ def train(
     output_directory: Path,
     settings: Settings,
     progress: Callable[[int, Run], None] = lambda step, run: None,
+    build: Callable[..., Any] = build_trainer,
 ) -> Run:
     """Train once and measure before, during and after.
 
@@ -148,6 +149,7 @@ def train(
         output_directory: where TRL may write.
         settings: the run.
         progress: called after every measured or logged step.
+        build: makes the trainer, from what ``build_trainer`` takes.
     """
     from transformers import TrainerCallback
 
@@ -172,7 +174,7 @@ def train(
                 run.add(step, probe.look(trainer.model).values)
                 progress(step, run)
 
-    trainer = build_trainer(model, tokenizer, split, settings, output_directory, [Collector()])
+    trainer = build(model, tokenizer, split, settings, output_directory, [Collector()])
 
     teacher_answers = probe.teacher_answers(trainer.model)
     before = probe.look(trainer.model)
