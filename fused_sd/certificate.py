@@ -119,16 +119,16 @@ def judge(selection: Selection, tolerance: float, reduced: bool) -> Verdict:
     left = budget - torch.where(within, dropped, 0).sum()
     prices, order = dropped.masked_fill(within, 0).sort(stable=True)
     is_sparse = torch.empty_like(within)
-    is_sparse[order] = torch.arange(len(order), device=order.device) < _affordable(prices, left)
+    is_sparse[order] = torch.arange(len(order), device=order.device) < affordable(prices, left)
     is_sparse |= within
     left = budget - torch.where(is_sparse, dropped, 0).sum()
     places = torch.arange(values.shape[1], device=values.device)
     sizes = values[is_sparse[:, None] & (places < selection.count[:, None])].abs()
     sizes = torch.cat([sizes.sort().values, sizes.new_full((1,), torch.inf)])
-    return Verdict(~is_sparse, sizes[_affordable(sizes, left)])
+    return Verdict(~is_sparse, sizes[affordable(sizes, left)])
 
 
-def _affordable(prices: Tensor, budget: Tensor) -> Tensor:
+def affordable(prices: Tensor, budget: Tensor) -> Tensor:
     """How many of the ascending prices, from the first on, are within the budget together.
 
     They are counted in whole parts of the budget, rounded up: a running sum of floats would depend

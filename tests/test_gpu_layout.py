@@ -215,6 +215,17 @@ def test_workspaces_take_the_bytes_that_are_planned(sixteen_bit, forming, has_te
     assert workspace_bytes(size, longer) > limit
 
 
+def test_a_gradient_of_zero_is_sparse_and_needs_no_gemm(gemms):
+    case = sixteen_bit_case()
+    output = fused_sd.divergence_loss(
+        *(case.hidden, case.head, case.hidden.detach(), case.head), gradient="sparse"
+    )
+    output.loss.backward()
+    assert set(gemms) == {"logits"}
+    assert (case.hidden.grad == 0).all()
+    assert (case.weight.grad == 0).all()
+
+
 def test_kernels_compare_whole_rows_with_their_padding(gemms, monkeypatch):
     """509 columns are aligned to nothing; 512 are read in pieces of 16 bytes."""
     widths, find = set(), kernels.normalizers

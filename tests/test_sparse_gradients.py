@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import fused_sd
 from fused_sd import gradients, specs
-from fused_sd.certificate import radius
+from fused_sd.certificate import affordable, radius
 from fused_sd.divergence import divergence_term
 from fused_sd.divergence_rows import DivergenceRows
 from fused_sd.heads import LMHead, Shaping
@@ -394,6 +394,15 @@ def test_small_rows_are_left_out():
     assert (output.certificate.kept[::2] == 0).all()
     assert_close(output.certificate.dropped[::2], output.certificate.norm[::2], torch.float64)
     assert output.certificate.dropped_share > 0.9 * 2**-8
+
+
+def test_prices_are_counted_from_the_first():
+    prices = torch.tensor([0.0, 0.5, 0.5, 1.0, torch.inf])
+    budgets = {1.0: 3, 2.5: 4, 0.4: 1, 0.0: 0, -1.0: 0, float("nan"): 0}
+    for budget, number in budgets.items():
+        assert affordable(prices, torch.tensor(budget)) == number
+    many = torch.full((2**20,), 1e30)  # whose sum nothing could hold
+    assert affordable(many, torch.tensor(1e-30)) == 0
 
 
 @pytest.mark.parametrize("reduced", [True, False])
