@@ -173,6 +173,7 @@ def as_json(
                 "kl": measured.kl,
                 "fused_sd": measured.fused._asdict(),
                 "16-bit logits": measured.rounded._asdict(),
+                "kept": None if measured.kept is None else measured.kept._asdict(),
             }
             for measured in measurements
         ],

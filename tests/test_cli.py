@@ -25,7 +25,8 @@ def test_every_loss_keeps_every_promise(capsys, name):
     status, out = verify(capsys, "--losses", name)
     assert status == 0, out
     assert "OK.  The loss keeps every promise" in out
-    assert len(re.findall(f"^{name} ", out, re.MULTILINE)) in (1, 3)
+    assert len(re.findall(rf"^{name} +[\d-]", out, re.MULTILINE)) in (1, 3)
+    assert len(re.findall(rf"^{name} sparse +[\d-]", out, re.MULTILINE)) == 1
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32", "fp64"])
@@ -93,15 +94,54 @@ def test_broken_invariants_are_found_and_named(capsys, monkeypatch):
     assert "gkd: a teacher equal to the student must give loss and gradient exactly 0" in out
 
 
+def test_a_certificate_that_is_not_kept_is_found_and_named(capsys, monkeypatch):
+    exact = fused_sd.sdft_loss
+
+    def careless(*arguments, **settings):
+        if settings.get("gradient") == "sparse":
+            settings["tolerance"] = 0.2
+        return exact(*arguments, **settings)
+
+    monkeypatch.setattr(fused_sd, "sdft_loss", careless)
+    status, out = verify(capsys, "--losses", "sdft,gkd")
+    assert status == 1
+    (line,) = [line for line in out.splitlines() if line.startswith("  ") and "must" in line]
+    assert re.search(
+        r"sdft sparse at KL \S+: the share that is dropped must be at most 3.9e-03", line
+    )
+
+
+def test_an_error_beyond_its_certificate_is_found_and_named(capsys, monkeypatch):
+    exact = fused_sd.cross_entropy_loss
+
+    def deceiving(*arguments, **settings):
+        output = exact(*arguments, **settings)
+        if output.certificate is None:
+            return output
+        return output._replace(loss=1.5 * output.loss - 0.5 * output.loss.detach())
+
+    monkeypatch.setattr(fused_sd, "cross_entropy_loss", deceiving)
+    status, out = verify(capsys, "--losses", "cross_entropy")
+    assert status == 1
+    for name in ("dhidden", "dweight"):
+        assert f"cross_entropy sparse: the error of {name} must be at most" in out
+
+
 def test_json_holds_every_number(capsys):
     status, out = verify(capsys, "--losses", "opsd,grpo", "--json", "--seed", "1")
     found = json.loads(out)
     assert found["ok"] == (status == 0)
     assert found["settings"]["backend"] == "torch"
-    assert [m["loss"] for m in found["measurements"]] == ["opsd"] * 3 + ["grpo"]
+    names = ["opsd"] * 3 + ["opsd sparse", "grpo", "grpo sparse"]
+    assert [m["loss"] for m in found["measurements"]] == names
     assert found["measurements"][-1]["kl"] is None
     for measured in found["measurements"]:
-        assert measured["fused_sd"]["dweight"] < measured["16-bit logits"]["dweight"]
+        if "sparse" in measured["loss"]:
+            assert 0 < measured["kept"]["entries"] <= 96
+            assert measured["kept"]["dropped_share"] <= 2**-8
+        else:
+            assert measured["kept"] is None
+            assert measured["fused_sd"]["dweight"] < measured["16-bit logits"]["dweight"]
     assert found["environment"]["torch"] == torch.__version__
 
 
@@ -109,7 +149,7 @@ def test_markdown_is_a_table(capsys):
     status, out = verify(capsys, "--losses", "sdft", "--markdown")
     assert status == 0
     table = [line for line in out.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 3
+    assert len(table) == 2 + 4
     assert {line.count("|") for line in table} == {11}
 
 

@@ -57,13 +57,19 @@ class Case:
 def token_weights(case: Case, operands: Operands, reference: ModuleType) -> Tensor:
     """Float64 weights (N,) whose weighted sum of token losses is the loss."""
     weights = operands.token_weights.double()
-    if case.name != "rlcsd":
+    if case.definition is not _rlcsd_definition:
         return weights / weights.sum()
     _, selected = reference.rlcsd_advantages(*_hints(operands))
     total = torch.zeros_like(weights)
     for part in (weights * selected, weights * ~selected):
         total += part / (part != 0).sum().clamp(min=1)
     return total
+
+
+def mean_divisor(case: Case, operands: Operands) -> Tensor:
+    """() what the loss divides the weighted sum of its tokens by, after their certificate."""
+    total = operands.token_weights.sum()
+    return torch.ones_like(total) if case.definition is _rlcsd_definition else total
 
 
 def _hints(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:

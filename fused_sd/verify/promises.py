@@ -55,6 +55,14 @@ class Errors(NamedTuple):
     worst: float  # of the largest element of its gradient
 
 
+class Kept(NamedTuple):
+    """What is left of a gradient that may be sparse."""
+
+    entries: float  # of a token that is sparse
+    dense_share: float  # of the tokens
+    dropped_share: float  # of the gradient's norm
+
+
 @dataclass(frozen=True)
 class Measured:
     """One loss at one KL."""
@@ -63,6 +71,7 @@ class Measured:
     kl: float | None  # None where the loss knows no teacher's distribution
     fused: Errors
     rounded: Errors  # of the definition on 16-bit logits
+    kept: Kept | None = None  # of a gradient that may be sparse
 
     @property
     def where(self) -> str:
@@ -105,11 +114,11 @@ def broken_invariants(
     """The exact promises that a loss breaks: they hold to the bit or not at all."""
     broken = []
     first, again = run(case, operands), run(case, operands)
-    if not _identical(first, again):
+    if not identical(first, again):
         broken.append(f"{case.name}: two runs must be equal to the bit, got different results")
     spoiled = run(case, operands.spoiled())
     masked = operands.token_weights == 0
-    if not _identical(first, spoiled) or bool(spoiled.dhidden[masked].any()):
+    if not identical(first, spoiled) or bool(spoiled.dhidden[masked].any()):
         broken.append(
             f"{case.name}: a masked token that holds NaN must contribute exactly 0, got another "
             "loss or gradient with it"
@@ -125,5 +134,5 @@ def broken_invariants(
     return broken
 
 
-def _identical(one: Result, other: Result) -> bool:
+def identical(one: Result, other: Result) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

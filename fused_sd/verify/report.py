@@ -10,6 +10,7 @@ import torch
 
 import fused_sd
 from fused_sd import checks
+from fused_sd.certificate import TOLERANCE
 from fused_sd.environment import device_name, installed
 from fused_sd.verify.choices import Choices
 from fused_sd.verify.promises import Measured
@@ -17,15 +18,17 @@ from fused_sd.verify.promises import Measured
 GROUPS = ("fused_sd", "16-bit logits")
 COLUMNS = ("loss", "dH", "dW", "worst")
 LINE = 96
-NAME_WIDTH, KL_WIDTH, WIDTH = 14, 6, 9  # with two spaces between the groups: 94
+NAME_WIDTH, KL_WIDTH, WIDTH = 20, 6, 9  # with two spaces between the groups: 100
 LEGEND = (
     "Errors relative to float64 on the same operands: of the loss, of the gradients by hidden "
     "states (dH) and head (dW), by norm, and of the gradients' worst element.  16-bit logits: the "
-    "same with logits rounded once.  KL: of the teacher from the student, mean of the tokens."
+    "same with logits rounded once.  KL: of the teacher from the student, mean of the tokens.  "
+    f"sparse: gradient='sparse', which drops up to {TOLERANCE:.1%} of the logits' gradient."
 )
 KEPT = (
-    "gradient and loss errors within bounds and never above those of 16-bit logits, exactly 0 for "
-    "a teacher equal to the student, equal bits in every run, no effect of NaN in a masked token"
+    "errors of losses and dense gradients within bounds and never above those of 16-bit logits, "
+    "those of sparse gradients within their certificates, exactly 0 for a teacher equal to the "
+    "student, equal bits in every run, no effect of NaN in a masked token"
 )
 MARKER, END = "<!-- measured: python -m fused_sd verify", "<!-- end -->"
 

@@ -13,11 +13,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fused_sd.certificate import GradientCertificate
 from fused_sd.log_probs import entry_log_probs
 from fused_sd.loss_output import LossOutput
 from fused_sd.losses import Run
 from fused_sd.verify import truth
-from fused_sd.verify.cases import CASES, Case, Logits, token_weights
+from fused_sd.verify.cases import CASES, Case, Logits, mean_divisor, token_weights
+from fused_sd.verify.certified import broken_certificate, kept, sparse
 from fused_sd.verify.inputs import SAMPLE, Operands, make_operands, with_teacher_at
 from fused_sd.verify.promises import (
     Errors,
@@ -25,6 +27,7 @@ from fused_sd.verify.promises import (
     Result,
     broken_accuracy,
     broken_invariants,
+    identical,
 )
 from fused_sd.verify.truth import Distance, Exact
 
@@ -51,6 +54,8 @@ def verify(
         if case.against == "nothing":
             yield measured(case)
         yield None, broken_invariants(verifier.run, case, verifier.operands)
+        yield verifier.measure_sparse(sparse(case))
+        yield None, broken_invariants(verifier.run, sparse(case), verifier.operands)
 
 
 class Verifier:
@@ -91,19 +96,36 @@ class Verifier:
 
     def measure(self, case: Case) -> Measured:
         """Errors of the library and of rounded logits, against float64."""
-        fused = self.run(case, self.operands)
-        exact = self.exact(case, self.student_logits, self.teacher_logits, self.fused_ids(case))
-        sides = (self.active.hidden, self.active.teacher)
-        student, teacher = (
-            truth.rounded_logits(side, self.active.weight, self.rounding) for side in sides
+        return self._measured(case, self.run(case, self.operands), *self._truths(case))
+
+    def measure_sparse(self, case: Case) -> tuple[Measured, list[str]]:
+        """Errors where the gradient is sparse, and what it breaks."""
+        output, leaves = self.forward(case, self.operands)
+        fused, again = (self.backward(output, leaves) for _ in range(2))
+        exact, rounded = self._truths(case)
+        alive = self.operands.token_weights != 0
+        given = output.certificate
+        assert given is not None
+        divisor = mean_divisor(case, self.active)
+        certificate = GradientCertificate(
+            given.kept[alive],
+            given.dense[alive],
+            given.dropped[alive] / divisor,
+            given.norm[alive] / divisor,
         )
-        rounded = self.exact(case, student, teacher, None)
-        kl = None if case.against == "nothing" else self.kl
-        ours, theirs = self._errors(fused, exact, rounded)
-        return Measured(case.name, kl, ours, theirs)
+        measured = replace(self._measured(case, fused, exact, rounded), kept=kept(certificate))
+        broken = broken_certificate(measured, certificate, exact, self.active, self.on_gpu)
+        if not identical(fused, again):
+            rule = "a second backward must be equal to the first to the bit, got another"
+            broken.append(f"{case.name}: {rule}")
+        return measured, broken
 
     def run(self, case: Case, operands: Operands) -> Result:
         """The library's loss and gradients."""
+        return self.backward(*self.forward(case, operands))
+
+    def forward(self, case: Case, operands: Operands) -> tuple[LossOutput, tuple[Tensor, Tensor]]:
+        """The library's loss, and the states and head that it is differentiated by."""
         hidden = operands.hidden.detach().clone().requires_grad_(True)
         weight = operands.weight.detach().clone().requires_grad_(True)
         run: Run = {
@@ -112,11 +134,13 @@ class Verifier:
             "compact": self.compact,
             "backend": self.backend,
         }
-        output: LossOutput = case.fused(replace(operands, hidden=hidden, weight=weight), run)
-        (self.scale * output.loss).backward()
-        assert hidden.grad is not None
-        assert weight.grad is not None
-        return Result(output.loss.detach(), hidden.grad, weight.grad)
+        output = case.fused(replace(operands, hidden=hidden, weight=weight), run)
+        return output, (hidden, weight)
+
+    def backward(self, output: LossOutput, leaves: tuple[Tensor, Tensor]) -> Result:
+        """The loss and its gradients, once more or for the first time."""
+        gradients = torch.autograd.grad(self.scale * output.loss, leaves, retain_graph=True)
+        return Result(output.loss.detach(), *gradients)
 
     def fused_ids(self, case: Case) -> Tensor | None:
         """The top-k entries that the library's own logits choose: near-ties may fall elsewhere in
@@ -142,6 +166,20 @@ class Verifier:
             return case.definition(self.reference, sides, self.active.tokens(rows))
 
         return truth.exact(token_loss, student, teacher, weights)
+
+    def _truths(self, case: Case) -> tuple[Exact, Exact]:
+        """The definition on exact logits and on rounded ones."""
+        exact = self.exact(case, self.student_logits, self.teacher_logits, self.fused_ids(case))
+        sides = (self.active.hidden, self.active.teacher)
+        student, teacher = (
+            truth.rounded_logits(side, self.active.weight, self.rounding) for side in sides
+        )
+        return exact, self.exact(case, student, teacher, None)
+
+    def _measured(self, case: Case, fused: Result, exact: Exact, rounded: Exact) -> Measured:
+        kl = None if case.against == "nothing" else self.kl
+        ours, theirs = self._errors(fused, exact, rounded)
+        return Measured(case.name, kl, ours, theirs)
 
     def _errors(self, fused: Result, exact: Exact, rounded: Exact) -> tuple[Errors, Errors]:
         """The library's errors and those of rounded logits, gradients in the operands' dtype."""

@@ -1,0 +1,86 @@
+"""What a sparse gradient's certificate promises, held against float64.
+
+Dimension key:  A tokens with a weight, D hidden size, V vocabulary
+"""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from fused_sd.certificate import TOLERANCE, GradientCertificate
+from fused_sd.loss_output import LossOutput
+from fused_sd.losses import Run
+from fused_sd.verify.cases import Case
+from fused_sd.verify.inputs import Operands
+from fused_sd.verify.promises import LOSS_BOUND, Kept, Measured, gradient_bound
+from fused_sd.verify.truth import Exact, hidden_gradient
+
+ROUNDING = 1e-6  # of the certificate's own sums
+
+
+def sparse(case: Case) -> Case:
+    """The same loss with a gradient that may be sparse, at the default tolerance."""
+
+    def fused(operands: Operands, run: Run) -> LossOutput:
+        return case.fused(operands, {**run, "gradient": "sparse"})
+
+    return replace(case, name=f"{case.name} sparse", fused=fused)
+
+
+def kept(certificate: GradientCertificate) -> Kept:
+    """The means of a certificate."""
+    is_sparse = (certificate.norm != 0) & ~certificate.dense
+    num_sparse, num_dense = int(is_sparse.sum()), int(certificate.dense.sum())
+    return Kept(
+        float(certificate.kept.sum()) / max(num_sparse, 1),
+        num_dense / max(num_sparse + num_dense, 1),
+        float(certificate.dropped_share),
+    )
+
+
+def broken_certificate(
+    measured: Measured,
+    certificate: GradientCertificate,
+    exact: Exact,
+    operands: Operands,  # the tokens that have a weight
+    on_gpu: bool,
+) -> list[str]:
+    """The promises on a sparse gradient that a measurement breaks.
+
+    Args:
+        certificate: of the same tokens, whose norms a mean has divided.
+    """
+    dtype = operands.hidden.dtype
+    rounding = gradient_bound(dtype, measured.kl, on_gpu)
+    norm, dropped = certificate.norm.double(), certificate.dropped.double()
+    states, dlogits = operands.hidden.double(), exact.dlogits
+    dhidden = hidden_gradient(dlogits, operands.weight).norm()
+    dweight = ((dlogits @ dlogits.T) * (states @ states.T)).sum().sqrt()
+    true_norm = dlogits.abs().sum(-1)
+    by_hidden = certificate.hidden_bound(operands.weight).double().norm()
+    by_weight = (dropped * states.norm(dim=-1)).sum()
+    held = {  # a number, and what it must not exceed
+        "the error of loss": (measured.fused.loss, LOSS_BOUND[dtype]),
+        "the share that is dropped": (_ratio(dropped.sum(), norm.sum()), TOLERANCE),
+        "the error of the certificate's norm": (
+            _ratio((norm - true_norm).abs().sum(), true_norm.sum()),
+            rounding,
+        ),
+        "the error of dhidden": (
+            measured.fused.dhidden,
+            _ratio(by_hidden, dhidden) + rounding,
+        ),
+        "the error of dweight": (
+            measured.fused.dweight,
+            _ratio(by_weight, dweight) + rounding,
+        ),
+    }
+    return [
+        f"{measured.where}: {name} must be at most {bound:.1e}, got {value:.1e}"
+        for name, (value, bound) in held.items()
+        if not value <= bound * (1 + ROUNDING)  # a NaN is within no bound
+    ]
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    return float(part / whole) if whole else float(part)
