@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
@@ -24,7 +25,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fused_sd import divergence_loss, entry_log_probs, grpo_loss
+from fused_sd import TeacherTopK, divergence_loss, entry_log_probs, gradients, grpo_loss
 from fused_sd.integrations.completion_scores import CompletionForward, with_head
 from fused_sd.integrations.transformers import (
     Request,
@@ -92,6 +93,29 @@ def policy(model: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
         ).loss
 
     return model(input_ids=ids, fused_sd=Request(compute, POSITIONS)).result
+
+
+def sparse(model: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
+    """Gradients in entries, for which backward reads the head; the last token's row is dense."""
+    with torch.no_grad():
+        teacher = model(input_ids=ids.flip(1), fused_sd=Request(hidden_states, POSITIONS)).result
+    flat = torch.tensor([1.0, 1.0, 1.0, 0.03])[:, None]
+    kinds: tuple[dict[str, Any], ...] = (
+        {"gradient": "sparse", "tolerance": 0.1},
+        {"gradient": "sparse", "tolerance": 0.1, "reduction": "none"},
+        {"support": TeacherTopK(6), "remainder": "renormalize"},
+    )
+
+    def compute(hidden, head):
+        sides = hidden * flat, head, teacher.to(hidden.dtype) * flat, head
+        run = {"temperature": 0.3, "token_weights": weights}
+        return [divergence_loss(*sides, **run, **kind) for kind in kinds]
+
+    with mock.patch.object(gradients, "MOST", 20):
+        summed, each, exact = model(input_ids=ids, fused_sd=Request(compute, POSITIONS)).result
+    assert torch.equal(each.certificate.dense, (flat.t() < 1) & (weights != 0))
+    assert bool(summed.certificate.kept.any()) == bool(weights.any())
+    return summed.loss + (each.loss * torch.arange(1.0, NUM_TOKENS + 1)).sum() + exact.loss
 
 
 def ddp(model: nn.Module) -> nn.Module:
@@ -174,6 +198,8 @@ LAYOUTS = {
     "ddp, checkpointed": Layout(ddp, checkpointed),
     "ddp, autocast": Layout(ddp, autocast=True),
     "ddp, policy, one rank without tokens": Layout(ddp, loss=policy, empty=True),
+    "ddp, sparse": Layout(ddp, loss=sparse),
+    "ddp, tied, sparse": Layout(ddp, loss=sparse, model=TIED),
     "root": Layout(fsdp),
     "root kept": Layout(partial(fsdp, reshard_root=False)),
     "root, tied": Layout(fsdp, model=TIED),
@@ -185,6 +211,8 @@ LAYOUTS = {
     ),
     "root, checkpointed": Layout(fsdp, checkpointed),
     "root, checkpoint wrapper": Layout(fsdp, checkpoint_wrapped),
+    "root, sparse": Layout(fsdp, loss=sparse),
+    "root, checkpointed, sparse": Layout(fsdp, checkpointed, loss=sparse),
     "root, bf16": sixteen_bit(partial(fsdp, policy=BF16)),
     "head alone": Layout(lambda m: fsdp(m, HEAD)),
     "head alone, late": Layout(lambda m: fsdp(m, HEAD), late=True),
@@ -192,6 +220,9 @@ LAYOUTS = {
         lambda m: fsdp(m, HEAD), loss=against_a_copy, teacher=True
     ),
     "head alone, one rank without tokens": Layout(lambda m: fsdp(m, HEAD), empty=True),
+    "head alone, sparse, one rank without tokens": Layout(
+        lambda m: fsdp(m, HEAD), loss=sparse, empty=True
+    ),
     "norm and head": Layout(lambda m: fsdp(m, NORM_HEAD)),
     "norm and head, checkpointed": Layout(lambda m: fsdp(m, NORM_HEAD), checkpointed),
     "norm and head, bf16": sixteen_bit(lambda m: fsdp(m, NORM_HEAD, policy=BF16)),
@@ -204,6 +235,9 @@ LAYOUTS = {
     "adapters, root": Layout(fsdp, adapted),
     "adapters on the head, root": Layout(
         fsdp, partial(adapted, target_modules=["q_proj", "lm_head"])
+    ),
+    "adapters on the head, root, sparse": Layout(
+        fsdp, partial(adapted, target_modules=["q_proj", "lm_head"]), loss=sparse
     ),
     "adapters and a saved head, root": Layout(fsdp, partial(adapted, modules_to_save=["lm_head"])),
 }
@@ -249,6 +283,7 @@ def largest_difference(layout: Layout, rank: int) -> float:
         assert (own.grad is None) == (other.grad is None)
         if other.grad is not None:
             trained += 1
+            assert whole(own.grad).isfinite().all()
             scale = other.grad.abs().max().clamp(min=1e-30)
             worst = max(
                 worst, float((whole(own.grad).float() - other.grad.float()).abs().max() / scale)
@@ -279,8 +314,9 @@ def main(rank: int, folder: str, layouts: tuple[str, ...]) -> None:
     dist.destroy_process_group()
 
 
-def zero3(rank: int, folder: str, port: int) -> None:
+def zero3(rank: int, folder: str, port: int, name: str = "mixed") -> None:
     """Write the largest relative difference of a gradient under DeepSpeed's ZeRO-3."""
+    loss = {"mixed": mixed, "sparse": sparse}[name]
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
@@ -305,10 +341,10 @@ def zero3(rank: int, folder: str, port: int) -> None:
         },
     )
     for half in (slice(0, 2), slice(2, 4)):
-        (mixed(reference, ids[half], weights[half]) / 2).backward()
+        (loss(reference, ids[half], weights[half]) / 2).backward()
     half = slice(2 * rank, 2 * rank + 2)
     assert model.lm_head.weight.numel() == 0
-    engine.backward(mixed(engine, ids[half], weights[half]))
+    engine.backward(loss(engine, ids[half], weights[half]))
     worst = 0.0
     for own, other in zip(model.parameters(), reference.parameters(), strict=True):
         difference = (safe_get_full_grad(own) - other.grad).abs().max() / other.grad.abs().max()

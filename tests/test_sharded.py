@@ -40,7 +40,8 @@ def free_port():
 
 # a look at the package: importing it warns, and would start its logging here
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
-def test_gradients_under_zero3_are_those_of_one_process(tmp_path):
-    torch.multiprocessing.spawn(sharded_worker.zero3, (str(tmp_path), free_port()), nprocs=2)
+@pytest.mark.parametrize("loss", ["mixed", "sparse"])
+def test_gradients_under_zero3_are_those_of_one_process(loss, tmp_path):
+    torch.multiprocessing.spawn(sharded_worker.zero3, (str(tmp_path), free_port(), loss), nprocs=2)
     for rank in range(2):
         assert float((tmp_path / f"zero{rank}").read_text()) < 2e-6

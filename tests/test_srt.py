@@ -209,6 +209,26 @@ def test_training_lowers_both_terms(tmp_path, adapted):
         assert parameter.requires_grad == (not adapted or "lora" in name)
 
 
+@pytest.mark.parametrize("objective", ["joint", "revision"])
+def test_a_sparse_gradient_is_near_the_definitions_and_says_how_near(tmp_path, objective):
+    settings = {"gradient": "sparse", "gradient_tolerance": 2**-6, "gradient_checkpointing": False}
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    ours = trainer(tmp_path, objective=objective, max_steps=1, **settings, **halves)
+    found = []
+    ours.optimizer = torch.optim.SGD(ours.model.parameters(), lr=1.0)
+    ours.optimizer.register_step_pre_hook(lambda *_: found.append(gradients(ours.model)))
+    ours.train()
+    model = new_model()
+    plain_loss(model, TRACES, objective).backward()
+    wanted = gradients(model)
+    error = sum((found[0][name] - g).square().sum() for name, g in wanted.items()) ** 0.5
+    assert 0 < error < 2**-6 * sum(g.square().sum() for g in wanted.values()) ** 0.5
+    logged = ours.state.log_history[0]
+    assert 0 < logged["gradient_entries"] < VOCAB
+    assert logged["gradient_dense_fraction"] == 0
+    assert 0 < logged["gradient_dropped_fraction"] <= 2**-6
+
+
 def test_an_adapters_gradient_is_that_of_the_definition(tmp_path):
     torch.manual_seed(3)
     model = peft.get_peft_model(new_model(), peft.LoraConfig(r=2, target_modules=["v_proj"]))
@@ -256,6 +276,7 @@ def test_nothing_to_train_on_is_refused(tmp_path):
         {"loss_type": "dft"},
         {"label_smoothing_factor": 0.1},
         {"objective": "both"},
+        {"gradient_tolerance": 0.1},
     ],
     ids=lambda setting: next(iter(setting)),
 )

@@ -16,7 +16,7 @@ peft = pytest.importorskip("peft")
 import transformers
 from tiny_models import FAMILIES, VOCAB, random_ids, tiny_model
 
-from fused_sd import token_log_probs
+from fused_sd import TeacherTopK, divergence_loss, gradients, token_log_probs
 from fused_sd.integrations.transformers import (
     Request,
     attach,
@@ -205,6 +205,100 @@ def test_adapters_train_as_through_logits(settings):
         base = fused_log_probs(model, ids)
         assert_close(base, own_log_probs(model, ids), torch.float64)
     assert not torch.allclose(base, fused_log_probs(model, ids))
+
+
+SPARSE = {
+    "tied": lambda: tiny_model("Qwen3"),
+    "soft-capped": lambda: tiny_model("Gemma2"),
+    "bias": lambda: tiny_model("Phi"),
+    "adapter": lambda: adapted(target_modules=["q_proj", "lm_head"]),
+    "adapter, bias": lambda: adapted("Phi", target_modules=["lm_head"]),
+    "saved head": lambda: adapted(modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("made", SPARSE.values(), ids=SPARSE)
+def test_a_request_may_have_a_sparse_gradient_and_gets_its_certificate(
+    made, reduction, monkeypatch
+):
+    """Also by the columns that stand for an adapter of the head."""
+    model, ids = attach(made().double()), random_ids(3, 12)
+    with torch.no_grad():
+        teacher = model(input_ids=ids.flip(1), fused_sd=Request(hidden_states, POSITIONS)).result
+    flat = torch.tensor([1.0, 1, 1, 1, 0.03], dtype=torch.float64)[:, None]
+    monkeypatch.setattr(gradients, "MOST", 40)
+    upstream = torch.arange(1.0, NUM_TOKENS + 1).double() if reduction == "none" else 1.0
+
+    def run(**settings):
+        states = []
+
+        def compute(hidden, head):
+            hidden.register_hook(states.append)
+            output = divergence_loss(
+                *(hidden * flat, head, teacher * flat, head),
+                temperature=0.3,
+                reduction=reduction,
+                **settings,
+            )
+            bound = None
+            if output.certificate is not None:
+                bound = output.certificate.hidden_bound(head) * flat[:, 0]
+            return output, bound
+
+        output, bound = model(input_ids=ids, fused_sd=Request(compute, POSITIONS)).result
+        model.zero_grad()
+        (output.loss * upstream).sum().backward()
+        named = model.named_parameters()
+        by_name = {name: p.grad.clone() for name, p in named if p.grad is not None}
+        return output, bound, states[0], by_name
+
+    dense, _, exact_states, exact = run()
+    sparse, bound, states, found = run(gradient="sparse", tolerance=0.02)
+    assert dense.certificate is None
+    assert torch.equal(sparse.loss, dense.loss)
+    certificate = sparse.certificate
+    assert certificate.kept.any()
+    assert 0 < certificate.dropped_share <= 0.02
+    assert certificate.dense.any() or reduction == "sum"
+    error = (states - exact_states).norm(dim=-1)
+    assert error.max() > 0
+    assert (error <= bound * upstream + 1e-9 * exact_states.norm()).all()
+    assert found.keys() == exact.keys()
+    for name, gradient in exact.items():
+        assert (found[name] - gradient).norm() <= 0.05 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("made", SPARSE.values(), ids=SPARSE)
+def test_a_gradient_of_few_entries_is_that_of_the_models_logits(made):
+    model, ids = attach(made().double()), random_ids(3, 12)
+    with torch.no_grad():
+        other = model(input_ids=ids.flip(1), use_cache=False).logits[:, POSITIONS]
+        teacher = model(input_ids=ids.flip(1), fused_sd=Request(hidden_states, POSITIONS)).result
+    model.zero_grad()
+
+    def compute(hidden, head):
+        support = {"support": TeacherTopK(6), "remainder": "renormalize"}
+        return divergence_loss(hidden, head, teacher, head, **support, gradient="sparse")
+
+    output = model(input_ids=ids, fused_sd=Request(compute, POSITIONS)).result
+    output.loss.backward()
+    assert (output.certificate.kept == 6).all()
+    assert output.certificate.dropped_share == 0
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    known, kept = other.topk(6)
+    own = model(input_ids=ids, use_cache=False).logits[:, POSITIONS].gather(-1, kept)
+    log_s, log_t = own.log_softmax(-1), known.log_softmax(-1)
+    loss = (log_s.exp() * (log_s - log_t)).sum()
+    loss.backward()
+    assert_close(output.loss, loss, torch.float64)
+    largest = max(float(gradient.abs().max()) for gradient in found.values())
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (name in found)
+        if name in found:
+            pair = found[name] / largest, parameter.grad / largest
+            assert_close(*pair, torch.float64, name)
 
 
 def test_several_adapters_on_a_head_add_up():

@@ -252,6 +252,69 @@ def test_a_trust_region_teacher_lies_between_reference_and_student(tmp_path):
     assert_close(loss, (kl * counted).sum() / counted.sum(), FLOAT, "loss")
 
 
+SPARSE = [(method, {}) for method in METHODS]
+SPARSE += [("SDPO", {"distillation_weight": 0.4}), ("SDPO", {"distillation_weight": 0.0})]
+SPARSE += [("SDPO", {"distillation_mode": "sampled_token", "distillation_alpha": 1.0})]
+SPARSE += [("SDZero", {"variant": "paper"})]
+
+
+@pytest.mark.parametrize("method, settings", SPARSE)
+def test_a_sparse_gradient_is_near_the_dense_one_and_says_how_near(method, settings, tmp_path):
+    tolerance = 2**-6
+    trainer = make(
+        method,
+        tmp_path,
+        gradient="sparse",
+        gradient_tolerance=tolerance,
+        temperature=0.5,
+        **settings,
+    )
+    inputs = sample(trainer)
+    loss, sparse = loss_and_gradients(trainer, inputs)
+    logged = {
+        name.removeprefix("self_distillation/gradient_"): values[0]
+        for name, values in trainer._metrics["train"].items()
+        if "/gradient_" in name
+    }
+    trainer.args.gradient, trainer.args.gradient_tolerance = "dense", None
+    exact, dense = loss_and_gradients(trainer, inputs)
+    assert loss == exact
+    assert sparse.keys() == dense.keys()
+    error = sum((sparse[name] - gradient).square().sum() for name, gradient in dense.items()) ** 0.5
+    size = sum(gradient.square().sum() for gradient in dense.values()) ** 0.5
+    has_entries = method == "SDZero" and not settings
+    assert (error == 0) == has_entries
+    assert error < tolerance * size
+    assert logged["dense_fraction"] == 0
+    assert logged["entries"] == 64 if has_entries else 0 < logged["entries"] < len(TOKENIZER)
+    assert (logged["dropped_fraction"] == 0) == has_entries
+    assert logged["dropped_fraction"] <= tolerance
+    assert len(trainer._metrics["train"]["self_distillation/gradient_entries"]) == 1
+
+
+def test_training_with_sparse_gradients_logs_what_they_keep(tmp_path):
+    trainer = make(
+        "SDPO",
+        tmp_path,
+        student=model(torch.float32),
+        peft_config=peft.LoraConfig(r=4, **LORA),
+        gradient="sparse",
+        bf16=True,
+        activation_checkpointing=True,
+        per_device_train_batch_size=GROUP // 2,
+        gradient_accumulation_steps=2,
+        per_device_eval_batch_size=GROUP,
+    )
+    trainer.eval_dataset = DATA.select(range(2))
+    trainer.train()
+    for logged in trainer.state.log_history[:2]:
+        assert logged["grad_norm"] > 0
+        assert 0 < logged["self_distillation/gradient_entries"] <= len(TOKENIZER)
+        assert 0 <= logged["self_distillation/gradient_dense_fraction"] < 1
+        assert 0 < logged["self_distillation/gradient_dropped_fraction"] <= 2**-8
+    assert not any("gradient_" in name for name in trainer.evaluate())
+
+
 def broken(folder, **settings):
     """A trainer with its first weights, one of whose gradients is NaN."""
     trainer = make("SDPO", folder, student=model(torch.float32), max_steps=1, **settings)
@@ -658,6 +721,18 @@ REFUSED = {
     "no room for the teacher": (
         lambda f: make("OPSD", f, max_reprompt_len=0),
         "max_reprompt_len must be",
+    ),
+    "a tolerance that nothing reads": (
+        lambda f: make("RLSD", f, gradient_tolerance=0.01),
+        "gradient_tolerance must come with gradient='sparse', got 0.01; pass",
+    ),
+    "a tolerance of everything": (
+        lambda f: make("RFT", f, gradient="sparse", gradient_tolerance=1),
+        r"gradient_tolerance must lie in the open interval \(0, 1\), got 1; 2\*\*-8, 0.00390625,",
+    ),
+    "a gradient that is neither": (
+        lambda f: make("OPSD", f, gradient="certified"),
+        "gradient must be one of 'dense', 'sparse', got 'certified'",
     ),
     "an average that is none": (
         lambda f: make("SDPO", f, loss_type="mean"),

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from trl.experimental.sdpo import SDPOConfig as StockSDPOConfig
 
 from fused_sd.checks import check_one_of, check_positive_int, fail
+from fused_sd.integrations.trl.sparse_gradients import GradientSettings
 
 LOSS_TYPES = ("bnpo", "dapo", "grpo", "dr_grpo")
 TEACHERS = ("live", "base", "ema", "synced", "trust_region")
@@ -32,7 +33,7 @@ POLICY_SETTINGS = ("epsilon", "epsilon_high", "scale_rewards", "advantage_epsilo
 
 
 @dataclass
-class SelfDistillationConfig(StockSDPOConfig):
+class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
     """Settings of every method: TRL's of SDPO, and a few more.  Base of the methods' own classes.
 
     TRL's names keep TRL's meaning.  ``loss_type`` reduces every loss here, not only the policy's:

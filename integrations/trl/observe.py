@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fused_sd import LossOutput
 from fused_sd.integrations import completion_scores as completion
+from fused_sd.integrations.trl.sparse_gradients import certificate_means, certificate_sums
 
 QUANTILES = (0.05, 0.5, 0.95)
 
@@ -23,6 +24,9 @@ def record(trainer: Any, output: LossOutput, inputs: dict[str, Any]) -> None:
     if gap is not None:
         for quantile, value in zip(QUANTILES, _quantiles(trainer.accelerator, gap, mask)):
             means[f"evidence_q{round(100 * quantile):02d}"] = value
+    if output.certificate is not None:
+        sums = certificate_sums(output.certificate)[None]
+        means.update(certificate_means(trainer.accelerator.gather(sums).sum(0).tolist()))
     if trainer.teacher is not None:
         means["teacher_age"] = float(trainer.teacher.age)
     means["skipped_steps"] = float(trainer._teacher_callback.num_skipped)

@@ -168,6 +168,8 @@ class RLCSDTrainer(PolicyTrainer):
             },
             temperature=run["temperature"],
             metrics=run["metrics"],
+            gradient=run["gradient"],
+            tolerance=run["tolerance"],
         )
 
     def _correct_hint(self, rollout: Rollout) -> str | None:

@@ -15,6 +15,7 @@ from fused_sd.integrations.trl.config import SelfDistillationConfig
 from fused_sd.integrations.trl.contexts import check_template, last_user_text, with_user_text
 from fused_sd.integrations.trl.divergence_trainer import DivergenceTrainer
 from fused_sd.integrations.trl.rollouts import Rollout, without_thinking
+from fused_sd.integrations.trl.sparse_gradients import mixed_certificate
 from fused_sd.integrations.trl.trainer import Run
 
 
@@ -145,11 +146,16 @@ class SDPOTrainer(DivergenceTrainer):
             token_weights=self.token_weights(inputs, inputs["completion_mask"]),
             temperature=self.temperature,
             reduction="sum",
+            gradient=run["gradient"],
+            tolerance=run["tolerance"],
         )
         if share == 0:
             return policy
         own = super().method_loss(hidden, head, teacher, inputs, run)
-        return own._replace(loss=(1 - share) * policy.loss + share * own.loss)
+        return own._replace(
+            loss=(1 - share) * policy.loss + share * own.loss,
+            certificate=mixed_certificate(policy.certificate, own.certificate, share),
+        )
 
     def further_metrics(self, inputs: dict[str, Any]) -> tuple[str, ...]:
         has_ratio = self.args.distillation_is_clip is not None and "old_per_token_logps" in inputs

@@ -21,6 +21,11 @@ from trl import SFTConfig, SFTTrainer
 from fused_sd import LMHead, LossOutput, cross_entropy_loss
 from fused_sd.checks import check_one_of, fail
 from fused_sd.integrations.transformers import Request, attach
+from fused_sd.integrations.trl.sparse_gradients import (
+    GradientSettings,
+    certificate_means,
+    certificate_sums,
+)
 from fused_sd.integrations.trl.srt_data import (
     COLUMNS,
     OBJECTIVES,
@@ -44,7 +49,7 @@ UNREAD = {
 
 
 @dataclass
-class SRTConfig(SFTConfig):
+class SRTConfig(GradientSettings, SFTConfig):
     """SRT's settings; defaults are those of SD-Zero's official script (arXiv 2604.12002).
 
     Raises:
@@ -184,7 +189,13 @@ class SRTTrainer(SFTTrainer):
 
         def compute(hidden: Tensor, head: LMHead) -> LossOutput:
             dtype = torch.promote_types(hidden.dtype, torch.float32)
-            return cross_entropy_loss(hidden, head, token_ids, token_weights=weights.to(dtype))
+            return cross_entropy_loss(
+                hidden,
+                head,
+                token_ids,
+                token_weights=weights.to(dtype),
+                **self.args.gradient_run,
+            )
 
         output = model(
             input_ids=inputs["input_ids"],
@@ -192,7 +203,7 @@ class SRTTrainer(SFTTrainer):
             use_cache=False,
             fused_sd=Request(compute, slice(None, -1)),
         ).result
-        self._observe(output.token_loss.detach(), masks, inputs)
+        self._observe(output, masks, inputs)
         loss = output.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages over them
@@ -203,17 +214,23 @@ class SRTTrainer(SFTTrainer):
         trained: Any = self.model
         return "train" if trained.training else "eval"
 
-    def _observe(self, token_loss: Tensor, masks: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Add a batch to the sums that are logged: both terms, their tokens, traces, corrected."""
+    def _observe(self, output: LossOutput, masks: Tensor, inputs: dict[str, Tensor]) -> None:
+        """Add a batch to the sums that are logged: both terms, their tokens, traces, corrected, and
+        what is said of a sparse gradient.
+        """
         phase = self._phase
         corrected = inputs["corrected"].double()
+        of_gradient = corrected.new_zeros(5)
+        if output.certificate is not None:
+            of_gradient += certificate_sums(output.certificate)
         batch = torch.cat(
             [
-                (token_loss * masks).double().sum((1, 2)),
+                (output.token_loss * masks).double().sum((1, 2)),
                 masks.sum((1, 2)).double(),
                 corrected.sum()[None],
                 corrected.new_tensor([len(corrected)]),
                 inputs["attention_mask"].sum().double()[None],
+                of_gradient,
             ]
         )
         so_far = self._sums[phase]
@@ -223,8 +240,8 @@ class SRTTrainer(SFTTrainer):
         phase, local = self._phase, self._sums[self._phase]
         if local is not None:
             sums = self.accelerator.gather(local[None]).sum(0).tolist()
-            generation, revision, turns, revisions, corrected, traces, tokens = sums
-            metrics = {"corrected_fraction": corrected / traces}
+            generation, revision, turns, revisions, corrected, traces, tokens, *of_gradient = sums
+            metrics = {"corrected_fraction": corrected / traces, **certificate_means(of_gradient)}
             if self.args.objective != "revision":  # otherwise most of the turn is not scored
                 metrics["generation_loss"] = generation / turns
             metrics["revision_loss"] = revision / revisions

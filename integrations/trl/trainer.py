@@ -131,7 +131,8 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
 
         Args:
             teacher: what ``score_teacher`` returned.
-            run: token_weights, reduction, temperature and metrics, for the loss function.
+            run: token_weights, reduction, temperature, metrics, gradient and tolerance, for the
+                loss function.
         """
         raise NotImplementedError
 
@@ -172,6 +173,7 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
             "reduction": "sum",
             "temperature": self.temperature,
             "metrics": self.metrics if self.args.observe else (),
+            **self.args.gradient_run,
         }
         student = completion.CompletionForward(
             model,
