@@ -345,4 +345,5 @@ def block_maxima(
     blocks = tl.program_id(0) % num_segments * SEGMENT + tl.arange(0, SEGMENT)
     offs_v = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     z = load(logits_ptr + row * stride, offs_v, num_columns)
+    z = tl.where(z == z, z, float("inf"))  # a maximum passes over NaN
     tl.store(out_ptr + row * num_blocks + blocks, tl.max(z, axis=1), mask=blocks < num_blocks)

@@ -1,4 +1,4 @@
-"""Compile every row kernel for GPUs that are not here, and print what the compiler made of it.
+"""Compile every kernel for GPUs that are not here, and print what the compiler made of it.
 
 The launchers run on meta tensors with their real specialisation; nothing is launched.  A process of
 its own, since Triton either interprets or compiles: ``python compile_kernels.py cuda 90`` prints
@@ -22,7 +22,8 @@ from triton.runtime.jit import JITFunction
 import fused_sd
 from fused_sd.chunking import ALIGNMENT, workspace_width
 from fused_sd.divergence import divergence_term
-from fused_sd.kernels import rows
+from fused_sd.kernels import rows, sparse
+from fused_sd.sparse import Entries
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 TARGETS = ("cuda 80", "cuda 90", "cuda 100", "hip gfx942")
@@ -70,11 +71,12 @@ def compile_all(target: GPUTarget) -> list[Compiled]:
     driver.set_active(AbsentDriver(target))
     JITFunction.run = compile_instead
     for vocab in VOCABULARIES:
-        launch_all(vocab)
+        launch_rows(vocab)
+        launch_sparse(vocab)
     return compiled
 
 
-def launch_all(vocab: int) -> None:
+def launch_rows(vocab: int) -> None:
     student, teacher = (torch.empty(1024, vocab, device="meta") for _ in range(2))
     row = torch.empty(1024, device="meta")
     rows.log_normalizer(student)
@@ -91,6 +93,25 @@ def launch_all(vocab: int) -> None:
             for entry_clip in (None, 0.05):
                 rows.divergence_(*pair, entry_clip, None, None, None)
                 rows.divergence_(*pair, entry_clip, row, None, out)
+
+
+def launch_sparse(vocab: int) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden = torch.empty(1024, 4096, dtype=dtype, device="meta")
+        weight = torch.empty(vocab, 4096, dtype=dtype, device="meta")
+        gradient = torch.empty(1024, workspace_width(vocab), dtype=dtype, device="meta")
+        sparse.select(gradient[:, :vocab], 2.0**-8, 128)
+        sparse.entry_logits(hidden, weight, torch.empty(1024, 64, dtype=torch.int64, device="meta"))
+        wide = torch.empty(4096, device="meta")
+        factor = torch.empty(1024, device="meta")
+        columns = torch.empty(65536, dtype=torch.int32, device="meta")
+        starts = torch.empty(1025, dtype=torch.int64, device="meta")
+        entries = Entries(columns, torch.empty(65536, device="meta"), starts, factor)
+        sparse.gather_sum(entries, weight, wide, factor, dtype)
+        base = torch.empty(vocab, 4096, device="meta"), torch.empty((), device="meta")
+        sparse.segment_sum(entries, hidden, vocab, factor, wide, *base, dtype)
+    for k in (20, 100, 1024):  # lists of every size
+        sparse.top_k(torch.empty(1024, workspace_width(vocab), device="meta"), k)
 
 
 def resources(kernel) -> dict[str, object]:

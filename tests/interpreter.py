@@ -1,4 +1,7 @@
-"""Mend what Triton's interpreter gets wrong: it truncates fp32 to bf16, where a GPU rounds."""
+"""Mend what Triton's interpreter gets wrong: it truncates fp32 to bf16, where a GPU rounds.
+
+It also takes the smallest bf16 numbers for larger ones, and is slow about all of them.
+"""
 
 import numpy as np
 
@@ -13,9 +16,15 @@ def round_bf16_to_nearest() -> None:
         is_nan = np.isnan(handle.data)
         return TensorHandle(np.where(is_nan, 0x7FC0, nearest).astype(np.uint16), tl.bfloat16)
 
+    def widened(handle: TensorHandle) -> TensorHandle:
+        bits = np.ascontiguousarray(handle.data).astype(np.uint32) << 16
+        return TensorHandle(bits.view(np.float32), tl.float32)
+
     cast, narrow = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
 
     def cast_impl(self, source, target):
+        if target.scalar == tl.float32 and source.dtype.scalar == tl.bfloat16:
+            return widened(source)
         to_bf16 = target.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32
         return rounded(source) if to_bf16 else cast(self, source, target)
 
