@@ -77,7 +77,7 @@ def build_trainer(
     output_directory: Path,
     callbacks: list[Any],
 ) -> Any:
-    """The demo's trainer from this library's own class, whose loss takes the arm's gradient."""
+    """The demo's trainer from this library's own class, which can form the arm's gradient."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import PrinterCallback
@@ -85,11 +85,10 @@ def build_trainer(
     from fused_sd.integrations.trl import SDPOConfig, SDPOTrainer
 
     class Trainer(SDPOTrainer):
-        """Hands the arm on to the loss, and keeps what each loss says."""
+        """Keeps what each loss says."""
 
-        def method_loss(self, hidden: Any, head: Any, teacher: Any, inputs: Any, run: Any) -> Any:
-            chosen = {**run, **arm.choice}
-            output = super().method_loss(hidden, head, teacher, inputs, chosen)
+        def method_loss(self, *arguments: Any) -> Any:
+            output = super().method_loss(*arguments)
             steps.append(step_record(output))
             return output
 
@@ -103,6 +102,8 @@ def build_trainer(
         num_generations=settings.generations_per_prompt,
         max_completion_length=settings.max_completion_length,
         temperature=TEMPERATURE,
+        gradient=arm.choice["gradient"],
+        gradient_tolerance=arm.tolerance,
         distillation_mode="full_logits",
         distillation_alpha=settings.distillation_alpha,
         teacher_model_kind="base",
