@@ -218,6 +218,27 @@ def test_dense_rows_are_the_dense_gradient(few_entries):
             assert_close(one, other, torch.float64)
 
 
+@pytest.mark.parametrize("compact", [True, False])
+def test_tokens_without_a_weight_are_not_called_dense(compact, few_entries):
+    case = make_case(24, 16, 211, peak=0.1)
+    run = {"token_weights": case.token_weights, "compact": compact, "tolerance": 2**-12}
+    sparse, *_ = run_both(LOSSES["reverse_kl"], case, **run)
+    assert torch.equal(sparse.certificate.dense, case.token_weights != 0)
+
+
+def test_where_most_rows_are_dense_all_are(few_entries):
+    """The others would save less than moving the dense ones costs."""
+    case = make_case(24, 16, 211, peak=0.1)
+    case.hidden.data[::3] *= 300
+    case.teacher_hidden = case.hidden.detach() * 0.9
+    sparse, found, dense = run_both(LOSSES["reverse_kl"], case, tolerance=0.1, reduction="none")
+    assert sparse.certificate.dense.all()
+    alone = case.hidden.detach()[::3], case.head, case.teacher_hidden[::3], case.teacher_head
+    alone[0].requires_grad_()
+    output = fused_sd.divergence_loss(*alone, gradient="sparse", tolerance=0.1, reduction="none")
+    assert not output.certificate.dense.any()
+
+
 def test_a_mixture_of_dense_and_sparse_rows(few_entries):
     """Dense rows of several groups wait in the workspace while sparse rows pass."""
     case = mixed_case(40)
@@ -304,7 +325,10 @@ def test_nan_behind_a_zero_weight(exact, reduction, compact, few_entries):
     case.hidden.data[dead] = torch.nan
     case.teacher_hidden[dead] = torch.inf
     output = divergence(**how)(case, case.hidden, case.head, **run)
-    found = torch.autograd.grad(output.loss.sum(), case.inputs)
+    upstream = torch.ones_like(output.loss)
+    if reduction == "none":
+        upstream[dead] = torch.nan
+    found = torch.autograd.grad(output.loss, case.inputs, upstream)
     assert torch.equal(output.loss, whole.loss)
     assert (output.certificate.kept[dead] == 0).all()
     assert not output.certificate.dense[dead].any()
