@@ -229,7 +229,7 @@ class CertifiedGradients(DenseGradients):
             columns=parts.columns,
             values=parts.values,
             starts=_starts(by_token["kept"]),
-            mean_row=mean_row(self.workspace.student.given),
+            mean_row=mean_row(self.workspace.student.weight),
             dense_tokens=active.tokens(parts.dense_tokens),
             **by_token,
         )

@@ -12,6 +12,7 @@ Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary, J
                 function for each token, K entries of a row
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -132,13 +133,15 @@ def walk_operator(
     stop = hidden.shape[0]
     values, *extras = _by_token(rows, hidden, stop)
     functions = choose_functions(options.backend, hidden.device, wide)
+    sizes = hidden.numel(), weight.numel(), weight.shape[0]
     workspace = Workspace(
         student,
         teacher,
         rows.whole_sides,
-        formed.kind in ("dense", "certified"),
-        options.chunk_size,
         functions.sparse.entry_logits,
+        formed.kind in ("dense", "certified"),
+        wide.itemsize * sum(itertools.compress(sizes, formed.dense)),
+        options.chunk_size,
     )
     gradients: DenseGradients
     if formed.kind == "entries":

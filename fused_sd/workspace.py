@@ -22,9 +22,10 @@ class Workspace:
         student: Projection,
         teacher: Projection | None,
         whole: tuple[bool, bool],  # sides whose whole logits are made
-        forming: bool,  # whether gradients by whole rows are
-        chunk_size: int | None,
         dot_products: DotProducts,  # for the other sides
+        forming: bool,  # whether gradients by whole rows are
+        reserved: int,  # bytes that finished gradients will take
+        chunk_size: int | None,
     ) -> None:
         hidden = student.hidden
         wide = accumulation_dtype(hidden.dtype)
@@ -40,7 +41,7 @@ class Workspace:
             forming,
         )
         self.width, num_tokens = size.width, hidden.shape[0]
-        budget = budget_on(hidden.device) if chunk_size is None else 0
+        budget = budget_on(hidden.device, reserved) if chunk_size is None else 0
         self.layout: Layout = choose_layout(size, num_tokens, budget, chunk_size)
         chunk, group = min(self.layout.chunk, num_tokens), min(self.layout.group, num_tokens)
         self.gradients = None  # (G, W)

@@ -202,7 +202,7 @@ def test_workspaces_take_the_bytes_that_are_planned(sixteen_bit, forming, has_te
     student = heads.Projection(hidden, weight, None, heads.Shaping(1.0, None))
     teacher = student if has_teacher else None
     dots = sparse.entry_logits
-    made = workspace.Workspace(student, teacher, (True, True), forming, 7, dots)
+    made = workspace.Workspace(student, teacher, (True, True), dots, forming, 0, 7)
     held = [made.logits] if made.gradients is None else [made.logits, made.gradients]
     size = WalkSize(VOCAB, 1 + has_teacher, 4, dtype.itemsize, forming)
     assert size.in_place == (forming and not sixteen_bit)
