@@ -64,7 +64,10 @@ class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
     )
     observe: bool = field(
         default=True,
-        metadata={"help": "Form and log entropies, KLs, masses and ratios beside the loss."},
+        metadata={
+            "help": "Form and log entropies, KLs, masses and ratios beside the loss.  A loss over a "
+            "renormalised top-k needs fewer logits without them."
+        },
     )
     padding_free: bool = field(
         default=False,
