@@ -65,8 +65,8 @@ class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
     observe: bool = field(
         default=True,
         metadata={
-            "help": "Form and log entropies, KLs, masses and ratios beside the loss.  A loss over a "
-            "renormalised top-k needs fewer logits without them."
+            "help": "Form and log entropies, KLs, masses and ratios beside the loss; without them "
+            "a loss over a renormalised top-k needs fewer logits."
         },
     )
     padding_free: bool = field(
