@@ -1,12 +1,13 @@
 """Plans: the peak that is promised is the peak that is counted, and what is said of wrong use."""
 
 import json
+from functools import lru_cache
 
 import pytest
 import torch
 
 import fused_sd
-from fused_sd import chunking, workspace
+from fused_sd import StudentTopK, TeacherTopK, TokenIds, UnionTopK, chunking, workspace
 from fused_sd.bench.measure import peak_bytes
 from fused_sd.bench.problem import Shape, make_problem, variant
 from fused_sd.bench.providers import PROVIDERS
@@ -40,6 +41,30 @@ def drawn():
         (name, shape.name): make_problem(shape, 96, dtype=dtype)
         for shape in (SHAPE, DEEP)
         for name, dtype in DTYPE.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def sparse_problems():
+    """Operands of a chosen entropy."""
+
+    @lru_cache
+    def draw(shape, dtype, entropy):
+        return make_problem(shape, 96, dtype=DTYPE[dtype], entropy=entropy)
+
+    return draw
+
+
+def outputs(problem, **run):
+    """Losses with what comes with them."""
+    weight = problem.teacher_weight.detach()
+    sides = problem.hidden, problem.weight, problem.teacher_hidden, weight
+    return {
+        "divergence": lambda: fused_sd.divergence_loss(*sides, **run),
+        "sdpo": lambda: fused_sd.sdpo_loss(*sides, **run),
+        "cross_entropy": lambda: fused_sd.cross_entropy_loss(
+            problem.hidden, problem.weight, problem.token_ids, **run
+        ),
     }
 
 
@@ -99,6 +124,118 @@ def test_the_planned_peak_is_the_counted_one(
         chunk_size=chunk_size,
     )
     assert planned.peak_bytes == pytest.approx(counted, rel=CLOSE), planned["fused_sd"].parts
+
+
+SUPPORTS = (  # the support of both sides, or given entries
+    StudentTopK(50),
+    TeacherTopK(20),
+    TokenIds(torch.arange(96 * 40).view(96, 40) % 12000),
+)
+
+
+@pytest.mark.parametrize("support", SUPPORTS, ids=["student", "teacher", "ids"])
+@pytest.mark.parametrize("dtype, trained, masked", [("fp32", True, 0.5), ("bf16", False, 0.0)])
+def test_a_renormalised_support_holds_neither_gradients_nor_the_other_sides_logits(
+    drawn, support, dtype, trained, masked
+):
+    problem = variant(drawn[dtype, "wide"], trainable=trained, mask_share=masked)
+    run = {"support": support, "remainder": "renormalize", "reduction": "mean"}
+    loss = losses(problem, token_weights=problem.mask.float(), **run)["divergence"]
+    counted = peak_bytes(lambda: loss().backward(), CPU)
+    planned = fused_sd.plan(
+        tokens=96,
+        hidden_size=32,
+        vocab=12000,
+        objective="divergence",
+        support=support,
+        remainder="renormalize",
+        dtype=dtype,
+        train_head=trained,
+        masked=masked,
+        device="cpu",
+    )
+    assert planned.peak_bytes == pytest.approx(counted, rel=CLOSE), planned["fused_sd"].parts
+    assert planned.walks == 1
+
+
+def test_a_renormalised_support_costs_one_gemm_and_given_entries_none():
+    settings = {"model": "qwen3-8b", "tokens": 16384, "device": "H200", "reduction": "none"}
+    unit = 2 * 16384 * 4096 * 151936 / 690e12
+    seconds = {
+        name: fused_sd.plan(
+            objective="divergence", support=support, remainder="renormalize", **settings
+        )["fused_sd"].seconds
+        for name, support in {
+            "teacher": TeacherTopK(64),
+            "union": UnionTopK(64),
+            "ids": SUPPORTS[2],
+        }.items()
+    }
+    assert seconds == pytest.approx({"teacher": unit, "union": 2 * unit, "ids": 0})
+    held = fused_sd.plan(objective="topk_renormalized", **settings)["fused_sd"]
+    assert held.peak_bytes < 3 * 2**30
+    assert not {"fp32 dW", "fp32 dH"} & set(held.parts)
+
+
+LOOSE = Shape("loose", 256, 9000)  # where some rows are dense
+SPARSE_SETTINGS = [(*SETTINGS[at], 0.6) for at in (0, 1, 3, 4)] + [
+    (LOOSE, "fp32", True, "mean", 0.0, None, 1.3),
+    (LOOSE, "fp32", True, "none", 0.5, 20, 1.3),
+]
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, trained, reduction, masked, chunk_size, entropy", SPARSE_SETTINGS
+)
+@pytest.mark.parametrize("name", ["divergence", "sdpo", "cross_entropy"])
+def test_the_planned_peak_of_a_sparse_gradient_is_the_counted_one(
+    sparse_problems, name, shape, dtype, trained, reduction, masked, chunk_size, entropy
+):
+    drawn = sparse_problems(shape, dtype, entropy)
+    problem = variant(drawn, trainable=trained, mask_share=masked)
+    run = {"reduction": reduction, "chunk_size": chunk_size, "token_weights": problem.mask.float()}
+    tolerance = 2**-8 if entropy < 1 else 2**-12
+    loss = outputs(problem, gradient="sparse", tolerance=tolerance, **run)[name]
+    certificate = loss().certificate
+    dense, kept = certificate.dense[problem.mask], certificate.kept[problem.mask]
+    counted = peak_bytes(lambda: loss().loss.sum().backward(), CPU)
+    planned = fused_sd.plan(
+        tokens=96,
+        hidden_size=shape.hidden_size,
+        vocab=shape.vocab,
+        objective=name,
+        dtype=dtype,
+        train_head=trained,
+        reduction=reduction,
+        gradient="sparse",
+        kept=round(float(kept[~dense].double().mean())),
+        dense_share=float(dense.double().mean()),
+        masked=masked,
+        device="cpu",
+        chunk_size=chunk_size,
+    )
+    assert planned.peak_bytes == pytest.approx(counted, rel=CLOSE), planned.estimates[0].parts
+    assert bool(dense.any()) == (shape is LOOSE)
+
+
+def test_dense_rows_cost_the_sum_of_the_heads_gradient_and_their_share_of_the_gemms():
+    settings = {"model": "qwen3-8b", "tokens": 16384, "objective": "reverse_kl", "device": "H200"}
+    dense = fused_sd.plan(**settings)
+    none, some, again = (
+        fused_sd.plan(gradient="sparse", dense_share=share, reduction=reduction, **settings)
+        for share, reduction in ((0.0, "mean"), (0.25, "mean"), (0.25, "none"))
+    )
+    assert none.estimates[0].provider == "fused_sd, sparse"
+    assert none["fused_sd"].peak_bytes == dense.peak_bytes
+    assert none.peak_bytes < dense.peak_bytes - 2**31
+    assert none.peak_bytes < some.peak_bytes < dense.peak_bytes
+    seconds = dense["fused_sd"].seconds
+    shares = [planned.estimates[0].seconds / seconds for planned in (none, some, again)]
+    assert shares == pytest.approx([0.5, 0.5 + 0.125, 0.5 + 0.25])
+    assert (none.walks, some.walks, again.walks) == (1, 1, 2)
+    renormalized = settings | {"objective": "topk_renormalized"}
+    either = [fused_sd.plan(gradient=kind, **renormalized) for kind in ("dense", "sparse")]
+    assert either[0].estimates == either[1].estimates
 
 
 @pytest.mark.parametrize("dtype, trained, masked", [("fp32", True, 0.5), ("bf16", False, 0.0)])
@@ -314,6 +451,12 @@ def test_a_transformers_configuration_is_read():
         ({"free_bytes": -1}, "free_bytes must be"),
         ({"rate": 0}, "rate must be"),
         ({"chunk_size": 0}, "chunk_size must be"),
+        ({"gradient": "some"}, "gradient must be one of"),
+        ({"kept": 8}, "kept must come with gradient='sparse'"),
+        ({"dense_share": 0.1}, "dense_share must come with"),
+        ({"gradient": "sparse", "kept": 0}, "kept must be"),
+        ({"gradient": "sparse", "dense_share": 2}, "dense_share must lie in"),
+        ({"gradient": "sparse", "objective": "token_log_probs"}, "gradient must be 'dense'"),
         ({"teacher": "qwen3-0.6b", "shared_head": True}, "shared_head must be False"),
     ],
 )
@@ -337,6 +480,11 @@ def test_the_command_prints_a_table_that_fits_a_terminal(capsys):
     assert max(map(len, out.splitlines())) <= 100
     assert "on each of 4 ranks" in out
     assert "not measured" in out
+    sparse = ["--objective", "jsd", "--gradient", "sparse", "--dense-share", "0.2"]
+    assert main([*COMMAND, *sparse]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    assert "assumed of the sparse gradient: 64 entries a token, 0.2 of the tokens dense" in out
     assert main([*COMMAND, "--parts", "--free", "1GiB", "--support", "union:50"]) == 0
     out = capsys.readouterr().out
     assert "OOM" in out
@@ -351,6 +499,11 @@ def test_the_command_prints_json(capsys):
     first = printed["estimates"][0]
     assert first["provider"] == "fused_sd"
     assert sum(first["parts"].values()) == first["peak_bytes"]
+    sparse = ["--gradient", "sparse", "--kept", "100", "--dense-share", "0.1", "--json"]
+    assert main([*COMMAND, "--objective", "sdpo", *sparse]) == 0
+    first = json.loads(capsys.readouterr().out)["estimates"][0]
+    assert first["provider"] == "fused_sd, sparse"
+    assert first["parts"]["entries"] == 8 * 100 * round(0.9 * 16384)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,9 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     add("--dtype", default="bf16", help=f"{', '.join(PLANNED_DTYPES)} (default bf16)")
     add("--frozen", action="store_true", help="the head has no gradient")
     add("--reduction", default="mean", help="mean, sum or none (default mean)")
+    add("--gradient", default="dense", help="dense or sparse (default dense)")
+    add("--kept", type=int, metavar="ENTRIES", help="of a token's sparse gradient (default 64)")
+    add("--dense-share", type=float, help="of tokens that are dense nevertheless (default 0)")
     add("--mask", type=float, default=0.0, help="share of tokens that do not count (default 0)")
     add("--world-size", type=int, default=1, help="ranks (default 1)")
     add("--device", help=f"cuda, cpu or a card: {', '.join(CARDS)} (default: this machine's)")
@@ -71,6 +74,9 @@ def run_plan(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             train_head=not arguments.frozen,
             reduction=arguments.reduction,
+            gradient=arguments.gradient,
+            kept=arguments.kept,
+            dense_share=arguments.dense_share,
             masked=arguments.mask,
             world_size=arguments.world_size,
             device=arguments.device,

@@ -12,15 +12,17 @@ import torch
 from fused_sd import checks
 from fused_sd.divergence import Divergence
 from fused_sd.head_sizes import head_size
-from fused_sd.planning import eager, fused, liger, timing, token_peers, trl
+from fused_sd.planning import certified, eager, fused, liger, timing, token_peers, trl
 from fused_sd.planning.devices import Device, find_device
-from fused_sd.planning.objectives import choose
+from fused_sd.planning.objectives import Objective, choose
 from fused_sd.planning.result import Estimate, Plan
+from fused_sd.planning.walk import num_entries
 from fused_sd.planning.workload import Peer, Workload, peak, total
 from fused_sd.support import Support
 from fused_sd.verify.choices import DTYPES
 
 PEERS: tuple[Peer, ...] = (
+    certified.SPARSE,  # where it is asked for
     fused.FUSED_SD,
     eager.EAGER,
     eager.EAGER_FP32,
@@ -54,6 +56,9 @@ def plan(
     dtype: torch.dtype | str = torch.bfloat16,
     train_head: bool = True,
     reduction: str = "mean",
+    gradient: str = "dense",
+    kept: int | None = None,
+    dense_share: float | None = None,
     masked: float = 0.0,
     world_size: int = 1,
     device: str | torch.device | None = None,
@@ -80,6 +85,11 @@ def plan(
         dtype: of hidden states and head: bf16, fp16 or fp32.
         train_head: whether the head has a gradient.
         reduction: "mean", "sum" or "none"; per-token losses of a trained head walk twice.
+        gradient: "dense", or "sparse" as the losses take it; a renormalised support has entries
+            either way.
+        kept: entries that a token's sparse gradient is expected to keep; None: 64.
+        dense_share: share of the tokens whose gradient is expected to be dense nevertheless; None:
+            0.  Both are in the certificate of a loss that was computed.
         masked: share of the tokens that have weight 0, in [0, 1).
         world_size: ranks.
         device: where it will run (its free memory is asked for now), or a card by its name
@@ -105,6 +115,8 @@ def plan(
         )
     found = find_device(device, free_bytes, rate)
     chosen = choose(objective, divergence, support, remainder)
+    _check_gradient(gradient, kept, dense_share, chosen)
+    is_sparse = gradient == "sparse" and not num_entries(chosen)
 
     def workload(tokens_of_rank: int) -> Workload:
         return Workload(
@@ -122,10 +134,12 @@ def plan(
             shared_head=shared,
             free_bytes=found.free_bytes,
             chunk_size=chunk_size,
+            kept=(certified.KEPT if kept is None else kept) if is_sparse else None,
+            dense_share=dense_share or 0.0,
         )
 
     work = workload(-(-tokens // world_size))
-    layout = fused.layout(work)
+    layout = certified.layout(work) if is_sparse else fused.layout(work)
     return Plan(
         model=_name(model),
         objective=objective,
@@ -143,7 +157,9 @@ def plan(
         is_whole_card=found.is_whole,
         chunk=layout.chunk,
         group=layout.group,
-        walks=fused.walks(work),
+        walks=certified.walks(work) if is_sparse else fused.walks(work),
+        kept=work.kept,
+        dense_share=work.dense_share,
         estimates=tuple(
             _estimate(peer, workload, work, found, dtype_name, world_size)
             for peer in PEERS
@@ -203,6 +219,26 @@ def _check(
     checks.check_number("masked", masked, "lie in [0, 1)", ok, "0.5 leaves half of the tokens")
     if chunk_size is not None:
         checks.check_positive_int("chunk_size", chunk_size)
+
+
+def _check_gradient(
+    gradient: object, kept: int | None, dense_share: float | None, objective: Objective
+) -> None:
+    checks.check_one_of("gradient", gradient, ("dense", "sparse"))
+    if gradient == "dense":
+        for name, value in (("kept", kept), ("dense_share", dense_share)):
+            if value is not None:
+                remedy = "pass gradient='sparse', or leave it out"
+                checks.fail(name, "come with gradient='sparse'", repr(value), remedy)
+        return
+    if objective.is_per_token:
+        remedy = "leave it out: log-probabilities have dense gradients"
+        checks.fail("gradient", "be 'dense' for token_log_probs", repr(gradient), remedy)
+    if kept is not None:
+        checks.check_positive_int("kept", kept)
+    if dense_share is not None:
+        ok = isinstance(dense_share, int | float) and 0 <= dense_share <= 1
+        checks.check_number("dense_share", dense_share, "lie in [0, 1]", ok, "0.1 is one in ten")
 
 
 def _dtype_name(dtype: torch.dtype | str) -> str:

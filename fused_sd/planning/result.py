@@ -44,6 +44,8 @@ class Plan:
         free_bytes: that were counted with; ``is_whole_card``: a card with nothing on it.
         chunk, group: tokens whose logits, and whose logits' gradients, this library will hold.
         walks: 2 where backward computes the logits again, else 1.
+        kept, dense_share: what was assumed of a sparse gradient, entries a token and the share of
+            dense tokens; None and 0 of a dense one.
         estimates: this library first.
     """
 
@@ -64,6 +66,8 @@ class Plan:
     chunk: int
     group: int
     walks: int
+    kept: int | None
+    dense_share: float
     estimates: tuple[Estimate, ...]
 
     @property
@@ -98,6 +102,7 @@ class Plan:
             f"{self.device}, {size_text(self.free_bytes)} free{card}",
             f"fused_sd holds logits of {self.chunk} tokens and gradients of {self.group}"
             + (", and walks again in backward" if self.walks == 2 else ""),
+            *self._assumed(),
             "",
             f"{'':26}{'peak':>9}{'':5}{'longest':>12}{'time':>11}  largest part of the peak",
         ]
@@ -109,6 +114,12 @@ class Plan:
                 f"{_largest(estimate.parts)}"
             )
         return "\n".join([*lines, "", *self._legend()])
+
+    def _assumed(self) -> list[str]:
+        if self.kept is None:
+            return []
+        dense = f"{self.dense_share:.3g} of the tokens dense" if self.dense_share else "none dense"
+        return [f"assumed of the sparse gradient: {self.kept} entries a token, {dense}"]
 
     def _legend(self) -> list[str]:
         over = " over all ranks" if self.world_size > 1 else ""

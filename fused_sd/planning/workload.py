@@ -33,6 +33,8 @@ class Workload(NamedTuple):
     shared_head: bool  # both sides have one head
     free_bytes: int  # on the device, before the hidden states are there
     chunk_size: int | None = None  # what this library is told to take
+    kept: int | None = None  # entries of a sparse gradient a token; None: it is dense
+    dense_share: float = 0.0  # of the tokens, whose gradient is dense nevertheless
 
     @property
     def weight_bytes(self) -> int:

@@ -1,0 +1,98 @@
+"""This library's memory with ``gradient="sparse"``: entries, and finished gradients of dense rows.
+
+How many entries a token keeps, and how many tokens are dense, depends on the policy; both are the
+plan's to assume.  Without a dense token there is no sum of the head's gradient in fp32.
+
+Dimension key:  N tokens, A tokens with a weight, F dense tokens, D hidden size, V vocabulary
+"""
+
+from collections.abc import Sequence
+
+from fused_sd import rows
+from fused_sd.chunking import Layout, WalkSize
+from fused_sd.gradients import MOST
+from fused_sd.planning import fused, walk
+from fused_sd.planning.fused import ENTRY_BYTES
+from fused_sd.planning.walk import PER_TOKEN, WIDE
+from fused_sd.planning.workload import Parts, Peer, Workload, gemm_flops
+
+KEPT = (
+    64  # entries of a token, where nothing else is said: about four times those of a sharp policy
+)
+LISTED = 62  # bytes for each entry that PyTorch's selection may keep of a row; the kernels' 12
+JUDGED = 32  # and when it is decided which rows stay sparse
+
+
+def walks(work: Workload) -> int:
+    """2 where backward walks the dense tokens again, else 1."""
+    return 2 if _again(work) and dense_tokens(work) else 1
+
+
+def layout(work: Workload) -> Layout:
+    """The chunk and the group that the walk will choose."""
+    return walk.layout(work, walk.size_of(work, forming=True), not _again(work))
+
+
+def dense_tokens(work: Workload) -> int:
+    """F."""
+    return round(work.active * work.dense_share)
+
+
+def _again(work: Workload) -> bool:
+    """Whether the gradients of dense tokens wait for autograd's."""
+    return work.trained and not work.reduced
+
+
+def _moments(work: Workload) -> Sequence[Parts]:
+    if work.kept is None:
+        return []
+    size = walk.size_of(work, forming=True)
+    chosen = layout(work)
+    kept = work.kept * (work.active - dense_tokens(work))
+    entries = {"entries": ENTRY_BYTES * kept, "per-token values": PER_TOKEN * work.tokens}
+    dense = {} if _again(work) else _dense(work)
+    taken = {**walk.compacted(work), **walk.widened(work)}
+    held = {**entries, **dense, **taken}
+    spaces = walk.workspace(size, chosen)
+    twice = {"entries together": ENTRY_BYTES * kept, "dH together": dense.get("dense fp32 dH", 0)}
+    moments = [
+        *walk.walk(work, size, chosen, held),
+        {**held, **spaces, **_selecting(work, size, min(chosen.group, work.active))},
+        {**held, **spaces, **twice},
+    ]
+    if walks(work) == 2:
+        dense = _dense(work)
+        few = work._replace(active=dense_tokens(work))  # backward's walk finishes theirs
+        again = {**entries, **walk.compacted(few), **walk.widened(few)}
+        moments += fused.forming(few, size, walk.layout(few, size, finishing=True), again)
+    scaled = {"dense dH, scaled": dense.get("dense fp32 dH", 0)}
+    moments += fused.from_entries(work, {**entries, **dense, **scaled}, kept, kept)
+    return moments
+
+
+def _dense(work: Workload) -> Parts:
+    """Finished gradients of the dense tokens."""
+    count = dense_tokens(work)
+    gradients = walk.finished(work, count)
+    return {
+        "dense fp32 dH": gradients["fp32 dH"],
+        "fp32 dW": gradients["fp32 dW"] if count else 0,
+    }
+
+
+def _selecting(work: Workload, size: WalkSize, num_rows: int) -> Parts:
+    """The entries of a group's rows, and some rows in fp32 with their magnitudes."""
+    listed = num_rows * min(MOST, work.vocab)
+    if work.kind == "cuda":
+        return {"selection": (12 + JUDGED) * listed}
+    visited = min(num_rows, max(1, rows.VISITED // size.vocab)) * size.vocab
+    return {"selection": LISTED * listed, "rows that are visited": 2 * WIDE * visited}
+
+
+def _gemms(work: Workload) -> float:
+    logits = gemm_flops(work, *walk.whole_sides(work.objective))
+    dense = logits * (walks(work) - 1) + gemm_flops(work, 1 + work.trained, 0)
+    return logits + work.dense_share * dense
+
+
+SPARSE = Peer("fused_sd, sparse", _moments, _gemms, "its own layout")

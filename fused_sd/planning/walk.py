@@ -1,0 +1,173 @@
+"""A walk's memory: what ``walk_operator.py`` and ``workspace.py`` hold, by their own layout.
+
+Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary, C tokens in a chunk,
+                K entries of the support, W columns of a chunk's logits
+"""
+
+from collections.abc import Sequence
+
+from fused_sd import chunking, rows, sparse
+from fused_sd.chunking import Layout, WalkSize
+from fused_sd.divergence import divergence_term
+from fused_sd.divergence_rows import DivergenceRows
+from fused_sd.planning.objectives import Objective
+from fused_sd.planning.workload import Parts, Workload, total
+from fused_sd.support import BLOCK, has_short_list
+
+WIDE = 4  # bytes of a logit, whatever the operands, and of a sum
+ID_BYTES = 8
+PER_TOKEN = 48  # weights, values and the other vectors of all tokens, roughly
+# bytes for each entry of a truncated support: at its products, at its terms, at the end
+DOTTING, COMPARING, WRITING = 28, 65, 37
+
+# buffers of some rows that PyTorch's row functions hold at once; the kernels hold none
+_BUFFERS = {"forward_kl": 5, "reverse_kl": 5, "jsd": 6, "mixed_kl": 6}
+_SOFTMAX_BUFFERS = 2
+
+
+def num_entries(objective: Objective) -> int:
+    """Entries of a token's gradient, where it has no others; 0: it reaches the vocabulary."""
+    return _rows(objective).num_entries if objective.is_divergence else 0
+
+
+def whole_sides(objective: Objective) -> tuple[bool, bool]:
+    """Whether the whole logits of the student, and of the teacher, are made."""
+    student, teacher = _rows(objective).whole_sides if objective.is_divergence else (True, True)
+    return student, teacher and objective.has_teacher
+
+
+def _rows(objective: Objective) -> DivergenceRows:
+    """The row function, without what decides no size."""
+    unset = (None,) * 4
+    term = divergence_term("reverse_kl")
+    return DivergenceRows(term, objective.support, objective.k, objective.remainder, *unset, (), ())
+
+
+def size_of(work: Workload, forming: bool) -> WalkSize:
+    """What decides the workspaces; ``forming``: whether gradients of whole rows are formed."""
+    has_teacher = work.objective.has_teacher
+    return WalkSize(
+        vocab=max(work.vocab, work.teacher_vocab if has_teacher else 0),
+        sides=sum(whole_sides(work.objective)),
+        logit_bytes=WIDE,
+        operand_bytes=operand_bytes(work),
+        forming=forming,
+    )
+
+
+def layout(work: Workload, size: WalkSize, finishing: bool) -> Layout:
+    """The chunk and the group that the walk will choose.
+
+    Args:
+        finishing: whether it forms gradients that backward only scales, and leaves room for them.
+    """
+    return chunking.choose_layout(size, work.active, _budget(work, finishing), work.chunk_size)
+
+
+def operand_bytes(work: Workload) -> int:
+    """On the CPU 16-bit operands are widened."""
+    return work.element if work.kind == "cuda" else WIDE
+
+
+def _budget(work: Workload, finishing: bool) -> int:
+    """For the workspaces, as ``chunking.budget_on`` sees it."""
+    if work.kind == "cpu":
+        return chunking.CPU_BUDGET
+    held = work.inputs_bytes + total(compacted(work))
+    if finishing:
+        held += total(finished(work, work.active))
+    return chunking.gpu_budget(work.free_bytes - held)
+
+
+def finished(work: Workload, num_tokens: int) -> Parts:
+    """Gradients as forward leaves them."""
+    weight = WIDE * work.vocab * work.hidden_size if work.trained else 0
+    return {"fp32 dH": WIDE * num_tokens * work.hidden_size, "fp32 dW": weight}
+
+
+def widened(work: Workload) -> Parts:
+    """Heads in fp32 on the CPU."""
+    if work.kind == "cuda" or work.element == WIDE:
+        return {}
+    own = work.vocab * work.hidden_size
+    other = work.teacher_vocab * work.teacher_hidden_size
+    if work.shared_head or not work.objective.has_teacher:
+        other = 0
+    return {"fp32 heads": WIDE * (own + other)}
+
+
+def compacted(work: Workload) -> Parts:
+    """Copies of the rows that have a weight."""
+    return {} if work.active == work.tokens else dict(work.selected)
+
+
+def walk(work: Workload, size: WalkSize, chosen: Layout, held: Parts) -> Sequence[Parts]:
+    """A walk while it fills a chunk, looks at its rows, and carries a group on."""
+    workspaces = workspace(size, chosen)
+    operand, widens = operand_bytes(work), operand_bytes(work) > work.element
+    both = work.shared_head and size.sides == 2 and not size.in_place
+    states = operand * chosen.chunk * work.hidden_size
+    stacked = 2 * states if both else 0
+    copied = states * (2 if both else 1) if widens else 0
+    group = operand * chosen.group * work.hidden_size if widens and size.forming else 0
+    return [
+        {**held, **workspaces, "hidden states of a chunk": stacked + copied},
+        {**held, **workspaces, "row function": _row_bytes(work, size, chosen.chunk)},
+        {**held, **workspaces, "hidden states of a group": group},
+    ]
+
+
+def workspace(size: WalkSize, chosen: Layout) -> Parts:
+    """Logits of a chunk and gradients of a group."""
+    return {"logits and their gradients": chunking.workspace_bytes(size, chosen)}
+
+
+def _row_bytes(work: Workload, size: WalkSize, chunk: int) -> int:
+    """Temporaries of the row functions: of top-k on any device, of the others on the CPU."""
+    objective = work.objective
+    visited = min(chunk, max(1, rows.VISITED // size.width)) * size.width * WIDE
+    if work.kind == "cuda":
+        visited = 0
+    if objective.support == "full" and objective.is_divergence:
+        return _BUFFERS[objective.divergence] * visited
+    softmax = _SOFTMAX_BUFFERS * visited if size.forming else 0
+    if not objective.k:
+        return softmax
+    entries = chunk * _compared(objective)
+    return max(
+        softmax + WRITING * entries,
+        COMPARING * entries,
+        _dot_product_bytes(work, chunk),
+        _top_k_bytes(objective.k, size, chunk, work.kind),
+    )
+
+
+def _compared(objective: Objective) -> int:
+    """Entries of a truncated support."""
+    return objective.k * (2 if objective.support == "union" else 1)
+
+
+def _dot_product_bytes(work: Workload, chunk: int) -> int:
+    """Rows of the head that PyTorch gathers for a side whose logits are not made: two pieces."""
+    objective = work.objective
+    others = 1 + objective.has_teacher - sum(whole_sides(objective))
+    if work.kind == "cuda" or not others:
+        return 0
+    count = _compared(objective)
+    tokens = max(1, gathered_rows(work) // count)
+    gathered = WIDE * work.hidden_size * count * min(chunk, 2 * tokens)
+    return gathered + DOTTING * chunk * count
+
+
+def gathered_rows(work: Workload) -> int:
+    """Rows of a matrix as wide as the hidden states that PyTorch gathers at a time."""
+    return min(sparse.LONGEST, max(1, sparse.GATHERED // work.hidden_size))
+
+
+def _top_k_bytes(k: int, size: WalkSize, chunk: int, kind: str) -> int:
+    """Blocks' maxima, and in PyTorch candidates: their ids, within bounds too, and their logits."""
+    if not has_short_list(k, size.width):
+        return 0
+    blocks = chunk * -(-size.width // BLOCK) * WIDE
+    listed = 0 if kind == "cuda" else chunk * k * BLOCK * (2 * ID_BYTES + WIDE)
+    return blocks + listed
