@@ -64,7 +64,7 @@ def expected(work: Workload, peer: Peer, device: str, rate: float | None, dtype:
                 (work.vocab, entry.vocab),
             )
         )
-        if gap < distance:
+        if gap <= distance:  # of the same case at several entropies the slowest, which comes last
             nearest, distance = entry, gap
     if nearest is not None and work.reduced:
         share = work_done / (nearest.counted * nearest.hidden_size * nearest.vocab)
