@@ -231,7 +231,7 @@ def test_where_most_rows_are_dense_all_are(few_entries):
     case = make_case(24, 16, 211, peak=0.1)
     case.hidden.data[::3] *= 300
     case.teacher_hidden = case.hidden.detach() * 0.9
-    sparse, found, dense = run_both(LOSSES["reverse_kl"], case, tolerance=0.1, reduction="none")
+    sparse, *_ = run_both(LOSSES["reverse_kl"], case, tolerance=0.1, reduction="none")
     assert sparse.certificate.dense.all()
     alone = case.hidden.detach()[::3], case.head, case.teacher_hidden[::3], case.teacher_head
     alone[0].requires_grad_()
@@ -248,6 +248,34 @@ def test_a_mixture_of_dense_and_sparse_rows(few_entries):
         if reduction == "none":
             assert 0 < sparse.certificate.dense.sum() < 20
         check(case, sparse, found, dense, 2**-4, reduction == "sum", 1e-9)
+
+
+@pytest.mark.parametrize("support", ["student", "teacher", "ids"])
+@pytest.mark.parametrize("sizes", [{}, {"teacher_vocab": 150, "teacher_hidden_size": 9}])
+def test_entries_are_those_of_whole_rows(support, sizes):
+    """Dot products see the bias, the scale, the soft-cap and both vocabularies, as a GEMM does."""
+    case = make_case(24, 16, 211, bias=True, softcap=20.0, logit_scale=1.3, **sizes)
+    ids = torch.randint(-1, 211, (24, 6))
+    of_top_k = {"student": fused_sd.StudentTopK(5), "teacher": fused_sd.TeacherTopK(5)}
+    how = {"support": of_top_k.get(support, fused_sd.TokenIds(ids)), "remainder": "renormalize"}
+    if sizes:
+        how["divergence"] = fused_sd.Jsd(0.5)  # finite where one side has no such token
+    loss = divergence(**how)
+    outputs = [loss(case, case.hidden, case.head, metrics=m) for m in ((), ("student_mass",))]
+    for one, other in zip(
+        *(torch.autograd.grad(o.loss, case.inputs) for o in outputs), strict=True
+    ):
+        assert_close(one, other, torch.float64)
+    assert_close(outputs[0].token_loss, outputs[1].token_loss, torch.float64)
+
+
+def test_an_id_counts_once_among_the_kept():
+    case = make_case(3, 16, 211)
+    ids = torch.tensor([[5, 5, 7, 9], [-1, 2, -1, 3], [4, 3, 2, 1]])
+    output = divergence(support=fused_sd.TokenIds(ids), remainder="renormalize")(
+        case, case.hidden, case.head, gradient="sparse"
+    )
+    assert output.certificate.kept.tolist() == [3, 2, 4]
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
