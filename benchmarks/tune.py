@@ -3,8 +3,9 @@
     python -m benchmarks.tune            prints the table
     python -m benchmarks.tune --write    and writes it to kernels/tuned.json, with GPU and versions
 
-Each program is timed alone on logits of several vocabularies, with a chunk's number of rows; beside
-its time stands its share of this GPU's copy bandwidth, for which 85 % is the aim.
+Each program is timed alone on logits of several vocabularies, with a chunk's number of rows; those
+that look at blocks of columns, together with the search of the blocks.  Beside its time stands its
+share of this GPU's copy bandwidth, for which 85 % is the aim.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fused_sd import Jsd
 from fused_sd.divergence import divergence_term
-from fused_sd.kernels import rows
+from fused_sd.kernels import rows, sparse
 from fused_sd.kernels.tuning import TABLE, Launch, family_of, forced, launch_for
 
 CANDIDATES = [Launch(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
@@ -68,7 +69,8 @@ def make_tasks(num_rows: int, vocab: int, device: torch.device) -> list[Task]:
             lambda: rows.softmax_gradient_(student, sides.student, ones, None, None, out),
             one + narrow,
         ),
-        Task("block_maxima", lambda: rows.block_maxima(student), one),
+        Task("block_maxima", lambda: sparse.top_k(student, 20), one),
+        Task("block_statistics", lambda: sparse.select(out, 2.0**-8, 128), narrow),
     ]
 
 

@@ -328,22 +328,3 @@ def summary(
     tl.store(out_ptr + 2 * out_stride + row, tl.sum(mixture, axis=0))
     tl.store(out_ptr + 3 * out_stride + row, tl.sum(entropy_s, axis=0))
     tl.store(out_ptr + 4 * out_stride + row, tl.sum(entropy_t, axis=0))
-
-
-@triton.jit
-def block_maxima(
-    logits_ptr,
-    stride,
-    num_columns,
-    out_ptr,
-    num_blocks,
-    num_segments,
-    BLOCK: tl.constexpr,
-    SEGMENT: tl.constexpr,
-):
-    row = (tl.program_id(0) // num_segments).to(tl.int64)
-    blocks = tl.program_id(0) % num_segments * SEGMENT + tl.arange(0, SEGMENT)
-    offs_v = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    z = load(logits_ptr + row * stride, offs_v, num_columns)
-    z = tl.where(z == z, z, float("inf"))  # a maximum passes over NaN
-    tl.store(out_ptr + row * num_blocks + blocks, tl.max(z, axis=1), mask=blocks < num_blocks)

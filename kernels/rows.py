@@ -18,11 +18,9 @@ from fused_sd.kernels import programs
 from fused_sd.kernels.divergence import TERMS
 from fused_sd.kernels.tuning import launch_for
 from fused_sd.rows import SUMMARY, Normalizers
-from fused_sd.support import BLOCK
 
 READS_PADDING = True  # so that a row is read in pieces of 16 bytes, whatever its vocabulary
 STATE = 8  # numbers that are kept of a pair of rows: five, in one sector of memory
-SEGMENT = 32  # blocks whose maxima one program finds
 
 
 def log_normalizer(logits: Tensor) -> Tensor:
@@ -110,24 +108,6 @@ def summary(
     pair = *_pair(student, teacher), normalizers.state
     _launch(programs.summary, student, *pair, out, out.stride(0), STATE=STATE)
     return {name: values for name, values in zip(SUMMARY, out) if name in names}
-
-
-def block_maxima(logits: Tensor) -> Tensor:
-    """The largest logit of every ``BLOCK`` columns: (C, ceil(W / BLOCK))."""
-    num_rows, num_columns = logits.shape
-    num_blocks = triton.cdiv(num_columns, BLOCK)
-    out = logits.new_empty((num_rows, num_blocks))
-    num_segments = triton.cdiv(num_blocks, SEGMENT)
-    if num_rows:
-        launch = launch_for("block_maxima", logits.device)
-        with torch.cuda.device_of(logits):
-            programs.block_maxima[(num_rows * num_segments,)](
-                *(logits, logits.stride(0), num_columns, out, num_blocks, num_segments),
-                BLOCK=BLOCK,
-                SEGMENT=SEGMENT,
-                num_warps=launch.num_warps,
-            )
-    return out
 
 
 def _share_of_mean_ratio(term: DivergenceTerm) -> float | None:

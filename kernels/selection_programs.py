@@ -9,6 +9,8 @@ place that a cumulative sum names.  Nothing depends on the order in which thread
 import triton
 import triton.language as tl
 
+from fused_sd.kernels.programs import load
+
 SMALLEST_NORMAL = tl.constexpr(23)  # rank of 2**-126 among fp32's powers of two, from 2**-149 on
 INFINITY = tl.constexpr(277)  # the rank of what follows 2**127
 
@@ -101,6 +103,30 @@ def largest(
 
 
 @triton.jit
+def block_maxima(
+    logits_ptr,
+    stride,
+    num_columns,
+    out_ptr,
+    num_blocks,
+    num_segments,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    """The largest logit of every block of columns."""
+    row = (tl.program_id(0) // num_segments).to(tl.int64)
+    blocks = tl.program_id(0) % num_segments * SEGMENT + tl.arange(0, SEGMENT)
+    z = load(logits_ptr + row * stride, columns_of_blocks(blocks, BLOCK), num_columns)
+    z = tl.where(z == z, z, float("inf"))  # a maximum passes over NaN
+    tl.store(out_ptr + row * num_blocks + blocks, tl.max(z, axis=1), mask=blocks < num_blocks)
+
+
+@triton.jit
+def columns_of_blocks(blocks, BLOCK: tl.constexpr):
+    return blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
 def block_statistics(
     gradient_ptr,
     stride,
@@ -115,10 +141,10 @@ def block_statistics(
     """Of every block of columns the largest magnitude, the sum of magnitudes and the sum."""
     row = (tl.program_id(0) // num_segments).to(tl.int64)
     blocks = tl.program_id(0) % num_segments * SEGMENT + tl.arange(0, SEGMENT)
-    columns = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = columns < num_columns
-    g = tl.load(gradient_ptr + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
-    peak = tl.max(tl.where(g == g, tl.abs(g), float("inf")), axis=1)  # which passes over NaN
+    columns = columns_of_blocks(blocks, BLOCK)
+    g = tl.load(gradient_ptr + row * stride + columns, mask=columns < num_readable, other=0.0)
+    g = tl.where(columns < num_columns, g.to(tl.float32), 0.0)
+    peak = tl.max(tl.where(g == g, tl.abs(g), float("inf")), axis=1)
     mask = blocks < num_blocks
     out_ptr += row * num_blocks + blocks
     per_kind = (tl.num_programs(0) // num_segments).to(tl.int64) * num_blocks

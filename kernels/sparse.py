@@ -11,14 +11,14 @@ import triton
 from torch import Tensor
 
 from fused_sd import checks
-from fused_sd.kernels import entry_programs, programs, selection_programs
+from fused_sd.kernels import entry_programs, selection_programs
 from fused_sd.kernels.tuning import launch_for
 from fused_sd.selection import Selection
 from fused_sd.sparse import Entries, by_column
 
 BLOCKS = 128, 64, 32, 16, 8  # columns whose largest entry stands for them
 LIST = 16384  # entries that one program searches, in registers: 64 for each of 256 threads
-TILE = 2048  # entries that it looks at again at a time, to write what was found
+TILE = 1024  # entries that it looks at again at a time, to write what was found
 PIECE = 16  # candidates with which all of a row are compared at a time
 SEGMENT = 4096  # columns whose blocks one program visits
 LONG = 512  # entries of a column that a program of its own sums
@@ -39,7 +39,7 @@ def top_k(logits: Tensor, k: int) -> Tensor:
         ids = _largest(logits, k)
     elif block:
         maxima = logits.new_empty((num_rows, triton.cdiv(num_columns, block)))
-        _visit_blocks(programs.block_maxima, logits, maxima, num_columns, block)
+        _visit_blocks(selection_programs.block_maxima, logits, maxima, num_columns, block)
         ids = _largest(logits, k, _largest(maxima, k), block)
     else:  # thousands of entries: a sort is exact, and nobody waits for it
         return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
@@ -76,7 +76,7 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
         BLOCKS=triton.next_power_of_2(num_blocks),
         LIST=listed,
         TILE=min(listed, TILE),
-        num_warps=_warps_for(listed, 16, most=16),
+        num_warps=_warps_for(listed),
     )
     places = triton.next_power_of_2(most)
     _launch(
@@ -85,7 +85,7 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
         *(*selection, share, most, vocab),
         MOST=places,
         PIECE=PIECE,
-        num_warps=_warps_for(places * PIECE, 16, most=16),
+        num_warps=_warps_for(places * PIECE),
     )
     return selection
 
@@ -194,7 +194,7 @@ def _largest(values: Tensor, k: int, blocks: Tensor | None = None, block: int = 
         BLOCK=block,
         LIST=size,
         TILE=min(size, TILE),
-        num_warps=_warps_for(size, 64, most=8),
+        num_warps=_warps_for(size),
     )
     return ids
 
@@ -240,9 +240,9 @@ def _list_sizes(block: int, num_entries: int, num_columns: int) -> tuple[int, in
     return triton.next_power_of_2(num_blocks), triton.next_power_of_2(listed)
 
 
-def _warps_for(list_size: int, per_thread: int, most: int) -> int:
-    """Of a program that holds a list in registers."""
-    return min(max(list_size // (32 * per_thread), 4), most)
+def _warps_for(list_size: int) -> int:
+    """Of a program that holds a list in registers: 32 entries for a thread, 64 at most."""
+    return min(max(list_size // 1024, 4), 8)
 
 
 def _tile(shape: tuple[int, int, int], rows: Tensor) -> dict[str, Any]:

@@ -83,7 +83,6 @@ def launch_rows(vocab: int) -> None:
     rows.moments(student)
     sides = rows.normalizers(student, teacher)
     rows.summary(student, teacher, sides, ())
-    rows.block_maxima(student)
     narrow = torch.empty_like(student, dtype=torch.bfloat16)
     for out in (narrow, student):
         for slope in (None, row):

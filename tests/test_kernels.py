@@ -36,7 +36,7 @@ def make_rows(num_columns=4201, gap=0.3, missing=True):
 
 def test_the_twins_have_the_same_names():
     names = {"log_normalizer", "moments", "normalizers", "divergence_"}
-    names |= {"softmax_gradient_", "summary", "block_maxima"}
+    names |= {"softmax_gradient_", "summary"}
     for module in (rows, kernels):
         assert all(callable(getattr(module, name)) for name in names)
     terms = {"forward_kl", "reverse_kl", "jsd", "mixed_kl"}
@@ -52,7 +52,6 @@ def test_statistics(num_columns):
     assert_close(found[0], exact, torch.float32)
     if num_columns > 1:
         assert_close(found[1], entropy, torch.float32)
-    assert torch.equal(kernels.block_maxima(student), rows.block_maxima(student))
 
 
 def test_statistics_of_rows_without_any_mass_before_a_block():
@@ -220,7 +219,6 @@ def test_no_rows():
     for module in (kernels, rows):
         lse = module.log_normalizer(empty)
         assert lse.shape == (0,)
-        assert module.block_maxima(empty).shape == (0, 1)
         module.softmax_gradient_(empty, lse, lse, None, None, empty)
         assert compare(module, empty, empty, fused_sd.Jsd(0.5))[0].shape == (0,)
 
@@ -286,8 +284,7 @@ def test_kernels_are_launched_on_the_gpu_that_holds_the_logits(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     student, teacher = make_rows(300)
     compare(kernels, student, teacher, "reverse_kl")
-    kernels.block_maxima(student)
-    assert len(entered) == 3
+    assert len(entered) == 2
     assert all(tensor is student for tensor in entered)
 
 

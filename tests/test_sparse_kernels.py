@@ -387,3 +387,116 @@ def test_programs_are_launched_on_the_gpu_that_holds_the_data(monkeypatch):
     kernels.select(torch.ones(2, 11, device=DEVICE), 0.1, 4)
     kernels.entry_logits(*head(2, 11, 8, torch.float32), torch.zeros(2, 1, dtype=torch.int64))
     assert len(entered) == 4
+
+
+def gradient_like(num_tokens, vocab, seed=0):
+    """(s - t) of two near policies, in bf16, as a workspace holds it."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    shape = num_tokens, vocab
+    student = 4 * torch.randn(shape, device=DEVICE, generator=generator)
+    teacher = student + 0.3 * torch.randn(shape, device=DEVICE, generator=generator)
+    workspace = torch.full((num_tokens, vocab + 13), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    workspace[:, :vocab] = student.softmax(-1) - teacher.softmax(-1)
+    return workspace[:, :vocab]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [151_936, 100_279])
+@pytest.mark.parametrize("k", [1, 20, 64, 100, 300, 1024])
+def test_compiled_top_k(vocab, k):
+    logits = torch.randn(257, vocab, device=DEVICE) * 4
+    logits[128:] = (logits[128:] * 4).round() / 4  # crowds of equal ones
+    logits[5, 1000:] = -torch.inf
+    expected = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(kernels.top_k(logits, k), expected)
+    assert torch.equal(selection.top_k(logits, k), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [151_936, 100_279])
+@pytest.mark.parametrize("share", [2.0**-9, 0.3])
+def test_compiled_select(vocab, share):
+    gradient = gradient_like(300, vocab)
+    gradient[7] = 0
+    gradient[11, 5] = torch.inf
+    found, twin = (module.select(gradient, share, 128) for module in (kernels, selection))
+    finite = torch.arange(300, device=DEVICE) != 11
+    assert found.count[11] == 0
+    assert not found.dropped[11] <= share * found.norm[11]
+    budget = share * found.norm
+    same = (found.columns == twin.columns).all(-1)
+    # sums in another order may decide about an entry, where what is dropped is all but the budget
+    differs = finite & ~same
+    assert ((twin.dropped[differs] / budget[differs] - 1).abs() < 1e-2).all()
+    assert same.sum() >= 0.95 * 300
+    kept = torch.zeros(300, vocab + 1, dtype=torch.bool, device=DEVICE)
+    kept.scatter_(1, found.columns.long(), True)
+    rest = gradient.double().masked_fill(kept[:, :vocab], 0)[finite]
+    exact = rest.abs().sum(-1)
+    assert torch.allclose(found.dropped[finite].double(), exact, rtol=1e-5, atol=0)
+    error = (found.spread[finite].double() - rest.sum(-1)).abs()
+    assert (error <= 1e-5 * exact).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compiled_sums(dtype):
+    """Against dense products in float64; the first column is named by every token."""
+    num_tokens, vocab, hidden_size, kept = 2000, 32_003, 1000, 20
+    hidden, weight = head(num_tokens, vocab, hidden_size, dtype)
+    ids = 1 + torch.rand(num_tokens, vocab - 1, device=DEVICE).topk(kept - 1).indices
+    ids = torch.cat([torch.zeros_like(ids[:, :1]), ids], -1).sort(-1).values
+    values = torch.randn(num_tokens, kept, device=DEVICE)
+    hidden[3] = torch.nan
+    ids[3], values[3] = vocab, 0
+    starts = torch.arange(0, num_tokens * kept + 1, kept, device=DEVICE)
+    spread = torch.randn(num_tokens, device=DEVICE)
+    entries = sparse.Entries(ids.int().flatten(), values.flatten(), starts, spread)
+    factor = torch.randn(num_tokens, device=DEVICE)
+    matrix = torch.zeros(num_tokens, vocab + 1, dtype=torch.float64, device=DEVICE)
+    matrix = matrix.scatter_(1, ids, values.double())[:, :vocab] * factor.double()[:, None]
+    mean, states = weight.float().mean(0), hidden.double().nan_to_num(0)
+    found = kernels.gather_sum(entries, weight, mean, factor, dtype)
+    exact = matrix @ weight.double() + (factor * spread).double()[:, None] * mean.double()
+    sizes = matrix.abs() @ weight.double().abs() + exact.abs()
+    assert_sums_close(found, exact, sizes)
+    base = torch.randn(vocab, hidden_size, device=DEVICE)
+    scale = torch.tensor(0.7, device=DEVICE)
+    arguments = entries, hidden, vocab, factor, mean, base, scale, dtype
+    found = kernels.segment_sum(*arguments)
+    exact = matrix.T @ states + mean.double() + scale.double() * base.double()
+    sizes = matrix.T.abs() @ states.abs() + mean.double().abs() + base.double().abs()
+    assert_sums_close(found, exact, sizes)
+    assert torch.equal(kernels.segment_sum(*arguments), found)
+    ids[3] = 0
+    found = kernels.entry_logits(hidden, weight, ids)
+    products = hidden.double()[:100, None] * weight.double()[ids[:100]]
+    finite = torch.arange(100, device=DEVICE) != 3
+    sizes = products.abs().sum(-1)
+    assert_sums_close(found[:100][finite], products.sum(-1)[finite], sizes[finite])
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu():
+    gradient = gradient_like(64, 32_003)
+    hidden, weight = head(64, 32_003, 256, torch.bfloat16)
+    factor = torch.ones(64, device=DEVICE)
+    starts = torch.arange(0, 64 * 128 + 1, 128, device=DEVICE)
+
+    def run():
+        ids = kernels.top_k(gradient.float(), 20)
+        kernels.entry_logits(hidden, weight, ids)
+        chosen = kernels.select(gradient, 0.01, 128)
+        given = chosen.columns.flatten(), chosen.values.flatten(), starts, chosen.spread
+        entries = sparse.Entries(*given)
+        mean = weight.float().mean(0)
+        kernels.gather_sum(entries, weight, mean, factor, torch.bfloat16)
+        kernels.segment_sum(entries, hidden, 32_003, factor, mean, None, None, torch.bfloat16)
+
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 from benchmarks import tune
-from fused_sd.kernels import rows, tuning
+from fused_sd.kernels import rows, sparse, tuning
 from fused_sd.kernels.tuning import DEFAULT, Launch
 
 CPU = torch.device("cpu")
 PROGRAMS = {"log_normalizer", "normalizers", "divergence", "divergence_gradient"}
-PROGRAMS |= {"softmax_gradient", "summary", "block_maxima"}
+PROGRAMS |= {"softmax_gradient", "summary", "block_maxima", "block_statistics"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 
 
@@ -67,7 +67,8 @@ def test_the_fastest_candidate_of_every_program_is_written(table, monkeypatch):
         used.append(launch.block_v)
         return launch
 
-    monkeypatch.setattr(rows, "launch_for", launch_for)
+    for module in (rows, sparse):
+        monkeypatch.setattr(module, "launch_for", launch_for)
     results = tune.tune(CPU, timer, num_rows=2, vocabularies=(1000, 700), candidates=candidates)
     assert set(results) == PROGRAMS
     assert all(result.launch == Launch(512, 4) for result in results.values())
