@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fused_sd import Jsd
 from fused_sd.divergence import divergence_term
-from fused_sd.kernels import rows, sparse
+from fused_sd.kernels import rows, selection
 from fused_sd.kernels.tuning import TABLE, Launch, family_of, forced, launch_for
 
 CANDIDATES = [Launch(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
@@ -69,8 +69,8 @@ def make_tasks(num_rows: int, vocab: int, device: torch.device) -> list[Task]:
             lambda: rows.softmax_gradient_(student, sides.student, ones, None, None, out),
             one + narrow,
         ),
-        Task("block_maxima", lambda: sparse.top_k(student, 20), one),
-        Task("block_statistics", lambda: sparse.select(out, 2.0**-8, 128), narrow),
+        Task("block_maxima", lambda: selection.top_k(student, 20), one),
+        Task("block_statistics", lambda: selection.select(out, 2.0**-8, 128), narrow),
     ]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from fused_sd.divergence import DivergenceTerm
 from fused_sd.kernels import programs
 from fused_sd.kernels.divergence import TERMS
+from fused_sd.kernels.launching import launch
 from fused_sd.kernels.tuning import launch_for
 from fused_sd.rows import SUMMARY, Normalizers
 
@@ -119,22 +120,17 @@ def _share_of_mean_ratio(term: DivergenceTerm) -> float | None:
 
 
 def _launch(kernel, like: Tensor, *arguments, **constants) -> None:
-    """One program for each row; what has one number for each row is read with stride 1.
-
-    Triton launches on the current GPU, which need not be the one that holds the head.
-    """
-    if like.shape[0]:
-        launch = launch_for(kernel.__name__, like.device)
-        block = min(launch.block_v, triton.next_power_of_2(like.shape[1]))
-        dense = (
-            argument.contiguous()
-            if isinstance(argument, Tensor) and argument.dim() == 1
-            else argument
-            for argument in arguments
-        )
-        options = {**constants, "BLOCK_V": block, "num_warps": launch.num_warps}
-        with torch.cuda.device_of(like):
-            kernel[(like.shape[0],)](*dense, **options)
+    """One program for each row; what has one number for each row is read with stride 1."""
+    chosen = launch_for(kernel.__name__, like.device)
+    data, *dense = (
+        argument.contiguous() if isinstance(argument, Tensor) and argument.dim() == 1 else argument
+        for argument in arguments
+    )
+    options = {
+        "BLOCK_V": min(chosen.block_v, triton.next_power_of_2(like.shape[1])),
+        "num_warps": chosen.num_warps,
+    }
+    launch(kernel, like.shape[0], data, *dense, **constants, **options)
 
 
 def _of(logits: Tensor) -> tuple[Tensor, int, int]:

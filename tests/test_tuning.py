@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from benchmarks import tune
-from fused_sd.kernels import rows, sparse, tuning
+from fused_sd.kernels import rows, selection, tuning
 from fused_sd.kernels.tuning import DEFAULT, Launch
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_the_fastest_candidate_of_every_program_is_written(table, monkeypatch):
         used.append(launch.block_v)
         return launch
 
-    for module in (rows, sparse):
+    for module in (rows, selection):
         monkeypatch.setattr(module, "launch_for", launch_for)
     results = tune.tune(CPU, timer, num_rows=2, vocabularies=(1000, 700), candidates=candidates)
     assert set(results) == PROGRAMS
