@@ -56,8 +56,11 @@ class BucketRow:
         given = inputs.get("teacher_log_probs")
         if given is not None:
             active = active & (given > -torch.inf) if active is not None else given > -torch.inf
-        student = chunk.student_side.at(ids)
-        teacher = given if chunk.teacher_side is None else chunk.teacher_side.at(ids)
+        sides = [side for side in (chunk.student_side, chunk.teacher_side) if side is not None]
+        # sums in one order, so that a teacher that equals the student differs nowhere
+        alike = self.settings.remainder == "renormalize" and any(s.whole is None for s in sides)
+        student, *others = (s.dot_products(ids) if alike else s.at(ids) for s in sides)
+        teacher = others[0] if others else given
         assert teacher is not None
         teacher = teacher.to(student)
         if active is not None:

@@ -279,6 +279,29 @@ def test_a_teacher_equal_to_the_student_gives_exactly_zero(dtype, support, diver
         assert (gradient == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "support",
+    [fused_sd.StudentTopK(4), fused_sd.TeacherTopK(4), fused_sd.UnionTopK(4), None],
+    ids=str,
+)
+def test_an_equal_teacher_gives_exactly_zero_where_one_sides_logits_are_made(support, dtype):
+    """The other side's are dot products, whose sums run in another order."""
+    case = make_case(num_tokens=3, hidden_size=576, vocab=77, dtype=dtype)
+    if support is None:
+        support = fused_sd.TokenIds(torch.arange(9).view(3, 3))
+    for metrics in ((), ("reverse_kl",)):
+        output = fused_sd.divergence_loss(
+            *(case.hidden, case.weight, case.hidden, case.weight),
+            support=support,
+            remainder="renormalize",
+            metrics=metrics,
+        )
+        assert output.loss == 0
+        for gradient in torch.autograd.grad(output.loss, (case.hidden, case.weight)):
+            assert (gradient == 0).all()
+
+
 def test_non_contiguous_inputs():
     case = make_case(num_tokens=8)
     hidden = torch.stack([case.hidden, case.hidden], 1)[:, 0]
