@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 import fused_sd
 from fused_sd.chunking import ALIGNMENT, workspace_width
 from fused_sd.divergence import divergence_term
+from fused_sd.gradients import MOST
 from fused_sd.kernels import rows, sparse
 from fused_sd.sparse import Entries
 
@@ -99,7 +100,7 @@ def launch_sparse(vocab: int) -> None:
         hidden = torch.empty(1024, 4096, dtype=dtype, device="meta")
         weight = torch.empty(vocab, 4096, dtype=dtype, device="meta")
         gradient = torch.empty(1024, workspace_width(vocab), dtype=dtype, device="meta")
-        sparse.select(gradient[:, :vocab], 2.0**-8, 128)
+        sparse.select(gradient[:, :vocab], 2.0**-8, MOST)
         sparse.entry_logits(hidden, weight, torch.empty(1024, 64, dtype=torch.int64, device="meta"))
         wide = torch.empty(4096, device="meta")
         factor = torch.empty(1024, device="meta")
