@@ -107,7 +107,7 @@ def markdown_lines(
     documents: Sequence[dict[str, Any]], plots: dict[int, list[str]]
 ) -> Iterator[str]:
     """The tables of every suite; what is not measured is said."""
-    if not any(found["suite"] == "gpu" for found in documents):
+    if not any(found["suite"].startswith("gpu") for found in documents):
         yield from (TO_COME, "")
     for index, found in enumerate(documents):
         yield from (setting_line(found["environment"]), "")

@@ -1,6 +1,6 @@
 """A suite's results on disk: one document, whole after every cell.
 
-benchmarks/results/<device>/<suite>.json
+benchmarks/results/<device>/<suite>.json, or <suite>-<part>.json where a part was measured later.
 """
 
 import json
@@ -83,7 +83,7 @@ class Store:
 
 def stored(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """Every suite's document, those of GPUs first."""
-    return [*_read(folder, "*/gpu.json"), *_read(folder, "*/cpu.json")]
+    return [*_read(folder, "*/gpu*.json"), *_read(folder, "*/cpu*.json")]
 
 
 def stored_steps(folder: Path = RESULTS) -> list[dict[str, Any]]:

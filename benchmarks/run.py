@@ -39,6 +39,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--suite", choices=tuple(SUITES), required=True)
     add("--parts", help=f"of the suite's, comma-separated (default: all but {STEP})")
     add("--out", type=Path, default=RESULTS, help="folder with one for each device")
+    add("--name", help="of the results' file: parts of another commit have one of their own")
     add("--resume", action="store_true", help="keep the cells that are in --out")
     add("--minutes", type=float, help="after which nothing more is begun (default: the suite's)")
     add("--commit", help="to be written into the results, for a copy without .git")
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if device.type == "cuda" and not torch.cuda.is_available():
             checks.fail("--suite", "be cpu where PyTorch sees no GPU", "'gpu'", "pass --suite cpu")
         folder = chosen.out / file_slug(device_name(device))
-        store = Store(folder, chosen.suite, stamp(device, chosen.commit), chosen.resume)
+        named = chosen.name or chosen.suite
+        store = Store(folder, named, stamp(device, chosen.commit), chosen.resume)
     except ValueError as error:
         print(f"benchmarks.run: {error}", file=sys.stderr)
         return MISUSED

@@ -5,8 +5,10 @@ clusters, as word forms do, and each token's state points at one of them: the la
 near 25, the entropy near 1 nat, and thousands of entries share the tail.  A decided token's state
 leans towards one row of its cluster besides, as most of a policy's tokens do.
 
-Where the entropy is chosen, states are noise instead, of more or less sharpness, each drawn towards
-a row by more or less: their tails are those of a model at that entropy (benchmarks/notes.md).
+Where the entropy is chosen, the head's rows have a direction in common too, by their frequency,
+and states are that direction and noise, of more or less sharpness, each drawn towards a row by more
+or less: logits fall off with the logarithm of their rank, as far as a model's at that entropy do
+(benchmarks/notes.md).
 
 Everything is drawn on the generator's device.
 
@@ -25,8 +27,10 @@ CLUSTER = 16  # rows that are alike
 AFFINITY = 0.6  # share of a row that it has in common with its cluster
 CLUSTER_LOGIT, BULK_DEVIATION = 24.0, 4.0
 DECIDED_LOGIT, DECIDED_CLUSTER_LOGIT = 12.0, 20.0
-LARGEST_PULL = 6.0  # towards a row, in deviations of the noise's logits
-SHARPNESS_DEVIATION = 0.3  # of its logarithm
+FREQUENCY_LENGTH = 0.1  # of a row, for each unit of its frequency's logarithm
+# of a graded state, where a unit of frequency is a logit of 1: deviation of the noise's logits, and
+# the largest pull towards a row; and the deviation of the sharpness's logarithm
+NOISE_DEVIATION, LARGEST_PULL, SHARPNESS_DEVIATION = 2.5, 16.0, 0.2
 SLAB = 2**15  # rows of a head that are drawn, or widened, at a time
 SEARCH_STEPS, SEARCH_TOLERANCE = 20, 0.02
 
@@ -68,17 +72,34 @@ def draw_policy_states(
     return states
 
 
-def draw_graded_states(
-    num_tokens: int, weight: Tensor, centres: Tensor, of_row: Tensor, draw: torch.Generator
-) -> Tensor:
-    """fp32 states (N, D), open to decided, whose logits deviate by about 1.
+def add_frequencies_(weight: Tensor, draw: torch.Generator) -> Tensor:
+    """Draw rows' frequencies, powers of their rank, into a head (V, D).
 
-    Multiplied by a factor they have any entropy.
+    Returns:
+        (D,) fp32, the rows' common direction.
     """
+    direction = torch.nn.functional.normalize(normal(draw, weight.shape[1]), dim=0)
+    logarithm = torch.empty(len(weight), 1, device=draw.device).exponential_(generator=draw)
+    for rows in slabs(len(weight)):
+        weight[rows] = weight[rows] + FREQUENCY_LENGTH * logarithm[rows] * direction
+    return direction
+
+
+def draw_graded_states(
+    num_tokens: int,
+    weight: Tensor,
+    centres: Tensor,
+    of_row: Tensor,
+    direction: Tensor,
+    draw: torch.Generator,
+) -> Tensor:
+    """fp32 states (N, D), open to decided: multiplied by a factor they have any entropy."""
     row = torch.randint(len(weight), (num_tokens,), generator=draw, device=draw.device)
     own = weight[row].float() - math.sqrt(AFFINITY) * centres[of_row[row]]
     pull = LARGEST_PULL * torch.rand((num_tokens, 1), generator=draw, device=draw.device)
-    states = normal(draw, num_tokens, centres.shape[1]) + pull / (1 - AFFINITY) * own
+    states = NOISE_DEVIATION * normal(draw, num_tokens, len(direction))
+    states += pull / (1 - AFFINITY) * own
+    states += (1 / FREQUENCY_LENGTH - states @ direction)[:, None] * direction
     return states * torch.exp(SHARPNESS_DEVIATION * normal(draw, num_tokens, 1))
 
 
@@ -89,7 +110,7 @@ def sharpness_at(states: Tensor, weight: Tensor, entropy: float) -> float:
         log_s = wide_logits((factor * states).to(weight.dtype), weight).log_softmax(-1)
         return float(-(log_s.exp() * log_s).sum(-1).mean())
 
-    low = high = factor = 8.0
+    low = high = factor = 2.0
     while mean_entropy(low) < entropy:
         low /= 2
     while mean_entropy(high) > entropy:

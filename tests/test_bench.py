@@ -200,6 +200,18 @@ def test_the_floor_counts_the_tokens_that_count(source):
     assert 0 < floor.milliseconds == min(floor.wide_ms, floor.narrow_ms)
 
 
+def test_numbers_below_the_smallest_normal_one_are_not_measured(source):
+    seen = []
+
+    def watched(problem):
+        seen.append(float(torch.tensor(1e-30) * 1e-10))
+        return EAGER.build(problem)
+
+    measure_cell(variant(source), source, [stub("watched", watched)], None)
+    assert seen == [0.0]
+    assert float(torch.tensor(1e-30) * 1e-10) > 0
+
+
 def test_peak_memory_is_exact_on_a_cpu():
     def run():
         first = torch.empty(1000, 1000)

@@ -17,6 +17,7 @@ from fused_sd.bench.measure import (
     is_out_of_memory,
     peak_bytes,
     time_runs,
+    tiny_is_zero,
 )
 from fused_sd.bench.problem import Problem, refill_
 from fused_sd.bench.providers import Provider
@@ -118,6 +119,7 @@ class Cell:
         return {**facts, "floor": floor, "rows": rows}
 
 
+@tiny_is_zero()
 def measure_cell(
     problem: Problem,
     source: Problem,

@@ -190,10 +190,14 @@ def _states_of(
     of_row: Tensor,
     draw: torch.Generator,
 ) -> Callable[[int], Tensor]:
-    """What draws so many states, fp32 (N, D), whose mean entropy is the given one."""
-    head = weight, centres, of_row, draw
+    """What draws so many states, fp32 (N, D), whose mean entropy is the given one.
+
+    The head (V, D) is fitted to them.
+    """
     if entropy is None:
-        return lambda count: realistic.draw_policy_states(count, *head)
+        return lambda count: realistic.draw_policy_states(count, weight, centres, of_row, draw)
+    direction = realistic.add_frequencies_(weight, draw)
+    head = weight, centres, of_row, direction, draw
     few = realistic.draw_graded_states(ENTROPY_TOKENS, *head)
     sharpness = realistic.sharpness_at(few, weight, entropy)
     return lambda count: sharpness * realistic.draw_graded_states(count, *head)
