@@ -145,5 +145,5 @@ def _list_sizes(block: int, num_entries: int, num_columns: int) -> tuple[int, in
 
 
 def _warps_for(list_size: int) -> int:
-    """Of a program that holds a list in registers: 32 entries for a thread, 64 at most."""
-    return min(max(list_size // 1024, 4), 8)
+    """Of a program that holds a list in registers: 16 entries for a thread, 32 at most."""
+    return min(max(list_size // 512, 4), 16)
