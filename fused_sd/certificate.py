@@ -96,36 +96,39 @@ def mean_row(weight: Tensor) -> Tensor:
     return weight.mean(0, dtype=accumulation_dtype(weight.dtype))
 
 
-class Verdict(NamedTuple):
-    """What becomes of selected rows."""
-
-    dense: Tensor  # (R,) bool: rows that cannot stay sparse
-    threshold: Tensor  # (): smaller entries of the others are dropped too
-
-
-def judge(selection: Selection, tolerance: float, reduced: bool) -> Verdict:
-    """Which rows may stay sparse, and with how few entries, for a dropped norm within tolerance.
+def needs_dense(selection: Selection, tolerance: float, reduced: bool) -> Tensor:
+    """(R,) which rows cannot stay sparse, for a dropped norm within tolerance.
 
     A row alone may drop the tolerance's share of its norm, for whatever factor backward gives it.
     Where rows are summed it is the sum that counts: what their own shares leave of the tolerance
-    buys the rows that could not meet theirs, the cheapest first, and then drops the smallest
-    entries of all rows, whole rows of small norm among them.
+    buys the rows that could not meet theirs, the cheapest first.
     """
-    norm, dropped, values = selection.norm, selection.dropped, selection.values
+    norm, dropped = selection.norm, selection.dropped
     within = dropped <= row_share(tolerance, reduced) * norm  # not where the norm is not a number
     if not reduced:
-        return Verdict(~within, values.new_zeros(()))
-    budget = tolerance * (1 - ROUNDING) * norm.sum()
-    left = budget - torch.where(within, dropped, 0).sum()
+        return ~within
+    left = _budget(norm, tolerance) - torch.where(within, dropped, 0).sum()
     prices, order = dropped.masked_fill(within, 0).sort(stable=True)
     is_sparse = torch.empty_like(within)
     is_sparse[order] = torch.arange(len(order), device=order.device) < affordable(prices, left)
-    is_sparse |= within
-    left = budget - torch.where(is_sparse, dropped, 0).sum()
+    return ~(is_sparse | within)
+
+
+def smallest_kept(selection: Selection, is_dense: Tensor, tolerance: float) -> Tensor:
+    """() magnitude below which entries of summed rows are dropped too, as far as the budget goes.
+
+    Among them are whole rows of small norm.
+    """
+    values = selection.values
+    left = _budget(selection.norm, tolerance) - selection.dropped.masked_fill(is_dense, 0).sum()
     places = torch.arange(values.shape[1], device=values.device)
-    sizes = values[is_sparse[:, None] & (places < selection.count[:, None])].abs()
+    sizes = values[~is_dense[:, None] & (places < selection.count[:, None])].abs()
     sizes = torch.cat([sizes.sort().values, sizes.new_full((1,), torch.inf)])
-    return Verdict(~is_sparse, sizes[affordable(sizes, left)])
+    return sizes[affordable(sizes, left)]
+
+
+def _budget(norm: Tensor, tolerance: float) -> Tensor:
+    return tolerance * (1 - ROUNDING) * norm.sum()
 
 
 def affordable(prices: Tensor, budget: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fused_sd.active import ActiveTokens
 from fused_sd.backend import Functions
-from fused_sd.certificate import judge, mean_row, row_share
+from fused_sd.certificate import mean_row, needs_dense, row_share, smallest_kept
 from fused_sd.chunk import EntryBuffers
+from fused_sd.selection import Selection
 from fused_sd.workspace import Workspace
 
 MOST = 512  # entries of a row: beyond, gathering rows of the head is no longer cheaper by far
@@ -164,29 +165,18 @@ class CertifiedGradients(DenseGradients):
         rows = gradients[self.first_row : self.first_row + count, :vocab]
         share = row_share(self.tolerance, self.reduced)
         selection = self.functions.sparse.select(rows, share, min(MOST, vocab))
-        is_dense, threshold = judge(selection, self.tolerance, self.reduced)
+        is_dense = needs_dense(selection, self.tolerance, self.reduced)
         dense = is_dense.nonzero()[:, 0]
         if 2 * dense.numel() > count:  # the rest would save less than moving the others costs
-            is_dense = torch.ones_like(is_dense)
-            dense = torch.arange(count, device=dense.device)
-        columns, values = selection.columns, selection.values
-        small = values.abs() < threshold  # among them the places that are not used
-        used = (columns < vocab) & ~small & ~is_dense[:, None]
-        trimmed = values * small
-        dropped = selection.dropped + trimmed.abs().sum(-1)
-        spread = selection.spread + trimmed.sum(-1)
-        part = Part(
-            columns[used],
-            values[used],
-            dense + group.start,
-            used.sum(-1),
-            selection.norm,
-            dropped.masked_fill(is_dense, 0),
-            spread.masked_fill(is_dense, 0),
-        )
+            part = _without_entries(selection, group)
+        else:
+            threshold = selection.values.new_zeros(())
+            if self.reduced:
+                threshold = smallest_kept(selection, is_dense, self.tolerance)
+            part = _cut(selection, is_dense, threshold, dense + group.start, vocab)
         self.parts.append(part)
         if any(self.formed):
-            self._keep(dense, count)
+            self._keep(part.dense_tokens - group.start, count)
             self.waiting.append(part.dense_tokens)
             if 2 * self.first_row > self.workspace.layout.group:
                 self._flush()
@@ -234,6 +224,37 @@ class CertifiedGradients(DenseGradients):
             **by_token,
         )
         return dense, sparse
+
+
+def _cut(
+    selection: Selection, is_dense: Tensor, threshold: Tensor, dense_tokens: Tensor, vocab: int
+) -> Part:
+    """The entries from the threshold on of the rows that are not dense."""
+    columns, values = selection.columns, selection.values
+    small = values.abs() < threshold
+    used = (columns < vocab) & ~small & ~is_dense[:, None]
+    trimmed = values * small
+    dropped = selection.dropped + trimmed.abs().sum(-1)
+    spread = selection.spread + trimmed.sum(-1)
+    return Part(
+        columns[used],
+        values[used],
+        dense_tokens,
+        used.sum(-1),
+        selection.norm,
+        dropped.masked_fill(is_dense, 0),
+        spread.masked_fill(is_dense, 0),
+    )
+
+
+def _without_entries(selection: Selection, group: slice) -> Part:
+    """Every row of a group is dense."""
+    columns, values, count, norm, *_ = selection
+    tokens = torch.arange(group.start, group.stop, device=norm.device)
+    none = torch.zeros_like(norm)
+    return Part(
+        columns.new_empty(0), values.new_empty(0), tokens, torch.zeros_like(count), norm, none, none
+    )
 
 
 def _empty(
