@@ -63,9 +63,27 @@ def online_lines(found: dict[str, Any]) -> list[str]:
         inside = sum(abs(look["difference"]) <= look["spread"] for look in looks)
         lines.append(
             f"{arm}: {inside} of {len(looks)} differences are within the spread of the dense "
-            f"seeds, the largest distance is {worst:.2f}."
+            f"seeds, the largest distance is {worst:.2f}.  {paired_line(found, arm)}"
         )
     return [*lines, ""]
+
+
+def paired_line(found: dict[str, Any], arm: str) -> str:
+    """The look whose difference stands out most from its own spread over the seeds."""
+    count = len(found["seeds"])
+    sizes = {
+        (LABELS[curve], look["step"]): look["difference"] / look["paired_spread"] * count**0.5
+        for curve, looks in found["compared"][arm]["curves"].items()
+        for look in looks
+        if look["paired_spread"]
+    }
+    if not sizes:
+        return "Paired by seed, no difference has a spread."
+    (curve, step), size = max(sizes.items(), key=lambda item: abs(item[1]))
+    return (
+        f"Paired by seed, {len(sizes)} differences have a spread; the largest is {size:+.1f} of "
+        f"its standard errors ({curve}, step {step})."
+    )
 
 
 def certificate_lines(compared: dict[str, Any]) -> list[str]:
