@@ -13,40 +13,11 @@ from fused_sd.active import ActiveTokens
 from fused_sd.backend import Functions
 from fused_sd.certificate import mean_row, needs_dense, row_share, smallest_kept
 from fused_sd.chunk import EntryBuffers
+from fused_sd.formed import Dense, Formed, Sparse, starts_of, unfilled
 from fused_sd.selection import Selection
 from fused_sd.workspace import Workspace
 
 MOST = 512  # entries of a row: beyond, gathering rows of the head is no longer cheaper by far
-Formed = tuple[bool, bool, bool]  # gradients by hidden states, weight, bias
-
-
-class Dense(NamedTuple):
-    """Gradients formed by GEMMs, in fp32 or fp64; (0,) where they are not formed."""
-
-    dhidden: Tensor  # (N, D); of a certified gradient (F, D)
-    dweight: Tensor  # (V, D); of a certified gradient without dense rows (0, D)
-    dbias: Tensor  # (V,)
-
-
-class Sparse(NamedTuple):
-    """A gradient by the product in entries, and what it leaves out; (0,) where there is none."""
-
-    columns: Tensor  # (E,) int32; V: a place that is not used
-    values: Tensor  # (E,)
-    starts: Tensor  # (N + 1,) int64
-    spread: Tensor  # (N,) mass that is spread over the vocabulary
-    mean_row: Tensor  # (D,) of the head, where mass is spread
-    dense_tokens: Tensor  # (F,) int64, ascending
-    kept: Tensor  # (N,) int64
-    norm: Tensor  # (N,)
-    dropped: Tensor  # (N,)
-
-    @classmethod
-    def none(cls, like: Tensor) -> "Sparse":
-        """No sparse gradient, in the dtype of ``like``."""
-        dtypes = {"columns": torch.int32, "starts": torch.int64, "dense_tokens": torch.int64}
-        dtypes["kept"] = torch.int64
-        return cls(*(like.new_empty(0, dtype=dtypes.get(name)) for name in cls._fields))
 
 
 class DenseGradients:
@@ -56,7 +27,7 @@ class DenseGradients:
 
     def __init__(self, workspace: Workspace, formed: Formed) -> None:
         self.workspace = workspace
-        self.dense = _empty(workspace, formed)
+        self.dense = unfilled(workspace, formed)
 
     def entries(self, at: slice) -> EntryBuffers | None:
         """Where a chunk's row function writes entries instead."""
@@ -111,7 +82,7 @@ class EntryGradients(DenseGradients):
         sparse = Sparse.none(values)._replace(
             columns=self.columns.flatten(),
             values=self.values.flatten(),
-            starts=_starts(places),
+            starts=starts_of(places),
             kept=active.restored(used.sum(-1)),
             norm=active.restored(values.abs().sum(-1)),
             dropped=values.new_zeros(num_tokens),
@@ -147,7 +118,7 @@ class CertifiedGradients(DenseGradients):
         reduced: bool,
     ) -> None:
         self.workspace, self.functions, self.formed = workspace, functions, formed
-        self.dense = _empty(workspace, formed, 0, 0)
+        self.dense = unfilled(workspace, formed, 0, 0)
         self.tolerance, self.reduced = tolerance, reduced
         self.waiting: list[Tensor] = []  # tokens of the rows that wait
         self.dhidden: list[Tensor] = []
@@ -198,9 +169,9 @@ class CertifiedGradients(DenseGradients):
         tokens, self.waiting, self.first_row = torch.cat(self.waiting), [], 0
         is_first = not self.dhidden
         if is_first:
-            self.dense = _empty(self.workspace, self.formed, 0)
+            self.dense = unfilled(self.workspace, self.formed, 0)
         _, dweight, dbias = self.dense
-        dhidden = _empty(self.workspace, (self.formed[0], False, False), tokens.numel()).dhidden
+        dhidden = unfilled(self.workspace, (self.formed[0], False, False), tokens.numel()).dhidden
         self.dhidden.append(dhidden)
         self.workspace.carry(tokens, dhidden, dweight, dbias, is_first=is_first)
 
@@ -218,7 +189,7 @@ class CertifiedGradients(DenseGradients):
         sparse = Sparse(
             columns=parts.columns,
             values=parts.values,
-            starts=_starts(by_token["kept"]),
+            starts=starts_of(by_token["kept"]),
             mean_row=mean_row(self.workspace.student.weight),
             dense_tokens=active.tokens(parts.dense_tokens),
             **by_token,
@@ -255,26 +226,3 @@ def _without_entries(selection: Selection, group: slice) -> Part:
     return Part(
         columns.new_empty(0), values.new_empty(0), tokens, torch.zeros_like(count), norm, none, none
     )
-
-
-def _empty(
-    workspace: Workspace,
-    formed: Formed,
-    num_tokens: int | None = None,  # None: all that are walked
-    num_columns: int | None = None,  # None: V
-) -> Dense:
-    """Memory for the gradients that are formed; a bias's is added to."""
-    student, wide = workspace.student, workspace.logits
-    num_tokens = student.hidden.shape[0] if num_tokens is None else num_tokens
-    num_columns = student.vocab if num_columns is None else num_columns
-    width = student.hidden.shape[1]
-    shapes = [(num_tokens, width), (num_columns, width), (num_columns,)]
-    given = zip(formed, shapes, strict=True)
-    tensors = [wide.new_empty(shape if is_formed else 0) for is_formed, shape in given]
-    tensors[2].zero_()
-    return Dense(*tensors)
-
-
-def _starts(counts: Tensor) -> Tensor:
-    """(N + 1,) where the entries of each token begin."""
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -18,7 +18,7 @@ from fused_sd import specs
 from fused_sd.backend import choose_functions
 from fused_sd.chunk import RowFunction
 from fused_sd.chunking import slices
-from fused_sd.gradients import Dense, Sparse
+from fused_sd.formed import Dense, Sparse
 from fused_sd.heads import accumulation_dtype
 from fused_sd.sparse import Entries
 from fused_sd.walk_operator import Options, forming, structured

@@ -24,13 +24,8 @@ from fused_sd.active import ActiveTokens
 from fused_sd.backend import choose_functions
 from fused_sd.chunk import Chunk, RowFunction
 from fused_sd.chunking import slices
-from fused_sd.gradients import (
-    CertifiedGradients,
-    Dense,
-    DenseGradients,
-    EntryGradients,
-    Sparse,
-)
+from fused_sd.formed import Dense, Sparse
+from fused_sd.gradients import CertifiedGradients, DenseGradients, EntryGradients
 from fused_sd.heads import Projection, Shaping, accumulation_dtype
 from fused_sd.workspace import Workspace
 
