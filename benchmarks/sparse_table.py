@@ -41,13 +41,20 @@ def times_4u(cell: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
     return float(row["times"]["p50"] * cell["floor"]["u"] / (4 * cell["floor"]["milliseconds"]))
 
 
+def _gradient(cell: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """How the library's is kept, or whose it is."""
+    if row["provider"] == US:
+        return "exactly sparse" if cell["objective"] == "topk_renormalized" else "dense"
+    return str(row["provider"]).removeprefix(f"{US}, ")
+
+
 def _row(cell: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     ratio, kept, errors = times_4u(cell, row), row["kept"], row["errors"]
     of = f"{cell['objective']}, {cell['shape']}, {cell['tokens']}"
     return [
         of,
         f"{cell['entropy']:.2f}",
-        "dense" if row["provider"] == US else row["provider"].removeprefix(f"{US}, "),
+        _gradient(cell, row),
         number(row["times"]["p50"]) if row["times"] else row["status"],
         "-" if ratio is None else f"{ratio:.2f}",
         memory(row["peak_bytes"]),
