@@ -14,7 +14,7 @@ from fused_sd.kernels.tuning import launch_for
 from fused_sd.selection import Selection
 
 BLOCKS = 128, 64, 32, 16, 8  # columns whose largest entry stands for them
-LIST = 16384  # entries that one program searches, in registers: 64 for each of 256 threads
+LIST = 16384  # entries that one program searches, in registers: 32 for each of 512 threads
 TILE = 1024  # entries that it looks at again at a time, to write what was found
 PIECE = 16  # candidates with which all of a row are compared at a time
 SEGMENT = 4096  # columns whose blocks one program visits
