@@ -109,8 +109,8 @@ def replay_lines(found: dict[str, Any]) -> list[str]:
         f"SmolLM2-135M-Instruct, all weights with the tied head, AdamW {scale['learning_rate']:g}, "
         f"{scale['steps']} steps of {scale['words']} responses; SDPO's default loss, top 100 and "
         "tail, at temperature 0.6.  Distances are shares of the dense arm's way.  AdamW moves a "
-        "row of the head by a whole step however small its gradient is, so rows that no response "
-        "is near go other ways without any effect on the distributions.",
+        "weight by a whole step however small its gradient is: weights may differ where losses "
+        "and distributions do not.",
         "",
         "| arm | loss gap | held-out loss gap | KL from dense | weights | head | dense rows "
         "| entries | dropped, largest |",
