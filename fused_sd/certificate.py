@@ -1,9 +1,10 @@
 """What a sparse gradient leaves out, and which rows may be sparse.
 
 A row of the gradient by the head's product keeps its largest entries.  What it drops is known
-exactly: its L1 norm, and its signed sum, which is spread evenly over the vocabulary, so that the
-entries still sum to what they did.  The hidden state's gradient is then off by
-``sum over the dropped of g_v (W_v - mean row)``, at most ``dropped * max_v |W_v - mean row|``.
+exactly: its L1 norm, and its signed sum, which the hidden state's gradient gets on the mean row of
+the head, as if it were spread evenly over the vocabulary.  That gradient is then off by
+``sum over the dropped of g_v (W_v - mean row)``, at most ``dropped * max_v |W_v - mean row|``; the
+head's gradient is off by at most the tokens' ``dropped * |hidden state|`` together.
 
 Dimension key:  (...) tokens, R rows, D hidden size, V vocabulary
 """

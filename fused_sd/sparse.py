@@ -42,7 +42,7 @@ class Entries(NamedTuple):
     columns: Tensor  # (E,) int32 in [0, V]; V: an empty place, whose value is 0
     values: Tensor  # (E,) fp32 or fp64
     starts: Tensor  # (N + 1,) int64 of each token's entries
-    spread: Tensor | None  # (N,) as values: mass that is spread evenly over the vocabulary
+    spread: Tensor | None  # (N,) as values: mass that goes to the mean row of the head
 
 
 class ByColumn(NamedTuple):
@@ -122,7 +122,6 @@ def segment_sum(
     hidden: Tensor,
     vocab: int,
     factor: Tensor,
-    background: Tensor | None,
     base: Tensor | None,
     base_factor: Tensor | None,
     dtype: torch.dtype,
@@ -133,13 +132,12 @@ def segment_sum(
         hidden: (N, D); rows of tokens without entries are not read.
         vocab: V, rows of the head.
         factor: (N,) as values, of each token's entries.
-        background: (D,) as values, added to every row.
         base: (V, D) as values, what is already there.
         base_factor: () as values, of the base; None: 1.
         dtype: of the result.
 
     Returns:
-        (V, D): ``base_factor * base + background + sum of factor * value * hidden`` over the
+        (V, D): ``base_factor * base + sum of factor * value * hidden`` over the
         entries of the row's column.
     """
     by = by_column(entries, vocab)
@@ -147,8 +145,6 @@ def segment_sum(
     values = entries.values[by.order] * factor[tokens]
     out = torch.empty((vocab, hidden.shape[1]), dtype=dtype, device=hidden.device)
     for at, total in _sums(hidden, tokens, values, by.starts):
-        if background is not None:
-            total.add_(background)
         if base is not None:
             total.add_(base[at] if base_factor is None else base[at] * base_factor)
         out[at] = total

@@ -17,13 +17,10 @@ from torch import Tensor
 from fused_sd import specs
 from fused_sd.backend import choose_functions
 from fused_sd.chunk import RowFunction
-from fused_sd.chunking import slices
 from fused_sd.formed import Dense, Sparse
 from fused_sd.heads import accumulation_dtype
 from fused_sd.sparse import Entries
 from fused_sd.walk_operator import Options, forming, structured
-
-SLAB = 4096  # tokens whose hidden states are widened together
 
 
 @torch.library.custom_op("fused_sd::sparse_gradients", mutates_args=())
@@ -68,13 +65,14 @@ def sparse_gradients(
         dhidden = functions.gather_sum(entries, weight, centre, factors, hidden.dtype)
         if tokens.numel():
             dhidden[tokens] = dense_rows.to(dhidden.dtype)
+    # what is spread reaches the hidden states alone: the head's rows would each get a little of it,
+    # which makes their gradient no better, and of which Adam makes whole steps
     heads = [(hidden, dense.dweight, weight.dtype)] if wanted[1] else []
     if bias is not None and wanted[2]:
         heads.append((hidden.new_ones((hidden.shape[0], 1)), dense.dbias[:, None], bias.dtype))
     summed = []
     for states, base, dtype in heads:
-        share = None if spread is None else _mean_state(spread * factors, states) / weight.shape[0]
-        given = share, base if base.numel() else None, head_factor if base.numel() else None
+        given = base if base.numel() else None, head_factor if base.numel() else None
         summed.append(
             functions.segment_sum(entries, states, weight.shape[0], factors, *given, dtype)
         )
@@ -104,15 +102,6 @@ def _(
         like.new_empty(like.shape) if is_wanted and like is not None else hidden.new_empty(0)
         for like, is_wanted in likes
     ]
-
-
-def _mean_state(shares: Tensor, hidden: Tensor) -> Tensor:
-    """(D,) sum of the hidden states (N, D) by their shares (N,); without a share, unread."""
-    total = shares.new_zeros(hidden.shape[1])
-    for at in slices(0, hidden.shape[0], SLAB):
-        part = shares[at, None]
-        total += torch.where(part == 0, 0, hidden[at].to(shares.dtype) * part).sum(0)
-    return total
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

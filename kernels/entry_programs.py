@@ -107,7 +107,6 @@ def segment_sum(
     hidden_ptr,
     hidden_stride,
     num_tokens,
-    background_ptr,
     base_ptr,
     base_stride,
     base_factor_ptr,
@@ -116,7 +115,6 @@ def segment_sum(
     num_tiles,
     ARE_LONG: tl.constexpr,
     LONG: tl.constexpr,
-    HAS_BACKGROUND: tl.constexpr,
     HAS_BASE: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -133,8 +131,6 @@ def segment_sum(
         terms = tokens_ptr, coefficients_ptr, first, last
         rows = hidden_ptr, hidden_stride, num_tokens
         total = sum_of_rows(*terms, *rows, offs_d, inside, BLOCK_E, BLOCK_D)
-        if HAS_BACKGROUND:
-            total += tl.load(background_ptr + offs_d, mask=inside, other=0.0)
         if HAS_BASE:
             base = tl.load(base_ptr + row * base_stride + offs_d, mask=inside, other=0.0)
             if HAS_FACTOR:

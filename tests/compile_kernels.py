@@ -109,7 +109,7 @@ def launch_sparse(vocab: int) -> None:
         entries = Entries(columns, torch.empty(65536, device="meta"), starts, factor)
         sparse.gather_sum(entries, weight, wide, factor, dtype)
         base = torch.empty(vocab, 4096, device="meta"), torch.empty((), device="meta")
-        sparse.segment_sum(entries, hidden, vocab, factor, wide, *base, dtype)
+        sparse.segment_sum(entries, hidden, vocab, factor, *base, dtype)
     for k in (20, 100, 1024):  # lists of every size
         sparse.top_k(torch.empty(1024, workspace_width(vocab), device="meta"), k)
 
