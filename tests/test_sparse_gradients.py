@@ -435,6 +435,20 @@ def test_shapes_follow_the_tokens():
     assert output.certificate.hidden_bound(case.head).shape == (3, 4)
 
 
+def test_a_row_of_the_head_that_no_token_keeps_has_no_gradient():
+    """Adam makes whole steps of however little."""
+    case = mixed_case(bias=True)
+    case.hidden.data[3::5] *= 50  # no flat token
+    case.teacher_hidden = case.hidden.detach() * 0.95
+    for reduction in ("sum", "none"):
+        sparse, found, dense = run_both(LOSSES["reverse_kl"], case, reduction=reduction)
+        assert not sparse.certificate.dense.any()
+        untouched = (found[1] == 0).all(-1)
+        assert untouched.sum() >= 211 - sparse.certificate.kept.sum() > 0
+        assert (found[2][untouched] == 0).all()
+        assert (dense[1][untouched] != 0).any()
+
+
 def test_small_rows_are_left_out():
     """A token that hardly counts keeps nothing, and the tolerance is spent, not wasted."""
     case = mixed_case()
