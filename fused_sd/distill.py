@@ -5,7 +5,6 @@ Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies, K en
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,30 +13,19 @@ from fused_sd import checks, tensor_checks
 from fused_sd.certificate import GradientKind, checked_tolerance
 from fused_sd.combinations import METRIC_NEEDS, check_combination, check_metric_needs
 from fused_sd.divergence import Divergence, divergence_term
+from fused_sd.divergence_checks import (
+    TokenClip,
+    check_reach,
+    check_sides,
+    support_kind,
+    token_bounds,
+)
 from fused_sd.divergence_rows import DivergenceRows
 from fused_sd.heads import LMHead, as_head
 from fused_sd.loss_output import LossOutput, Reduction, reduce_loss
-from fused_sd.support import (
-    FULL_VOCABULARY,
-    FullVocabulary,
-    Remainder,
-    StudentTopK,
-    Support,
-    TeacherTopK,
-    TokenIds,
-    UnionTopK,
-)
+from fused_sd.support import FULL_VOCABULARY, FullVocabulary, Remainder, Support, TokenIds
 from fused_sd.walk import walk
 from fused_sd.weighting import ImportanceCap
-
-_KINDS = {
-    FullVocabulary: "full",
-    StudentTopK: "student",
-    TeacherTopK: "teacher",
-    UnionTopK: "union",
-    TokenIds: "ids",
-}
-TokenClip = float | tuple[float | None, float | None] | None
 
 
 def divergence_loss(
@@ -115,10 +103,10 @@ def divergence_loss(
             requires a gradient, or settings do not go together; the message says what to do.
     """
     student, teacher = as_head(student_head), as_head(teacher_head)
-    shape = _check_sides(student_hidden, student, teacher_hidden, teacher)
-    kind = _support_kind(support)
+    shape = check_sides(student_hidden, student, teacher_hidden, teacher)
+    kind = support_kind(support)
     term = divergence_term(divergence)
-    _check_reach(student.num_tokens, teacher.num_tokens, term.name, kind)
+    check_reach(student.num_tokens, teacher.num_tokens, term.name, kind)
     inputs: dict[str, Tensor] = {}
     k = 0
     if isinstance(support, TokenIds):
@@ -267,7 +255,7 @@ def _distill(
         checks.check_positive("entry_clip", entry_clip, "pass None for no clip")
     if tail_floor is not None:
         checks.check_positive("tail_floor", tail_floor, "pass None for the exact tail")
-    bounds = _token_bounds(token_clip)
+    bounds = token_bounds(token_clip)
     checks.check_run(reduction, backend, chunk_size, temperature=temperature)
     checks.check_positive("teacher_temperature", teacher_temperature)
     tensor_checks.check_per_token("token_weights", token_weights, shape, device, "student_hidden")
@@ -323,66 +311,3 @@ def _distill(
     token_loss, *observed = walked.extras
     extras = dict(zip(metrics, observed, strict=True))
     return reduce_loss(walked, token_loss, extras, token_weights, reduction, shape)
-
-
-def _check_sides(
-    student_hidden: Any, student: LMHead, teacher_hidden: Any, teacher: LMHead
-) -> torch.Size:
-    """Both sides fit their heads and each other; returns the tokens' shape."""
-    tensor_checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
-    tensor_checks.check_hidden(teacher_hidden, "teacher_hidden", teacher.weight, "teacher_head")
-    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
-        checks.fail(
-            "teacher_hidden",
-            f"have the tokens {tuple(student_hidden.shape[:-1])} of student_hidden",
-            tuple(teacher_hidden.shape[:-1]),
-            "select the response positions on both sides",
-        )
-    if teacher_hidden.device != student_hidden.device:
-        checks.fail(
-            "teacher_hidden",
-            f"be on {student_hidden.device} as student_hidden",
-            teacher_hidden.device,
-            "move it there",
-        )
-    tensor_checks.check_teacher("teacher_hidden", teacher_hidden, student_hidden)
-    tensor_checks.check_teacher("teacher_head", teacher.weight, student.weight)
-    tensor_checks.check_teacher("teacher_head.bias", teacher.bias, student.bias)
-    return student_hidden.shape[:-1]
-
-
-def _support_kind(support: Support) -> str:
-    kind = _KINDS.get(type(support))
-    if kind is None:
-        checks.fail(
-            "support",
-            "be FULL_VOCABULARY, StudentTopK(k), TeacherTopK(k), UnionTopK(k) or TokenIds(ids)",
-            repr(support),
-            "pass one of them",
-        )
-    assert kind is not None
-    return kind
-
-
-def _check_reach(student_vocab: int, teacher_vocab: int, name: str, kind: str) -> None:
-    """A KL over the whole vocabulary is infinite where only its first argument has mass."""
-    if kind == "full":
-        checks.check_vocabularies(
-            student_vocab,
-            teacher_vocab,
-            infinite_if_student_smaller=name in ("forward_kl", "mixed_kl"),
-            infinite_if_teacher_smaller=name in ("reverse_kl", "mixed_kl"),
-        )
-
-
-def _token_bounds(token_clip: TokenClip) -> tuple[float | None, float | None] | None:
-    if token_clip is None:
-        return None
-    bounds = token_clip if isinstance(token_clip, tuple) else (None, token_clip)
-    for bound in bounds:
-        if bound is not None:
-            checks.check_finite("token_clip", bound, "pass a bound or (lower, upper)")
-    low, high = bounds
-    if (low is None and high is None) or (low is not None and high is not None and low >= high):
-        checks.fail("token_clip", "be (lower, upper) with lower < upper", token_clip, "order them")
-    return low, high
