@@ -1,0 +1,27 @@
+"""Which verl this adapter was written against, and what is installed."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.specifiers import SpecifierSet
+
+from fused_sd.integrations.verl import SUPPORTED_VERL
+
+
+def installed(distribution: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def why_not(verl_version: str | None) -> str | None:
+    """What is wrong with a verl of this version, or None where it is supported."""
+    if verl_version is None:
+        return f"verl is not installed; pip install 'verl{SUPPORTED_VERL}'"
+    if SpecifierSet(SUPPORTED_VERL).contains(verl_version, prereleases=True):
+        return None
+    return (
+        f"verl must be {SUPPORTED_VERL}, got {verl_version}; install that, or a fused_sd that "
+        "supports this verl"
+    )
