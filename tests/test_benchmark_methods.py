@@ -22,7 +22,7 @@ from benchmarks.methods.teachers import contexts
 from benchmarks.methods.tokens import character_tokenizer
 from fused_sd.credit import credit_map, planted_error_scores
 from fused_sd.integrations import trl
-from fused_sd.integrations.trl.verdicts import DELIMITER
+from fused_sd.integrations.verdicts import DELIMITER
 
 TOKENIZER = character_tokenizer(arithmetic.SYMBOLS)
 

@@ -16,7 +16,7 @@ from fused_sd.integrations.trl.generators import transformers_generate, vllm_gen
 from fused_sd.integrations.trl.revise import TraceConfig
 from fused_sd.integrations.trl.trace_filters import is_sycophantic, trim_repeats
 from fused_sd.integrations.trl.traces import Trace, load_traces
-from fused_sd.integrations.trl.verdicts import CORRECT_PHRASE, WRONG_PHRASE
+from fused_sd.integrations.verdicts import CORRECT_PHRASE, WRONG_PHRASE
 
 EOS = TOKENIZER.eos_token_id
 QUESTIONS = [{"prompt": f"{n} + 1 = ", "answer": str(n + 1)} for n in range(6)]

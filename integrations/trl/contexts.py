@@ -1,59 +1,16 @@
-"""Teacher prompts: templates filled in, tokens cut and padded.
+"""Teacher prompts: contexts filled in, tokens cut and padded.
 
 Dimension key:  B sequences, L positions, T completion tokens
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_sd.checks import fail
-from fused_sd.integrations.trl.rollouts import Rollout
-
-
-def last_user_text(prompt: Any) -> str:
-    """The text that a template's ``{prompt}`` stands for: of the last user turn, or all of it."""
-    if isinstance(prompt, str):
-        return prompt
-    if not prompt or prompt[-1].get("role") != "user":
-        role = prompt[-1].get("role") if prompt else None
-        fail(
-            "prompt",
-            "end with a user turn, whose text the teacher's template rewrites",
-            f"a last turn of {role!r}",
-            "move prefilled answers and tool turns out of the prompt",
-        )
-    content = prompt[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return " ".join(part["text"] for part in content if part.get("type") == "text")
-
-
-def with_user_text(prompt: Any, text: str) -> Any:
-    """The prompt with other words in its last user turn; earlier turns stay."""
-    if isinstance(prompt, str):
-        return text
-    return [*prompt[:-1], {**prompt[-1], "content": text}]
-
-
-def check_template(name: str, template: str, *needed: str) -> None:
-    """Refuse a template that lacks a placeholder or has one that nobody fills in."""
-    try:
-        template.format(**dict.fromkeys(needed, ""))
-    except (KeyError, IndexError, ValueError) as error:
-        fail(
-            name, f"hold no placeholders but {_braced(needed)}", repr(error), "double other braces"
-        )
-    missing = [field for field in needed if f"{{{field}}}" not in template]
-    if missing:
-        fail(name, f"hold {_braced(needed)}", repr(template), f"add {_braced(missing)}")
-
-
-def _braced(fields: Sequence[str]) -> str:
-    return ", ".join(f"{{{field}}}" for field in fields)
+from fused_sd.integrations.prompts import reprompted
+from fused_sd.integrations.rollouts import Rollout
 
 
 class PrivilegedPrompt:
@@ -62,10 +19,8 @@ class PrivilegedPrompt:
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
         if not rollout.privileged:
             return None
-        text = self.args.reprompt_template.format(
-            prompt=last_user_text(rollout.prompt), privileged=rollout.privileged
-        )
-        return self.tokenize(with_user_text(rollout.prompt, text))
+        template = self.args.reprompt_template
+        return self.tokenize(reprompted(rollout.prompt, template, privileged=rollout.privileged))
 
 
 @dataclass(frozen=True, eq=False)

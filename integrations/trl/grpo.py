@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, grpo_loss
 from fused_sd.checks import fail
+from fused_sd.integrations.rollouts import Rollout
 from fused_sd.integrations.trl.config import (
     DIVERGENCE_SETTINGS,
     SIBLING_SETTINGS,
     TEACHER_SETTINGS,
     SelfDistillationConfig,
 )
-from fused_sd.integrations.trl.rollouts import Rollout
 from fused_sd.integrations.trl.trainer import Run, SelfDistillationTrainer
 
 PROMPTING_SETTINGS = ("reprompt_template", "max_reprompt_len")

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, opsd_loss
 from fused_sd.checks import fail
+from fused_sd.integrations.prompts import check_template
 from fused_sd.integrations.trl.config import (
     POLICY_SETTINGS,
     SIBLING_SETTINGS,
     SelfDistillationConfig,
 )
-from fused_sd.integrations.trl.contexts import PrivilegedPrompt, check_template
+from fused_sd.integrations.trl.contexts import PrivilegedPrompt
 from fused_sd.integrations.trl.divergence_trainer import DivergenceTrainer
 from fused_sd.integrations.trl.trainer import Run
 

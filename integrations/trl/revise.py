@@ -13,7 +13,7 @@ from fused_sd.checks import check_positive_int, fail
 from fused_sd.integrations.trl.generators import Generate
 from fused_sd.integrations.trl.trace_filters import is_sycophantic, trim_repeats
 from fused_sd.integrations.trl.traces import Trace, TraceCounts, record
-from fused_sd.integrations.trl.verdicts import CORRECT_PHRASE, DELIMITER, WRONG_PHRASE
+from fused_sd.integrations.verdicts import CORRECT_PHRASE, DELIMITER, WRONG_PHRASE
 
 RewardFunction = Callable[..., Sequence[float | None]]
 

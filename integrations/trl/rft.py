@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, cross_entropy_loss
+from fused_sd.integrations.rollouts import Rollout
 from fused_sd.integrations.trl.config import (
     DIVERGENCE_SETTINGS,
     POLICY_SETTINGS,
@@ -14,7 +15,6 @@ from fused_sd.integrations.trl.config import (
     SelfDistillationConfig,
 )
 from fused_sd.integrations.trl.grpo import PROMPTING_SETTINGS
-from fused_sd.integrations.trl.rollouts import Rollout
 from fused_sd.integrations.trl.trainer import Run, SelfDistillationTrainer
 
 

@@ -13,15 +13,11 @@ from torch import Tensor
 from fused_sd import LMHead, LossOutput, rlcsd_loss
 from fused_sd.checks import check_one_of, check_positive_int
 from fused_sd.integrations import completion_scores as completion
+from fused_sd.integrations.prompts import check_template, reprompted
+from fused_sd.integrations.rollouts import Rollout, without_thinking
 from fused_sd.integrations.trl.config import check_pair
-from fused_sd.integrations.trl.contexts import (
-    check_template,
-    last_user_text,
-    teacher_inputs,
-    with_user_text,
-)
+from fused_sd.integrations.trl.contexts import teacher_inputs
 from fused_sd.integrations.trl.grpo import PolicyConfig, PolicyTrainer
-from fused_sd.integrations.trl.rollouts import Rollout, without_thinking
 from fused_sd.integrations.trl.trainer import Run
 
 
@@ -186,7 +182,6 @@ class RLCSDTrainer(PolicyTrainer):
         return [without_thinking(sibling.text) for sibling in found[: self.args.max_wrong_hints]]
 
     def _hinted(self, rollout: Rollout, hint: str) -> list[int]:
-        text = self.args.reprompt_template.format(
-            prompt=last_user_text(rollout.prompt), privileged=hint
+        return self.tokenize(
+            reprompted(rollout.prompt, self.args.reprompt_template, privileged=hint)
         )
-        return self.tokenize(with_user_text(rollout.prompt, text))

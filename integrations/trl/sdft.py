@@ -8,14 +8,15 @@ from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, sdft_loss, skip_first_tokens
 from fused_sd.checks import check_non_negative
+from fused_sd.integrations.prompts import check_template
+from fused_sd.integrations.rollouts import Rollout
 from fused_sd.integrations.trl.config import (
     POLICY_SETTINGS,
     SIBLING_SETTINGS,
     SelfDistillationConfig,
 )
-from fused_sd.integrations.trl.contexts import PrivilegedPrompt, check_template
+from fused_sd.integrations.trl.contexts import PrivilegedPrompt
 from fused_sd.integrations.trl.divergence_trainer import DivergenceTrainer
-from fused_sd.integrations.trl.rollouts import Rollout
 from fused_sd.integrations.trl.trainer import Run
 
 

@@ -11,10 +11,10 @@ from trl.experimental.sdpo import SDPOTrainer as StockSDPOTrainer
 
 from fused_sd import ImportanceCap, LMHead, LossOutput, grpo_loss, sampled_kl_loss, sdpo_loss
 from fused_sd.checks import fail
+from fused_sd.integrations.prompts import check_sibling_templates, sibling_prompt
+from fused_sd.integrations.rollouts import Rollout
 from fused_sd.integrations.trl.config import SelfDistillationConfig
-from fused_sd.integrations.trl.contexts import check_template, last_user_text, with_user_text
 from fused_sd.integrations.trl.divergence_trainer import DivergenceTrainer
-from fused_sd.integrations.trl.rollouts import Rollout, without_thinking
 from fused_sd.integrations.trl.sparse_gradients import mixed_certificate
 from fused_sd.integrations.trl.trainer import Run
 
@@ -74,12 +74,7 @@ class SDPOConfig(SelfDistillationConfig):
                 fail("distillation_topk", "be None", mode, 'or distillation_mode="topk_logits"')
             self.distillation_topk = None
         super().__post_init__()
-        check_template(
-            "reprompt_template", self.reprompt_template, "prompt", "solution", "feedback"
-        )
-        check_template("solution_template", self.solution_template, "successful_previous_attempt")
-        check_template("feedback_template", self.feedback_template, "feedback_raw")
-        check_template("attempt_template", self.attempt_template, "attempt")
+        check_sibling_templates(self)
 
 
 class SDPOTrainer(DivergenceTrainer):
@@ -95,32 +90,9 @@ class SDPOTrainer(DivergenceTrainer):
     _paper = StockSDPOTrainer._paper
 
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
-        args = self.args
-        solution = feedback = ""
-        if args.use_successful_as_teacher:
-            found = rollout.siblings(
-                threshold=args.success_reward_threshold,
-                successful=True,
-                itself=not args.dont_reprompt_on_self_success,
-            )
-            if found:
-                text = found[0].text
-                if args.remove_thinking_from_demonstration:
-                    text = without_thinking(text)
-                solution = args.solution_template.format(successful_previous_attempt=text)
-        feedback_of = rollout.privileged if self.feedback_func is None else rollout.feedback
-        said = (feedback_of or "").strip()
-        unneeded = args.environment_feedback_only_without_solution and solution
-        if args.include_environment_feedback and said and not unneeded:
-            feedback = args.feedback_template.format(feedback_raw=feedback_of)
-        if not solution and not feedback:
-            return None
-        if args.include_own_attempt:
-            feedback = args.attempt_template.format(attempt=rollout.text) + feedback
-        text = args.reprompt_template.format(
-            prompt=last_user_text(rollout.prompt), solution=solution, feedback=feedback
-        )
-        return self.tokenize(with_user_text(rollout.prompt, text))
+        feedback = rollout.privileged if self.feedback_func is None else rollout.feedback
+        prompt = sibling_prompt(rollout, feedback, self.args)
+        return None if prompt is None else self.tokenize(prompt)
 
     @property
     def needs_signal(self) -> bool:  # type: ignore[override]  # GRPO's loss alone needs none

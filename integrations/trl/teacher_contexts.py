@@ -10,8 +10,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from fused_sd import align_responses
+from fused_sd.integrations.rollouts import Rollout, grouped
 from fused_sd.integrations.trl.contexts import TeacherInputs, teacher_inputs
-from fused_sd.integrations.trl.rollouts import Rollout, grouped
 
 
 class TeacherContexts:

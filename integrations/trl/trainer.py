@@ -22,6 +22,7 @@ from fused_sd.checks import fail
 from fused_sd.heads import accumulation_dtype
 from fused_sd.integrations import completion_scores as completion
 from fused_sd.integrations.adapter_teacher import make_teacher
+from fused_sd.integrations.rollouts import Rollout
 from fused_sd.integrations.transformers import attach
 from fused_sd.integrations.trl import observe, teachers
 from fused_sd.integrations.trl.batches import FeedbackFunction, RolloutBatches
@@ -29,7 +30,6 @@ from fused_sd.integrations.trl.config import SelfDistillationConfig
 from fused_sd.integrations.trl.credit_maps import CreditMapCallback
 from fused_sd.integrations.trl.drop_in import FusedSelfDistillationMixin
 from fused_sd.integrations.trl.reduction import loss_type_weights
-from fused_sd.integrations.trl.rollouts import Rollout
 from fused_sd.integrations.trl.teacher_contexts import TeacherContexts
 from fused_sd.teacher import Teacher
 
