@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd.chunk import Chunk
+from fused_sd.chunk import Chunk, Side
 from fused_sd.support import Buckets, bucket_terms, first_occurrence, fold_tail, log_complement
 
 if TYPE_CHECKING:
@@ -31,8 +31,10 @@ class BucketRow:
 
     def __init__(self, settings: "DivergenceRows", chunk: Chunk, inputs: dict[str, Tensor]) -> None:
         self.settings, self.chunk = settings, chunk
+        self.keeps_tail = settings.remainder == "tail" and settings.tail_floor is None
+        self.normalizers: list[Tensor] = []  # of the sides whose normaliser the remainder needs
         self.entries = self._entries(inputs)
-        self.lse: Tensor | None = None  # of the student's row, where the remainder needs it
+        self.lse: Tensor | None = None  # of the student's row
         self.buckets = self._buckets()
         remainder, clip = settings.remainder, settings.entry_clip
         self.terms, self.dlog_s, self.clipped = bucket_terms(
@@ -48,18 +50,15 @@ class BucketRow:
             active = first_occurrence(ids)
             ids = ids.clamp(min=0)
         else:
-            top_k, k = chunk.functions.sparse.top_k, self.settings.k
-            of_student = [top_k(chunk.student, k)] if support != "teacher" else []
-            of_teacher = [top_k(chunk.teacher, k)] if support != "student" else []
+            k = self.settings.k
+            of_student = [chunk.top_k(chunk.student_side, k)] if support != "teacher" else []
+            of_teacher = [chunk.top_k(chunk.teacher_side, k)] if support != "student" else []
             ids = torch.cat(of_student + of_teacher, -1)
             active = first_occurrence(ids) if support == "union" else None
         given = inputs.get("teacher_log_probs")
         if given is not None:
             active = active & (given > -torch.inf) if active is not None else given > -torch.inf
-        sides = [side for side in (chunk.student_side, chunk.teacher_side) if side is not None]
-        # sums in one order, so that a teacher that equals the student differs nowhere
-        alike = self.settings.remainder == "renormalize" and any(s.whole is None for s in sides)
-        student, *others = (s.dot_products(ids) if alike else s.at(ids) for s in sides)
+        student, *others = self._read(ids, active)
         teacher = others[0] if others else given
         assert teacher is not None
         teacher = teacher.to(student)
@@ -68,6 +67,26 @@ class BucketRow:
             teacher = teacher.masked_fill(~active, -torch.inf)
         return _Entries(ids, active, student, teacher)
 
+    def _read(self, ids: Tensor, active: Tensor | None) -> list[Tensor]:
+        """The sides' logits at the entries; with them come the normalisers of all ranks.
+
+        For a tail of its own log-sum-exp the entries are taken out of the rows.
+        """
+        chunk, remainder = self.chunk, self.settings.remainder
+        sides = [side for side in (chunk.student_side, chunk.teacher_side) if side is not None]
+        # sums in one order, so that a teacher that equals the student differs nowhere
+        dotted = remainder == "renormalize" and any(side.whole is None for side in sides)
+        parts = [chunk.part(side, ids, dotted=dotted) for side in sides]
+        normalized = {"renormalize": [], "teacher_renormalize": sides[:1]}.get(remainder, sides)
+        lses = []
+        for side in normalized:
+            assert side.whole is not None
+            if self.keeps_tail:
+                side.whole.scatter_(1, self._columns(ids, active, chunk.width), -torch.inf)
+            lses.append(chunk.functions.rows.log_normalizer(side.whole))
+        self.normalizers, _, parts = chunk.shard.join(lses, riders=parts)
+        return parts
+
     def _buckets(self) -> Buckets:
         """Log-probabilities of the buckets, by the settings' remainder."""
         remainder, floor = self.settings.remainder, self.settings.tail_floor
@@ -75,50 +94,35 @@ class BucketRow:
         given = self.chunk.teacher_side is None
         if remainder == "renormalize":
             return Buckets(student.log_softmax(-1), teacher.log_softmax(-1), None, True)
-        if remainder == "tail" and floor is None:
-            log_s, rest, self.lse = self._with_tail(self.chunk.student, student)
+        if self.keeps_tail:
+            rest = self.normalizers[0]
+            log_s, self.lse = _with_tail(student, rest)
             if given:
                 log_t = torch.cat([teacher, log_complement(teacher, 0.0)], -1)
             else:
-                log_t, _, _ = self._with_tail(self.chunk.teacher, teacher)
+                log_t, _ = _with_tail(teacher, self.normalizers[1])
             return Buckets(log_s, log_t, torch.where(rest == -torch.inf, 0, rest), True)
-        self.lse = self._log_normalizer(self.chunk.student)
+        self.lse = self.normalizers[0]
         log_s = student - self.lse[:, None]
         if remainder == "teacher_renormalize":
             return Buckets(log_s, teacher.log_softmax(-1), self.lse, False)
         log_t = teacher
         if not given:
-            log_t = teacher - self._log_normalizer(self.chunk.teacher)[:, None]
+            log_t = teacher - self.normalizers[1][:, None]
         if remainder == "tail":
             assert floor is not None
             log_s = torch.cat([log_s, log_complement(log_s, floor)], -1)
             log_t = torch.cat([log_t, log_complement(log_t, floor)], -1)
         return Buckets(log_s, log_t, self.lse, False)
 
-    def _with_tail(self, logits: Tensor | None, entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Entries and tail as log-probabilities (C, K + 1), the log-sum-exp of the rest and of all.
-
-        The entries are taken out of the row, so that the rest has its own log-sum-exp.
-        """
-        assert logits is not None
-        logits.scatter_(1, self._columns(logits.shape[1]), -torch.inf)
-        rest = self._log_normalizer(logits)
-        lse = torch.logaddexp(entries.logsumexp(-1), rest)
-        return torch.cat([entries, rest[:, None]], -1) - lse[:, None], rest, lse
-
-    def _columns(self, num_columns: int) -> Tensor:
-        """The entries' columns; those that do not count point to the last, which is padding."""
-        ids, active = self.entries.ids, self.entries.active
-        return ids if active is None else torch.where(active, ids, num_columns - 1)
-
-    def _log_normalizer(self, logits: Tensor | None) -> Tensor:
-        assert logits is not None
-        lse: Tensor = self.chunk.functions.rows.log_normalizer(logits)
-        return lse
+    def _columns(self, ids: Tensor, active: Tensor | None, num_columns: int) -> Tensor:
+        """The entries' columns; those that do not count, or not here, point to the last."""
+        columns = self.chunk.shard.columns(ids, num_columns - 1)
+        return columns if active is None else torch.where(active, columns, num_columns - 1)
 
     def student_normalizer(self) -> Tensor:
         if self.lse is None:
-            self.lse = self._log_normalizer(self.chunk.student)
+            self.lse = self.chunk.log_normalizer(self.chunk.student_side)
         return self.lse
 
     def _observe(self, metrics: dict[str, Tensor]) -> None:
@@ -128,9 +132,9 @@ class BucketRow:
         if not wanted.intersection(SUPPORT_METRICS):
             return
         teacher_lse: Tensor | float = 0.0
-        if self.chunk.teacher is not None:
-            teacher_lse = self._whole_normalizer(self.chunk.teacher, self.entries.teacher)
-        student_lse = self._whole_normalizer(self.chunk.student, self.entries.student)
+        if self.chunk.teacher_side is not None:
+            teacher_lse = self._whole_normalizer(self.chunk.teacher_side, self.entries.teacher)
+        student_lse = self._whole_normalizer(self.chunk.student_side, self.entries.student)
         for name, entries, lse in (
             ("student", self.entries.student, student_lse),
             ("teacher", self.entries.teacher, teacher_lse),
@@ -139,11 +143,10 @@ class BucketRow:
             metrics[f"{name}_mass"] = log_mass.exp()
             metrics[f"{name}_tail_mass"] = -torch.expm1(log_mass)
 
-    def _whole_normalizer(self, logits: Tensor, entries: Tensor) -> Tensor:
+    def _whole_normalizer(self, side: Side, entries: Tensor) -> Tensor:
         """Log-sum-exp of a row whose entries may have been masked."""
-        rest = self._log_normalizer(logits)
-        masked = self.settings.remainder == "tail" and self.settings.tail_floor is None
-        return torch.logaddexp(rest, entries.logsumexp(-1)) if masked else rest
+        rest = self.chunk.log_normalizer(side)
+        return torch.logaddexp(rest, entries.logsumexp(-1)) if self.keeps_tail else rest
 
     def loss_and_gradient_(
         self, upstream: Tensor | None, metrics: dict[str, Tensor]
@@ -172,7 +175,14 @@ class BucketRow:
         background = self.buckets.background
         if background is None:
             assert self.chunk.entries is not None
-            columns = self._columns(self.chunk.entries.vocab + 1)
+            num_columns = self.chunk.entries.vocab + 1
         else:
-            columns = self._columns(self.chunk.student.shape[1])
+            num_columns = self.chunk.width
+        columns = self._columns(self.entries.ids, self.entries.active, num_columns)
         self.chunk.write_gradient_(background, outside, None, columns, self.entries.student, inside)
+
+
+def _with_tail(entries: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries and tail as log-probabilities (C, K + 1), and the log-sum-exp of all."""
+    lse = torch.logaddexp(entries.logsumexp(-1), rest)
+    return torch.cat([entries, rest[:, None]], -1) - lse[:, None], lse

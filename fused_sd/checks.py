@@ -184,10 +184,7 @@ def check_kl(coefficient: object, estimator: object, has_reference: bool) -> Non
         )
 
 
-def check_run(reduction: str, backend: str, chunk_size: int | None, *, temperature: float) -> None:
-    """Check how a loss is to be run."""
+def check_run(reduction: str, temperature: float) -> None:
+    """Check what a loss makes of its logits and of its tokens."""
     check_reduction(reduction)
-    check_backend_choice(backend)
     check_positive("temperature", temperature)
-    if chunk_size is not None:
-        check_positive_int("chunk_size", chunk_size)

@@ -12,17 +12,14 @@ from torch import Tensor
 
 from fused_sd.backend import Functions
 from fused_sd.heads import Shaping
+from fused_sd.vocab_shard import VocabShard
 
 
 class Side(NamedTuple):
-    """One side's logits of a chunk, in fp32 or fp64."""
+    """One side's logits of a chunk, in fp32 or fp64, over this rank's columns."""
 
     whole: Tensor | None  # (C, W), -inf behind the vocabulary; may be overwritten; None: not made
-    dot_products: Callable[[Tensor], Tensor]  # of (C, K) ids, where the whole is not made
-
-    def at(self, ids: Tensor) -> Tensor:
-        """Logits (C, K) of entries (C, K)."""
-        return self.dot_products(ids) if self.whole is None else self.whole.gather(1, ids)
+    dot_products: Callable[[Tensor], Tensor]  # of (C, K) columns, where the whole is not made
 
 
 class EntryBuffers(NamedTuple):
@@ -41,10 +38,12 @@ class Chunk(NamedTuple):
     dlogits: Tensor | None  # (C, W) for the gradient; may be the student's memory
     entries: EntryBuffers | None  # for the gradient of a row function that only has entries
     columns: int  # that a comparison of both sides reads
+    width: int  # W
     inputs: list[Tensor]  # per-token inputs, each (C, ...)
     upstream: Tensor | None  # (C, J) or (C, 1); None where no gradient is wanted
     shaping: Shaping  # of the student's logits
     functions: Functions  # of the backend
+    shard: VocabShard  # whose columns these are
 
     @property
     def student(self) -> Tensor:
@@ -57,6 +56,34 @@ class Chunk(NamedTuple):
         """The teacher's whole logits (C, W), where they are made."""
         return None if self.teacher_side is None else self.teacher_side.whole
 
+    def part(self, side: Side, ids: Tensor, *, dotted: bool = False) -> Tensor:
+        """This rank's part of a side's logits (C, K) at ids: 0 where they are another rank's.
+
+        Args:
+            dotted: by dot products, even where the whole logits are made.
+        """
+        columns, is_own = self.shard.local(ids)
+        if dotted or side.whole is None:
+            found = side.dot_products(columns)
+        else:
+            found = side.whole.gather(1, columns)
+        return found if is_own is None else torch.where(is_own, found, 0)
+
+    def columns_of(self, ids: Tensor) -> Tensor:
+        """Columns of ids; those of other ranks point to the last column, which is padding."""
+        return self.shard.columns(ids, self.width - 1)
+
+    def top_k(self, side: Side | None, k: int) -> Tensor:
+        """Ids (C, k) of a side's largest logits."""
+        assert side is not None
+        assert side.whole is not None
+        return self.shard.top_k(self.functions.sparse.top_k, side.whole, k)
+
+    def log_normalizer(self, side: Side) -> Tensor:
+        """Log-sum-exp (C,) of a side's logits, of all ranks."""
+        lse = self.functions.rows.log_normalizer(side.whole)
+        return self.shard.join([lse]).normalizers[0]
+
     def sides(self) -> tuple[Tensor, Tensor]:
         """The logits (C, columns) of both sides, as a comparison reads them."""
         assert self.teacher is not None
@@ -67,7 +94,7 @@ class Chunk(NamedTuple):
         background: Tensor | None,  # (C,) log-normaliser of the entries outside; None: they get 0
         constant: Tensor,  # (C,)
         slope: Tensor | None,  # (C,)
-        columns: Tensor,  # (C, K); V and above: nowhere
+        columns: Tensor,  # (C, K) of this rank; V and above: nowhere
         logits: Tensor,  # (C, K) at the columns
         values: Tensor,  # (C, K) gradient by the logits there
     ) -> None:

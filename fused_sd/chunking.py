@@ -82,15 +82,16 @@ def choose_layout(
     return Layout(chunk, min(size.chunks_in_group * chunk, num_tokens))
 
 
-def budget_on(device: torch.device, reserved: int) -> int:
+def budget_on(device: torch.device, reserved: int, alone: bool = True) -> int:
     """Bytes that a walk's workspaces may take on a device, with what is free there at this time.
 
     Args:
         reserved: bytes that the walk will take besides, for the gradients that it forms.
+        alone: whether no other rank must come to the same number, from other memory.
     """
     if device.type != "cuda":
         return CPU_BUDGET
-    if torch.cuda.is_current_stream_capturing():
+    if not alone or torch.cuda.is_current_stream_capturing():
         return GPU_BUDGET
     return gpu_budget(free_bytes(device) - reserved)
 

@@ -7,10 +7,11 @@ Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies, K en
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fused_sd import checks, tensor_checks
-from fused_sd.certificate import GradientKind, checked_tolerance
+from fused_sd.certificate import GradientKind
 from fused_sd.combinations import METRIC_NEEDS, check_combination, check_metric_needs
 from fused_sd.divergence import Divergence, divergence_term
 from fused_sd.divergence_checks import (
@@ -21,7 +22,8 @@ from fused_sd.divergence_checks import (
     token_bounds,
 )
 from fused_sd.divergence_rows import DivergenceRows
-from fused_sd.heads import LMHead, as_head
+from fused_sd.execution import Execution, execution
+from fused_sd.heads import LMHead, placed_head
 from fused_sd.loss_output import LossOutput, Reduction, reduce_loss
 from fused_sd.support import FULL_VOCABULARY, FullVocabulary, Remainder, Support, TokenIds
 from fused_sd.walk import walk
@@ -52,6 +54,8 @@ def divergence_loss(
     compact: bool = True,
     backend: str = "auto",
     chunk_size: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
+    reduce_dhidden: bool = True,
 ) -> LossOutput:
     """Divergence between the next-token distributions of a student and a teacher.
 
@@ -94,6 +98,12 @@ def divergence_loss(
             once; False computes and discards them instead.
         backend: ``"auto"``: Triton on a GPU, PyTorch elsewhere; or one of them by name.
         chunk_size: tokens whose logits are held at a time; changes memory and time, not the result.
+        process_group: ranks on which the vocabulary lies (tensor parallelism).  Each passes its own
+            rows of both heads, and the same of everything else; ids count over all ranks.  Every
+            rank returns the same loss, and the gradient of its own rows.
+        reduce_dhidden: with ``process_group``, add the ranks' parts of the hidden states' gradient;
+            False where the framework does (Megatron's sequence parallelism, an all-reduce behind
+            the loss).
 
     Returns:
         Loss, token losses, metrics, and with a sparse gradient its certificate.
@@ -102,7 +112,8 @@ def divergence_loss(
         ValueError: shapes, dtypes or devices disagree, a number is out of range, the teacher
             requires a gradient, or settings do not go together; the message says what to do.
     """
-    student, teacher = as_head(student_head), as_head(teacher_head)
+    student = placed_head(student_head, process_group)
+    teacher = placed_head(teacher_head, process_group)
     shape = check_sides(student_hidden, student, teacher_hidden, teacher)
     kind = support_kind(support)
     term = divergence_term(divergence)
@@ -139,11 +150,15 @@ def divergence_loss(
         teacher_temperature=teacher_temperature,
         reduction=reduction,
         metrics=metrics,
-        gradient=gradient,
-        tolerance=tolerance,
-        compact=compact,
-        backend=backend,
-        chunk_size=chunk_size,
+        execution=execution(
+            gradient=gradient,
+            tolerance=tolerance,
+            compact=compact,
+            backend=backend,
+            chunk_size=chunk_size,
+            process_group=process_group,
+            reduce_dhidden=reduce_dhidden,
+        ),
     )
 
 
@@ -169,6 +184,8 @@ def topk_divergence_loss(
     compact: bool = True,
     backend: str = "auto",
     chunk_size: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
+    reduce_dhidden: bool = True,
 ) -> LossOutput:
     """Divergence from a teacher that is known by its log-probabilities of K entries only.
 
@@ -188,7 +205,7 @@ def topk_divergence_loss(
     Raises:
         ValueError: as ``divergence_loss``.
     """
-    student = as_head(student_head)
+    student = placed_head(student_head, process_group)
     tensor_checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
     shape = student_hidden.shape[:-1]
     tensor_checks.check_entry_ids(
@@ -214,11 +231,15 @@ def topk_divergence_loss(
         teacher_temperature=1.0,
         reduction=reduction,
         metrics=metrics,
-        gradient=gradient,
-        tolerance=tolerance,
-        compact=compact,
-        backend=backend,
-        chunk_size=chunk_size,
+        execution=execution(
+            gradient=gradient,
+            tolerance=tolerance,
+            compact=compact,
+            backend=backend,
+            chunk_size=chunk_size,
+            process_group=process_group,
+            reduce_dhidden=reduce_dhidden,
+        ),
     )
 
 
@@ -242,11 +263,7 @@ def _distill(
     teacher_temperature: float,
     reduction: Reduction,
     metrics: Sequence[str],
-    gradient: GradientKind,
-    tolerance: float | None,
-    compact: bool,
-    backend: str,
-    chunk_size: int | None,
+    execution: Execution,
 ) -> LossOutput:
     """Check what both kinds of teacher have in common, and walk."""
     term, device = divergence_term(divergence), student[0].device
@@ -256,7 +273,7 @@ def _distill(
     if tail_floor is not None:
         checks.check_positive("tail_floor", tail_floor, "pass None for the exact tail")
     bounds = token_bounds(token_clip)
-    checks.check_run(reduction, backend, chunk_size, temperature=temperature)
+    checks.check_run(reduction, temperature)
     checks.check_positive("teacher_temperature", teacher_temperature)
     tensor_checks.check_per_token("token_weights", token_weights, shape, device, "student_hidden")
     checks.check_metrics(metrics, METRIC_NEEDS)
@@ -303,10 +320,7 @@ def _distill(
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         reduced=reduction != "none",
-        tolerance=checked_tolerance(gradient, tolerance),
-        compact=compact,
-        backend=backend,
-        chunk_size=chunk_size,
+        execution=execution,
     )
     token_loss, *observed = walked.extras
     extras = dict(zip(metrics, observed, strict=True))

@@ -73,7 +73,7 @@ class DivergenceRows(NamedTuple):
         token_ids = inputs.get("token_ids")
         sampled = None
         if token_ids is not None and chunk.student_side.whole is not None:
-            sampled = chunk.student.gather(1, token_ids[:, None])[:, 0]
+            sampled = chunk.part(chunk.student_side, token_ids[:, None])[:, 0]
         normalizers = self._observe(chunk, token_ids, metrics)
         row: _FullRow | BucketRow
         if self.support == "full":
@@ -83,6 +83,7 @@ class DivergenceRows(NamedTuple):
 
         ratio: Tensor | None = None
         if self.importance_cap is not None and sampled is not None:
+            [sampled] = chunk.shard.sum(sampled)
             log_prob = sampled - row.student_normalizer()
             ratio, capped = capped_ratio(log_prob, inputs["old_log_probs"], self.importance_cap)
             metrics["importance_ratio"], metrics["importance_cap_fraction"] = ratio, capped
@@ -116,27 +117,29 @@ class DivergenceRows(NamedTuple):
         lse: dict[str, Tensor] = {}
         if chunk.teacher_side is None:
             if "student_entropy" in wanted:
-                lse["student"], metrics["student_entropy"] = rows.moments(chunk.student)
+                mine, part = rows.moments(chunk.student)
+                [lse["student"]], [entropy], _ = chunk.shard.join([mine], entropies=[part])
+                metrics["student_entropy"] = entropy
             elif label_sides:
-                lse["student"] = rows.log_normalizer(chunk.student)
+                lse["student"] = chunk.log_normalizer(chunk.student_side)
         elif named or label_sides or self.support == "full":
-            normalizers = rows.normalizers(*chunk.sides())
+            normalizers = rows.normalizers(*chunk.sides(), chunk.shard)
             lse = {"student": normalizers.student, "teacher": normalizers.teacher}
-        for side in label_sides:
-            logits = chunk.student if side == "student" else chunk.teacher
-            if logits is not None and token_ids is not None:
-                label = logits.gather(1, token_ids[:, None])[:, 0]
-                metrics[f"{side}_log_prob"] = label - lse[side]
+        for name in label_sides:
+            side = chunk.student_side if name == "student" else chunk.teacher_side
+            if side is not None and token_ids is not None:
+                [label] = chunk.shard.sum(chunk.part(side, token_ids[:, None])[:, 0])
+                metrics[f"{name}_log_prob"] = label - lse[name]
         if chunk.teacher_side is None:
             return None
         if named:
-            metrics |= rows.summary(*chunk.sides(), normalizers, named)
+            metrics |= rows.summary(*chunk.sides(), normalizers, named, chunk.shard)
+        sides = chunk.student_side, chunk.teacher_side
         if "top1_agreement" in wanted:
-            ids, other = (side.argmax(-1) for side in chunk.sides())
+            ids, other = (chunk.top_k(side, 1)[:, 0] for side in sides)
             metrics["top1_agreement"] = (ids == other).to(chunk.student)
         if "topk_overlap" in wanted:
-            top_k = chunk.functions.sparse.top_k
-            chosen = [top_k(side, self.k) for side in chunk.sides()]
+            chosen = [chunk.top_k(side, self.k) for side in sides]
             metrics["topk_overlap"] = overlap(*chosen).to(chunk.student)
         return normalizers
 
@@ -151,7 +154,7 @@ class _FullRow:
         self.settings, self.chunk, self.normalizers = settings, chunk, normalizers
         self.num_entries: Tensor | int = 1
         if "entry_clip_fraction" in settings.metrics:
-            self.num_entries = (chunk.student > -torch.inf).sum(-1)
+            [self.num_entries] = chunk.shard.sum((chunk.student > -torch.inf).sum(-1))
 
     def student_normalizer(self) -> Tensor:
         return self.normalizers.student
@@ -165,9 +168,10 @@ class _FullRow:
         compare = chunk.functions.rows.divergence_
         given = *chunk.sides(), self.normalizers, term, clip
         at_once = settings.token_clip is None  # else the loss decides whether there is a gradient
-        loss, clipped = compare(*given, upstream if at_once else None, cap, chunk.dlogits)
+        given_out = cap, chunk.dlogits, chunk.shard
+        loss, clipped = compare(*given, upstream if at_once else None, *given_out)
         metrics["entry_clip_fraction"] = clipped / self.num_entries
         loss, is_open = settings.clip_tokens(loss)
         if upstream is not None and not at_once:
-            compare(*given, upstream * is_open, cap, chunk.dlogits)
+            compare(*given, upstream * is_open, *given_out)
         return loss, is_open

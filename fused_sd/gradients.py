@@ -49,6 +49,8 @@ class DenseGradients:
         if self.workspace.student.hidden.shape[0] == 0:
             dweight.zero_()
         if dhidden.dim() == 2:
+            if self.workspace.shard.reduce_dhidden:
+                self.workspace.shard.sum_(dhidden)
             dhidden = active.restored(dhidden)
         return Dense(dhidden, dweight, dbias), Sparse.none(self.workspace.logits)
 
@@ -136,7 +138,9 @@ class CertifiedGradients(DenseGradients):
         rows = gradients[self.first_row : self.first_row + count, :vocab]
         share = row_share(self.tolerance, self.reduced)
         selection = self.functions.sparse.select(rows, share, min(MOST, vocab))
-        is_dense = needs_dense(selection, self.tolerance, self.reduced)
+        shard = self.workspace.shard
+        failed = needs_dense(selection, self.tolerance, self.reduced)
+        is_dense = shard.max(failed.byte()).bool()  # on one rank: on all, who go on alike
         dense = is_dense.nonzero()[:, 0]
         if 2 * dense.numel() > count:  # the rest would save less than moving the others costs
             part = _without_entries(selection, group)

@@ -7,14 +7,18 @@ back to autograd.
 Dimension key:  N tokens, C tokens in a chunk, D hidden size, V vocabulary
 """
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fused_sd import specs, tensor_checks
+from fused_sd import checks, specs, tensor_checks
+from fused_sd.vocab_shard import check_even_shards
 
 DotProducts = Callable[[Tensor, Tensor, Tensor], Tensor]  # (C, D), (V, D), ids (C, K) -> (C, K)
 
@@ -34,6 +38,9 @@ class LMHead:
         softcap: Gemma's ``final_logit_softcapping``, or None.
         valid_vocab: number of leading rows that are tokens; the padding rows behind them have no
             probability and get no gradient.  None: all V.
+        shard_sizes: where the vocabulary lies on the ranks of a process group and ``weight`` and
+            ``bias`` are this rank's rows: the number of rows of each rank, in rank order.  None:
+            all ranks have as many.  ``valid_vocab`` counts over all ranks.
 
     Raises:
         ValueError: when a shape, a dtype or a number is out of range.
@@ -44,24 +51,35 @@ class LMHead:
     logit_scale: float = 1.0
     softcap: float | None = None
     valid_vocab: int | None = None
+    shard_sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         tensor_checks.check_head(self.weight, self.bias)
-        tensor_checks.check_shaping(
-            self.weight.shape[0], self.logit_scale, self.softcap, self.valid_vocab
-        )
+        tensor_checks.check_shaping(self.num_rows, self.logit_scale, self.softcap, self.valid_vocab)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole head, padding included."""
+        return self.weight.shape[0] if self.shard_sizes is None else sum(self.shard_sizes)
 
     @property
     def num_tokens(self) -> int:
         """Number of vocabulary entries that can be predicted."""
-        return self.weight.shape[0] if self.valid_vocab is None else self.valid_vocab
+        return self.num_rows if self.valid_vocab is None else self.valid_vocab
 
-    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def token_counts(self) -> list[int]:
+        """Vocabulary entries of each rank; of one where the head is whole."""
+        sizes = self.shard_sizes or self.weight.shape[:1]
+        starts = [0, *itertools.accumulate(sizes)]
+        return [max(0, min(size, self.num_tokens - start)) for size, start in zip(sizes, starts)]
+
+    def operands(self, hidden: Tensor, rank: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states (N, D), weight and bias as the GEMM takes them, under autocast too."""
         weight, bias = self.weight, self.bias
-        if self.valid_vocab is not None and self.valid_vocab < weight.shape[0]:
-            weight = weight[: self.valid_vocab]
-            bias = None if bias is None else bias[: self.valid_vocab]
+        num_valid = self.token_counts()[rank]
+        if num_valid < weight.shape[0]:
+            weight = weight[:num_valid]
+            bias = None if bias is None else bias[:num_valid]
         hidden = hidden.reshape(-1, hidden.shape[-1])
         device_type = hidden.device.type
         if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
@@ -87,6 +105,32 @@ class Shaping(NamedTuple):
 def as_head(head: "Tensor | LMHead") -> LMHead:
     """The head a caller means by a weight alone."""
     return head if isinstance(head, LMHead) else LMHead(head)
+
+
+def placed_head(head: "Tensor | LMHead", process_group: "dist.ProcessGroup | None") -> LMHead:
+    """The head a caller means, with the ranks' shards where the vocabulary lies on a group."""
+    head = as_head(head)
+    if process_group is None:
+        if head.shard_sizes is not None:
+            checks.fail(
+                "process_group",
+                "come with a head that has shard_sizes",
+                "None",
+                "pass the ranks' group, or a whole head without shard_sizes",
+            )
+        return head
+    rows, rank, num_ranks = head.weight.shape[0], process_group.rank(), process_group.size()
+    if head.shard_sizes is None:
+        check_even_shards(rows, head.weight.device, process_group)
+        return dataclasses.replace(head, shard_sizes=(rows,) * num_ranks)
+    if len(head.shard_sizes) != num_ranks or head.shard_sizes[rank] != rows:
+        checks.fail(
+            "shard_sizes",
+            f"list the rows of {num_ranks} ranks, of which rank {rank} has {rows}",
+            head.shard_sizes,
+            "pass the number of rows that each rank of process_group holds, in rank order",
+        )
+    return head
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -136,13 +180,16 @@ class Projection:
         """Hidden states of a chunk, or of chosen tokens: (C, D)."""
         return self.hidden[rows].to(self.dtype)
 
-    def entry_logits(self, rows: slice, ids: Tensor, dot_products: DotProducts) -> Tensor:
-        """The chunk's logits (C, K) of entries, -inf behind this side's vocabulary."""
-        known = ids.clamp(max=self.vocab - 1)
+    def entry_logits(self, rows: slice, columns: Tensor, dot_products: DotProducts) -> Tensor:
+        """The chunk's logits (C, K) of columns, -inf behind this side's vocabulary."""
+        if self.vocab == 0:  # a rank that has padding alone
+            wide = accumulation_dtype(self.dtype)
+            return self.hidden.new_full(columns.shape, -torch.inf, dtype=wide)
+        known = columns.clamp(max=self.vocab - 1)
         logits = dot_products(self.chunk(rows), self.weight, known)
         if self.bias is not None:
             logits += self.bias[known]
-        return self._shape_(logits).masked_fill_(ids >= self.vocab, -torch.inf)
+        return self._shape_(logits).masked_fill_(columns >= self.vocab, -torch.inf)
 
     def logits(self, rows: slice, out: Tensor) -> Tensor:
         """Write the chunk's logits into ``out`` (C, >= V)."""

@@ -5,10 +5,12 @@ Dimension key:  (...) tokens, D hidden size, V vocabulary, K entries
 
 from typing import NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 
 from fused_sd import checks, tensor_checks
-from fused_sd.heads import LMHead, as_head
+from fused_sd.execution import execution
+from fused_sd.heads import LMHead, placed_head
 from fused_sd.token_losses import check_tokens
 from fused_sd.token_rows import LogProbRows
 from fused_sd.walk import walk
@@ -40,6 +42,8 @@ def token_log_probs(
     compact: bool = True,
     backend: str = "auto",
     chunk_size: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
+    reduce_dhidden: bool = True,
 ) -> TokenLogProbs:
     """Log-probability of each given token and, where asked for, the entropy of its distribution.
 
@@ -53,7 +57,7 @@ def token_log_probs(
         temperature: divides the logits.
         entropy: return the entropies too, nats.
         token_weights: only says which tokens to leave out: those of weight 0, whose values are 0.
-        compact, backend, chunk_size: as in ``divergence_loss``.
+        compact, backend, chunk_size, process_group, reduce_dhidden: as in ``divergence_loss``.
 
     Returns:
         fp32 values (fp64 for fp64 operands).
@@ -61,9 +65,9 @@ def token_log_probs(
     Raises:
         ValueError: shapes, dtypes or devices disagree, or an id is not in the vocabulary (CPU).
     """
-    lm_head = as_head(head)
+    lm_head = placed_head(head, process_group)
     shape = check_tokens(hidden, lm_head, token_ids, token_weights)
-    checks.check_run("none", backend, chunk_size, temperature=temperature)
+    checks.check_run("none", temperature)
     rows = LogProbRows(1, False, False, bool(entropy))
     walked = walk(
         rows,
@@ -73,9 +77,13 @@ def token_log_probs(
         token_weights,
         temperature=temperature,
         reduced=False,
-        compact=compact,
-        backend=backend,
-        chunk_size=chunk_size,
+        execution=execution(
+            compact=compact,
+            backend=backend,
+            chunk_size=chunk_size,
+            process_group=process_group,
+            reduce_dhidden=reduce_dhidden,
+        ),
     )
     values = walked.values
     entropies = values[:, 1].reshape(shape) if entropy else None
@@ -93,6 +101,8 @@ def entry_log_probs(
     compact: bool = True,
     backend: str = "auto",
     chunk_size: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
+    reduce_dhidden: bool = True,
 ) -> EntryLogProbs:
     """Log-probabilities of K entries of each distribution: its own top-k, or given ids.
 
@@ -103,7 +113,8 @@ def entry_log_probs(
         entries: K, for the K most likely entries, or (..., K) int64 ids, distinct for each token.
         tail: return the log-mass of all other entries, from their own log-sum-exp.
         token_weights: as in ``token_log_probs``.
-        hidden, head, temperature, compact, backend, chunk_size: as in ``token_log_probs``.
+        hidden, head, temperature, compact, backend, chunk_size, process_group, reduce_dhidden: as
+            in ``token_log_probs``.
 
     Returns:
         Ids, log-probabilities and tail; fp32 (fp64 for fp64 operands).
@@ -111,11 +122,11 @@ def entry_log_probs(
     Raises:
         ValueError: as ``token_log_probs``, or K exceeds the vocabulary, or ids repeat (CPU).
     """
-    lm_head = as_head(head)
+    lm_head = placed_head(head, process_group)
     tensor_checks.check_hidden(hidden, "hidden", lm_head.weight, "head")
     shape = hidden.shape[:-1]
     tensor_checks.check_per_token("token_weights", token_weights, shape, hidden.device, "hidden")
-    checks.check_run("none", backend, chunk_size, temperature=temperature)
+    checks.check_run("none", temperature)
     inputs = []
     if isinstance(entries, Tensor):
         tensor_checks.check_entry_ids(entries, shape, hidden.device, lm_head.num_tokens)
@@ -134,9 +145,13 @@ def entry_log_probs(
         token_weights,
         temperature=temperature,
         reduced=False,
-        compact=compact,
-        backend=backend,
-        chunk_size=chunk_size,
+        execution=execution(
+            compact=compact,
+            backend=backend,
+            chunk_size=chunk_size,
+            process_group=process_group,
+            reduce_dhidden=reduce_dhidden,
+        ),
     )
     ids = inputs[0] if inputs else walked.extras[0]
     return EntryLogProbs(

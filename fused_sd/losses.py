@@ -12,6 +12,7 @@ Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies, K hi
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
+import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -40,6 +41,8 @@ class Run(TypedDict, total=False):
     compact: bool
     backend: str
     chunk_size: int | None
+    process_group: "dist.ProcessGroup | None"
+    reduce_dhidden: bool
 
 
 class SampledRun(Run, total=False):

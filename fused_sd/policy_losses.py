@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fused_sd import checks, tensor_checks
 from fused_sd.certificate import GradientKind
 from fused_sd.evidence import Evidence
+from fused_sd.execution import execution
 from fused_sd.heads import LMHead, accumulation_dtype
 from fused_sd.loss_output import LossOutput, Reduction
 from fused_sd.policy import Surrogate
@@ -46,6 +48,8 @@ def policy_loss(
     compact: bool = True,
     backend: str = "auto",
     chunk_size: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
+    reduce_dhidden: bool = True,
 ) -> LossOutput:
     """GRPO's clipped policy loss, with RLSD's evidence from a teacher and a KL to a reference.
 
@@ -75,7 +79,8 @@ def policy_loss(
         teacher_temperature: is given.
         metrics: of "log_prob", "teacher_log_prob", "evidence" (delta), "evidence_weight",
             "evidence_clip_fraction", "ratio", "ratio_clip_fraction", "reference_kl", "entropy".
-        reduction, gradient, tolerance, compact, backend, chunk_size: as in ``divergence_loss``.
+        reduction, gradient, tolerance, compact, backend, chunk_size, process_group, reduce_dhidden:
+            as in ``divergence_loss``.
 
     Returns:
         Loss, token losses and metrics.
@@ -122,11 +127,15 @@ def policy_loss(
         reduction=reduction,
         metrics=metrics,
         legal_metrics=metrics_of,
-        gradient=gradient,
-        tolerance=tolerance,
-        compact=compact,
-        backend=backend,
-        chunk_size=chunk_size,
+        execution=execution(
+            gradient=gradient,
+            tolerance=tolerance,
+            compact=compact,
+            backend=backend,
+            chunk_size=chunk_size,
+            process_group=process_group,
+            reduce_dhidden=reduce_dhidden,
+        ),
     )
 
 
@@ -149,6 +158,8 @@ def sampled_kl_loss(
     compact: bool = True,
     backend: str = "auto",
     chunk_size: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
+    reduce_dhidden: bool = True,
 ) -> LossOutput:
     """A divergence estimated from the sampled token alone: TRL's default SDPO, verl's k1 to k3.
 
@@ -200,11 +211,15 @@ def sampled_kl_loss(
         reduction=reduction,
         metrics=metrics,
         legal_metrics=("log_prob", "teacher_log_prob", "reference_kl", "entropy"),
-        gradient=gradient,
-        tolerance=tolerance,
-        compact=compact,
-        backend=backend,
-        chunk_size=chunk_size,
+        execution=execution(
+            gradient=gradient,
+            tolerance=tolerance,
+            compact=compact,
+            backend=backend,
+            chunk_size=chunk_size,
+            process_group=process_group,
+            reduce_dhidden=reduce_dhidden,
+        ),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -125,6 +126,8 @@ def rlcsd_loss(
     compact: bool = True,
     backend: str = "auto",
     chunk_size: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
+    reduce_dhidden: bool = True,
 ) -> LossOutput:
     """RLCSD: GRPO with the contrast of a correctly against wrongly hinted teachers added.
 
@@ -170,4 +173,6 @@ def rlcsd_loss(
         compact=compact,
         backend=backend,
         chunk_size=chunk_size,
+        process_group=process_group,
+        reduce_dhidden=reduce_dhidden,
     )

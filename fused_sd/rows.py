@@ -7,6 +7,9 @@ take the place of the logits.
 A CPU visits a few rows at a time and reuses the memory of what it makes of them, so that all of it
 stays in the caches; nothing here selects by a mask, which costs as much as ten multiplications.
 
+Where the vocabulary lies on several ranks, a function of two sides returns what holds for all of
+them, a function of one side what holds for this rank's columns.
+
 Dimension key:  C rows in a chunk, R rows visited at a time, W columns
 """
 
@@ -20,6 +23,7 @@ from fused_sd.chunking import slices
 from fused_sd.divergence import DivergenceTerm
 from fused_sd.near import FORMS, Block, clip_
 from fused_sd.support import BLOCK
+from fused_sd.vocab_shard import WHOLE, VocabShard
 
 READS_PADDING = False  # of -inf on both sides, where a log-ratio is not a number
 VISITED = 2**19  # logits at a time: smaller visits lose more to threads that wait for each other
@@ -48,17 +52,23 @@ def log_normalizer(logits: Tensor) -> Tensor:
 def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of each row and its entropy in nats: (C,) each."""
     lse = log_normalizer(logits)
-    entropy = torch.empty_like(lse)
+    return lse, _entropy(logits, lse)
+
+
+def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
+    """What these columns add to the entropy of rows with the given log-sum-exps: (C,)."""
+    entropy = torch.empty_like(normalizer)
     for at, log_probs, spare in _visits(logits, 2):
-        torch.sub(logits[at], lse[at, None], out=log_probs)
+        torch.sub(logits[at], normalizer[at, None], out=log_probs)
         torch.exp(log_probs, out=spare)
         torch.sum(spare.mul_(log_probs.clamp_(min=FLOOR)), -1, out=entropy[at])
-    return lse, entropy.neg_()
+    return entropy.neg_()
 
 
-def normalizers(student: Tensor, teacher: Tensor) -> Normalizers:
+def normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> Normalizers:
     """Log-sum-exps of both sides' rows."""
-    return Normalizers(log_normalizer(student), log_normalizer(teacher), None)
+    lses = shard.join([log_normalizer(student), log_normalizer(teacher)]).normalizers
+    return Normalizers(lses[0], lses[1], None)
 
 
 def divergence_(
@@ -70,6 +80,7 @@ def divergence_(
     upstream: Tensor | None,  # (C,)
     cap: float | None,
     out: Tensor | None,  # (C, >= W); may be the student's logits
+    shard: VocabShard = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Sum of a divergence's terms over the vocabulary and, with ``upstream``, its gradient.
 
@@ -82,7 +93,29 @@ def divergence_(
         loss: (C,) sum of the terms.
         clipped: (C,) number of entries that the entry clip cut.
     """
-    loss = torch.empty_like(normalizers.student)
+    given = student, teacher, normalizers, term, entry_clip
+    if shard.alone:
+        loss, clipped, _ = _compare(*given, None, upstream, cap, out)
+        return loss, clipped
+    loss, clipped, total = shard.sum(*_compare(*given, None, None, cap, None))
+    if upstream is not None:
+        _compare(*given, total, upstream, cap, out)
+    return loss, clipped
+
+
+def _compare(
+    student: Tensor,
+    teacher: Tensor,
+    normalizers: Normalizers,
+    term: DivergenceTerm,
+    entry_clip: float | None,
+    known_total: Tensor | None,  # (C,) where these columns are not all of them
+    upstream: Tensor | None,
+    cap: float | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``divergence_``, of these columns; and the sum of ``dlog_s`` over them."""
+    loss, total = torch.empty_like(normalizers.student), torch.empty_like(normalizers.student)
     clipped = torch.zeros_like(loss)
     lse_s, lse_t = normalizers.student, normalizers.teacher
     for at, *buffers in _visits(student, len(Block._fields)):
@@ -98,12 +131,14 @@ def divergence_(
             clipped[at] = cut.sum(-1).to(loss)
             s = block.s.exp_()
         torch.sum(value, -1, out=loss[at])
+        torch.sum(dlog_s, -1, out=total[at])
         if upstream is not None and out is not None:
-            dlogits = dlog_s.sub_(s.mul_(dlog_s.sum(-1, keepdim=True)))
+            whole = total if known_total is None else known_total
+            dlogits = dlog_s.sub_(s.mul_(whole[at, None]))
             if not is_near:  # a token that is cut may be infinite
                 dlogits.masked_fill_(upstream[at, None] == 0, 0)
             _write(dlogits, upstream[at], student[at], cap, out[at])
-    return loss, clipped
+    return loss, clipped, total
 
 
 def softmax_gradient_(
@@ -126,19 +161,26 @@ def softmax_gradient_(
 
 
 def summary(
-    student: Tensor, teacher: Tensor, normalizers: Normalizers, names: Collection[str]
+    student: Tensor,
+    teacher: Tensor,
+    normalizers: Normalizers,
+    names: Collection[str],
+    shard: VocabShard = WHOLE,
 ) -> dict[str, Tensor]:
     """What a row of both sides says: those of ``SUMMARY`` that are named, each (C,)."""
-    observed = {}
-    for name in names:
-        if name in SUMMARY_PARAMETERS:
-            term = DivergenceTerm(name, SUMMARY_PARAMETERS[name], 0.0)
-            pair = student, teacher, normalizers
-            observed[name] = divergence_(*pair, term, None, None, None, None)[0]
-    for name, side in (("student_entropy", student), ("teacher_entropy", teacher)):
+    parts = {}
+    for name, parameter in SUMMARY_PARAMETERS.items():
         if name in names:
-            observed[name] = moments(side)[1]
-    return observed
+            term = DivergenceTerm(name, parameter, 0.0)
+            pair = student, teacher, normalizers
+            parts[name] = _compare(*pair, term, None, None, None, None, None)[0]
+    for name, side, lse in (
+        ("student_entropy", student, normalizers.student),
+        ("teacher_entropy", teacher, normalizers.teacher),
+    ):
+        if name in names:
+            parts[name] = _entropy(side, lse)
+    return dict(zip(parts, shard.sum(*parts.values()), strict=True))
 
 
 def block_maxima(logits: Tensor) -> Tensor:

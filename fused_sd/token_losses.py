@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fused_sd import checks, tensor_checks
-from fused_sd.certificate import GradientKind, checked_tolerance
-from fused_sd.heads import LMHead, as_head
+from fused_sd.certificate import GradientKind
+from fused_sd.execution import Execution, execution
+from fused_sd.heads import LMHead, placed_head
 from fused_sd.loss_output import LossOutput, Reduction, reduce_loss
 from fused_sd.policy import Surrogate
 from fused_sd.token_rows import TokenLossRows
@@ -33,6 +35,8 @@ def cross_entropy_loss(
     compact: bool = True,
     backend: str = "auto",
     chunk_size: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
+    reduce_dhidden: bool = True,
 ) -> LossOutput:
     """Cross entropy of given tokens: SFT, RFT, and both parts of SD-Zero's first phase.
 
@@ -40,8 +44,8 @@ def cross_entropy_loss(
         token_ids: int64 targets; those equal to ``ignore_index`` have weight 0.
         token_weights: weight of each token; None: ones.
         metrics: of "log_prob", "entropy".
-        hidden, head, temperature, reduction, gradient, tolerance, compact, backend, chunk_size: as
-            in ``divergence_loss``.
+        hidden, head, temperature, reduction, gradient, tolerance, compact, backend, chunk_size,
+            process_group, reduce_dhidden: as in ``divergence_loss``.
 
     Returns:
         Loss, token losses (nats) and metrics.
@@ -73,11 +77,15 @@ def cross_entropy_loss(
         reduction=reduction,
         metrics=metrics,
         legal_metrics=("log_prob", "entropy"),
-        gradient=gradient,
-        tolerance=tolerance,
-        compact=compact,
-        backend=backend,
-        chunk_size=chunk_size,
+        execution=execution(
+            gradient=gradient,
+            tolerance=tolerance,
+            compact=compact,
+            backend=backend,
+            chunk_size=chunk_size,
+            process_group=process_group,
+            reduce_dhidden=reduce_dhidden,
+        ),
     )
 
 
@@ -94,24 +102,20 @@ def token_loss(
     reduction: Reduction,
     metrics: Sequence[str],
     legal_metrics: tuple[str, ...],
-    gradient: GradientKind,
-    tolerance: float | None,
-    compact: bool,
-    backend: str,
-    chunk_size: int | None,
+    execution: Execution,
 ) -> LossOutput:
     """Check what the token losses have in common, and walk."""
-    lm_head = as_head(head)
+    lm_head = placed_head(head, execution.process_group)
     shape = check_tokens(hidden, lm_head, inputs["token_ids"], token_weights)
     for name, tensor in inputs.items():
         if name != "token_ids":
             tensor_checks.check_per_token(name, tensor, shape, hidden.device, "hidden")
-    checks.check_run(reduction, backend, chunk_size, temperature=temperature)
+    checks.check_run(reduction, temperature)
     checks.check_positive("teacher_temperature", teacher_temperature)
     checks.check_metrics(metrics, legal_metrics)
     side = None
     if teacher is not None:
-        t_hidden, t_head = teacher[0], as_head(teacher[1])
+        t_hidden, t_head = teacher[0], placed_head(teacher[1], execution.process_group)
         tensor_checks.check_hidden(t_hidden, "teacher hidden", t_head.weight, "teacher head")
         tensor_checks.check_leading("teacher hidden[..., 0]", t_hidden[..., 0], shape, "hidden")
         tensor_checks.check_teacher("teacher hidden", t_hidden, hidden)
@@ -126,10 +130,7 @@ def token_loss(
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         reduced=reduction != "none",
-        tolerance=checked_tolerance(gradient, tolerance),
-        compact=compact,
-        backend=backend,
-        chunk_size=chunk_size,
+        execution=execution,
     )
     extras = dict(zip(metrics, walked.extras, strict=True))
     token_loss = walked.values[:, 0]

@@ -48,16 +48,21 @@ class LogProbRows(NamedTuple):
 
     def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
         rows, logits = chunk.functions.rows, chunk.student
-        ids = chunk.functions.sparse.top_k(logits, self.k) if self.is_top_k else chunk.inputs[0]
-        chosen = logits.gather(1, ids)
-        lse, *entropies = rows.moments(logits) if self.entropy else (rows.log_normalizer(logits),)
-        values = [chosen - lse[:, None], *(entropy[:, None] for entropy in entropies)]
-        normalizer = lse
+        ids = chunk.top_k(chunk.student_side, self.k) if self.is_top_k else chunk.inputs[0]
+        part = chunk.part(chunk.student_side, ids)
+        lse, *parts = rows.moments(logits) if self.entropy else (rows.log_normalizer(logits),)
+        lses = [lse]
         if self.tail:
-            logits.scatter_(1, ids, -torch.inf)
-            rest = rows.log_normalizer(logits)
-            values.insert(1, (rest - lse)[:, None])
+            logits.scatter_(1, chunk.columns_of(ids), -torch.inf)
+            lses.append(rows.log_normalizer(logits))
+        lses, entropies, [chosen] = chunk.shard.join(lses, entropies=parts, riders=[part])
+        normalizer = lses[0]
+        values = [chosen - normalizer[:, None]]
+        if self.tail:
+            rest = lses[1]
+            values.append((rest - normalizer)[:, None])
             normalizer = torch.where(rest == -torch.inf, 0, rest)
+        values += [entropy[:, None] for entropy in entropies]
         result = torch.cat(values, -1)
         extras = [ids] if self.is_top_k else []
         if chunk.upstream is not None:
@@ -82,7 +87,8 @@ class LogProbRows(NamedTuple):
             at_entries = at_entries + log_probs.exp() * slope[:, None] * (
                 log_probs + values[:, -1:]
             )
-        chunk.write_gradient_(normalizer, constant, slope, ids, chosen, at_entries)
+        columns = chunk.columns_of(ids)
+        chunk.write_gradient_(normalizer, constant, slope, columns, chosen, at_entries)
 
 
 @specs.setting
@@ -120,23 +126,29 @@ class TokenLossRows(NamedTuple):
         rows, logits = chunk.functions.rows, chunk.student
         inputs = dict(zip(self.input_names, chunk.inputs, strict=True))
         ids = inputs["token_ids"][:, None]
-        chosen = logits.gather(1, ids)
         wants_entropy = "entropy" in self.metrics
-        lse, *entropies = rows.moments(logits) if wants_entropy else (rows.log_normalizer(logits),)
-        log_prob = chosen[:, 0] - lse
-        if chunk.teacher is not None:
-            label = chunk.teacher.gather(1, ids)[:, 0]
-            inputs["teacher_log_probs"] = label - rows.log_normalizer(chunk.teacher)
+        lse, *parts = rows.moments(logits) if wants_entropy else (rows.log_normalizer(logits),)
+        lses, labels = [lse], [chunk.part(chunk.student_side, ids)]
+        if chunk.teacher_side is not None:
+            lses.append(rows.log_normalizer(chunk.teacher))
+            labels.append(chunk.part(chunk.teacher_side, ids))
+        lses, entropies, labels = chunk.shard.join(lses, entropies=parts, riders=labels)
+        log_prob, *others = (label[:, 0] - lse for label, lse in zip(labels, lses, strict=True))
+        if others:
+            inputs["teacher_log_probs"] = others[0]
         if self.surrogate is None:
             term = cross_entropy(log_prob)
         else:
             term = surrogate(self.surrogate, log_prob, inputs)
-        metrics = {"log_prob": log_prob, "teacher_log_prob": inputs.get("teacher_log_probs")}
+        metrics = {"log_prob": log_prob}
+        if "teacher_log_probs" in inputs:
+            metrics["teacher_log_prob"] = inputs["teacher_log_probs"]
         metrics |= term.metrics
         if wants_entropy:
             metrics["entropy"] = entropies[0]
         if chunk.upstream is not None:
             coefficient = chunk.upstream[:, 0] * term.dlog_prob * chunk.shaping.factor
             at_token = (-coefficient * torch.expm1(log_prob))[:, None]
-            chunk.write_gradient_(lse, -coefficient, None, ids, chosen, at_token)
+            columns = chunk.columns_of(ids)
+            chunk.write_gradient_(lses[0], -coefficient, None, columns, labels[0], at_token)
         return term.loss[:, None], [metrics[name] for name in self.metrics]

@@ -3,6 +3,7 @@
 Dimension key:  (...) tokens, D hidden size (R the reference's), V vocabulary
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ def trust_region_states(
             bias = term if bias is None else bias + term
     weight = torch.cat([before.weight, now.weight], dim=1)
     bias = None if bias is None else bias.to(weight.dtype)
-    return torch.cat(parts, -1), LMHead(weight, bias, scale, None, now.valid_vocab)
+    head = dataclasses.replace(now, weight=weight, bias=bias, logit_scale=scale)
+    return torch.cat(parts, -1), head
 
 
 def _check_sides(reference: Side, student: Side) -> None:
@@ -104,4 +106,4 @@ def _same(before: LMHead, now: LMHead) -> bool:
 
 def _detached(head: LMHead) -> LMHead:
     bias = None if head.bias is None else head.bias.detach()
-    return LMHead(head.weight.detach(), bias, head.logit_scale, head.softcap, head.valid_vocab)
+    return dataclasses.replace(head, weight=head.weight.detach(), bias=bias)

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd import specs
+from fused_sd import checks, specs
 from fused_sd.certificate import GradientCertificate
 from fused_sd.chunk import RowFunction
+from fused_sd.execution import Execution
 from fused_sd.heads import LMHead, accumulation_dtype
+from fused_sd.vocab_shard import Shards
 from fused_sd.walk_gradients import backward, keep
 from fused_sd.walk_operator import Options, structured, walk_operator
 
@@ -37,10 +39,7 @@ def walk(
     temperature: float,
     teacher_temperature: float = 1.0,
     reduced: bool,
-    compact: bool = True,
-    backend: str = "auto",
-    chunk_size: int | None = None,
-    tolerance: float | None = None,
+    execution: Execution,
 ) -> Walked:
     """Apply a row function to the logits of all tokens, differentiably.
 
@@ -53,16 +52,14 @@ def walk(
         temperature: divides the student's logits.
         teacher_temperature: divides the teacher's logits.
         reduced: whether ``total`` is differentiable, or ``values`` are.
-        compact: drop tokens of weight 0 before any GEMM, which waits for their number once.
-        backend: "auto", "triton" or "torch".
-        chunk_size: tokens in a chunk; None: by memory.
-        tolerance: share of the gradient's L1 norm that may be dropped to make it sparse; None: a
-            dense gradient, unless the row function has only entries.
+        execution: how the walk runs.
     """
-    hidden, weight, bias = student[1].operands(student[0])
+    shards = _shards(student[1], None if teacher is None else teacher[1], execution)
+    rank = 0 if shards is None else shards.rank
+    hidden, weight, bias = student[1].operands(student[0], rank)
     t_hidden = t_weight = t_bias = t_shaping = None
     if teacher is not None:
-        t_hidden, t_weight, t_bias = teacher[1].operands(teacher[0])
+        t_hidden, t_weight, t_bias = teacher[1].operands(teacher[0], rank)
         t_shaping = teacher[1].shaping(teacher_temperature)
         t_hidden, t_weight = t_hidden.detach(), t_weight.detach()
         t_bias = None if t_bias is None else t_bias.detach()
@@ -71,7 +68,14 @@ def walk(
         for tensor in (hidden, weight, bias)
     ]
     options = Options(
-        student[1].shaping(temperature), t_shaping, reduced, compact, backend, chunk_size, tolerance
+        student[1].shaping(temperature),
+        t_shaping,
+        reduced,
+        execution.compact,
+        execution.backend,
+        execution.chunk_size,
+        execution.tolerance,
+        shards,
     )
     wide = accumulation_dtype(hidden.dtype)
     upstream = None
@@ -93,7 +97,7 @@ def walk(
     total, values, _, sparse, extras = structured(flat)
     extras = [extra.detach() for extra in extras]
     certificate = None
-    if tolerance is not None and any(wanted):
+    if execution.tolerance is not None and any(wanted):
         is_dense = torch.zeros_like(sparse.kept, dtype=torch.bool)
         is_dense = is_dense.index_fill(0, sparse.dense_tokens, True) & (sparse.norm != 0)
         certificate = GradientCertificate(sparse.kept, is_dense, sparse.dropped, sparse.norm)
@@ -101,6 +105,25 @@ def walk(
     if reduced:
         return Walked(total, values.detach(), extras, certificate)
     return Walked(total.detach(), values, extras, certificate)
+
+
+def _shards(student: LMHead, teacher: LMHead | None, execution: Execution) -> Shards | None:
+    """How both sides' vocabulary lies on the ranks, at the same borders."""
+    group, sizes = execution.process_group, student.shard_sizes
+    if group is None or sizes is None or group.size() == 1:
+        return None
+    counts = student.token_counts()
+    if teacher is not None:
+        assert teacher.shard_sizes is not None
+        if teacher.shard_sizes[:-1] != sizes[:-1]:
+            checks.fail(
+                "teacher_head",
+                f"be cut between the ranks where the student's head is, into {sizes} rows",
+                teacher.shard_sizes,
+                "shard the teacher's head at the student's borders; the last rank may have more",
+            )
+        counts = [max(pair) for pair in zip(counts, teacher.token_counts(), strict=True)]
+    return Shards(group.group_name, group.rank(), tuple(counts), execution.reduce_dhidden)
 
 
 def _flat(tensor: Tensor, shape: torch.Size) -> Tensor:

@@ -20,6 +20,7 @@ from fused_sd.chunk import RowFunction
 from fused_sd.formed import Dense, Sparse
 from fused_sd.heads import accumulation_dtype
 from fused_sd.sparse import Entries
+from fused_sd.vocab_shard import VocabShard
 from fused_sd.walk_operator import Options, forming, structured
 
 
@@ -49,7 +50,11 @@ def sparse_gradients(
     elif tokens.numel():
         upstream = torch.zeros_like(factors)
         upstream[tokens] = factors[tokens]
-        again = specs.encode((rows, options._replace(reduced=True, tolerance=None)))
+        shards = options.shards
+        if shards is not None:
+            shards = shards._replace(reduce_dhidden=False)  # with the entries' part, below
+        settings = options._replace(reduced=True, tolerance=None, shards=shards)
+        again = specs.encode((rows, settings))
         sides = hidden, weight, bias, *teacher, *[None] * (3 - len(teacher))
         walked = torch.ops.fused_sd.walk(*sides, upstream[:, None], inputs, *again, wanted)
         dense = structured(walked).dense
@@ -62,9 +67,14 @@ def sparse_gradients(
     dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
     if wanted[0]:
         centre = None if spread is None else sparse.mean_row
-        dhidden = functions.gather_sum(entries, weight, centre, factors, hidden.dtype)
+        shard = VocabShard(options.shards, weight.shape[0])
+        dtype = wide if shard.reduce_dhidden else hidden.dtype
+        dhidden = functions.gather_sum(entries, weight, centre, factors, dtype)
         if tokens.numel():
             dhidden[tokens] = dense_rows.to(dhidden.dtype)
+        if shard.reduce_dhidden:
+            shard.sum_(dhidden)
+            dhidden = dhidden.to(hidden.dtype)
     # what is spread reaches the hidden states alone: the head's rows would each get a little of it,
     # which makes their gradient no better, and of which Adam makes whole steps
     heads = [(hidden, dense.dweight, weight.dtype)] if wanted[1] else []

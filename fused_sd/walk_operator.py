@@ -27,6 +27,7 @@ from fused_sd.chunking import slices
 from fused_sd.formed import Dense, Sparse
 from fused_sd.gradients import CertifiedGradients, DenseGradients, EntryGradients
 from fused_sd.heads import Projection, Shaping, accumulation_dtype
+from fused_sd.vocab_shard import Shards, VocabShard
 from fused_sd.workspace import Workspace
 
 
@@ -41,6 +42,7 @@ class Options(NamedTuple):
     backend: str
     chunk_size: int | None
     tolerance: float | None  # of a certified sparse gradient; None: a dense one
+    shards: Shards | None  # None: the vocabulary is whole here
 
 
 class Forming(NamedTuple):
@@ -129,6 +131,8 @@ def walk_operator(
     values, *extras = _by_token(rows, hidden, stop)
     functions = choose_functions(options.backend, hidden.device, wide)
     sizes = hidden.numel(), weight.numel(), weight.shape[0]
+    vocab = max(student.vocab, teacher.vocab if teacher is not None else 0)
+    shard = VocabShard(options.shards, vocab)
     workspace = Workspace(
         student,
         teacher,
@@ -137,6 +141,7 @@ def walk_operator(
         formed.kind in ("dense", "certified"),
         wide.itemsize * sum(itertools.compress(sizes, formed.dense)),
         options.chunk_size,
+        shard,
     )
     gradients: DenseGradients
     if formed.kind == "entries":
@@ -164,10 +169,12 @@ def walk_operator(
                 *workspace.fill(at, gradients.first_row + at.start - group.start),
                 gradients.entries(at),
                 workspace.width if functions.rows.READS_PADDING else workspace.vocab,
+                workspace.width,
                 [tensor[at] for tensor in inputs],
                 None if formed.kind == "nothing" else scaled,
                 options.student,
                 functions,
+                shard,
             )
             values[at], chunk_extras = rows(chunk)
             for buffer, extra in zip(extras, chunk_extras, strict=True):

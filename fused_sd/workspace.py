@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_sd.chunk import Side
 from fused_sd.chunking import Layout, WalkSize, budget_on, choose_layout
 from fused_sd.heads import DotProducts, Projection, accumulation_dtype, matmul, matmul_add_
+from fused_sd.vocab_shard import VocabShard
 
 
 class Workspace:
@@ -26,22 +27,24 @@ class Workspace:
         forming: bool,  # whether gradients by whole rows are
         reserved: int,  # bytes that finished gradients will take
         chunk_size: int | None,
+        shard: VocabShard,
     ) -> None:
         hidden = student.hidden
         wide = accumulation_dtype(hidden.dtype)
         self.student, self.teacher = student, teacher
         self.whole_student, self.whole_teacher = whole[0], teacher is not None and whole[1]
         self.dot_products = dot_products
+        self.shard = shard
         self.vocab = max(student.vocab, teacher.vocab if teacher is not None else 0)
         size = WalkSize(
-            self.vocab,
+            max(shard.sizes),  # of all ranks, whose chunks must be the same
             self.whole_student + self.whole_teacher,
             wide.itemsize,
             student.dtype.itemsize,
             forming,
         )
         self.width, num_tokens = size.width, hidden.shape[0]
-        budget = budget_on(hidden.device, reserved) if chunk_size is None else 0
+        budget = budget_on(hidden.device, reserved, shard.alone) if chunk_size is None else 0
         self.layout: Layout = choose_layout(size, num_tokens, budget, chunk_size)
         chunk, group = min(self.layout.chunk, num_tokens), min(self.layout.group, num_tokens)
         self.gradients = None  # (G, W)
@@ -83,7 +86,7 @@ class Workspace:
         return self._side(student, at, logits), self._side(teacher, at, theirs), dlogits
 
     def _side(self, projection: Projection, at: slice, whole: Tensor | None) -> Side:
-        return Side(whole, lambda ids: projection.entry_logits(at, ids, self.dot_products))
+        return Side(whole, lambda columns: projection.entry_logits(at, columns, self.dot_products))
 
     def carry(
         self,

@@ -19,6 +19,7 @@ from fused_sd.kernels.divergence import TERMS
 from fused_sd.kernels.launching import launch
 from fused_sd.kernels.tuning import launch_for
 from fused_sd.rows import SUMMARY, Normalizers
+from fused_sd.vocab_shard import WHOLE, VocabShard
 
 READS_PADDING = True  # so that a row is read in pieces of 16 bytes, whatever its vocabulary
 STATE = 8  # numbers that are kept of a pair of rows: five, in one sector of memory
@@ -38,10 +39,12 @@ def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
     return lse, entropy
 
 
-def normalizers(student: Tensor, teacher: Tensor) -> Normalizers:
+def normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> Normalizers:
     """Log-sum-exps of both sides' rows, from one visit."""
     state = student.new_empty((student.shape[0], STATE))
     _launch(programs.normalizers, student, *_pair(student, teacher), state, STATE=STATE)
+    if not shard.alone:
+        _join_(state, shard)
     return Normalizers(state[:, 0] + state[:, 1], state[:, 2] + state[:, 3], state)
 
 
@@ -54,6 +57,7 @@ def divergence_(
     upstream: Tensor | None,
     cap: float | None,
     out: Tensor | None,
+    shard: VocabShard = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Sum of a divergence's terms over the vocabulary and, with ``upstream``, its gradient."""
     loss = torch.empty_like(normalizers.student)
@@ -67,6 +71,7 @@ def divergence_(
     if not has_gradient or ratio_share is None:
         totals = loss, total, clipped
         _launch(programs.divergence, student, *pair, *totals, *settings, **constants)
+        loss, total, clipped = shard.sum(*totals)
     if upstream is not None and out is not None:
         _launch(
             programs.divergence_gradient,
@@ -78,6 +83,8 @@ def divergence_(
             HAS_CAP=cap is not None,
             IN_PLACE=out.dtype == student.dtype,
         )
+        if ratio_share is not None:
+            [loss] = shard.sum(loss)
     return loss, clipped
 
 
@@ -102,13 +109,32 @@ def softmax_gradient_(
 
 
 def summary(
-    student: Tensor, teacher: Tensor, normalizers: Normalizers, names: Collection[str]
+    student: Tensor,
+    teacher: Tensor,
+    normalizers: Normalizers,
+    names: Collection[str],
+    shard: VocabShard = WHOLE,
 ) -> dict[str, Tensor]:
     """What a row of both sides says: one pass finds all that can be named; see the twin."""
     out = student.new_empty((len(SUMMARY), student.shape[0]))
     pair = *_pair(student, teacher), normalizers.state
     _launch(programs.summary, student, *pair, out, out.stride(0), STATE=STATE)
+    [out] = shard.sum(out)
     return {name: values for name, values in zip(SUMMARY, out) if name in names}
+
+
+def _join_(state: Tensor, shard: VocabShard) -> None:
+    """What is known of a pair of rows (C, STATE), of all ranks' columns."""
+    anchor, log_scale = state[:, :4:2].clone(), state[:, 1:4:2]
+    gap = state[:, 4] + (anchor[:, 0] - anchor[:, 1]) + (log_scale[:, 0] - log_scale[:, 1])
+    top = shard.max(anchor)
+    share = torch.exp((anchor - top) + log_scale)
+    weighted = torch.where(share[:, 0] == 0, 0, share[:, 0] * gap)  # of the log-ratio of logits
+    scale, weighted = shard.sum(share, weighted)
+    log_scale = scale.log()
+    state[:, :4:2], state[:, 1:4:2] = top, log_scale
+    shift = (top[:, 0] - top[:, 1]) + (log_scale[:, 0] - log_scale[:, 1])
+    state[:, 4] = weighted / scale[:, 0] - shift
 
 
 def _share_of_mean_ratio(term: DivergenceTerm) -> float | None:

@@ -12,6 +12,7 @@ from closeness import assert_close
 import fused_sd
 from fused_sd import gradients, heads, sparse, workspace
 from fused_sd.chunking import Layout, WalkSize, choose_layout, workspace_bytes
+from fused_sd.vocab_shard import VocabShard
 
 pytest.importorskip("triton")
 from fused_sd.kernels import rows as kernels
@@ -201,8 +202,8 @@ def test_workspaces_take_the_bytes_that_are_planned(sixteen_bit, forming, has_te
     hidden, weight = torch.randn(90, 8, dtype=dtype), torch.randn(VOCAB, 8, dtype=dtype)
     student = heads.Projection(hidden, weight, None, heads.Shaping(1.0, None))
     teacher = student if has_teacher else None
-    dots = sparse.entry_logits
-    made = workspace.Workspace(student, teacher, (True, True), dots, forming, 0, 7)
+    dots, whole = sparse.entry_logits, VocabShard(None, VOCAB)
+    made = workspace.Workspace(student, teacher, (True, True), dots, forming, 0, 7, whole)
     held = [made.logits] if made.gradients is None else [made.logits, made.gradients]
     size = WalkSize(VOCAB, 1 + has_teacher, 4, dtype.itemsize, forming)
     assert size.in_place == (forming and not sixteen_bit)
@@ -230,7 +231,7 @@ def test_kernels_compare_whole_rows_with_their_padding(gemms, monkeypatch):
     """509 columns are aligned to nothing; 512 are read in pieces of 16 bytes."""
     widths, find = set(), kernels.normalizers
 
-    def normalizers(student, teacher):
+    def normalizers(student, teacher, *rest):
         widths.update((student.shape[1], teacher.shape[1]))
         return find(student, teacher)
 

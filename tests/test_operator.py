@@ -15,7 +15,7 @@ from fused_sd.walk_operator import Options
 
 
 def arguments(case, rows, inputs, *, reduced, wanted):
-    options = Options(Shaping(1.0, None), Shaping(0.5, 3.0), reduced, True, "torch", 3, None)
+    options = Options(Shaping(1.0, None), Shaping(0.5, 3.0), reduced, True, "torch", 3, None, None)
     upstream = case.token_weights[:, None]
     return (
         case.hidden,
@@ -51,7 +51,7 @@ def test_settings_travel_as_text():
     term = divergence_term(fused_sd.Jsd(0.1))
     rows = DivergenceRows(term, "full", 0, "tail", None, 0.05, (None, 3.0), 2.0, ("a",), ())
     assert specs.decode(*specs.encode(rows)) == rows
-    options = Options(Shaping(1 / 3, None), None, True, False, "auto", None, 2**-8)
+    options = Options(Shaping(1 / 3, None), None, True, False, "auto", None, 2**-8, None)
     assert specs.decode(*specs.encode(options)) == options
 
 

@@ -478,7 +478,7 @@ def test_opcheck(reduced, exact, few_entries):
     term = divergence_term("reverse_kl")
     support, k, rest = ("teacher", 4, "renormalize") if exact else ("full", 0, "tail")
     rows = DivergenceRows(term, support, k, rest, None, None, None, None, (), ())
-    options = Options(Shaping(1.0, None), Shaping(0.5, 3.0), reduced, True, "torch", 3, 2**-4)
+    options = Options(Shaping(1.0, None), Shaping(0.5, 3.0), reduced, True, "torch", 3, 2**-4, None)
     upstream = case.token_weights[:, None]
     teacher = case.teacher_hidden.detach(), case.teacher_weight.detach(), None
     args = (

@@ -1,0 +1,50 @@
+"""How a loss runs, whatever it is: the settings that every loss takes and hands to the walk."""
+
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from fused_sd import checks
+from fused_sd.certificate import checked_tolerance
+
+
+class Execution(NamedTuple):
+    """How a walk runs, beside what it computes."""
+
+    compact: bool
+    backend: str
+    chunk_size: int | None
+    process_group: "dist.ProcessGroup | None"
+    reduce_dhidden: bool
+    tolerance: float | None  # of a certified sparse gradient; None: a dense one
+
+
+def execution(
+    *,
+    compact: bool,
+    backend: str,
+    chunk_size: int | None,
+    process_group: "dist.ProcessGroup | None",
+    reduce_dhidden: bool,
+    gradient: str = "dense",
+    tolerance: float | None = None,
+) -> Execution:
+    """The settings, checked."""
+    checks.check_backend_choice(backend)
+    if chunk_size is not None:
+        checks.check_positive_int("chunk_size", chunk_size)
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        checks.fail(
+            "process_group",
+            "be a torch.distributed.ProcessGroup that this rank belongs to, or None",
+            repr(process_group),
+            "pass the tensor-parallel group, such as mesh.get_group('tp')",
+        )
+    return Execution(
+        compact,
+        backend,
+        chunk_size,
+        process_group,
+        reduce_dhidden,
+        checked_tolerance(gradient, tolerance),
+    )
