@@ -26,6 +26,7 @@ MODELS: dict[str, HeadSize] = {
     "Qwen/Qwen3-8B": HeadSize(4096, 151936),
     "Qwen/Qwen3-32B": HeadSize(5120, 151936),
     "Qwen/Qwen3-30B-A3B": HeadSize(2048, 151936),
+    "Qwen/Qwen3-235B-A22B": HeadSize(4096, 151936),
     "Qwen/Qwen3.5-0.8B": HeadSize(1024, 248320),
     "Qwen/Qwen3.5-27B": HeadSize(5120, 248320),
     "Qwen/Qwen3.5-35B-A3B": HeadSize(2048, 248320),

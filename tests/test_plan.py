@@ -74,6 +74,8 @@ def losses(problem, **run):
     teacher = problem.teacher_hidden, problem.teacher_weight.detach()
     sides = problem.hidden, problem.weight, *teacher
     old = {"old_log_probs": problem.old_log_probs}
+    entries = torch.arange(len(problem.hidden) * 32).view(-1, 32) % len(problem.weight)
+    given = entries, torch.full(entries.shape, 1 / 40).log()
     per_token = {name: value for name, value in run.items() if name != "reduction"}
     return {
         "divergence": lambda: fused_sd.divergence_loss(*sides, **run).loss,
@@ -82,6 +84,7 @@ def losses(problem, **run):
         "opsd": lambda: fused_sd.opsd_loss(*sides, **run).loss,
         "sdft": lambda: fused_sd.sdft_loss(*sides, **run).loss,
         "gkd": lambda: fused_sd.gkd_loss(*sides, **run).loss,
+        "topk_divergence": lambda: fused_sd.topk_divergence_loss(*tokens[:2], *given, **run).loss,
         "rlsd": lambda: (
             fused_sd.rlsd_loss(*tokens, problem.advantages, teacher=teacher, **old, **run).loss
         ),
@@ -449,6 +452,9 @@ def test_a_transformers_configuration_is_read():
         ({"reduction": "max"}, "reduction must be one of"),
         ({"masked": 1.0}, "masked must lie in"),
         ({"world_size": 0}, "world_size must be"),
+        ({"tensor_parallel": 0}, "tensor_parallel must be"),
+        ({"tensor_parallel": 4, "world_size": 6}, "world_size must be a multiple"),
+        ({"link": 0}, "link must be"),
         ({"device": "H9000"}, "device must be one that PyTorch sees"),
         ({"free_bytes": -1}, "free_bytes must be"),
         ({"rate": 0}, "rate must be"),
@@ -467,10 +473,13 @@ def test_wrong_use_is_named(wrong, message):
         fused_sd.plan(**({"model": "qwen3-8b", "tokens": 1024, "device": "H200"} | wrong))
 
 
-def test_every_objective_takes_less_than_eager():
+def test_every_objective_takes_less_than_those_that_hold_logits():
     for name in OBJECTIVES:
-        planned = fused_sd.plan("qwen3-8b", tokens=16384, objective=name, device="H200")
-        assert planned.peak_bytes < planned["eager"].peak_bytes
+        holds = "verl Megatron top-k" if name == "topk_divergence" else "eager"
+        for ranks in (1, 8):
+            settings = {"objective": name, "device": "H200", "tensor_parallel": ranks}
+            planned = fused_sd.plan("qwen3-8b", tokens=16384, **settings)
+            assert planned.peak_bytes < planned[holds].peak_bytes
 
 
 COMMAND = ["plan", "--model", "qwen3-8b", "--tokens", "16384", "--device", "H200"]

@@ -13,7 +13,7 @@ from fused_sd.chunking import Layout, WalkSize
 from fused_sd.gradients import MOST
 from fused_sd.planning import fused, walk
 from fused_sd.planning.fused import ENTRY_BYTES
-from fused_sd.planning.walk import PER_TOKEN, WIDE
+from fused_sd.planning.walk import PER_TOKEN, WIDE, Walk
 from fused_sd.planning.workload import Parts, Peer, Workload, gemm_flops
 
 KEPT = 64  # entries of a token where nothing is said: a policy of 0.6 nat keeps fewer
@@ -21,9 +21,19 @@ LISTED = 62  # bytes for each entry that PyTorch's selection may keep of a row; 
 JUDGED = 32  # and when it is decided which rows stay sparse
 
 
+def walked(work: Workload) -> list[Walk]:
+    """Forward's walk, and backward's over the dense tokens where it walks them again."""
+    first = Walk(True, layout(work), work.active)
+    if not _again(work) or not dense_tokens(work):
+        return [first]
+    few = work._replace(active=dense_tokens(work))
+    size = walk.size_of(few, forming=True)
+    return [first, Walk(True, walk.layout(few, size, finishing=True), few.active)]
+
+
 def walks(work: Workload) -> int:
-    """2 where backward walks the dense tokens again, else 1."""
-    return 2 if _again(work) and dense_tokens(work) else 1
+    """How many they are."""
+    return len(walked(work))
 
 
 def layout(work: Workload) -> Layout:
@@ -93,4 +103,4 @@ def _gemms(work: Workload) -> float:
     return logits + work.dense_share * dense
 
 
-SPARSE = Peer("fused_sd, sparse", _moments, _gemms, "its own layout")
+SPARSE = Peer("fused_sd, sparse", _moments, _gemms, "its own layout", shards=True)

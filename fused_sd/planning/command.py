@@ -9,9 +9,10 @@ import sys
 
 from fused_sd import checks
 from fused_sd.head_sizes import MODEL_HELP
+from fused_sd.planning.checking import PLANNED_DTYPES
 from fused_sd.planning.devices import CARDS
 from fused_sd.planning.objectives import OBJECTIVES, parse_divergence, parse_support
-from fused_sd.planning.plan import PLANNED_DTYPES, plan
+from fused_sd.planning.plan import plan
 from fused_sd.planning.result import size_text
 
 SUFFIXES = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
@@ -43,12 +44,14 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     add("--kept", type=int, metavar="ENTRIES", help="of a token's sparse gradient (default 64)")
     add("--dense-share", type=float, help="of tokens that are dense nevertheless (default 0)")
     add("--mask", type=float, default=0.0, help="share of tokens that do not count (default 0)")
-    add("--world-size", type=int, default=1, help="ranks (default 1)")
+    add("--tensor-parallel", type=int, default=1, help="ranks that share the head (default 1)")
+    add("--world-size", type=int, help="ranks (default: those that share a head)")
     add("--device", help=f"cuda, cpu or a card: {', '.join(CARDS)} (default: this machine's)")
     add(
         "--free", metavar="BYTES", help="free memory, as in 60GB or 56GiB (default: ask the device)"
     )
     add("--rate", type=float, metavar="TFLOP/S", help="of the device's GEMMs, where unknown")
+    add("--link", type=float, metavar="GB/S", help="that collectives send, where unknown")
     add("--chunk", type=int, metavar="TOKENS", help="chunk_size (default: by memory)")
     add("--parts", action="store_true", help="print all parts of each peak")
     add("--json", action="store_true", help="print JSON, in bytes and seconds")
@@ -78,10 +81,12 @@ def run_plan(arguments: argparse.Namespace) -> int:
             kept=arguments.kept,
             dense_share=arguments.dense_share,
             masked=arguments.mask,
+            tensor_parallel=arguments.tensor_parallel,
             world_size=arguments.world_size,
             device=arguments.device,
             free_bytes=None if arguments.free is None else parse_bytes(arguments.free),
             rate=None if arguments.rate is None else 1e12 * arguments.rate,
+            link=None if arguments.link is None else 1e9 * arguments.link,
             chunk_size=arguments.chunk,
         )
     except ValueError as error:

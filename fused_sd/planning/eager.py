@@ -96,6 +96,9 @@ def _copy_bytes(work: Workload) -> int:
     return 4 * work.vocab * work.hidden_size if work.element < 4 else 0
 
 
-EAGER = Peer("eager", _moments(_EAGER), exact_gemms, "counted")
-EAGER_FP32 = Peer("eager, fp32 logits", _moments(_EAGER, fp32_gemm=True), exact_gemms, "counted")
+# with a shard's logits they do the same, and beside it tell each other numbers of a token
+EAGER = Peer("eager", _moments(_EAGER), exact_gemms, "counted", shards=True)
+EAGER_FP32 = Peer(
+    "eager, fp32 logits", _moments(_EAGER, fp32_gemm=True), exact_gemms, "counted", shards=True
+)
 TRL_SDPO = Peer("TRL SDPO", _moments(_TRL_SDPO), exact_gemms, "TRL 1.16.0, counted")

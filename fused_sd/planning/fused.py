@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from fused_sd.chunking import Layout, WalkSize
 from fused_sd.planning import walk
-from fused_sd.planning.walk import ID_BYTES, PER_TOKEN, WIDE, num_entries
+from fused_sd.planning.walk import ID_BYTES, PER_TOKEN, WIDE, Walk, num_entries
 from fused_sd.planning.workload import Parts, Peer, Workload, gemm_flops
 
 COLUMN_BYTES = 4
@@ -24,14 +24,26 @@ def layout(work: Workload) -> Layout:
     return walk.layout(work, size, size.forming)
 
 
+def walked(work: Workload) -> list[Walk]:
+    """Forward's walk, and backward's where it walks again."""
+    first = Walk(not _recomputes(work), layout(work), work.active)
+    return [first, Walk(True, _again(work)[1], work.active)] if _recomputes(work) else [first]
+
+
 def walks(work: Workload) -> int:
     """2 where backward walks again, else 1."""
-    return 2 if _recomputes(work) else 1
+    return len(walked(work))
 
 
 def _recomputes(work: Workload) -> bool:
     reduced = work.reduced and not work.objective.is_per_token
     return work.trained and not reduced and not num_entries(work.objective)
+
+
+def _again(work: Workload) -> tuple[WalkSize, Layout]:
+    """Of backward's walk."""
+    size = walk.size_of(work, forming=True)
+    return size, walk.layout(work, size, finishing=True)
 
 
 def _size(work: Workload) -> WalkSize:
@@ -49,6 +61,7 @@ def _moments(work: Workload) -> Sequence[Parts]:
             tokens * num_entries(work.objective) for tokens in (work.tokens, work.active)
         )
         summing = {"norms": (WIDE + 1) * count, **walk.workspace(size, chosen)}
+        count //= work.tensor_parallel  # a rank's own of them, if they lie evenly
         return [
             *walk.walk(work, size, chosen, {**held, **taken}),
             {**held, **taken, **summing},
@@ -56,8 +69,7 @@ def _moments(work: Workload) -> Sequence[Parts]:
         ]
     if not _recomputes(work):
         return [*forming(work, size, chosen, {**per_token, **taken}), *_rounding(work, per_token)]
-    again = size._replace(forming=True)
-    chosen_again = walk.layout(work, again, finishing=True)
+    again, chosen_again = _again(work)
     forward = {**per_token, **taken}
     return [
         *walk.walk(work, size, chosen, forward),
@@ -92,14 +104,19 @@ def from_entries(work: Workload, held: Parts, places: int, used: int) -> Sequenc
         places: for entries, of all tokens.
         used: those that hold one.
     """
+    dhidden = {"dH": work.hidden_bytes}
+    if work.tensor_parallel > 1:  # summed over the ranks before it is rounded
+        dhidden = walk.finished(work._replace(trained=False), work.tokens)
     moments = [
         {
             **held,
-            "dH": work.hidden_bytes,
+            **dhidden,
             "entries in their order": (1 + 2 * ID_BYTES) * places + (ID_BYTES + WIDE) * used,
             "sums": _sum_bytes(work, work.tokens, used, used),
         }
     ]
+    if work.tensor_parallel > 1 and work.element < WIDE:
+        moments.append({**held, **dhidden, "dH": work.hidden_bytes})
     if work.trained:
         moments.append(
             {
@@ -148,4 +165,4 @@ def _gemms(work: Workload) -> float:
     return logits * walks(work) + gemm_flops(work, 1 + work.trained, 0)
 
 
-FUSED_SD = Peer("fused_sd", _moments, _gemms, "its own layout")
+FUSED_SD = Peer("fused_sd", _moments, _gemms, "its own layout", shards=True)

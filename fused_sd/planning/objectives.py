@@ -48,6 +48,9 @@ def _divergences() -> dict[str, Objective]:
         "sd_zero": sd_zero,
         "opsd": Objective("opsd", "forward_kl", entry_clip=True),
         **{name: Objective(name, divergence) for name, divergence in full.items()},
+        "topk_divergence": Objective(  # a teacher server's entries, as many as verl asks for
+            "topk_divergence", "forward_kl", "ids", 32, "tail", has_teacher=False
+        ),
         "topk_tail": sdpo._replace(name="topk_tail"),
         "topk_renormalized": sd_zero._replace(name="topk_renormalized"),
     }

@@ -12,11 +12,13 @@ import torch
 from fused_sd import checks
 from fused_sd.divergence import Divergence
 from fused_sd.head_sizes import head_size
-from fused_sd.planning import certified, eager, fused, liger, timing, token_peers, trl
+from fused_sd.planning import certified, checking, eager, fused, liger, timing, token_peers, trl
 from fused_sd.planning.devices import Device, find_device
-from fused_sd.planning.objectives import Objective, choose
+from fused_sd.planning.objectives import choose
+from fused_sd.planning.prediction import predict
 from fused_sd.planning.result import Estimate, Plan
 from fused_sd.planning.walk import num_entries
+from fused_sd.planning.wire import traffic
 from fused_sd.planning.workload import Peer, Workload, peak, total
 from fused_sd.support import Support
 from fused_sd.verify.choices import DTYPES
@@ -32,10 +34,10 @@ PEERS: tuple[Peer, ...] = (
     liger.LIGER_FUSED_JSD,
     liger.LIGER_CHUNKED_JSD,
     token_peers.VERL,
+    token_peers.VERL_MEGATRON,
     token_peers.CCE,
     token_peers.QUACK,
 )
-PLANNED_DTYPES = ("bf16", "fp16", "fp32")
 MAX_TOKENS = 2**34  # beyond which nobody asks how many would fit
 
 Model = str | PathLike[str] | Mapping[str, Any] | object
@@ -60,17 +62,20 @@ def plan(
     kept: int | None = None,
     dense_share: float | None = None,
     masked: float = 0.0,
-    world_size: int = 1,
+    tensor_parallel: int = 1,
+    world_size: int | None = None,
     device: str | torch.device | None = None,
     free_bytes: int | None = None,
     rate: float | None = None,
+    link: float | None = None,
     chunk_size: int | None = None,
 ) -> Plan:
     """Memory, chunk and time of a loss, of this library, eager PyTorch and others, beforehand.
 
     Peaks are of forward and backward of the loss alone, from hidden states on: beyond the inputs,
-    the gradients included.  Everything is per rank: tokens are divided over the ranks, while the
-    head, its gradient and the workspaces are each rank's own.
+    the gradients included.  Everything is per rank.  Tokens are divided over the ranks, but ranks
+    that share a head hold the same ones: each has the whole hidden states and their gradient, its
+    own rows of the head, their gradient, and the logits of its columns.
 
     Args:
         model: a known name (``fused_sd.head_sizes.MODELS``), a path to a ``config.json`` or to
@@ -91,19 +96,23 @@ def plan(
         dense_share: share of the tokens whose gradient is expected to be dense nevertheless; None:
             0.  Both are in the certificate of a loss that was computed.
         masked: share of the tokens that have weight 0, in [0, 1).
-        world_size: ranks.
+        tensor_parallel: ranks that share a head, each with as many of its rows; those whose rows
+            are most are planned.  Implementations that cannot are left out.
+        world_size: ranks, a multiple of those that share a head; None: just these.
         device: where it will run (its free memory is asked for now), or a card by its name
             ("H200", of whose whole memory is thought); None: the GPU where there is one.
         free_bytes: bytes that are free when the loss begins and its hidden states are not there.
         rate: FLOP/s of the device's GEMMs, for the time's bound where nothing was measured.
+        link: bytes/s that collectives send from one device to the next, for the prediction.
         chunk_size: as a loss's own.
 
     Raises:
         ValueError: an argument is out of range, or names nothing that is known.
     """
     head = head_size(model, hidden_size, vocab)
-    _check(tokens, world_size, reduction, masked, chunk_size)
-    dtype_name = _dtype_name(dtype)
+    world_size = tensor_parallel if world_size is None else world_size
+    checking.check_sizes(tokens, world_size, tensor_parallel, reduction, masked, chunk_size)
+    dtype_name = checking.dtype_name(dtype)
     other = head if teacher is None else head_size(teacher)
     shared = teacher is None if shared_head is None else shared_head
     if shared and other != head:
@@ -113,19 +122,20 @@ def plan(
             f"{tuple(other)} and {tuple(head)}",
             "leave it out",
         )
-    found = find_device(device, free_bytes, rate)
+    found = find_device(device, free_bytes, rate, link)
     chosen = choose(objective, divergence, support, remainder)
-    _check_gradient(gradient, kept, dense_share, chosen)
+    checking.check_gradient(gradient, kept, dense_share, chosen)
     is_sparse = gradient == "sparse" and not num_entries(chosen)
+    kept = certified.KEPT if kept is None else kept
 
     def workload(tokens_of_rank: int) -> Workload:
         return Workload(
             tokens=tokens_of_rank,
             active=max(1, round(tokens_of_rank * (1 - masked))),
             hidden_size=head.hidden_size,
-            vocab=head.vocab,
+            vocab=-(-head.vocab // tensor_parallel),
             teacher_hidden_size=other.hidden_size,
-            teacher_vocab=other.vocab,
+            teacher_vocab=-(-other.vocab // tensor_parallel),
             element=DTYPES[dtype_name].itemsize,
             objective=chosen,
             trained=train_head,
@@ -134,11 +144,14 @@ def plan(
             shared_head=shared,
             free_bytes=found.free_bytes,
             chunk_size=chunk_size,
-            kept=(certified.KEPT if kept is None else kept) if is_sparse else None,
+            kept=-(-kept // tensor_parallel) if is_sparse else None,
             dense_share=dense_share or 0.0,
+            tensor_parallel=tensor_parallel,
         )
 
-    work = workload(-(-tokens // world_size))
+    num_groups = world_size // tensor_parallel
+    work = workload(-(-tokens // num_groups))
+    sends = traffic(work)
     layout = certified.layout(work) if is_sparse else fused.layout(work)
     return Plan(
         model=_name(model),
@@ -150,6 +163,8 @@ def plan(
         reduction=reduction,
         tokens=tokens,
         world_size=world_size,
+        tensor_parallel=tensor_parallel,
+        shard_rows=work.vocab,
         tokens_per_rank=work.tokens,
         active_per_rank=work.active,
         device=found.name,
@@ -158,12 +173,14 @@ def plan(
         chunk=layout.chunk,
         group=layout.group,
         walks=certified.walks(work) if is_sparse else fused.walks(work),
-        kept=work.kept,
+        kept=kept if is_sparse else None,
         dense_share=work.dense_share,
+        traffic=sends,
+        prediction=None if is_sparse else predict(work, sends, found.rates),
         estimates=tuple(
-            _estimate(peer, workload, work, found, dtype_name, world_size)
+            _estimate(peer, workload, work, found, dtype_name, num_groups)
             for peer in PEERS
-            if peer.moments(work)
+            if peer.moments(work) and (peer.shards or tensor_parallel == 1)
         ),
     )
 
@@ -174,16 +191,16 @@ def _estimate(
     work: Workload,
     device: Device,
     dtype: str,
-    world_size: int,
+    num_groups: int,
 ) -> Estimate:
     parts = peak(peer.moments(work))
-    time = timing.expected(work, peer, device.name, device.rate, str(DTYPES[dtype])[6:])
+    time = timing.expected(work, peer, device.name, device.rates.gemms, str(DTYPES[dtype])[6:])
     return Estimate(
         provider=peer.name,
         peak_bytes=total(parts),
         parts=parts,
         fits=_needs(peer, work) <= device.free_bytes,
-        longest_tokens=world_size * _longest(peer, workload, device.free_bytes),
+        longest_tokens=num_groups * _longest(peer, workload, device.free_bytes),
         seconds=time.seconds,
         seconds_source=time.source,
         source=peer.source,
@@ -206,47 +223,6 @@ def _longest(peer: Peer, workload: Callable[[int], Workload], free_bytes: int) -
         else:
             high = middle
     return low
-
-
-def _check(
-    tokens: object, world_size: object, reduction: object, masked: float, chunk_size: int | None
-) -> None:
-    for name, value in (("tokens", tokens), ("world_size", world_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            checks.fail(name, "be an integer of at least 1", repr(value), "pass their number")
-    checks.check_reduction(reduction)
-    ok = isinstance(masked, int | float) and 0 <= masked < 1
-    checks.check_number("masked", masked, "lie in [0, 1)", ok, "0.5 leaves half of the tokens")
-    if chunk_size is not None:
-        checks.check_positive_int("chunk_size", chunk_size)
-
-
-def _check_gradient(
-    gradient: object, kept: int | None, dense_share: float | None, objective: Objective
-) -> None:
-    checks.check_one_of("gradient", gradient, ("dense", "sparse"))
-    if gradient == "dense":
-        for name, value in (("kept", kept), ("dense_share", dense_share)):
-            if value is not None:
-                remedy = "pass gradient='sparse', or leave it out"
-                checks.fail(name, "come with gradient='sparse'", repr(value), remedy)
-        return
-    if objective.is_per_token:
-        remedy = "leave it out: log-probabilities have dense gradients"
-        checks.fail("gradient", "be 'dense' for token_log_probs", repr(gradient), remedy)
-    if kept is not None:
-        checks.check_positive_int("kept", kept)
-    if dense_share is not None:
-        ok = isinstance(dense_share, int | float) and 0 <= dense_share <= 1
-        checks.check_number("dense_share", dense_share, "lie in [0, 1]", ok, "0.1 is one in ten")
-
-
-def _dtype_name(dtype: torch.dtype | str) -> str:
-    for name in PLANNED_DTYPES:
-        if dtype in (name, DTYPES[name]):
-            return name
-    checks.fail("dtype", "be bf16, fp16 or fp32", repr(dtype), "plan for the operands' dtype")
-    raise AssertionError
 
 
 def _name(model: Model | None) -> str:

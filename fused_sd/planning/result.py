@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fused_sd.planning.prediction import Prediction
+from fused_sd.planning.wire import Traffic
+
 LINE = 100
 FLOOR_MARK = ">="
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
@@ -41,11 +44,15 @@ class Plan:
     Attributes:
         tokens: of the whole batch; ``tokens_per_rank`` and ``active_per_rank`` (those with a
             weight) are each rank's.
+        tensor_parallel: ranks that share a head; ``shard_rows``: the most that one of them holds.
         free_bytes: that were counted with; ``is_whole_card``: a card with nothing on it.
         chunk, group: tokens whose logits, and whose logits' gradients, this library will hold.
         walks: 2 where backward computes the logits again, else 1.
         kept, dense_share: what was assumed of a sparse gradient, entries a token and the share of
             dense tokens; None and 0 of a dense one.
+        traffic: what a rank tells those that share its head; None: there are none.
+        prediction: of this library's time, from rates; None: a rate is not known, or a sparse
+            gradient decides.
         estimates: this library first.
     """
 
@@ -58,6 +65,8 @@ class Plan:
     reduction: str
     tokens: int
     world_size: int
+    tensor_parallel: int
+    shard_rows: int
     tokens_per_rank: int
     active_per_rank: int
     device: str
@@ -68,7 +77,14 @@ class Plan:
     walks: int
     kept: int | None
     dense_share: float
+    traffic: Traffic | None
+    prediction: Prediction | None
     estimates: tuple[Estimate, ...]
+
+    @property
+    def num_groups(self) -> int:
+        """Ranks, or groups of them, that have other tokens."""
+        return self.world_size // self.tensor_parallel
 
     @property
     def peak_bytes(self) -> int:
@@ -93,7 +109,7 @@ class Plan:
             if self.active_per_rank == self.tokens_per_rank
             else (f" ({self.active_per_rank} count)")
         )
-        ranks = f" on each of {self.world_size} ranks" if self.world_size > 1 else ""
+        ranks = f" on each of {self.world_size} ranks" if self.num_groups > 1 else ""
         card = ", the whole card" if self.is_whole_card else ""
         lines = [
             f"{self.objective}: {self.model}, {self.hidden_size} x {self.vocab}, {self.dtype}, "
@@ -103,6 +119,7 @@ class Plan:
             f"fused_sd holds logits of {self.chunk} tokens and gradients of {self.group}"
             + (", and walks again in backward" if self.walks == 2 else ""),
             *self._assumed(),
+            *self._shared(),
             "",
             f"{'':26}{'peak':>9}{'':5}{'longest':>12}{'time':>11}  largest part of the peak",
         ]
@@ -113,7 +130,26 @@ class Plan:
                 f"{estimate.longest_tokens:>12,}{_time_text(estimate):>11}  "
                 f"{_largest(estimate.parts)}"
             )
-        return "\n".join([*lines, "", *self._legend()])
+        return "\n".join([*lines, *self._predicted(), "", *self._legend()])
+
+    def _shared(self) -> list[str]:
+        if self.traffic is None:
+            return []
+        sends = self.traffic
+        return [
+            f"{self.tensor_parallel} ranks share the head, {self.shard_rows} rows or fewer each, "
+            "and the tokens; each hands",
+            f"{size_text(sends.payload_bytes)} to {sends.num_collectives} collectives, which a "
+            f"ring makes {size_text(sends.sent_bytes)} sent",
+        ]
+
+    def _predicted(self) -> list[str]:
+        if self.prediction is None:
+            return []
+        parts = self.prediction.parts()
+        text = " + ".join(f"{name} {milliseconds(seconds)}" for name, seconds in parts.items())
+        total = milliseconds(self.prediction.total)
+        return ["", f"fused_sd, predicted from rates: {total}", f"  {text}"]
 
     def _assumed(self) -> list[str]:
         if self.kept is None:
@@ -122,7 +158,7 @@ class Plan:
         return [f"assumed of the sparse gradient: {self.kept} entries a token, {dense}"]
 
     def _legend(self) -> list[str]:
-        over = " over all ranks" if self.world_size > 1 else ""
+        over = " over all ranks" if self.num_groups > 1 else ""
         lines = [
             "peak: on each rank, beyond hidden states and head, gradients included;",
             f"longest: tokens{over} whose hidden states and peak fit what is free.",
@@ -153,10 +189,12 @@ def _time_text(estimate: Estimate) -> str:
     if estimate.seconds is None:
         return "unknown"
     mark = FLOOR_MARK + " " if estimate.seconds_source == "floor" else ""
-    milliseconds = 1e3 * estimate.seconds
-    return (
-        f"{mark}{milliseconds:.3g} ms" if milliseconds < 1000 else f"{mark}{estimate.seconds:.3g} s"
-    )
+    return mark + milliseconds(estimate.seconds)
+
+
+def milliseconds(seconds: float) -> str:
+    """With its unit; from one second on, in seconds."""
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def _largest(parts: dict[str, int]) -> str:

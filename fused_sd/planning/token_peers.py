@@ -1,6 +1,6 @@
-"""Peers that know the sampled token's log-probability only: verl, cut-cross-entropy, QuACK.
+"""Peers of one log-probability a token, or of a server's few: verl, cut-cross-entropy, QuACK.
 
-From reading their sources; none of them runs on a CPU.
+From reading their sources; none but verl's divergence runs on a CPU.
 
 Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary
 """
@@ -35,6 +35,27 @@ def _verl(work: Workload) -> Sequence[Parts]:
             "dW": work.weight_bytes,
         },
         {"dH": dh + work.hidden_bytes, "dW": work.weight_bytes},
+    ]
+
+
+def _verl_megatron(work: Workload) -> Sequence[Parts]:
+    """``trainer/distillation/megatron/losses.py`` at version 0.9.1, on every token of a shard.
+
+    Forward holds shifted logits, their exponentials and the log-probabilities beside the logits;
+    backward the kept probabilities and their gradient, and a rounded copy.
+    """
+    objective = work.objective
+    given = objective.support == "ids" and not objective.has_teacher
+    if not given or objective.divergence != "forward_kl":
+        return []
+    logits = work.tokens * work.vocab
+    held = {"logits": work.element * logits}
+    narrow = work.element * logits if work.element < 4 else 0
+    backward = {"probabilities": 4 * logits, "gradient of the logits": 4 * logits + narrow}
+    return [
+        {**held, "log-probabilities and two more": 12 * logits},
+        {**held, **backward},
+        {"gradient of the logits": work.element * logits, **work.gradients, **work.gemm},
     ]
 
 
@@ -88,6 +109,10 @@ def _recomputing_gemms(work: Workload) -> float:
     return gemm_flops(work, 4, 1)
 
 
+def _megatron_gemms(work: Workload) -> float:
+    return gemm_flops(work, 2 + work.trained, 0, work.tokens)
+
+
 def _cce_gemms(work: Workload) -> float:
     """If it skipped nothing; it skips the gradient of unlikely tokens."""
     return gemm_flops(work, 3 + work.trained, 0)
@@ -97,6 +122,13 @@ def _quack_gemms(work: Workload) -> float:
     return gemm_flops(work, 2 + work.trained, 0, work.tokens)
 
 
-VERL = Peer("verl triton", _verl, _recomputing_gemms, "verl 0.9.1, read")
+VERL = Peer("verl triton", _verl, _recomputing_gemms, "verl 0.9.1, read", shards=True)
+VERL_MEGATRON = Peer(
+    "verl Megatron top-k",
+    _verl_megatron,
+    _megatron_gemms,
+    "verl 0.9.1, read and counted",
+    shards=True,
+)
 CCE = Peer("cut-cross-entropy", _cce, _cce_gemms, "cut-cross-entropy 25.1.1, read")
 QUACK = Peer("quack linear_cross_entropy", _quack, _quack_gemms, "QuACK 0.6.5, read")

@@ -5,6 +5,7 @@ Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary, C
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from fused_sd import chunking, rows, sparse
 from fused_sd.chunking import Layout, WalkSize
@@ -23,6 +24,14 @@ DOTTING, COMPARING, WRITING = 28, 65, 37
 # buffers of some rows that PyTorch's row functions hold at once; the kernels hold none
 _BUFFERS = {"forward_kl": 5, "reverse_kl": 5, "jsd": 6, "mixed_kl": 6}
 _SOFTMAX_BUFFERS = 2
+
+
+class Walk(NamedTuple):
+    """A walk over so many tokens."""
+
+    forming: bool  # whether it forms gradients
+    layout: Layout
+    tokens: int
 
 
 def num_entries(objective: Objective) -> int:
@@ -73,6 +82,8 @@ def _budget(work: Workload, finishing: bool) -> int:
     """For the workspaces, as ``chunking.budget_on`` sees it."""
     if work.kind == "cpu":
         return chunking.CPU_BUDGET
+    if work.tensor_parallel > 1:  # ranks with other memory must come to the same chunk
+        return chunking.GPU_BUDGET
     held = work.inputs_bytes + total(compacted(work))
     if finishing:
         held += total(finished(work, work.active))
@@ -133,18 +144,24 @@ def _row_bytes(work: Workload, size: WalkSize, chunk: int) -> int:
     softmax = _SOFTMAX_BUFFERS * visited if size.forming else 0
     if not objective.k:
         return softmax
-    entries = chunk * _compared(objective)
+    entries = chunk * compared(objective)
     return max(
         softmax + WRITING * entries,
         COMPARING * entries,
         _dot_product_bytes(work, chunk),
         _top_k_bytes(objective.k, size, chunk, work.kind),
+        _candidate_bytes(work, chunk),
     )
 
 
-def _compared(objective: Objective) -> int:
+def compared(objective: Objective) -> int:
     """Entries of a truncated support."""
     return objective.k * (2 if objective.support == "union" else 1)
+
+
+def choosing_sides(objective: Objective) -> int:
+    """Sides whose largest logits are the support."""
+    return {"student": 1, "teacher": 1, "union": 2}.get(objective.support, 0)
 
 
 def _dot_product_bytes(work: Workload, chunk: int) -> int:
@@ -153,7 +170,7 @@ def _dot_product_bytes(work: Workload, chunk: int) -> int:
     others = 1 + objective.has_teacher - sum(whole_sides(objective))
     if work.kind == "cuda" or not others:
         return 0
-    count = _compared(objective)
+    count = compared(objective)
     tokens = max(1, gathered_rows(work) // count)
     gathered = WIDE * work.hidden_size * count * min(chunk, 2 * tokens)
     return gathered + DOTTING * chunk * count
@@ -171,3 +188,12 @@ def _top_k_bytes(k: int, size: WalkSize, chunk: int, kind: str) -> int:
     blocks = chunk * -(-size.width // BLOCK) * WIDE
     listed = 0 if kind == "cuda" else chunk * k * BLOCK * (2 * ID_BYTES + WIDE)
     return blocks + listed
+
+
+def _candidate_bytes(work: Workload, chunk: int) -> int:
+    """A rank's candidates, all ranks', these side by side, and their order."""
+    if work.tensor_parallel == 1 or not choosing_sides(work.objective):
+        return 0
+    own = chunk * min(work.objective.k, work.vocab)
+    pair = 2 * WIDE  # a logit and its id
+    return own * (pair + work.tensor_parallel * (2 * pair + WIDE + ID_BYTES))

@@ -22,9 +22,9 @@ class Workload(NamedTuple):
     tokens: int  # N
     active: int  # A
     hidden_size: int  # D
-    vocab: int  # V
+    vocab: int  # V, of the largest shard where ranks share the head
     teacher_hidden_size: int
-    teacher_vocab: int
+    teacher_vocab: int  # likewise
     element: int  # bytes of an element of hidden states and head: 2 or 4
     objective: Objective
     trained: bool  # whether the head is
@@ -35,6 +35,7 @@ class Workload(NamedTuple):
     chunk_size: int | None = None  # what this library is told to take
     kept: int | None = None  # entries of a sparse gradient a token; None: it is dense
     dense_share: float = 0.0  # of the tokens, whose gradient is dense nevertheless
+    tensor_parallel: int = 1  # ranks that share the head
 
     @property
     def weight_bytes(self) -> int:
@@ -90,6 +91,7 @@ class Peer(NamedTuple):
     moments: Moments  # none: it does not have the objective
     gemms: Callable[[Workload], float]  # FLOPs of its projections and their gradients
     source: str  # where its moments are from
+    shards: bool = False  # whether its ranks can share a head
 
 
 def total(parts: Parts) -> int:

@@ -1,0 +1,66 @@
+"""What a plan refuses, and the dtypes that it knows."""
+
+import torch
+
+from fused_sd import checks
+from fused_sd.planning.objectives import Objective
+from fused_sd.verify.choices import DTYPES
+
+PLANNED_DTYPES = ("bf16", "fp16", "fp32")
+
+
+def check_sizes(
+    tokens: int,
+    world_size: int,
+    tensor_parallel: int,
+    reduction: object,
+    masked: float,
+    chunk_size: int | None,
+) -> None:
+    """How much there is, and for how many."""
+    counts = {"tokens": tokens, "tensor_parallel": tensor_parallel, "world_size": world_size}
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            checks.fail(name, "be an integer of at least 1", repr(value), "pass their number")
+    if world_size % tensor_parallel:
+        checks.fail(
+            "world_size",
+            f"be a multiple of tensor_parallel, {tensor_parallel}",
+            world_size,
+            "count all ranks, those that share a head too",
+        )
+    checks.check_reduction(reduction)
+    ok = isinstance(masked, int | float) and 0 <= masked < 1
+    checks.check_number("masked", masked, "lie in [0, 1)", ok, "0.5 leaves half of the tokens")
+    if chunk_size is not None:
+        checks.check_positive_int("chunk_size", chunk_size)
+
+
+def check_gradient(
+    gradient: object, kept: int | None, dense_share: float | None, objective: Objective
+) -> None:
+    """How a gradient is kept, and what is assumed of it."""
+    checks.check_one_of("gradient", gradient, ("dense", "sparse"))
+    if gradient == "dense":
+        for name, value in (("kept", kept), ("dense_share", dense_share)):
+            if value is not None:
+                remedy = "pass gradient='sparse', or leave it out"
+                checks.fail(name, "come with gradient='sparse'", repr(value), remedy)
+        return
+    if objective.is_per_token:
+        remedy = "leave it out: log-probabilities have dense gradients"
+        checks.fail("gradient", "be 'dense' for token_log_probs", repr(gradient), remedy)
+    if kept is not None:
+        checks.check_positive_int("kept", kept)
+    if dense_share is not None:
+        ok = isinstance(dense_share, int | float) and 0 <= dense_share <= 1
+        checks.check_number("dense_share", dense_share, "lie in [0, 1]", ok, "0.1 is one in ten")
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """The name of a dtype, or of a name."""
+    for name in PLANNED_DTYPES:
+        if dtype in (name, DTYPES[name]):
+            return name
+    checks.fail("dtype", "be bf16, fp16 or fp32", repr(dtype), "plan for the operands' dtype")
+    raise AssertionError
