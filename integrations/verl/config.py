@@ -21,7 +21,7 @@ SUPPORTS = {
     "teacher_topk": ("teacher", TeacherTopK),
     "union_topk": ("union", UnionTopK),
 }
-TEACHERS = ("server", "live", "ema", "reference")
+TEACHERS = ("server", "live", "ema", "synced", "reference")
 
 # settings that only one loss reads, and settings read only beside a certain other one
 _READ_BY = {
@@ -39,10 +39,11 @@ _READ_BY = {
     RLSD_LOSS: ("rlsd_mix", "rlsd_clip_low", "rlsd_clip_high", "rlsd_log_prob", "rlsd_dual_clip"),
 }
 _READ_WITH = {
-    "beta": ("divergence", "jsd"),
-    "forward_weight": ("divergence", "mixed_kl"),
-    "ema_rate": ("teacher", "ema"),
-    "trust_region_mix": ("teacher", "reference"),
+    "beta": ("divergence", ("jsd",)),
+    "forward_weight": ("divergence", ("mixed_kl",)),
+    "ema_rate": ("teacher", ("ema",)),
+    "teacher_sync_steps": ("teacher", ("ema", "synced")),
+    "trust_region_mix": ("teacher", ("reference",)),
 }
 
 
@@ -70,9 +71,11 @@ class FusedSDLossConfig(DistillationLossConfig):
             but its metrics tell the loss before it.
         importance_cap: multiplies each token by ``min(pi / pi_old, cap)`` (SDPO); None: not.
         teacher: ``"server"``: verl's teacher servers.  In the training process: ``"live"``, the
-            student's own weights; ``"ema"``, their moving average; ``"reference"``, the initial
-            weights.
+            student's own weights; ``"ema"``, their moving average; ``"synced"``, a copy of them,
+            made anew now and then; ``"reference"``, the initial weights.
         ema_rate: the student's share in each average, with teacher="ema".
+        teacher_sync_steps: optimiser steps from one average or copy to the next, with
+            teacher="ema" or "synced" (RLSD: 10 in the paper, 20 in its script).
         trust_region_mix: the student's share in the teacher's logits, with teacher="reference"
             (SDPO's trust region); 0: the reference alone.
         rlsd_mix, rlsd_clip_low, rlsd_clip_high, rlsd_log_prob: mix, clip and log_prob of
@@ -102,6 +105,7 @@ class FusedSDLossConfig(DistillationLossConfig):
 
     teacher: str = "server"
     ema_rate: float = 0.05
+    teacher_sync_steps: int = 1
     trust_region_mix: float = 0.0
 
     rlsd_mix: float = 0.5
@@ -120,6 +124,7 @@ class FusedSDLossConfig(DistillationLossConfig):
         super().__post_init__()
         checks.check_one_of("teacher", self.teacher, TEACHERS)
         checks.check_unit_interval("ema_rate", self.ema_rate)
+        checks.check_positive_int("teacher_sync_steps", self.teacher_sync_steps)
         checks.check_unit_interval("trust_region_mix", self.trust_region_mix)
         checks.check_backend_choice(self.backend)
         if self.chunk_size is not None:
@@ -169,8 +174,8 @@ class FusedSDLossConfig(DistillationLossConfig):
         for loss, names in _READ_BY.items():
             if loss != self.loss_mode:
                 self._check_left(names, f"loss_mode={self.loss_mode!r}")
-        for name, (other, value) in _READ_WITH.items():
-            if getattr(self, other) != value:
+        for name, (other, values) in _READ_WITH.items():
+            if getattr(self, other) not in values:
                 self._check_left((name,), f"{other}={getattr(self, other)!r}")
         if self.loss_mode in _READ_BY:
             self._check_left(("use_chunked_topk",), "a loss that holds no logits")
@@ -198,7 +203,7 @@ class FusedSDLossConfig(DistillationLossConfig):
                 "support",
                 'be "teacher_topk" with teacher="server", which sends its own top-k alone',
                 repr(self.support),
-                'pass teacher="live", "ema" or "reference" to compare other entries',
+                'pass teacher="live", "ema", "synced" or "reference" to compare other entries',
             )
         if self.support != "full":
             checks.check_positive_int("topk", self.topk)
@@ -206,8 +211,9 @@ class FusedSDLossConfig(DistillationLossConfig):
             self.divergence,
             "entries" if self.teacher == "server" else SUPPORTS[self.support][0],
             self.remainder,
-            self.entry_clip is not None,
-            self.tail_floor is not None,
+            entry_clip=self.entry_clip is not None,
+            tail_floor=self.tail_floor is not None,
+            log_prob_floor=self.log_prob_min_clamp is not None,
         )
         for name in ("tail_floor", "entry_clip", "token_clip", "importance_cap", "loss_max_clamp"):
             if getattr(self, name) is not None:

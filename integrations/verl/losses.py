@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 from verl.trainer.distillation.losses import compute_forward_kl_topk
+from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import ActorConfig, DistillationConfig
 from verl.workers.utils.padding import no_padding_2_padding
@@ -59,7 +60,12 @@ def topk_loss(
             "python -m fused_sd.integrations.verl doctor tells what is missing",
         )
     _, metrics = compute_forward_kl_topk(config, distillation_config, model_output, data)
-    return no_padding_2_padding(model_output["distillation_losses"], data), metrics
+    losses = no_padding_2_padding(model_output["distillation_losses"], data)
+    if "self_distillation_mask" in data:
+        losses = torch.where(_has_context(data), losses, 0)
+        if data["batch_num_tokens"] == 0:  # no context in the whole batch: verl would divide by it
+            tu.assign_non_tensor(data, batch_num_tokens=1)
+    return losses, metrics
 
 
 def rlsd_loss(
@@ -70,9 +76,10 @@ def rlsd_loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     """RLSD: the clipped policy surrogate whose advantages a teacher's log-probabilities reweight.
 
-    The teacher's log-probabilities of the sampled tokens are the server's (``teacher_logprobs`` of
-    the batch), or with a teacher in the engine ``model_output["teacher_log_probs"]``.  Where verl
-    corrects for the rollout engine, its weights multiply the loss, as in verl's policy losses.
+    The teacher's log-probabilities of the sampled tokens are ``teacher_logprobs`` of the batch (a
+    server's, or a worker's), or with a teacher in the engine ``model_output["teacher_log_probs"]``.
+    Where verl corrects for the rollout engine, its weights multiply the loss, as in verl's policy
+    losses.
 
     Returns:
         (B, R) losses and metrics.
@@ -93,6 +100,8 @@ def rlsd_loss(
         name: torch.where(mask, values.detach(), 0).to(log_prob) for name, values in inputs.items()
     }
     known["mix"] = torch.full_like(log_prob, settings.rlsd_mix)
+    if "self_distillation_mask" in data:  # without a context it is GRPO
+        known["mix"] = torch.where(_has_context(data), known["mix"], 0)
     now = torch.where(mask, log_prob, 0)
     term = surrogate(_surrogate(settings), now.detach(), known)
     loss = term.loss + term.dlog_prob * (now - now.detach())  # the surrogate and its derivative
@@ -105,6 +114,11 @@ def rlsd_loss(
     }
 
 
+def _has_context(data: TensorDict) -> Tensor:
+    """(B, 1) bool: whether the trainer's stage found something to show the teacher."""
+    return data["self_distillation_mask"][:, None] != 0
+
+
 def _padded(values: Tensor) -> Tensor:
     """(B, R), 0 behind each sequence's end."""
     return values.to_padded_tensor(0) if values.is_nested else values
@@ -114,8 +128,10 @@ def _teacher_log_probs(
     settings: FusedSDLossConfig, model_output: dict[str, Tensor], data: TensorDict
 ) -> Tensor:
     """The teacher's log-probabilities of the sampled tokens: (B, R)."""
-    key = "teacher_logprobs" if settings.teacher == "server" else "teacher_log_probs"
-    holder = data if settings.teacher == "server" else model_output
+    # of a server, or where the trainer's stage let a worker score the privileged sequences
+    is_scored = settings.teacher == "server" or "teacher_logprobs" in data
+    key = "teacher_logprobs" if is_scored else "teacher_log_probs"
+    holder = data if is_scored else model_output
     if key not in holder:
         remedies = {
             "server": "set distillation.enabled=True and a teacher model, or choose another "
