@@ -20,7 +20,8 @@ def is_whole(model: nn.Module) -> bool:
     """Whether every parameter is here and not sharded, so that the bare model can run."""
     return all(
         type(parameter).__name__ != "DTensor"
-        and not hasattr(parameter, "ds_id")
+        and not hasattr(parameter, "ds_id")  # ZeRO-3
+        and not hasattr(parameter, "_fsdp_flattened")  # FSDP1
         and parameter.device.type != "meta"
         for parameter in model.parameters()
     )
