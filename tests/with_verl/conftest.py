@@ -1,0 +1,14 @@
+"""Tests that need verl: not collected where it is absent."""
+
+import importlib.util
+
+import pytest
+
+HAS_VERL = importlib.util.find_spec("verl") is not None
+collect_ignore_glob = [] if HAS_VERL else ["test_*.py"]
+OURS = "fused_sd|integrations|test_|conftest"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if HAS_VERL:  # warnings are errors where this project's own lines cause them
+        config.addinivalue_line("filterwarnings", f"ignore:::(?!{OURS})")
