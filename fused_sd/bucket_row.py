@@ -38,8 +38,11 @@ class BucketRow:
         self.buckets = self._buckets()
         remainder, clip = settings.remainder, settings.entry_clip
         self.terms, self.dlog_s, self.clipped = bucket_terms(
-            self.buckets, settings.term, remainder, clip
+            self._floored(), settings.term, remainder, clip
         )
+        if settings.log_prob_floor is not None:
+            is_below = self.buckets.log_s < settings.log_prob_floor
+            self.dlog_s = self.dlog_s.masked_fill(is_below, 0)
 
     def _entries(self, inputs: dict[str, Tensor]) -> _Entries:
         """Choose the entries and read both sides' logits there."""
@@ -115,6 +118,16 @@ class BucketRow:
             log_t = torch.cat([log_t, log_complement(log_t, floor)], -1)
         return Buckets(log_s, log_t, self.lse, False)
 
+    def _floored(self) -> Buckets:
+        """The buckets as the terms see them: no entry that counts is below the floor."""
+        floor, active = self.settings.log_prob_floor, self.entries.active
+        if floor is None:
+            return self.buckets
+        log_s, log_t = self.buckets.log_s.clamp(min=floor), self.buckets.log_t.clamp(min=floor)
+        if active is not None:
+            log_s, log_t = (side.masked_fill(~active, -torch.inf) for side in (log_s, log_t))
+        return self.buckets._replace(log_s=log_s, log_t=log_t)
+
     def _columns(self, ids: Tensor, active: Tensor | None, num_columns: int) -> Tensor:
         """The entries' columns; those that do not count, or not here, point to the last."""
         columns = self.chunk.shard.columns(ids, num_columns - 1)
@@ -173,11 +186,8 @@ class BucketRow:
         if self.entries.active is not None:
             inside = inside.masked_fill(~self.entries.active, 0)
         background = self.buckets.background
-        if background is None:
-            assert self.chunk.entries is not None
-            num_columns = self.chunk.entries.vocab + 1
-        else:
-            num_columns = self.chunk.width
+        entries = self.chunk.entries
+        num_columns = self.chunk.width if entries is None else entries.vocab + 1
         columns = self._columns(self.entries.ids, self.entries.active, num_columns)
         self.chunk.write_gradient_(background, outside, None, columns, self.entries.student, inside)
 

@@ -111,9 +111,11 @@ class Chunk(NamedTuple):
             self.entries.values.copy_(values.masked_fill(columns >= vocab, 0))
             return
         assert dlogits is not None
-        assert background is not None
-        fill = self.functions.rows.softmax_gradient_
-        fill(self.student, background, constant, slope, cap, dlogits)
+        if background is None:
+            dlogits.zero_()
+        else:
+            fill = self.functions.rows.softmax_gradient_
+            fill(self.student, background, constant, slope, cap, dlogits)
         dlogits.scatter_(1, columns, values.to(dlogits.dtype))
 
 

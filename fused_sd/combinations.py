@@ -48,6 +48,14 @@ REFUSALS = (
         "there is no tail bucket to floor",
         'pass remainder="tail" or tail_floor=None',
     ),
+    Refusal(
+        {
+            "remainder": ("tail", "renormalize", "teacher_renormalize"),
+            "log_prob_floor": (True,),
+        },
+        "log-probabilities that are raised to a floor no longer sum to 1 with the others",
+        'pass remainder="drop" or log_prob_floor=None',
+    ),
 )
 
 # what a metric needs of the call, beside the student's logits
@@ -91,7 +99,13 @@ def refusal(settings: Mapping[str, object]) -> Refusal | None:
 
 
 def check_combination(
-    divergence: str, support: str, remainder: str, entry_clip: bool, tail_floor: bool
+    divergence: str,
+    support: str,
+    remainder: str,
+    *,
+    entry_clip: bool,
+    tail_floor: bool,
+    log_prob_floor: bool,
 ) -> None:
     """Refuse settings that do not go together, with the reason."""
     checks.check_one_of("remainder", remainder, REMAINDERS)
@@ -101,6 +115,7 @@ def check_combination(
         "remainder": remainder,
         "entry_clip": entry_clip,
         "tail_floor": tail_floor,
+        "log_prob_floor": log_prob_floor,
     }
     entry = refusal(settings)
     if entry is not None:

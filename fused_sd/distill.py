@@ -6,27 +6,23 @@ Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies, K en
 
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fused_sd import checks, tensor_checks
 from fused_sd.certificate import GradientKind
-from fused_sd.combinations import METRIC_NEEDS, check_combination, check_metric_needs
+from fused_sd.compare import compare
 from fused_sd.divergence import Divergence, divergence_term
 from fused_sd.divergence_checks import (
     TokenClip,
     check_reach,
     check_sides,
     support_kind,
-    token_bounds,
 )
-from fused_sd.divergence_rows import DivergenceRows
-from fused_sd.execution import Execution, execution
+from fused_sd.execution import execution
 from fused_sd.heads import LMHead, placed_head
-from fused_sd.loss_output import LossOutput, Reduction, reduce_loss
+from fused_sd.loss_output import LossOutput, Reduction
 from fused_sd.support import FULL_VOCABULARY, FullVocabulary, Remainder, Support, TokenIds
-from fused_sd.walk import walk
 from fused_sd.weighting import ImportanceCap
 
 
@@ -49,6 +45,7 @@ def divergence_loss(
     teacher_temperature: float | None = None,
     reduction: Reduction = "sum",
     metrics: Sequence[str] = (),
+    with_grad: Sequence[str] = (),
     gradient: GradientKind = "dense",
     tolerance: float | None = None,
     compact: bool = True,
@@ -88,6 +85,8 @@ def divergence_loss(
         teacher_temperature: divides the teacher's logits instead, where given.
         reduction: ``"sum"``; ``"mean"``, the sum divided by the sum of the weights; ``"none"``.
         metrics: names from ``fused_sd.METRICS``, returned per token.
+        with_grad: what the same walk returns beside the divergence, differentiable, for a policy
+            loss: ``"log_prob"`` of token_ids, ``"entropy"``.  With ``reduction="none"``.
         gradient: ``"dense"``, or ``"sparse"``: of each row of the logits' gradient the largest
             entries are kept, the rest is put on the head's mean row, and rows that are not nearly
             sparse take the dense way.  It saves two of four GEMMs where most tokens are nearly
@@ -131,7 +130,7 @@ def divergence_loss(
         checks.check_support_size(type(support).__name__, k, vocab)
     if teacher_temperature is None:
         teacher_temperature = temperature
-    return _distill(
+    return compare(
         (student_hidden, student),
         (teacher_hidden, teacher),
         inputs,
@@ -141,6 +140,7 @@ def divergence_loss(
         divergence=divergence,
         remainder=remainder,
         tail_floor=tail_floor,
+        log_prob_floor=None,
         entry_clip=entry_clip,
         token_clip=token_clip,
         token_weights=token_weights,
@@ -150,6 +150,7 @@ def divergence_loss(
         teacher_temperature=teacher_temperature,
         reduction=reduction,
         metrics=metrics,
+        with_grad=with_grad,
         execution=execution(
             gradient=gradient,
             tolerance=tolerance,
@@ -171,6 +172,7 @@ def topk_divergence_loss(
     divergence: Divergence = "forward_kl",
     remainder: Remainder = "tail",
     tail_floor: float | None = None,
+    log_prob_floor: float | None = None,
     entry_clip: float | None = None,
     token_clip: TokenClip = None,
     token_weights: Tensor | None = None,  # (...)
@@ -179,6 +181,7 @@ def topk_divergence_loss(
     temperature: float = 1.0,
     reduction: Reduction = "sum",
     metrics: Sequence[str] = (),
+    with_grad: Sequence[str] = (),
     gradient: GradientKind = "dense",
     tolerance: float | None = None,
     compact: bool = True,
@@ -197,6 +200,8 @@ def topk_divergence_loss(
         student_hidden, student_head: as in ``divergence_loss``.
         teacher_token_ids: (..., K) int64; a repeated id counts once, a negative one not at all.
         teacher_log_probs: (..., K) nats, at most 0; -inf marks padding.
+        log_prob_floor: lower bound of both sides' log-probabilities, with ``remainder="drop"``
+            (verl's ``log_prob_min_clamp``); an entry of the student below it has no gradient.
         temperature: divides the student's logits.
 
     Returns:
@@ -212,7 +217,7 @@ def topk_divergence_loss(
         teacher_token_ids, shape, student_hidden.device, student.num_tokens
     )
     tensor_checks.check_teacher_entries(teacher_token_ids, teacher_log_probs)
-    return _distill(
+    return compare(
         (student_hidden, student),
         None,
         {"entry_ids": teacher_token_ids, "teacher_log_probs": teacher_log_probs},
@@ -222,6 +227,7 @@ def topk_divergence_loss(
         divergence=divergence,
         remainder=remainder,
         tail_floor=tail_floor,
+        log_prob_floor=log_prob_floor,
         entry_clip=entry_clip,
         token_clip=token_clip,
         token_weights=token_weights,
@@ -231,6 +237,7 @@ def topk_divergence_loss(
         teacher_temperature=1.0,
         reduction=reduction,
         metrics=metrics,
+        with_grad=with_grad,
         execution=execution(
             gradient=gradient,
             tolerance=tolerance,
@@ -241,87 +248,3 @@ def topk_divergence_loss(
             reduce_dhidden=reduce_dhidden,
         ),
     )
-
-
-def _distill(
-    student: tuple[Tensor, LMHead],
-    teacher: tuple[Tensor, LMHead] | None,
-    inputs: dict[str, Tensor],
-    shape: torch.Size,
-    *,
-    kind: str,
-    k: int,
-    divergence: Divergence,
-    remainder: str,
-    tail_floor: float | None,
-    entry_clip: float | None,
-    token_clip: TokenClip,
-    token_weights: Tensor | None,
-    token_ids: Tensor | None,
-    importance: ImportanceCap | None,
-    temperature: float,
-    teacher_temperature: float,
-    reduction: Reduction,
-    metrics: Sequence[str],
-    execution: Execution,
-) -> LossOutput:
-    """Check what both kinds of teacher have in common, and walk."""
-    term, device = divergence_term(divergence), student[0].device
-    check_combination(term.name, kind, remainder, entry_clip is not None, tail_floor is not None)
-    if entry_clip is not None:
-        checks.check_positive("entry_clip", entry_clip, "pass None for no clip")
-    if tail_floor is not None:
-        checks.check_positive("tail_floor", tail_floor, "pass None for the exact tail")
-    bounds = token_bounds(token_clip)
-    checks.check_run(reduction, temperature)
-    checks.check_positive("teacher_temperature", teacher_temperature)
-    tensor_checks.check_per_token("token_weights", token_weights, shape, device, "student_hidden")
-    checks.check_metrics(metrics, METRIC_NEEDS)
-    given = {
-        "teacher states": teacher is not None,
-        "truncated support": kind != "full",
-        "top-k support": kind in ("student", "teacher", "union"),
-        "token_ids": token_ids is not None,
-        "entry_clip": entry_clip is not None,
-        "token_clip": token_clip is not None,
-        "importance": importance is not None,
-    }
-    check_metric_needs(tuple(metrics), given)
-    if token_ids is not None:
-        vocab = student[1].num_tokens
-        tensor_checks.check_ids(
-            "token_ids", token_ids, shape, device, vocab, token_weights, "student_hidden"
-        )
-        inputs["token_ids"] = token_ids
-    if importance is not None:
-        if token_ids is None:
-            checks.fail("importance", "come with token_ids", "none", "pass the sampled tokens")
-        old = importance.old_log_probs
-        tensor_checks.check_per_token("old_log_probs", old, shape, device, "student_hidden")
-        inputs["old_log_probs"] = old
-    rows = DivergenceRows(
-        term,
-        "ids" if kind == "entries" else kind,
-        k,
-        remainder,
-        tail_floor,
-        entry_clip,
-        bounds,
-        None if importance is None else importance.cap,
-        tuple(inputs),
-        tuple(metrics),
-    )
-    walked = walk(
-        rows,
-        student,
-        teacher,
-        list(inputs.values()),
-        token_weights,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        reduced=reduction != "none",
-        execution=execution,
-    )
-    token_loss, *observed = walked.extras
-    extras = dict(zip(metrics, observed, strict=True))
-    return reduce_loss(walked, token_loss, extras, token_weights, reduction, shape)

@@ -36,6 +36,7 @@ class DivergenceRows(NamedTuple):
     k: int  # entries that a side chooses, or that are given
     remainder: str
     tail_floor: float | None
+    log_prob_floor: float | None
     entry_clip: float | None
     token_clip: tuple[float | None, float | None] | None
     importance_cap: float | None

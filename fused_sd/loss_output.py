@@ -1,5 +1,7 @@
 """What a loss returns, and how its tokens are reduced."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,6 +20,8 @@ class LossOutput(NamedTuple):
         loss: (), or (...) for ``reduction="none"``; differentiable; fp32 (fp64 for fp64 operands).
         token_loss: (...), detached, before weighting; 0 for a token of weight 0.
         metrics: what was asked for, each (...) and detached; 0 for a token of weight 0.
+        with_grad: what was asked for beside the divergence, each (...) and differentiable, not
+            weighted; 0 for a token of weight 0.
         certificate: of ``gradient="sparse"``, where a gradient is wanted: how far it is from dense.
     """
 
@@ -25,6 +29,7 @@ class LossOutput(NamedTuple):
     token_loss: Tensor
     metrics: dict[str, Tensor]
     certificate: GradientCertificate | None = None
+    with_grad: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def reduce_loss(
@@ -37,7 +42,7 @@ def reduce_loss(
 ) -> LossOutput:
     """Shape a walk's result as the caller asked for it."""
     if reduction == "none":
-        loss = walked.values.reshape(shape)
+        loss = walked.values[:, 0].reshape(shape)
         if token_weights is not None:
             loss = loss * token_weights.to(loss.dtype)
     elif reduction == "sum":

@@ -177,6 +177,7 @@ def divergence(
     support: Tensor | None = None,  # (..., V), a mask; None compares the whole vocabulary
     remainder: str = "tail",
     tail_floor: float | None = None,
+    log_prob_floor: float | None = None,
     entry_clip: float | None = None,
     token_clip: float | None = None,
 ) -> Tensor:
@@ -195,6 +196,10 @@ def divergence(
         if support is not None:
             log_s = restrict(log_s, support, remainder, tail_floor)
             log_t = restrict(log_t, support, remainder, tail_floor)
+        if support is not None and log_prob_floor is not None:  # verl's log_prob_min_clamp
+            log_s, log_t = (
+                torch.where(support, x.clamp(min=log_prob_floor), x) for x in (log_s, log_t)
+            )
         term = terms(log_s, log_t, divergence, beta=beta, forward_weight=forward_weight)
     return at_most(at_most(term, entry_clip).sum(-1), token_clip)
 

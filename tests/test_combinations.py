@@ -18,15 +18,18 @@ DIVERGENCES = {
 }
 SETTINGS = {"jsd": {"beta": 0.3}, "mixed_kl": {"forward_weight": 0.4}}
 K = 5
-TABLE = list(
-    itertools.product(
+NAMES = ("divergence", "support", "remainder", "entry_clip", "tail_floor", "log_prob_floor")
+TABLE = [
+    row
+    for row in itertools.product(
         combinations.DIVERGENCES,
         combinations.SUPPORTS,
         combinations.REMAINDERS,
         (None, 0.05),
-        (None, 1e-7),
+        ({}, {"tail_floor": 1e-7}, {"log_prob_floor": -4.0}),
     )
-)
+    if "log_prob_floor" not in row[-1] or row[1] == "entries"  # a server's alone have one
+]
 
 
 def supports(case, kind, entries):
@@ -75,9 +78,9 @@ def make_entries(vocab):
     return entries
 
 
-@pytest.mark.parametrize("divergence, kind, remainder, entry_clip, tail_floor", TABLE)
+@pytest.mark.parametrize("divergence, kind, remainder, entry_clip, floor", TABLE)
 def test_combination_is_refused_or_equals_the_reference(
-    divergence, kind, remainder, entry_clip, tail_floor
+    divergence, kind, remainder, entry_clip, floor
 ):
     case = make_case(bias=True)
     case.teacher_weight = case.teacher_weight.detach()
@@ -86,14 +89,15 @@ def test_combination_is_refused_or_equals_the_reference(
         "divergence": DIVERGENCES[divergence],
         "remainder": remainder,
         "entry_clip": entry_clip,
-        "tail_floor": tail_floor,
+        **floor,
     }
     row = {
         "divergence": divergence,
         "support": kind,
         "remainder": remainder,
         "entry_clip": entry_clip is not None,
-        "tail_floor": tail_floor is not None,
+        "tail_floor": "tail_floor" in floor,
+        "log_prob_floor": "log_prob_floor" in floor,
     }
     refusal = combinations.refusal(row)
     if refusal is not None:
@@ -115,8 +119,8 @@ def test_combination_is_refused_or_equals_the_reference(
         divergence=divergence,
         support=reference_support(kind, student, teacher, entries),
         remainder=remainder,
-        tail_floor=tail_floor,
         entry_clip=entry_clip,
+        **floor,
         **SETTINGS.get(divergence, {}),
     )
     expected = torch.autograd.grad((token_loss * case.token_weights).sum(), case.inputs)
@@ -129,17 +133,12 @@ def test_combination_is_refused_or_equals_the_reference(
 
 def test_every_refusal_of_the_table_is_met():
     rows = [
-        dict(
-            zip(
-                ("divergence", "support", "remainder", "entry_clip", "tail_floor"), row, strict=True
-            )
-        )
+        dict(zip(NAMES, row, strict=True))
         for row in itertools.product(
             combinations.DIVERGENCES,
             combinations.SUPPORTS,
             combinations.REMAINDERS,
-            (False, True),
-            (False, True),
+            *[(False, True)] * 3,
         )
     ]
     met = {entry.reason for entry in map(combinations.refusal, rows) if entry}

@@ -42,14 +42,14 @@ def test_opcheck(reduced, kind):
         term = divergence_term(fused_sd.Jsd(0.5))
         k = 4 if kind == "student" else 0
         metrics = ("forward_kl", "student_entropy")
-        rows = DivergenceRows(term, kind, k, "tail", None, None, None, None, (), metrics)
+        rows = DivergenceRows(term, kind, k, "tail", *[None] * 5, (), metrics)
     args = arguments(case, rows, inputs, reduced=reduced, wanted=[True, True, True])
     torch.library.opcheck(torch.ops.fused_sd.walk, args)
 
 
 def test_settings_travel_as_text():
     term = divergence_term(fused_sd.Jsd(0.1))
-    rows = DivergenceRows(term, "full", 0, "tail", None, 0.05, (None, 3.0), 2.0, ("a",), ())
+    rows = DivergenceRows(term, "full", 0, "tail", None, None, 0.05, (None, 3.0), 2.0, ("a",), ())
     assert specs.decode(*specs.encode(rows)) == rows
     options = Options(Shaping(1 / 3, None), None, True, False, "auto", None, 2**-8, None)
     assert specs.decode(*specs.encode(options)) == options

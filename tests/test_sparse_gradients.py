@@ -477,7 +477,7 @@ def test_opcheck(reduced, exact, few_entries):
     case = make_case(12, 16, 211, bias=True, peak=2.0)
     term = divergence_term("reverse_kl")
     support, k, rest = ("teacher", 4, "renormalize") if exact else ("full", 0, "tail")
-    rows = DivergenceRows(term, support, k, rest, None, None, None, None, (), ())
+    rows = DivergenceRows(term, support, k, rest, None, None, None, None, None, (), ())
     options = Options(Shaping(1.0, None), Shaping(0.5, 3.0), reduced, True, "torch", 3, 2**-4, None)
     upstream = case.token_weights[:, None]
     teacher = case.teacher_hidden.detach(), case.teacher_weight.detach(), None

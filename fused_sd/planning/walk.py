@@ -47,7 +47,7 @@ def whole_sides(objective: Objective) -> tuple[bool, bool]:
 
 def _rows(objective: Objective) -> DivergenceRows:
     """The row function, without what decides no size."""
-    unset = (None,) * 4
+    unset = (None,) * 5
     term = divergence_term("reverse_kl")
     return DivergenceRows(term, objective.support, objective.k, objective.remainder, *unset, (), ())
 
@@ -191,9 +191,10 @@ def _top_k_bytes(k: int, size: WalkSize, chunk: int, kind: str) -> int:
 
 
 def _candidate_bytes(work: Workload, chunk: int) -> int:
-    """A rank's candidates, all ranks', these side by side, and their order."""
+    """A rank's candidates; all ranks', these side by side, their ids, and their order."""
     if work.tensor_parallel == 1 or not choosing_sides(work.objective):
         return 0
     own = chunk * min(work.objective.k, work.vocab)
     pair = 2 * WIDE  # a logit and its id
-    return own * (pair + work.tensor_parallel * (2 * pair + WIDE + ID_BYTES))
+    of_all = 2 * pair + 2 * WIDE + ID_BYTES
+    return own * (pair + WIDE + ID_BYTES + work.tensor_parallel * of_all)
