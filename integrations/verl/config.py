@@ -58,7 +58,8 @@ class FusedSDLossConfig(DistillationLossConfig):
             ``"fused_sd_rlsd"``: the policy loss whose advantages a teacher reweights.  Or one of
             verl's own, which reads none of the settings below but backend and chunk_size.
         topk: entries of the support; as many as the teacher's server sends, where it teaches.
-        log_prob_min_clamp: lower bound of both sides' log-probabilities, with remainder="drop".
+        log_prob_min_clamp: lower bound of both sides' log-probabilities, with remainder="drop" and
+            teacher="server".
         clip_ratio_low, clip_ratio_high: of RLSD's policy ratio (its official code: 0.2, 0.28).
         divergence: ``"forward_kl"`` KL(t||s), ``"reverse_kl"`` KL(s||t), ``"jsd"`` with ``beta``
             or ``"mixed_kl"`` with ``forward_weight``.
@@ -179,9 +180,9 @@ class FusedSDLossConfig(DistillationLossConfig):
                 self._check_left((name,), f"{other}={getattr(self, other)!r}")
         if self.loss_mode in _READ_BY:
             self._check_left(("use_chunked_topk",), "a loss that holds no logits")
-            if self.loss_mode == RLSD_LOSS or self.remainder != "drop":
-                which = f"loss_mode={self.loss_mode!r} and remainder={self.remainder!r}"
-                self._check_left(("log_prob_min_clamp",), which)
+            read = (self.loss_mode, self.remainder, self.teacher)
+            if read != (TOPK_LOSS, "drop", "server"):
+                self._check_left(("log_prob_min_clamp",), f"{', '.join(map(repr, read))}")
 
     def _check_left(self, names: tuple[str, ...], where: str) -> None:
         defaults = {field.name: field.default for field in fields(self)}

@@ -3,7 +3,7 @@
 Dimension key:  N tokens, D and D' hidden sizes, V and V' vocabularies, K a server's entries
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,9 @@ from fused_sd import (
     FULL_VOCABULARY,
     ImportanceCap,
     LMHead,
+    LossOutput,
     checks,
     divergence_loss,
-    entry_log_probs,
     token_log_probs,
     topk_divergence_loss,
 )
@@ -74,71 +74,87 @@ def fused_terms(
         "process_group": process_group,
         "reduce_dhidden": reduce_dhidden,
     }
-    terms: dict[str, Tensor] = {}
     if loss_config is not None:
         run["backend"] = loss_config.get("backend", "auto")
         run["chunk_size"] = loss_config.get("chunk_size")
-        given = Given(token_ids, teacher_token_ids, teacher_log_probs, teacher, old_log_probs)
-        terms = _teacher_terms(loss_config, hidden, head, given, run)
-    if log_probs or entropy:
-        sampled = token_log_probs(hidden, head, token_ids, entropy=entropy, **run)
-        if log_probs:
-            terms["log_probs"] = sampled.log_probs
-        if sampled.entropy is not None:
-            terms["entropy"] = sampled.entropy
-    return terms
+    wanted = {"log_prob": "log_probs"} if log_probs else {}
+    if entropy:
+        wanted["entropy"] = "entropy"
+    if loss_config is None or loss_config.loss_mode == RLSD_LOSS:
+        return _sampled_terms(hidden, head, token_ids, teacher, wanted, run)
+    run |= {"token_ids": token_ids, "with_grad": tuple(wanted)}
+    run |= _importance(loss_config, old_log_probs)
+    if teacher is not None:
+        output = _local_divergence(loss_config, hidden, head, teacher, run)
+    else:
+        served = teacher_token_ids, teacher_log_probs
+        output = _server_divergence(loss_config, hidden, head, *served, run)
+    masses = output.metrics or dict.fromkeys(MASSES, _counted(output.loss, run["token_weights"]))
+    beside = {wanted[name]: values for name, values in output.with_grad.items()}
+    return {"distillation_losses": output.loss, **masses, **beside}
 
 
 def server_settings(loss_config: DistillationLossConfig) -> dict[str, Any]:
     """Keywords of ``topk_divergence_loss`` for a loss on a server's top-k."""
+    floor = {"log_prob_floor": loss_config.log_prob_min_clamp}
     if loss_config.loss_mode == VERL_TOPK_LOSS:
-        return {"divergence": "forward_kl", "remainder": "drop"}
-    return settings_of(loss_config).to_settings()
+        return {"divergence": "forward_kl", "remainder": "drop", **floor}
+    return {**settings_of(loss_config).to_settings(), **floor}
 
 
-class Given(NamedTuple):
-    """What a micro-batch holds beside the student's states."""
+def _sampled_terms(
+    hidden: Tensor,
+    head: Tensor | LMHead,
+    token_ids: Tensor,
+    teacher: tuple[Tensor, Tensor | LMHead] | None,
+    wanted: dict[str, str],
+    run: dict[str, Any],
+) -> dict[str, Tensor]:
+    """What is known of the sampled tokens alone: student's terms, and a teacher's for RLSD."""
+    terms: dict[str, Tensor] = {}
+    if wanted:
+        scored = token_log_probs(hidden, head, token_ids, entropy="entropy" in wanted, **run)
+        found = {"log_prob": scored.log_probs, "entropy": scored.entropy}
+        terms = {key: found[name] for name, key in wanted.items()}  # type: ignore[misc]
+    if teacher is not None:
+        states, teacher_head = teacher
+        with torch.no_grad():
+            known = token_log_probs(states, teacher_head, token_ids, **run)
+        terms["teacher_log_probs"] = known.log_probs
+    return terms
 
-    token_ids: Tensor
-    teacher_token_ids: Tensor | None
-    teacher_log_probs: Tensor | None
-    teacher: tuple[Tensor, Tensor | LMHead] | None
-    old_log_probs: Tensor | None
 
-
-def _teacher_terms(
+def _local_divergence(
     loss_config: DistillationLossConfig,
     hidden: Tensor,
     head: Tensor | LMHead,
-    given: Given,
+    teacher: tuple[Tensor, Tensor | LMHead],
     run: dict[str, Any],
-) -> dict[str, Tensor]:
-    """What the teacher's distributions, or its log-probability of the token, are needed for."""
-    if loss_config.loss_mode == RLSD_LOSS:
-        assert given.teacher is not None
-        states, teacher_head = given.teacher
-        with torch.no_grad():
-            known = token_log_probs(states, teacher_head, given.token_ids, **run)
-        return {"teacher_log_probs": known.log_probs}
-    if given.teacher is not None:
-        support = settings_of(loss_config).to_support()
-        states, teacher_head = given.teacher
-        output = divergence_loss(
-            hidden,
-            head,
-            states,
-            teacher_head,
-            support=support,
-            reduction="none",
-            metrics=() if support is FULL_VOCABULARY else MASSES,
-            **settings_of(loss_config).to_settings(),
-            **_importance(loss_config, given),
-            **run,
-        )
-        whole = _counted(output.token_loss, run["token_weights"])
-        masses = output.metrics or dict.fromkeys(MASSES, whole)
-        return {"distillation_losses": output.loss, **masses}
-    ids, log_probs = given.teacher_token_ids, given.teacher_log_probs
+) -> LossOutput:
+    settings = settings_of(loss_config)
+    support = settings.to_support()
+    states, teacher_head = teacher
+    return divergence_loss(
+        hidden,
+        head,
+        states,
+        teacher_head,
+        support=support,
+        reduction="none",
+        metrics=() if support is FULL_VOCABULARY else MASSES,
+        **settings.to_settings(),
+        **run,
+    )
+
+
+def _server_divergence(
+    loss_config: DistillationLossConfig,
+    hidden: Tensor,
+    head: Tensor | LMHead,
+    ids: Tensor | None,
+    log_probs: Tensor | None,
+    run: dict[str, Any],
+) -> LossOutput:
     if ids is None or log_probs is None:
         checks.fail(
             "teacher",
@@ -150,9 +166,7 @@ def _teacher_terms(
     assert log_probs is not None
     if loss_config.loss_mode == TOPK_LOSS:
         _check_topk(loss_config.topk, ids)
-    elif loss_config.log_prob_min_clamp is not None:
-        return _clamped(loss_config.log_prob_min_clamp, hidden, head, ids, log_probs, run)
-    output = topk_divergence_loss(
+    return topk_divergence_loss(
         hidden,
         head,
         ids,
@@ -160,26 +174,25 @@ def _teacher_terms(
         reduction="none",
         metrics=MASSES,
         **server_settings(loss_config),
-        **_importance(loss_config, given),
         **run,
     )
-    return {"distillation_losses": output.loss, **output.metrics}
 
 
-def _importance(loss_config: DistillationLossConfig, given: Given) -> dict[str, Any]:
+def _importance(
+    loss_config: DistillationLossConfig, old_log_probs: Tensor | None
+) -> dict[str, ImportanceCap]:
     cap = loss_config.get("importance_cap")
     if cap is None:
         return {}
-    if given.old_log_probs is None:
+    if old_log_probs is None:
         checks.fail(
             "importance_cap",
             "come with old_log_probs in the batch",
             cap,
             "let verl compute them, or pass importance_cap=null",
         )
-    assert given.old_log_probs is not None
-    importance = ImportanceCap(given.old_log_probs.detach(), cap)
-    return {"importance": importance, "token_ids": given.token_ids}
+    assert old_log_probs is not None
+    return {"importance": ImportanceCap(old_log_probs.detach(), cap)}
 
 
 def _check_topk(topk: int | None, teacher_token_ids: Tensor) -> None:
@@ -192,28 +205,6 @@ def _check_topk(topk: int | None, teacher_token_ids: Tensor) -> None:
             f"set distillation_loss.topk={got}, or let the teacher's server send {topk} "
             "(vLLM: engine_kwargs.vllm.max_logprobs)",
         )
-
-
-def _clamped(
-    floor: float,
-    hidden: Tensor,
-    head: Tensor | LMHead,
-    ids: Tensor,
-    log_probs: Tensor,
-    run: dict[str, Any],
-) -> dict[str, Tensor]:
-    """verl's divergence of log-probabilities clamped from below, and the masses before that."""
-    log_s = entry_log_probs(hidden, head, ids, **run).log_probs
-    counted = _counted(log_s[..., 0].detach(), run["token_weights"])
-    log_t = torch.where(counted[..., None] != 0, log_probs.to(log_s), -torch.inf)
-    clamped = log_t.clamp(min=floor)
-    losses = (clamped.exp() * (clamped - log_s.clamp(min=floor))).sum(-1) * counted
-    student_mass = log_s.detach().exp().sum(-1) * counted
-    return {
-        "distillation_losses": losses,
-        "student_mass": student_mass,
-        "teacher_mass": log_t.exp().sum(-1),
-    }
 
 
 def _counted(values: Tensor, token_weights: Tensor | None) -> Tensor:
