@@ -32,7 +32,8 @@ class GradientCertificate(NamedTuple):
 
     Norms are L1 norms of rows of the gradient by the head's product, weighted as the loss is before
     a mean's division; with ``reduction="none"`` they are those of each token's own loss, and the
-    bound holds for every token.
+    bound holds for every token.  Where ranks share the head, all of it is of this rank's columns,
+    and so is the tolerance: sums over the ranks keep it too.
 
     Attributes:
         kept: (...) int64, entries that a token's gradient keeps; 0 where it is dense or left out.
@@ -56,7 +57,8 @@ class GradientCertificate(NamedTuple):
         """(...) bound of the error of each hidden state's gradient (2-norm), logit scale included.
 
         Args:
-            head: the student's, as the loss was given it; it is read once.
+            head: the student's, as the loss was given it; it is read once.  Where ranks share it:
+                this rank's rows, without padding; the error of the sum is at most the bounds' sum.
         """
         return self.dropped * radius(as_head(head))
 
@@ -93,7 +95,9 @@ def radius(head: LMHead) -> Tensor:
 
 
 def mean_row(weight: Tensor) -> Tensor:
-    """(D,) mean of a head's rows, in fp32 or fp64."""
+    """(D,) mean of a head's rows, in fp32 or fp64; 0 of none, as a rank with padding alone has."""
+    if not weight.shape[0]:
+        return weight.new_zeros(weight.shape[1], dtype=accumulation_dtype(weight.dtype))
     return weight.mean(0, dtype=accumulation_dtype(weight.dtype))
 
 

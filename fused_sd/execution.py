@@ -33,13 +33,6 @@ def execution(
     checks.check_backend_choice(backend)
     if chunk_size is not None:
         checks.check_positive_int("chunk_size", chunk_size)
-    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-        checks.fail(
-            "process_group",
-            "be a torch.distributed.ProcessGroup that this rank belongs to, or None",
-            repr(process_group),
-            "pass the tensor-parallel group, such as mesh.get_group('tp')",
-        )
     return Execution(
         compact,
         backend,

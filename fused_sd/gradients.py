@@ -14,6 +14,7 @@ from fused_sd.backend import Functions
 from fused_sd.certificate import mean_row, needs_dense, row_share, smallest_kept
 from fused_sd.chunk import EntryBuffers
 from fused_sd.formed import Dense, Formed, Sparse, starts_of, unfilled
+from fused_sd.heads import accumulation_dtype
 from fused_sd.selection import Selection
 from fused_sd.workspace import Workspace
 
@@ -137,7 +138,9 @@ class CertifiedGradients(DenseGradients):
         vocab = self.workspace.student.vocab
         rows = gradients[self.first_row : self.first_row + count, :vocab]
         share = row_share(self.tolerance, self.reduced)
-        selection = self.functions.sparse.select(rows, share, min(MOST, vocab))
+        selection = _nothing_to_select(rows)
+        if vocab:
+            selection = self.functions.sparse.select(rows, share, min(MOST, vocab))
         shard = self.workspace.shard
         failed = needs_dense(selection, self.tolerance, self.reduced)
         is_dense = shard.max(failed.byte()).bool()  # on one rank: on all, who go on alike
@@ -199,6 +202,13 @@ class CertifiedGradients(DenseGradients):
             **by_token,
         )
         return dense, sparse
+
+
+def _nothing_to_select(rows: Tensor) -> Selection:
+    """Of a rank that has padding alone, in the accumulation's dtype."""
+    none = rows.new_zeros(rows.shape[0], dtype=accumulation_dtype(rows.dtype))
+    columns = rows.new_empty((rows.shape[0], 0), dtype=torch.int32)
+    return Selection(columns, columns.to(none.dtype), none.long(), none, none, none)
 
 
 def _cut(

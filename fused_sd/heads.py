@@ -119,9 +119,16 @@ def placed_head(head: "Tensor | LMHead", process_group: "dist.ProcessGroup | Non
                 "pass the ranks' group, or a whole head without shard_sizes",
             )
         return head
+    if not isinstance(process_group, dist.ProcessGroup):
+        checks.fail(
+            "process_group",
+            "be a torch.distributed.ProcessGroup that this rank belongs to, or None",
+            repr(process_group),
+            "pass the tensor-parallel group, such as mesh.get_group('tp')",
+        )
     rows, rank, num_ranks = head.weight.shape[0], process_group.rank(), process_group.size()
     if head.shard_sizes is None:
-        check_even_shards(rows, head.weight.device, process_group)
+        check_even_shards(head.weight, process_group)
         return dataclasses.replace(head, shard_sizes=(rows,) * num_ranks)
     if len(head.shard_sizes) != num_ranks or head.shard_sizes[rank] != rows:
         checks.fail(

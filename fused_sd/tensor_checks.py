@@ -23,7 +23,7 @@ def check_tensor(argument: str, value: object) -> None:
             "be a plain tensor",
             "a DTensor",
             "call the loss inside the forward of the module that owns it, where FSDP2 has gathered "
-            "it, or pass full_tensor()",
+            "it, or pass full_tensor(); of a head that ranks share, to_local() and process_group",
         )
 
 
@@ -76,7 +76,7 @@ def check_shaping(vocab: int, logit_scale: object, softcap: object, valid_vocab:
             "valid_vocab",
             f"be an integer from 1 to V = {vocab}",
             repr(valid_vocab),
-            "pass the tokenizer's size, or None",
+            "pass the tokenizer's size, or None; with a rank's rows of the head shard_sizes too",
         )
 
 

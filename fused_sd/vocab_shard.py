@@ -10,12 +10,13 @@ say.
 Dimension key:  C tokens, K entries, W columns of this rank's logits
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_sd import checks, specs
 
@@ -148,15 +149,16 @@ class VocabShard:
 
 
 WHOLE = VocabShard(None, 0)  # a vocabulary that is whole here
-_SEEN: set[tuple[str, int]] = set()  # groups and rows that were found to be even
+# heads that were found to be even, and the names of the groups; by the tensor and not by its rows,
+# which another rank may not have seen as often: all ranks must come to ask the same times
+_EVEN: MutableMapping[Tensor, set[str]] = WeakTensorKeyDictionary()
 
 
-def check_even_shards(rows: int, device: torch.device, group: "dist.ProcessGroup") -> None:
-    """Every rank has as many rows as this one; the ranks are asked once for each number."""
-    key = (group.group_name, rows)
-    if key in _SEEN or torch.compiler.is_compiling():
+def check_even_shards(weight: Tensor, group: "dist.ProcessGroup") -> None:
+    """Every rank has as many rows as this one; the ranks are asked once for each tensor."""
+    if torch.compiler.is_compiling() or group.group_name in _EVEN.get(weight, ()):
         return
-    mine = torch.tensor([rows], device=device)
+    mine = torch.tensor([weight.shape[0]], device=weight.device)
     found = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(found, mine, group=group)
     counts = tuple(int(count) for count in found)
@@ -167,4 +169,4 @@ def check_even_shards(rows: int, device: torch.device, group: "dist.ProcessGroup
             counts,
             f"pass LMHead(weight, shard_sizes={counts}) on every rank",
         )
-    _SEEN.add(key)
+    _EVEN.setdefault(weight, set()).add(group.group_name)

@@ -115,7 +115,7 @@ def _shards(student: LMHead, teacher: LMHead | None, execution: Execution) -> Sh
     counts = student.token_counts()
     if teacher is not None:
         assert teacher.shard_sizes is not None
-        if teacher.shard_sizes[:-1] != sizes[:-1]:
+        if tuple(teacher.shard_sizes[:-1]) != tuple(sizes[:-1]):
             checks.fail(
                 "teacher_head",
                 f"be cut between the ranks where the student's head is, into {sizes} rows",
