@@ -13,7 +13,7 @@ Dimension key:  B samples, P prompt tokens, R response tokens, L = P + R
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from fused_sd.checks import fail
 
 Ids = Sequence[int]
+Jagged = Any  # a jagged nested tensor, whose methods Tensor's type does not have
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +34,8 @@ class TeacherBatch:
         num_truncated: contexts whose beginning was cut off.
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
+    input_ids: Jagged
+    position_ids: Jagged
     mask: Tensor
     num_truncated: int
 
@@ -117,7 +118,7 @@ def teacher_batch(
     return TeacherBatch(_jagged(sequences), _jagged(positions), mask, num_truncated)
 
 
-def response_rows(values: Tensor, lengths: Tensor) -> list[Tensor]:
+def response_rows(values: Jagged, lengths: Tensor) -> list[Tensor]:
     """Of values at each row of packed sequences, those at the rows that predict the response.
 
     Args:
@@ -132,7 +133,7 @@ def response_rows(values: Tensor, lengths: Tensor) -> list[Tensor]:
     return [packed[end - n - 1 : end - 1] for end, n in zip(ends, lengths.tolist())]
 
 
-def student_rows(values: Sequence[Tensor], prompts: Sequence[Tensor]) -> Tensor:
+def student_rows(values: Sequence[Tensor], prompts: Sequence[Tensor]) -> Jagged:
     """Put values of the response's tokens where verl has a teacher's.
 
     Args:
@@ -151,12 +152,18 @@ def student_rows(values: Sequence[Tensor], prompts: Sequence[Tensor]) -> Tensor:
     return _jagged(rows)
 
 
-def taught_tokens(response_mask: Tensor, mask: Tensor) -> Tensor:
+def taught_tokens(response_mask: Jagged, mask: Tensor) -> Jagged:
     """The jagged response mask (B, R), 0 in samples whose mask (B,) is."""
-    lengths = response_mask.offsets().diff()
-    kept = response_mask.values() * mask.to(response_mask.dtype).repeat_interleave(lengths)
+    counted = mask.to(response_mask.dtype).repeat_interleave(lengths_of(response_mask))
+    kept = response_mask.values() * counted
     return torch.nested.nested_tensor_from_jagged(kept, response_mask.offsets())
 
 
-def _jagged(rows: list[Tensor]) -> Tensor:
+def lengths_of(ids: Jagged) -> Tensor:
+    """(B,) of a jagged tensor."""
+    lengths: Tensor = ids.offsets().diff()
+    return lengths
+
+
+def _jagged(rows: list[Tensor]) -> Jagged:
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)

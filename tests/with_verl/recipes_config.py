@@ -1,0 +1,26 @@
+"""A recipe on top of verl's configuration, as ``main_ppo`` composes it."""
+
+import copy
+import functools
+
+import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+
+RECIPES = "fused_sd.integrations.verl.recipes"
+
+
+def composed(recipe: str, *overrides: str) -> DictConfig:
+    """Overrides are ``name=value``, of names that the configuration has."""
+    config = copy.deepcopy(_as_it_is(recipe))
+    for override in overrides:
+        name, value = override.split("=", 1)
+        OmegaConf.update(config, name, yaml.safe_load(value))
+    return config
+
+
+@functools.cache  # Hydra takes a second
+def _as_it_is(recipe: str) -> DictConfig:
+    given = ["actor_rollout_ref.model.path=model", "trainer.n_gpus_per_node=2"]
+    with initialize_config_module(RECIPES, version_base=None):
+        return compose(recipe, overrides=given)

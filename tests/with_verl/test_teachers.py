@@ -1,0 +1,221 @@
+"""Teachers inside verl's FSDP2 engine on two processes, against plain models in float64."""
+
+import functools
+import pathlib
+import socket
+import tempfile
+
+import pytest
+import teacher_worker
+import torch
+from engine_runs import save_model
+from engine_worker import TEMPERATURE
+from teacher_worker import CAP, EVERY, LESSONS, MIX, RATE, K
+
+from fused_sd import Evidence, rlsd_loss
+
+
+@functools.cache
+def remains():
+    """What each process has at the end of each lesson, and the untrained model."""
+    from transformers import Qwen3ForCausalLM
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        model = Qwen3ForCausalLM.from_pretrained(
+            save_model(folder, tied=False), attn_implementation="eager", dtype=torch.float64
+        )
+        torch.multiprocessing.spawn(teacher_worker.main, (port, name), nprocs=2)
+        found = {
+            lesson: [
+                torch.load(folder / f"{lesson}-{rank}.pt", weights_only=False) for rank in range(2)
+            ]
+            for lesson in LESSONS
+        }
+    return found, model.eval()
+
+
+def left_of(lesson):
+    """The first process's remains; both have whole weights and the same loss."""
+    both = remains()[0][lesson]
+    for one in both:
+        assert "error" not in one, one["error"]
+    for mine, yours in zip(both[0]["steps"], both[1]["steps"], strict=True):
+        assert mine["loss"] == yours["loss"]
+    return both[0]
+
+
+@torch.no_grad()
+def log_probs(weights, ids, num_response):
+    """(R, V) float64 at the rows that predict the response."""
+    model = remains()[1]
+    model.load_state_dict({name: tensor.double() for name, tensor in weights.items()})
+    logits = model(input_ids=ids[None]).logits[0, -num_response - 1 : -1]
+    return (logits / TEMPERATURE).log_softmax(-1)
+
+
+def sides(sample, student, teacher):
+    """Both sides' log-probabilities, and the mask of the tokens that are taught."""
+    num_response = len(sample["responses"])
+    own = log_probs(student, sample["input_ids"], num_response)
+    shown = log_probs(teacher, sample["teacher_input_ids"], num_response)
+    return own, shown, sample["loss_mask"].double()
+
+
+def mean(batch, token_loss):
+    """verl's token-mean over all processes, of the loss of each sample's tokens."""
+    losses = [(token_loss(sample) * sample["loss_mask"]).sum() for sample in batch]
+    return float(sum(losses) / sum(sample["loss_mask"].sum() for sample in batch))
+
+
+def assert_weights(found, expected, *, atol):
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(
+            tensor.double(), expected[name].double(), rtol=0, atol=atol, msg=name
+        )
+
+
+def averaged(teacher, student, rate):
+    return {
+        name: (1 - rate) * tensor.double() + rate * student[name].double()
+        for name, tensor in teacher.items()
+    }
+
+
+def test_a_moving_average_teaches_over_the_whole_vocabulary():
+    left = left_of("ema")
+    teacher = left["steps"][0]["before"]  # a copy of the student as it started
+    for step, taken in enumerate(left["steps"]):
+        student = taken["before"]
+
+        def token_loss(sample, student=student, teacher=teacher):
+            own, shown, _ = sides(sample, student, teacher)
+            return (own.exp() * (own - shown)).sum(-1)
+
+        assert taken["loss"] == pytest.approx(mean(left["batch"], token_loss), rel=1e-5), step
+        assert taken["loss"] > 0.01
+        after = left["steps"][step + 1]["before"] if step < 2 else left["after"]
+        teacher = averaged(teacher, after, RATE)
+        assert_weights(taken["teacher"], teacher, atol=1e-6)
+    start, end = left["steps"][0]["before"], left["after"]
+    assert max(float((end[name] - start[name]).abs().max()) for name in start) > 0.01
+
+
+def test_a_teacher_is_saved_and_loaded_with_the_checkpoint():
+    left = left_of("ema")
+    again, last = left["resumed"][0], left["steps"][2]
+    assert again["loss"] == last["loss"]
+    for name in ("before", "teacher"):
+        assert_weights(again[name], last[name], atol=0)
+    assert_weights(left["after resumed"], left["after"], atol=1e-7)
+
+
+def test_a_trust_region_lies_between_the_start_and_the_student():
+    left = left_of("trust region")
+    start = left["steps"][0]["before"]
+    for taken in left["steps"]:
+        student = taken["before"]
+
+        def token_loss(sample, student=student):
+            own, reference, _ = sides(sample, student, start)
+            _, ahead, _ = sides(sample, student, student)
+            shown = ((1 - MIX) * reference + MIX * ahead).log_softmax(-1)
+            kept = own.topk(K).indices
+            buckets = [with_tail(side, kept) for side in (own, shown)]
+            divergence = (buckets[0].exp() * (buckets[0] - buckets[1])).sum(-1)
+            sampled = own.gather(-1, sample["responses"][:, None])[:, 0]
+            ratio = (sampled - sample["old_log_probs"]).clamp(-20, 20).exp().clamp(max=CAP)
+            return divergence * ratio
+
+        assert taken["loss"] == pytest.approx(mean(left["batch"], token_loss), rel=1e-5)
+        assert_weights(taken["teacher"], start, atol=0)
+
+
+def with_tail(log_probs, kept):
+    """Log-probabilities (R, K + 1) of the kept entries and of all others together."""
+    inside = torch.zeros_like(log_probs, dtype=torch.bool).scatter(-1, kept, True)
+    tail = log_probs.masked_fill(inside, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([log_probs.gather(-1, kept), tail], -1)
+
+
+def test_rlsd_weighs_the_advantages_as_the_library_does():
+    left = left_of("synced, rlsd")
+    teacher = left["steps"][0]["before"]
+    for step, taken in enumerate(left["steps"]):
+        student = taken["before"]
+
+        def token_loss(sample, student=student, teacher=teacher):
+            own, shown, _ = sides(sample, student, teacher)
+            ids = sample["responses"]
+            mix = 0.5 * sample["self_distillation_mask"].double()
+            # log-probabilities as hidden states of an identity head: the library's own loss
+            return rlsd_loss(
+                own,
+                torch.eye(own.shape[1], dtype=torch.float64),
+                ids,
+                sample["advantages"].double(),
+                teacher_log_probs=shown.gather(-1, ids[:, None])[:, 0],
+                old_log_probs=sample["old_log_probs"].double(),
+                evidence=Evidence((0.2, 0.2), mix.expand(len(ids))),
+                ratio_clip=(0.2, 0.2),
+                reduction="none",
+            ).loss
+
+        assert taken["loss"] == pytest.approx(mean(left["batch"], token_loss), rel=1e-5), step
+        after = left["steps"][step + 1]["before"] if step < 2 else left["after"]
+        if (step + 1) % EVERY == 0:
+            teacher = after
+        assert_weights(taken["teacher"], teacher, atol=0)
+
+
+def test_a_gradient_that_is_not_finite_teaches_the_teacher_nothing():
+    broken = left_of("synced, rlsd")["broken"]
+    assert_weights(broken["after"], broken["before"], atol=0)
+    assert broken["ages"] == (1, 1)
+
+
+@pytest.mark.parametrize("teacher", ["live", "ema"])
+def test_the_same_weights_in_the_same_context_have_nothing_to_teach(teacher):
+    left = left_of(f"{teacher}, same context")
+    (taken,) = left["steps"]
+    assert taken["loss"] == 0
+    assert taken["grad_norm"] == 0
+    assert (taken["teacher"] is None) == (teacher == "live")
+
+
+def test_with_lora_the_reference_is_the_model_without_adapter():
+    left = left_of("lora")
+    assert not left["has a copy"]
+    plain = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
+        for name, tensor in left["steps"][0]["before"].items()
+        if "lora_" not in name
+    }
+    adapters = left["steps"][1]["before"]
+
+    def adapted():
+        """The weights with both factors' product added."""
+        moved = dict(plain)
+        for name, down in adapters.items():
+            if "lora_A" in name:
+                up = adapters[name.replace("lora_A", "lora_B")]
+                whole = name.removeprefix("base_model.model.").replace(".lora_A.default", "")
+                moved[whole] = plain[whole].double() + 16 / 4 * up.double() @ down.double()
+        return moved
+
+    for taken, student in zip(left["steps"], (plain, adapted()), strict=True):
+
+        def token_loss(sample, student=student):
+            own, shown, _ = sides(sample, student, plain)
+            return (own.exp() * (own - shown)).sum(-1)
+
+        assert taken["loss"] == pytest.approx(mean(left["batch"], token_loss), rel=1e-5)
+
+
+def test_a_teacher_that_follows_an_adapter_is_refused():
+    for one in remains()[0]["lora, ema"]:
+        assert 'distillation_loss.teacher must be "live" or "reference" with LoRA' in one["error"]

@@ -1,0 +1,298 @@
+"""The trainer's stage on samples in a real transfer queue, between verl's own stages.
+
+verl's whole loop needs an inference server and GPUs; here the workers are played by functions.
+"""
+
+import pytest
+import ray
+import torch
+import transfer_queue as tq
+from chat_tokenizer import ids, text, tokenizer
+from recipes_config import composed
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
+from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from fused_sd.integrations.verl import trainer as module
+from fused_sd.integrations.verl.contexts import PromptTokenizer
+from fused_sd.integrations.verl.privileged import rows_of
+from fused_sd.integrations.verl.trainer import SelfDistillationSync, self_distillation_config
+
+QUESTIONS = ("1+1?", "2+2?")
+# the responses of two sessions each, their rewards and what the reward function says
+SESSIONS = (
+    (("3", 0.0, "Too large."), ("<think>hm</think> It is 2.", 1.0, "")),
+    (("5", 0.0, ""), ("6", 0.0, "Too large by 2.")),
+)
+ANSWERS = ("two", "four")
+WORDS = PromptTokenizer(tokenizer())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def queue():
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    settings = composed("sdpo").transfer_queue
+    settings.enable = True
+    settings.backend.SimpleStorage.num_data_storage_units = 1
+    tq.init(settings)
+    yield
+    tq.close()
+    ray.shutdown()
+
+
+def prompt_of(question):
+    return [{"role": "user", "content": question}]
+
+
+def sample(question, answer, response, reward, feedback):
+    prompt = WORDS.chat(prompt_of(question))
+    tokens = [*ids(response), tokenizer().eos_token_id]
+    scores = torch.zeros(len(tokens))
+    scores[-1] = reward
+    return {
+        "prompts": torch.tensor(prompt),
+        "responses": torch.tensor(tokens),
+        "input_ids": torch.tensor([*prompt, *tokens]),
+        "position_ids": torch.arange(len(prompt) + len(tokens)),
+        "response_mask": torch.ones(len(tokens), dtype=torch.int64),
+        "loss_mask": torch.ones(len(tokens), dtype=torch.int64),
+        "rm_scores": scores,
+        "rollout_log_probs": -torch.ones(len(tokens)),
+        "old_log_probs": -torch.arange(1, len(tokens) + 1) / 4,
+        "raw_prompt": prompt_of(question),
+        "reward_model": {"ground_truth": answer},
+        "extra_fields": {"reward_extra_info": {"feedback": feedback}},
+        "multi_modal_inputs": {},
+        "num_turns": 2,
+    }
+
+
+@pytest.fixture
+def batch(queue):
+    rows, keys = [], []
+    for question, answer, sessions in zip(QUESTIONS, ANSWERS, SESSIONS):
+        for place, session in enumerate(sessions):
+            uid = f"uid-{question}"
+            rows.append({**sample(question, answer, *session), "uid": uid, "session_id": place})
+            keys.append(f"{uid}_{place}_0")
+    tags = [{"seq_len": len(row["input_ids"])} for row in rows]
+    fields = list_of_dict_to_tensordict(rows)
+    tq.kv_batch_put(keys=keys, partition_id="train", fields=fields, tags=tags)
+    meta = KVBatchMeta(keys=keys, tags=tags, partition_id="train")
+    meta = upsample_batch_to_divisible_size(meta, 6, tokenizer().eos_token_id)
+    order = [3, 0, 5, 1, 2, 4]  # as after verl's balancing
+    meta.reorder(order)
+    yield meta
+    tq.kv_clear(keys=meta.keys, partition_id="train")
+
+
+class Workers:
+    """verl's log-probability pass: each token's place in the vocabulary stands for the model."""
+
+    def __init__(self, scale):
+        self.scale, self.seen = scale, []
+
+    def compute_log_prob(self, meta):
+        data = tq.kv_batch_get(keys=meta.keys, partition_id=meta.partition_id)
+        self.seen.append((data, dict(meta.extra_info)))
+        rows = [torch.roll(row, -1) / self.scale for row in rows_of(data["input_ids"])]
+        jagged = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        fields = data.empty()
+        fields["log_probs"] = jagged
+        tq.kv_batch_put(keys=meta.keys, partition_id=meta.partition_id, fields=fields)
+        return meta
+
+    compute_ref_log_prob = compute_log_prob
+
+
+def stage(recipe, *overrides, **attributes):
+    """A trainer whose workers were not started."""
+    trainer = object.__new__(SelfDistillationSync)
+    trainer.config = composed(recipe, *overrides)
+    trainer.self_distillation = self_distillation_config(trainer.config)
+    trainer.tokenizer, trainer.prompt_tokenizer = tokenizer(), WORDS
+    trainer.timing_raw, trainer.ref_in_actor, trainer.use_reference_policy = {}, False, False
+    for name, value in attributes.items():
+        setattr(trainer, name, value)
+    return trainer
+
+
+def run(trainer, batch):
+    """By sample: what the stage wrote; and its metrics."""
+    metrics = {}
+    trainer._compute_advantage(batch, metrics)
+    data = tq.kv_batch_get(keys=batch.keys, partition_id="train")
+    columns = {
+        name: rows_of(value) if value.is_nested else value
+        for name, value in data.items()
+        if isinstance(value, torch.Tensor)
+    }
+    found = {
+        key: {name: column[n] for name, column in columns.items()}
+        for n, key in enumerate(batch.keys)
+    }
+    return found, metrics
+
+
+def shown(row):
+    """The teacher's prompt, and what follows it."""
+    length = len(row["teacher_input_ids"]) - len(row["responses"])
+    assert torch.equal(row["teacher_position_ids"], torch.arange(length + len(row["responses"])))
+    return text(row["teacher_input_ids"][:length]), row["teacher_input_ids"][length:]
+
+
+def test_sdpo_shows_each_sample_its_siblings_or_feedback(batch):
+    found, metrics = run(stage("sdpo"), batch)
+    one, two = (f"uid-{question}" for question in QUESTIONS)
+    for row in found.values():
+        assert torch.equal(shown(row)[1], row["responses"])
+        assert "advantages" in row, "verl's own stage has run"
+    failure, success = found[f"{one}_0_0"], found[f"{one}_1_0"]
+    expected = "1+1?\nCorrect solution:\n\nIt is 2.\n\nCorrectly solve the original question."
+    assert shown(failure)[0] == text(WORDS.chat(prompt_of(expected)))
+    # a lone success has nothing to see, an unsaid feedback shows nothing
+    for silent in (success, found[f"{two}_0_0"]):
+        assert shown(silent)[0] == text(silent["prompts"])
+    assert "Too large by 2." in shown(found[f"{two}_1_0"])[0]
+    taught = {f"{one}_0_0", f"{two}_1_0"}
+    for key, row in found.items():
+        assert row["self_distillation_mask"] == float(key in taught), key
+        # verl's denominator counts the tokens that are taught
+        assert row["loss_mask"].tolist() == [int(key in taught)] * len(row["responses"])
+        padding = key.startswith("pad")
+        assert row["response_mask"].tolist() == [int(not padding)] * len(row["responses"])
+    assert metrics["self_distillation/context_fraction"] == 2 / 4
+    assert metrics["self_distillation/truncated_fraction"] == 0
+
+
+def test_a_limit_cuts_the_teachers_prompt(batch):
+    found, metrics = run(stage("sdpo", "distillation.max_prompt_length=30"), batch)
+    row = found[f"uid-{QUESTIONS[0]}_0_0"]
+    assert len(shown(row)[0].replace("<|im_start|>", "^").replace("<|im_end|>", "$")) == 30
+    assert shown(row)[0].endswith("<|im_start|>assistant\n")
+    assert metrics["self_distillation/truncated_fraction"] == 1
+
+
+def test_beside_a_policy_loss_every_token_stays_in_the_denominator(batch):
+    found, _ = run(stage("sdpo", "distillation.distillation_loss.use_task_rewards=True"), batch)
+    for row in found.values():
+        assert torch.equal(row["loss_mask"], row["response_mask"])
+
+
+def test_opsd_and_rlsd_show_the_reference(batch):
+    for recipe, words in (("opsd", "articulate your own"), ("rlsd", "your own approach below.")):
+        key = "distillation.reference_key=reward_model.ground_truth"
+        found, metrics = run(stage(recipe, key), batch)
+        for question, answer in zip(QUESTIONS, ANSWERS):
+            for place in range(2):
+                prompt = shown(found[f"uid-{question}_{place}_0"])[0]
+                assert answer in prompt
+                assert words in prompt
+        assert metrics["self_distillation/context_fraction"] == 1
+        masks = {key: float(row["self_distillation_mask"]) for key, row in found.items()}
+        assert {key for key, mask in masks.items() if not mask} == {
+            key for key in masks if key.startswith("pad")
+        }
+
+
+def test_sd_zero_shows_the_response_and_the_verdict(batch):
+    found, _ = run(stage("sd_zero"), batch)
+    one = f"uid-{QUESTIONS[0]}"
+    wrong, right = (found[f"{one}_{place}_0"] for place in range(2))
+    start = text(wrong["prompts"])
+    assert shown(wrong)[0] == f"{start}3\n\nWait, this response is wrong. Let me correct it.\n\n"
+    attempt = "<think>hm</think> It is 2."
+    assert shown(right)[0] == f"{start}{attempt}\n\nLet me rephrase the above solution.\n\n"
+
+
+def test_a_worker_scores_the_privileged_sequences_for_rlsd(batch):
+    settings = (
+        "distillation.distillation_loss.teacher=live",
+        "distillation.distillation_loss.teacher_sync_steps=1",
+        "distillation.scored_by=worker",
+    )
+    policy = Workers(scale=-1000.0)
+    found, _ = run(stage("rlsd", *settings, actor_rollout_wg=policy), batch)
+    ((data, asked),) = policy.seen
+    assert asked["temperature"] == 1.0
+    assert not asked["compute_loss"]
+    assert any("two" in text(row) for row in rows_of(data["input_ids"]))
+    for key, row in found.items():
+        assert "teacher_input_ids" not in row
+        scores = row["teacher_logprobs"][:, 0]
+        first, last = len(row["prompts"]) - 1, len(scores) - 1
+        assert torch.equal(scores[:first], torch.zeros(first))
+        assert scores[last] == 0
+        has_context = not key.startswith("pad")
+        # a sample without a context: the weight of its evidence is 1
+        known = row["responses"] / -1000.0 if has_context else row["old_log_probs"]
+        torch.testing.assert_close(scores[first:last], known, rtol=0, atol=0)
+        assert row["self_distillation_mask"] == float(has_context)
+    assert not tq.kv_list(module.TEACHER_PARTITION).get(module.TEACHER_PARTITION), "cleared"
+
+
+def test_a_reference_worker_scores_where_there_is_one(batch):
+    settings = (
+        "distillation.distillation_loss.teacher=reference",
+        "distillation.distillation_loss.teacher_sync_steps=1",
+        "distillation.scored_by=worker",
+    )
+    trainer = stage("rlsd", *settings)
+    with pytest.raises(ValueError, match='have a reference worker for "reference"'):
+        trainer._check_reference_worker()
+    policy, reference = Workers(1.0), Workers(-500.0)
+    trainer = stage("rlsd", *settings, actor_rollout_wg=policy, ref_policy_wg=reference)
+    trainer.use_reference_policy = True
+    trainer._check_reference_worker()
+    run(trainer, batch)
+    assert (len(policy.seen), len(reference.seen)) == (0, 1)
+    adapted = Workers(-500.0)
+    trainer = stage("rlsd", *settings, actor_rollout_wg=adapted, ref_in_actor=True)
+    run(trainer, batch)
+    assert adapted.seen[0][1]["no_lora_adapter"] is True
+
+
+def test_a_prompt_that_the_teacher_tokenises_otherwise_is_refused(batch):
+    trainer = stage("sdpo")
+    other = tokenizer().chat_template.replace("<|im_start|>", "")
+    trainer.prompt_tokenizer = PromptTokenizer(tokenizer(), {"chat_template": other})
+    with pytest.raises(ValueError, match="be tokenised by the teacher as it was by the rollout"):
+        run(trainer, batch)
+    free = stage("sdpo", "distillation.check_prompts=False")
+    free.prompt_tokenizer = trainer.prompt_tokenizer
+    assert run(free, batch)[1]["self_distillation/context_fraction"] == 2 / 4
+
+
+def test_a_reference_that_is_nowhere_is_refused(batch):
+    with pytest.raises(ValueError, match="reference_key must begin with a column, got answers"):
+        run(stage("opsd", "distillation.reference_key=answers.whole"), batch)
+    found, metrics = run(stage("opsd", "distillation.reference_key=reward_model.proof"), batch)
+    assert metrics["self_distillation/context_fraction"] == 0
+    assert all(not row["loss_mask"].any() for row in found.values())
+
+
+def test_later_outputs_of_a_session_are_not_taught(batch):
+    key = f"uid-{QUESTIONS[0]}_0_0"
+    row = sample("and now?", "two", "2", 1.0, "Well done.")
+    row = {**row, "uid": f"uid-{QUESTIONS[0]}", "session_id": 0}
+    tq.kv_batch_put(
+        keys=[key[:-1] + "1"], partition_id="train", fields=list_of_dict_to_tensordict([row])
+    )
+    own = [batch.keys.index(key), batch.keys.index(key[:-3] + "1_0")]
+    keys = [batch.keys[n] for n in own] + [key[:-1] + "1"]
+    tags = [batch.tags[own[0]]] * 3
+    three = KVBatchMeta(keys=keys, tags=tags, partition_id="train")
+    found, _ = run(stage("sdpo"), three)
+    assert found[keys[2]]["self_distillation_mask"] == 0
+    # the success in the first session's last output teaches the second session
+    assert "2" in shown(found[keys[1]])[0]
+    assert found[keys[1]]["self_distillation_mask"] == 1
+    tq.kv_clear(keys=keys[2:], partition_id="train")
+
+
+def test_verl_finds_the_trainers():
+    module.register()
+    module.register()
+    for name, trainer in module.TRAINERS.items():
+        assert get_trainer_cls(name) is trainer
