@@ -148,7 +148,16 @@ def _registered() -> list[Finding]:
         missing = part == "megatron" and versions.installed("megatron-core") is None
         value = "megatron-core is not installed" if missing else status
         findings.append(Finding(part, value, status != plugin.REGISTERED and not missing))
+    if plugin.STATUS.get("megatron") == plugin.REGISTERED:
+        findings += _megatron_core()
     return [*findings, *_losses()]
+
+
+def _megatron_core() -> list[Finding]:
+    """What its fused forward lacks; verl's own path with logits needs none of it."""
+    engine = importlib.import_module("fused_sd.integrations.verl.megatron_engine")
+    reason = engine.why_not()
+    return [] if reason is None else [Finding("fused Megatron", reason)]
 
 
 def _losses() -> list[Finding]:

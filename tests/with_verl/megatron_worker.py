@@ -1,0 +1,369 @@
+"""One of two processes that run Megatron's parallelisms on CPUs and compare with what is known.
+
+Every check returns the largest differences, each relative to the largest value compared.
+"""
+
+import functools
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+NUM_TOKENS = 61  # of the padded vocabulary
+OBJECTIVES = {
+    "forward_kl, tail": {"divergence": "forward_kl"},
+    "reverse_kl, tail": {"divergence": "reverse_kl"},
+    "jsd, renormalize": {"divergence": "jsd", "beta": 0.3, "remainder": "renormalize"},
+    "mixed_kl, drop": {"divergence": "mixed_kl", "forward_weight": 0.4, "remainder": "drop"},
+    "forward_kl, teacher_renormalize": {"remainder": "teacher_renormalize"},
+    "forward_kl_topk": None,  # verl's own
+}
+FLOORS = (None, -5.0)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How two processes share a model."""
+
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+    tied: bool = False
+
+    def sizes(self) -> dict[str, int]:
+        return {
+            "tensor_model_parallel_size": self.tensor,
+            "pipeline_model_parallel_size": self.pipeline,
+            "context_parallel_size": self.context,
+        }
+
+
+LAYOUTS = {
+    "tensor": Layout(tensor=2),
+    "tensor, tied": Layout(tensor=2, tied=True),
+    "tensor and sequence": Layout(tensor=2, sequence_parallel=True),
+    "context": Layout(context=2),
+    "pipeline": Layout(pipeline=2),
+}
+
+
+@functools.cache
+def results() -> dict[str, list[Any]]:
+    """What each check found on both ranks; the processes start once for all test files."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(main, (folder,), nprocs=2)
+        found = [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(2)]
+    return {name: [one.get(name, "not reached") for one in found] for name in found[0]}
+
+
+def main(rank: int, folder: str) -> None:
+    """Do each check, and leave what it found, or an error, in ``folder``."""
+    os.environ.update(VERL_PLATFORM="cpu", TOKENIZERS_PARALLELISM="false")
+    torch.set_num_threads(1)
+    import cpu_platform  # noqa: F401, registers the platform
+    import megatron_models
+
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=300),  # an error instead of a hang
+    )
+    megatron_models.stand_in_for_cuda()
+    checks: dict[str, Callable[[], Any]] = {}
+    for name, layout in LAYOUTS.items():
+        checks[f"training, {name}"] = functools.partial(training, layout)
+    checks |= {"inference": inference, "sharded objective": sharded_objective}
+    for parallel in (False, True):
+        for name in OBJECTIVES:
+            checks[f"processor, {name}, {parallel}"] = functools.partial(processor, name, parallel)
+    for floor in FLOORS:
+        checks[f"oracle, {floor}"] = functools.partial(oracle, floor)
+    left = {}
+    for name, check in checks.items():
+        try:
+            left[name] = check()
+        except Exception:
+            left[name] = traceback.format_exc()
+            break  # the other process waits no longer
+    torch.save(left, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def lay_out(layout: Layout) -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(**layout.sizes())
+
+
+def difference(value: Tensor, expected: Tensor) -> float:
+    assert value.shape == expected.shape, (value.shape, expected.shape)
+    scale = expected.detach().abs().max().clamp(min=1e-30)
+    return float((value.detach() - expected.detach()).abs().max() / scale)
+
+
+def verl_loss(loss_config: Any, policy: bool) -> Callable[..., Any]:
+    """As verl's worker makes it."""
+    from verl.trainer.distillation import distillation_ppo_loss
+    from verl.workers.config import ActorConfig
+
+    actor = ActorConfig(
+        strategy="megatron", ppo_micro_batch_size_per_gpu=2, rollout_n=1, entropy_coeff=0.1
+    )
+    distillation = SimpleNamespace(distillation_loss=loss_config, enabled=True)
+    return functools.partial(distillation_ppo_loss, config=actor, distillation_config=distillation)
+
+
+def topk_config(policy: bool, floor: float | None) -> Any:
+    from verl.workers.config import DistillationLossConfig
+
+    return DistillationLossConfig(
+        loss_mode="forward_kl_topk",
+        topk=6,
+        log_prob_min_clamp=floor,
+        loss_max_clamp=None,
+        use_task_rewards=policy,
+        use_policy_gradient=False,
+    )
+
+
+def trained(layout: Layout, loss: Callable[..., Any], *, fused: bool, policy: bool) -> Any:
+    """An engine after forward and backward of two micro-batches, and the losses."""
+    import megatron_models as models
+    from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
+
+    from fused_sd.integrations.verl.megatron_engine import FusedSDMegatronEngine
+
+    lay_out(layout)
+    model = models.gpt(
+        tensor_parallel=layout.tensor,
+        context_parallel=layout.context,
+        pipeline_parallel=layout.pipeline,
+        sequence_parallel=layout.sequence_parallel,
+        tied=layout.tied,
+    )
+    kind = FusedSDMegatronEngine if fused else MegatronEngineWithLMHead
+    engine = models.engine(kind, model, fused=fused)
+    output = engine.forward_backward_batch(models.batch(fused=fused, policy=policy), loss)
+    return engine, torch.tensor(output.get("loss", []), dtype=torch.float64)
+
+
+def training(layout: Layout) -> dict[str, float]:
+    """verl's own path with logits, and ours: losses and the gradient of every parameter."""
+    worst = {}
+    for policy, floor in ((False, None), (False, -5.0), (True, -10.0)):
+        loss = verl_loss(topk_config(policy, floor), policy)
+        expected, expected_losses = trained(layout, loss, fused=False, policy=policy)
+        found, losses = trained(layout, loss, fused=True, policy=policy)
+        differences = [difference(losses, expected_losses)] if len(losses) else []
+        own, theirs = (dict(e.module[0].named_parameters()) for e in (found, expected))
+        for name, parameter in theirs.items():
+            assert parameter.grad.abs().max() > 0, name
+            differences.append(difference(own[name].grad, parameter.grad))
+        worst[f"policy={policy}, floor={floor}"] = max(differences)
+    return worst
+
+
+def sharded_objective() -> dict[str, float]:
+    """An objective that verl has not: two ranks that share the vocabulary, and whole."""
+    from fused_sd.integrations.verl.config import FusedSDLossConfig
+
+    settings = {"divergence": "reverse_kl", "topk": 6, "importance_cap": 2.0}
+    config = FusedSDLossConfig(use_task_rewards=False, **settings)
+    (whole, expected), (shard, losses) = (
+        trained(Layout(tensor=size), verl_loss(config, False), fused=True, policy=False)
+        for size in (1, 2)
+    )
+    rank, model, parts = dist.get_rank(), whole.module[0], shard.module[0]
+    rows = [(model.output_layer.weight, parts.output_layer.weight)]
+    rows.append((model.embedding.word_embeddings.weight, parts.embedding.word_embeddings.weight))
+    norm = model.decoder.final_layernorm.weight.grad
+    return {
+        "losses": difference(losses, expected),
+        "rows": max(difference(b.grad, a.grad.chunk(2)[rank]) for a, b in rows),
+        "norm": difference(parts.decoder.final_layernorm.weight.grad, norm),
+    }
+
+
+def inference() -> dict[str, Any]:
+    """Log-probs and entropy as ``compute_log_prob`` asks for them, and verl's function after it."""
+    import megatron_models as models
+    from verl.models.mcore import model_forward_fused
+    from verl.utils import tensordict_utils
+    from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    from fused_sd.integrations.verl.megatron_engine import FusedSDMegatronEngine
+
+    layout, own = Layout(tensor=2), model_forward_fused.fused_output_processor
+    lay_out(layout)
+    model, found = models.gpt(tensor_parallel=2), []
+    for kind in (MegatronEngineWithLMHead, FusedSDMegatronEngine):
+        fused = kind is FusedSDMegatronEngine
+        batch = models.batch(fused=fused, policy=True, distil=False)
+        engine = models.engine(kind, model, fused=fused)
+        tensordict_utils.assign_non_tensor(batch, sp_size=1)
+        with torch.no_grad():
+            output = engine.forward_backward_batch(batch, None, forward_only=True)["model_output"]
+        mask = batch["response_mask"].to_padded_tensor(0)
+        assert set(output) == {"log_probs", "entropy"}
+        found.append({n: no_padding_2_padding(v, batch) for n, v in output.items()})
+    theirs, ours = found
+    restored = [model_forward_fused.fused_output_processor is own]
+    try:
+        with mock.patch.object(model, "forward", side_effect=RuntimeError("in the forward")):
+            engine.forward_backward_batch(batch, None, forward_only=True)
+    except RuntimeError as error:
+        restored += [str(error) == "in the forward"]
+    restored += [model_forward_fused.fused_output_processor is own]
+    return {
+        **{name: difference(ours[name], theirs[name] * mask) for name in theirs},
+        "restored": restored,
+    }
+
+
+def processor(objective: str, sequence_parallel: bool) -> dict[str, float]:
+    """Called as Megatron calls it, on two ranks, against the definitions on the whole vocabulary.
+
+    Without sequence parallelism every rank has the states and needs their whole gradient, which
+    the loss adds up; with it each rank has its part, and Megatron adds up as it scatters.
+    """
+    import megatron_models as models
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    from fused_sd import reference
+    from fused_sd.integrations.verl.config import FusedSDLossConfig
+    from fused_sd.integrations.verl.megatron_output import OutputProcessor
+
+    lay_out(Layout(tensor=2))
+    rank, num_rows = dist.get_rank(), 8
+    config = models.gpt(tensor_parallel=2, sequence_parallel=sequence_parallel).config
+    torch.manual_seed(3)
+    layer = ColumnParallelLinear(
+        models.HIDDEN, models.VOCAB, config=config, init_method=torch.nn.init.normal_, bias=False
+    )
+    whole = torch.randn(models.VOCAB, models.HIDDEN, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(num_rows, 1, models.HIDDEN, dtype=torch.float64, requires_grad=True)
+    layer.weight.data = whole.detach().chunk(2)[rank].clone()
+    teacher = 3 * torch.randn(1, num_rows, NUM_TOKENS, dtype=torch.float64)
+    log_t, ids = teacher.log_softmax(-1).topk(6)
+    labels = torch.randint(NUM_TOKENS, (1, num_rows))
+    needed = torch.ones(1, num_rows)
+    needed[0, 2] = 0
+    # what verl pads with: one id K times, of which each has probability 1
+    ids[0, 2], log_t[0, 2] = 0, 0.0
+    weights = torch.rand(3, num_rows, dtype=torch.float64)
+
+    given = OBJECTIVES[objective]
+    loss_config = (
+        topk_config(True, None)
+        if given is None
+        else FusedSDLossConfig(use_task_rewards=True, topk=6, **given)
+    )
+    states = hidden.detach().chunk(2)[rank] if sequence_parallel else hidden.detach()
+    states.requires_grad_()
+    output = OutputProcessor(
+        lambda packed: packed,
+        needed,
+        NUM_TOKENS,
+        entropy=True,
+        loss_config=loss_config,
+        teacher={"teacher_token_ids": ids.int(), "teacher_log_probs": log_t},
+    )(
+        hidden_states=states,
+        output_layer=layer,
+        output_weight=None,
+        labels=labels,
+        context=SimpleNamespace(temperature=0.7),
+        config=config,
+        scale_logits=lambda logits: logits * 0.9,
+    )
+    losses, _, _, log_probs = output.log_probs[0].unbind(-1)
+    values = torch.stack([losses, log_probs, output.entropy[0]])
+    (values * weights).sum().backward()
+
+    choices = {"divergence": "forward_kl", **({"remainder": "drop"} if given is None else given)}
+    student = reference.logits(hidden[:, 0], whole[:NUM_TOKENS], logit_scale=0.9, temperature=0.7)
+    served = reference.served_teacher(ids[0], log_t[0], NUM_TOKENS)
+    support = reference.given_ids(ids[0], NUM_TOKENS)
+    expected = torch.stack(
+        [
+            reference.divergence(student, served, support=support, **choices),
+            reference.token_log_prob(student, labels[0]),
+            reference.entropy(student),
+        ]
+    )
+    expected = torch.where(needed != 0, expected, 0)
+    (expected * weights).sum().backward()
+    dhidden = hidden.grad.chunk(2)[rank] if sequence_parallel else hidden.grad
+    return {
+        **{n: difference(*p) for n, *p in zip(("loss", "log_probs", "entropy"), values, expected)},
+        "dhidden": difference(states.grad, dhidden),
+        "dweight": difference(layer.weight.grad, whole.grad.chunk(2)[rank]),
+    }
+
+
+def oracle(floor: float | None) -> dict[str, float]:
+    """verl's forward KL over a teacher's top-k, from this rank's logits, and the library's.
+
+    verl computes in float32 whatever it is given.
+    """
+    import megatron_models as models
+    from megatron.core import parallel_state
+    from verl.trainer.distillation.megatron.losses import _VocabParallelKLDivergence
+
+    from fused_sd.integrations.verl.fused_terms import fused_terms
+
+    lay_out(Layout(tensor=2))
+    group, rank = parallel_state.get_tensor_model_parallel_group(), dist.get_rank()
+    torch.manual_seed(5)
+    whole = torch.randn(models.VOCAB, models.HIDDEN)
+    states = torch.randn(1, 12, models.HIDDEN)
+    log_t, ids = (3 * torch.randn(1, 12, models.VOCAB)).log_softmax(-1).topk(6)
+    upstream = torch.rand(1, 12)
+    found = []
+    for ours in (False, True):
+        hidden, weight = states.clone().requires_grad_(), whole.chunk(2)[rank].clone()
+        weight.requires_grad_()
+        if ours:
+            terms = fused_terms(
+                hidden,
+                weight,
+                ids[..., 0],
+                loss_config=topk_config(False, floor),
+                teacher_token_ids=ids,
+                teacher_log_probs=log_t,
+                log_probs=False,
+                process_group=group,
+                reduce_dhidden=False,
+            )
+            loss = terms["distillation_losses"]
+            masses = terms["student_mass"], terms["teacher_mass"]
+        else:
+            loss, *masses = _VocabParallelKLDivergence.apply(
+                hidden @ weight.t(), log_t, ids, floor
+            )[:3]
+        (loss * upstream).sum().backward()
+        # each rank has its columns' part of the states' gradient
+        dist.all_reduce(hidden.grad)
+        found.append((loss, *masses, hidden.grad, weight.grad))
+    names = ("loss", "student_mass", "teacher_mass", "dhidden", "dweight")
+    differences = {name: difference(b, a) for name, a, b in zip(names, *found)}
+    if floor is not None:
+        clamped = (states @ whole.t()).log_softmax(-1).gather(-1, ids) < floor
+        assert 0 < int(clamped.sum()) < clamped.numel()
+        # verl's masses are of clamped log-probabilities
+        del differences["student_mass"], differences["teacher_mass"]
+    return differences
