@@ -14,7 +14,7 @@ from fused_sd.planning.devices import Rates
 from fused_sd.planning.objectives import Objective
 from fused_sd.planning.walk import WIDE, num_entries
 from fused_sd.planning.wire import Traffic
-from fused_sd.planning.workload import Workload
+from fused_sd.planning.workload import Workload, total
 
 
 @dataclass(frozen=True)
@@ -88,20 +88,16 @@ def row_bytes(work: Workload) -> float:
     count = num_entries(work.objective)
     if not count:
         return fused.walks(work) * read + work.element * logits
-    # each side's dot products, the hidden states' gradient and the head's read a row an entry
+    # each side's dot products, the hidden states' gradient and the head's read a row an entry; the
+    # entries of other ranks all point to one, which stays in the caches
     visits = 1 + work.objective.has_teacher + 1 + work.trained
-    gathered = visits * work.active * count * work.hidden_size * work.element
-    written = total_written(work)
-    return read + gathered + written
-
-
-def total_written(work: Workload) -> int:
-    """Gradients as autograd is handed them."""
-    return sum(work.gradients.values())
+    own = work.active * count / work.tensor_parallel
+    gathered = visits * own * work.hidden_size * work.element
+    return read + gathered + total(work.gradients)
 
 
 def _rounding_bytes(work: Workload) -> int:
     """Gradients are read as they were summed and written in their dtype."""
     if num_entries(work.objective):
         return 0
-    return total_written(work) * (WIDE + work.element) // work.element
+    return total(work.gradients) * (WIDE + work.element) // work.element

@@ -1,0 +1,122 @@
+"""``docs/scale.md``: memory, wire and time of the losses where ranks share the head.
+
+python -m benchmarks.scale --count    run small cases on 2, 4 and 8 ranks, and keep the counts
+python -m benchmarks.scale --write    write the page: plans, and the kept counts beside theirs
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import scale_cases
+from benchmarks import scale_tables as tables
+from fused_sd.head_sizes import head_size
+from fused_sd.planning.devices import CARDS, LATENCY
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER.parent / "docs" / "scale.md"
+TEMPLATE = FOLDER / "scale.template.md"  # the page with <<names>> of tables and <names> of numbers
+COUNTS = FOLDER / "results" / "scale.json"
+
+
+def count() -> dict[str, Any]:
+    """Run the small cases: the ranks' median peak, and what each of them hands over."""
+    cases = []
+    for ranks in tables.SHARING:
+        with tempfile.TemporaryDirectory() as folder:
+            found = scale_cases.count(ranks, Path(folder))
+        for case, by_rank in zip(scale_cases.CASES, found, strict=True):
+            first = by_rank[0]
+            assert all(each[1:3] == first[1:3] for each in by_rank)
+            peak = statistics.median_low(each.peak_bytes for each in by_rank)
+            row = {"case": str(case), "ranks": ranks, "peak": peak}
+            row |= {"sent": first.sent, "collectives": first.num_collectives}
+            cases.append(row | {"kept": scale_cases.kept_together(by_rank)})
+    return {"torch": torch.__version__, "cases": cases}
+
+
+def kept_counts() -> dict[str, Any]:
+    """What ``count`` found when it was last run."""
+    counts: dict[str, Any] = json.loads(COUNTS.read_text(encoding="utf-8"))
+    return counts
+
+
+def page() -> str:
+    """The page, with its tables and numbers in their places."""
+    counts = kept_counts()
+    text = TEMPLATE.read_text(encoding="utf-8")
+    for name, lines in {
+        "HEADS": tables.head_lines(),
+        "MEMORY": tables.memory_lines(),
+        "PARTS": tables.part_lines(),
+        "NUMBERS": tables.number_lines(),
+        "WIRE": tables.wire_lines(),
+        "TIME": tables.time_lines(),
+        "TIME PARTS": tables.time_part_lines(),
+        "LINKS": tables.link_lines(),
+        "WAYS": tables.way_lines(),
+        "COUNTED": tables.counted_lines(counts),
+    }.items():
+        text = text.replace(f"<<{name}>>", "\n".join(lines).rstrip())
+    for name, word in numbers(counts).items():
+        text = text.replace(f"<{name}>", word)
+    return text
+
+
+def numbers(counts: Mapping[str, Any]) -> dict[str, str]:
+    """What the page's sentences say of the rates and the cases."""
+    card, head = CARDS[tables.CARD], head_size(tables.MODELS[0])
+    assert card.rate is not None
+    assert card.bandwidth is not None
+    assert card.link is not None
+    model, most = tables.MODELS[0], tables.RANKS[-1]
+    verl = tables.planned(model, "cross_entropy", most)["verl triton"]
+    again = tables.planned(model, "reverse_kl", most, reduction="none")
+    return {
+        "RATE": f"{card.rate / 1e12:.0f} TFLOP/s",
+        "COPIES": f"{card.bandwidth / 1e12:.1f} TB/s",
+        "LINK": f"{card.link / 1e9:.0f} GB/s",
+        "LATENCY": f"{1e6 * LATENCY:.0f} µs",
+        "SHARE OF ANOTHER RANK": f"{card.rate / (head.vocab * card.link):.1%}",
+        "VERL": f"{verl.peak_bytes / tables.GIB:.1f} GiB",
+        "AGAIN": f"{again.peak_bytes / tables.GIB:.2f}",
+        "WORST": f"{worst(counts):.1%}",
+        "TORCH": counts["torch"],
+    }
+
+
+def worst(counts: Mapping[str, Any]) -> float:
+    """The largest share of a counted peak that a plan is off by."""
+    return max(
+        abs(tables.planned_again(row).peak_bytes / row["peak"] - 1) for row in counts["cases"]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Count, write or print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scale",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--count", action="store_true", help="run the small cases first: minutes")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}, else print it")
+    chosen = parser.parse_args(arguments)
+    if chosen.count:
+        COUNTS.write_text(json.dumps(count(), indent=1) + "\n", encoding="utf-8")
+    if chosen.write:
+        PAGE.write_text(page(), encoding="utf-8")
+    else:
+        print(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

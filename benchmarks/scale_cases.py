@@ -1,0 +1,212 @@
+"""Small losses on real ranks that share a head, counted: what they hold, and what they send.
+
+Every case runs in processes of a gloo group on a CPU; PyTorch's allocations are counted as
+``fused_sd.bench`` counts them, the collectives as they are called.  gloo's own buffers are at times
+among the allocations, on this rank or that: the ranks' median is what a loss holds.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fused_sd
+from fused_sd.bench.measure import peak_bytes
+from fused_sd.bench.problem import Problem, Shape, make_problem, variant
+from fused_sd.heads import LMHead
+from fused_sd.log_probs import TokenLogProbs
+from fused_sd.loss_output import LossOutput
+from fused_sd.planning import Plan
+from fused_sd.planning.wire import GATHER, MAX, SUM, SUM_OF_DHIDDEN
+
+WIDE = Shape("wide", 32, 12000)
+DEEP = Shape("deep", 256, 3001)  # the head's gradient is most of it, and a shard has a row less
+NUM_TOKENS = 96
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Case(NamedTuple):
+    """A loss, named as a plan names it."""
+
+    objective: str
+    shape: Shape = WIDE
+    dtype: str = "bf16"
+    trained: bool = True
+    reduction: str = "mean"
+    masked: float = 0.0
+    chunk_size: int | None = 20
+    gradient: str = "dense"
+
+    def __str__(self) -> str:
+        """What is not the default, behind the loss and the head."""
+        words = [self.objective, self.shape.name, self.dtype]
+        words += [] if self.trained else ["frozen"]
+        words += [] if self.reduction == "mean" else [self.reduction]
+        words += [f"{self.masked:.0%} masked"] if self.masked else []
+        words += [] if self.gradient == "dense" else [self.gradient]
+        return ", ".join(words)
+
+
+CASES = (
+    Case("reverse_kl"),
+    Case("reverse_kl", trained=False, reduction="none", masked=0.5),
+    Case("gkd", DEEP),
+    Case("gkd", dtype="fp32", reduction="none"),
+    Case("sdpo"),
+    Case("sdpo", DEEP, "fp32", masked=0.5),
+    Case("sd_zero"),
+    Case("sd_zero", DEEP, "fp32", reduction="none", masked=0.5),
+    Case("topk_divergence"),
+    Case("cross_entropy", DEEP),
+    Case("cross_entropy", dtype="fp32", trained=False, masked=0.5),
+    Case("rlsd"),
+    Case("rlsd", DEEP, chunk_size=None),
+    Case("token_log_probs"),
+    Case("reverse_kl", gradient="sparse"),
+    Case("sdpo", dtype="fp32", reduction="none", masked=0.5, gradient="sparse"),
+)
+ENTROPY, TOLERANCE = 0.6, 2**-8  # of sparse gradients, of which no row is dense then
+
+
+class Counted(NamedTuple):
+    """What one rank held and sent."""
+
+    peak_bytes: int
+    sent: dict[str, int]  # bytes handed over, by the collective's name; the sum of dH is a SUM
+    num_collectives: int
+    kept: float | None  # entries of a token's sparse gradient
+
+
+def count(ranks: int, folder: Path, cases: Sequence[Case] = CASES) -> list[list[Counted]]:
+    """Of every case, what each rank counted."""
+    torch.multiprocessing.spawn(_rank, (ranks, folder, tuple(cases)), nprocs=ranks)
+    by_rank = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+    return [list(found) for found in zip(*by_rank, strict=True)]
+
+
+def planned(case: Case, ranks: int, kept: int | None = None) -> Plan:
+    """The same, as a plan sees it, told how many entries all ranks keep of a token."""
+    return fused_sd.plan(
+        tokens=NUM_TOKENS,
+        hidden_size=case.shape.hidden_size,
+        vocab=case.shape.vocab,
+        objective=case.objective,
+        dtype=case.dtype,
+        train_head=case.trained,
+        reduction=case.reduction,
+        masked=case.masked,
+        gradient=case.gradient,
+        kept=kept,
+        tensor_parallel=ranks,
+        device="cpu",
+        chunk_size=case.chunk_size,
+    )
+
+
+def planned_sums(plan: Plan) -> dict[str, int]:
+    """Bytes handed over, by the collectives that are called."""
+    assert plan.traffic is not None
+    payload = dict(plan.traffic.payload)
+    payload[SUM] += payload.pop(SUM_OF_DHIDDEN)
+    return payload
+
+
+def kept_together(by_rank: Sequence[Counted]) -> int | None:
+    """Entries of a token's sparse gradient on all ranks."""
+    kept = [counted.kept for counted in by_rank if counted.kept is not None]
+    return round(sum(kept)) if kept else None
+
+
+def loss_of(
+    case: Case, problem: Problem, head: LMHead, group: dist.ProcessGroup
+) -> Callable[[], LossOutput | TokenLogProbs]:
+    """A case's loss on a rank's rows of the head."""
+    run: dict[str, Any] = {"process_group": group, "chunk_size": case.chunk_size}
+    run |= {"token_weights": problem.mask.float()}
+    if case.objective != "token_log_probs":
+        run["reduction"] = case.reduction
+    if case.gradient == "sparse":
+        run |= {"gradient": "sparse", "tolerance": TOLERANCE}
+    tokens = problem.hidden, head, problem.token_ids
+    frozen = LMHead(head.weight.detach(), shard_sizes=head.shard_sizes)
+    teacher = problem.teacher_hidden, frozen
+    sides = problem.hidden, head, *teacher
+    given = torch.arange(NUM_TOKENS * 32).view(NUM_TOKENS, 32) % case.shape.vocab
+    of_server = torch.full(given.shape, 1 / 40).log()
+    old = {"old_log_probs": problem.old_log_probs}
+    losses: dict[str, Callable[[], LossOutput | TokenLogProbs]] = {
+        "reverse_kl": lambda: fused_sd.divergence_loss(*sides, **run),
+        "gkd": lambda: fused_sd.gkd_loss(*sides, **run),
+        "sdpo": lambda: fused_sd.sdpo_loss(*sides, **run),
+        "sd_zero": lambda: fused_sd.sd_zero_loss(*sides, **run),
+        "topk_divergence": lambda: fused_sd.topk_divergence_loss(
+            problem.hidden, head, given, of_server, **run
+        ),
+        "rlsd": lambda: fused_sd.rlsd_loss(
+            *tokens, problem.advantages, teacher=teacher, **old, **run
+        ),
+        "cross_entropy": lambda: fused_sd.cross_entropy_loss(*tokens, **run),
+        "token_log_probs": lambda: fused_sd.token_log_probs(*tokens, **run),
+    }
+    return losses[case.objective]
+
+
+def _rank(rank: int, ranks: int, folder: Path, cases: Sequence[Case]) -> None:
+    """Count every case as one of the ranks."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    group = dist.group.WORLD
+    assert group is not None
+    found = []
+    for case in cases:
+        entropy = ENTROPY if case.gradient == "sparse" else None
+        drawn = make_problem(case.shape, NUM_TOKENS, dtype=DTYPES[case.dtype], entropy=entropy)
+        problem = variant(drawn, trainable=case.trained, mask_share=case.masked)
+        rows = -(-case.shape.vocab // ranks)
+        sizes = tuple(min(rows, case.shape.vocab - rows * r) for r in range(ranks))
+        shard = problem.weight.detach()[rows * rank : rows * rank + sizes[rank]].clone()
+        head = LMHead(shard.requires_grad_(case.trained), shard_sizes=sizes)
+        loss = loss_of(case, problem, head, group)
+        kept = _kept(loss(), problem.mask) if case.gradient == "sparse" else None
+        with _collectives() as calls:
+            peak = peak_bytes(lambda loss=loss: loss()[0].sum().backward(), torch.device("cpu"))
+        sent = dict.fromkeys((MAX, SUM, GATHER), 0)
+        for name, size in calls:
+            sent[name] += size
+        found.append(Counted(peak, sent, len(calls), kept))
+    torch.save(found, folder / f"{rank}.pt")
+    dist.barrier()  # nobody leaves while others talk
+    dist.destroy_process_group()
+
+
+def _kept(output: Any, mask: Tensor) -> float:
+    """Entries of a counting token, none of which is dense."""
+    assert not output.certificate.dense.any()
+    return float(output.certificate.kept[mask].double().mean())
+
+
+@contextmanager
+def _collectives() -> Iterator[list[tuple[str, int]]]:
+    """Every collective's name, and the bytes that this rank hands over."""
+    calls: list[tuple[str, int]] = []
+    reduce, gather = dist.all_reduce, dist.all_gather
+
+    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, **settings: Any) -> Any:
+        calls.append((MAX if op == dist.ReduceOp.MAX else SUM, tensor.nbytes))
+        return reduce(tensor, op, **settings)
+
+    def all_gather(outputs: list[Tensor], tensor: Tensor, **settings: Any) -> Any:
+        calls.append((GATHER, tensor.nbytes))
+        return gather(outputs, tensor, **settings)
+
+    with (
+        mock.patch.object(dist, "all_reduce", all_reduce),
+        mock.patch.object(dist, "all_gather", all_gather),
+    ):
+        yield calls
