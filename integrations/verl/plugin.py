@@ -3,12 +3,13 @@
 verl drops whatever an entry point raises, so nothing is raised here: what came of each part is kept
 in ``STATUS`` and, where it is a failure, logged as a warning.
 
-The engines are registered where ``VERL_ENGINE_VENDOR=fused_sd`` asks for them, as it must for verl
-to choose them: verl's own engines, which they extend, take seconds to import, and not every process
-needs them.
+Engines and trainers are registered where ``VERL_ENGINE_VENDOR=fused_sd`` asks for them, as it must
+for verl to choose the engines: verl's own, which they extend, take seconds to import, and not every
+process needs them.
 """
 
 import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -19,13 +20,14 @@ from fused_sd.integrations.verl import RLSD_LOSS, TOPK_LOSS, VENDOR, versions
 
 REGISTERED = "registered"
 NOT_ASKED_FOR = f"not asked for: set VERL_ENGINE_VENDOR={VENDOR} where verl is imported"
+NO_MEGATRON = "Megatron-Core is not installed"
 
 STATUS: dict[str, str] = {}
-"""What came of each part: REGISTERED, NOT_ASKED_FOR or why it failed."""
+"""What came of each part: REGISTERED, NOT_ASKED_FOR, NO_MEGATRON or why it failed."""
 
 ENGINES = {
     # part: module, class, verl's backends
-    "fsdp": ("engine", "FusedSDEngine", ["fsdp", "fsdp2"]),
+    "fsdp": ("teachers", "TeachingEngine", ["fsdp", "fsdp2"]),
     "megatron": ("megatron_engine", "FusedSDMegatronEngine", ["megatron"]),
 }
 
@@ -36,18 +38,22 @@ _logger = logging.getLogger(__name__)
 def register() -> None:
     """Register every part that is wanted here; what fails is recorded, not raised."""
     attempt("losses")
-    for part in ENGINES:
-        if os.environ.get("VERL_ENGINE_VENDOR") == VENDOR:
+    for part in (*ENGINES, "trainer"):
+        if part == "megatron" and importlib.util.find_spec("megatron") is None:
+            STATUS[part] = NO_MEGATRON
+        elif os.environ.get("VERL_ENGINE_VENDOR") == VENDOR:
             attempt(part)
         else:
             STATUS.setdefault(part, NOT_ASKED_FOR)
 
 
 def attempt(part: str) -> None:
-    """Register a part: ``"losses"`` or a key of ``ENGINES``; record and log what fails."""
+    """Register a part of ``STATUS``; record and log what fails."""
     try:
         if part == "losses":
             register_losses()
+        elif part == "trainer":
+            register_trainer()
         else:
             register_engine(part)
     except Exception as error:  # verl would drop it, so it is told here
@@ -104,6 +110,18 @@ def register_engine(part: str, devices: Sequence[str] = ("cuda",)) -> None:
     for backend, (device, vendor) in missing:
         EngineRegistry.register("language_model", backend, device, vendor)(engine)
     STATUS[part] = REGISTERED
+
+
+def register_trainer() -> None:
+    """Put the trainers of self-distillation into verl's registry, once.
+
+    Raises:
+        ValueError: the verl that is installed is not supported, or a name is another plugin's.
+        ImportError: what verl's trainer needs is not installed.
+    """
+    _check_version()
+    importlib.import_module(f"{_PACKAGE}.trainer").register()
+    STATUS["trainer"] = REGISTERED
 
 
 def _check_version() -> None:

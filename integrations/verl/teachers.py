@@ -26,7 +26,7 @@ from fused_sd.integrations.completion_scores import with_head
 from fused_sd.integrations.transformers import Request, unwrap
 from fused_sd.integrations.verl.config import FusedSDLossConfig
 from fused_sd.integrations.verl.engine import FusedSDEngine
-from fused_sd.integrations.verl.forward import TeacherSide
+from fused_sd.integrations.verl.forward import TeacherSide, flag
 from fused_sd.teacher import Kind, Teacher
 from fused_sd.trust_region import trust_region_states
 
@@ -46,6 +46,13 @@ class TeachingEngine(FusedSDEngine):
     scaler: Any  # verl's, of fp16 gradients
     _teacher: Teacher | None = None
     _loaded: dict[str, Any] | None = None  # a checkpoint's teacher, until there is one
+
+    def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict]:
+        if flag(micro_batch, "distillation_only") and "self_distillation_mask" in micro_batch:
+            micro_batch = micro_batch.copy()
+            # rows of samples without a context cost nothing
+            micro_batch["response_mask"] = micro_batch["loss_mask"]
+        return super().prepare_model_inputs(micro_batch)
 
     def teacher_rows(self, micro_batch: TensorDict, rows: Tensor) -> TeacherSide:
         config = self._loss_config

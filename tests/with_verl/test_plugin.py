@@ -7,10 +7,10 @@ import subprocess
 import plugin_dists
 import pytest
 
-ENGINES = ["FusedSDEngine", "FusedSDEngine", "FusedSDMegatronEngine"]
+ENGINES = ["TeachingEngine", "TeachingEngine", "FusedSDMegatronEngine"]
 STOCK = ["FSDPEngineWithLMHead", "FSDPEngineWithLMHead", "MegatronEngineWithLMHead"]
 LOSSES = {"fused_sd_topk": [True, False], "fused_sd_rlsd": [False, True]}  # use_topk, use_estimator
-WHOLE = {"losses": "registered", "fsdp": "registered", "megatron": "registered"}
+WHOLE = dict.fromkeys(("losses", "fsdp", "megatron", "trainer"), "registered")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_the_doctor_finds_all_well(result):
     assert "!" not in said
     assert said.endswith("all well\n")
     assert "0.9.1 (supported: >=0.9.1,<0.10)" in said
-    assert "fsdp2                        fused_sd.integrations.verl.engine.FusedSDEngine" in said
+    assert "fsdp2                        fused_sd.integrations.verl.teachers.TeachingEngine" in said
     assert "loss_mode=fused_sd_topk      fused_sd.integrations.verl.losses" in said
 
 
@@ -127,6 +127,14 @@ def test_the_doctor_says_why_a_part_of_ours_does_not_load(result):
     assert result["status"] == 1
     assert "! fsdp                         failed: ImportError: not today" in result["said"]
     assert result["said"].count("FSDPEngineWithLMHead") == 2
+
+
+@of("doctor_without_megatron")
+def test_megatron_is_not_missed_where_it_is_not_installed(result):
+    assert result["status"] == 0
+    assert "megatron                     Megatron-Core is not installed" in result["said"]
+    assert "fsdp                         registered" in result["said"]
+    assert "fused_sd" not in result["logged"]
 
 
 @of("doctor_without_entry_point")

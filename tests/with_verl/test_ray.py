@@ -50,7 +50,8 @@ def test_a_worker_registers_losses_and_engines_and_takes_the_drivers_settings(di
 
     config = FusedSDLossConfig(divergence="jsd", beta=0.3)
     found = ray.get(registered_in_a_worker.remote(config), timeout=300)
-    assert found["status"] == dict.fromkeys(("losses", "fsdp", "megatron"), "registered")
-    assert found["engine"] == "FusedSDEngine"
+    parts = ("losses", "fsdp", "megatron", "trainer")
+    assert found["status"] == dict.fromkeys(parts, "registered")
+    assert found["engine"] == "TeachingEngine"
     assert found["loss"] == "fused_sd.integrations.verl.losses"
     assert found["divergence"] == Jsd(0.3)
