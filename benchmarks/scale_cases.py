@@ -7,6 +7,7 @@ among the allocations, on this rank or that: the ranks' median is what a loss ho
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -165,9 +166,11 @@ def _rank(rank: int, ranks: int, folder: Path, cases: Sequence[Case]) -> None:
     assert group is not None
     found = []
     for case in cases:
-        entropy = ENTROPY if case.gradient == "sparse" else None
-        drawn = make_problem(case.shape, NUM_TOKENS, dtype=DTYPES[case.dtype], entropy=entropy)
-        problem = variant(drawn, trainable=case.trained, mask_share=case.masked)
+        problem = variant(
+            _drawn(case.shape, case.dtype, case.gradient),
+            trainable=case.trained,
+            mask_share=case.masked,
+        )
         rows = -(-case.shape.vocab // ranks)
         sizes = tuple(min(rows, case.shape.vocab - rows * r) for r in range(ranks))
         shard = problem.weight.detach()[rows * rank : rows * rank + sizes[rank]].clone()
@@ -183,6 +186,12 @@ def _rank(rank: int, ranks: int, folder: Path, cases: Sequence[Case]) -> None:
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()  # nobody leaves while others talk
     dist.destroy_process_group()
+
+
+@cache
+def _drawn(shape: Shape, dtype: str, gradient: str) -> Problem:
+    entropy = ENTROPY if gradient == "sparse" else None
+    return make_problem(shape, NUM_TOKENS, dtype=DTYPES[dtype], entropy=entropy)
 
 
 def _kept(output: Any, mask: Tensor) -> float:
