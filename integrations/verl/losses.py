@@ -59,7 +59,8 @@ def topk_loss(
             f"actor_rollout_ref.model.fused_kernel_options.impl_backend={VENDOR}; "
             "python -m fused_sd.integrations.verl doctor tells what is missing",
         )
-    _, metrics = compute_forward_kl_topk(config, distillation_config, model_output, data)
+    counted = _taught(data) if "self_distillation_mask" in data else data
+    _, metrics = compute_forward_kl_topk(config, distillation_config, model_output, counted)
     losses = no_padding_2_padding(model_output["distillation_losses"], data)
     if "self_distillation_mask" in data:
         losses = torch.where(_has_context(data), losses, 0)
@@ -117,6 +118,20 @@ def rlsd_loss(
 def _has_context(data: TensorDict) -> Tensor:
     """(B, 1) bool: whether the trainer's stage found something to show the teacher."""
     return data["self_distillation_mask"][:, None] != 0
+
+
+def _taught(data: TensorDict) -> TensorDict:
+    """The batch whose response mask leaves out samples without a context, if that leaves a token.
+
+    verl takes extremes of the masses over that mask, and has none of no tokens.
+    """
+    mask = _padded(data["response_mask"])
+    kept = torch.where(_has_context(data), mask, 0)
+    if not kept.any():
+        return data
+    counted = data.copy()
+    counted["response_mask"] = kept
+    return counted
 
 
 def _padded(values: Tensor) -> Tensor:

@@ -194,3 +194,80 @@ def test_sd_zero_shows_ones_own_response_and_the_verdict():
     assert AttemptContext(wrong_phrase="Wrong.", max_length=whole).teacher_prompt(rollout(), WORDS)
     short = AttemptContext(wrong_phrase="Wrong.", max_length=whole - 1)
     assert short.teacher_prompt(rollout(), WORDS) is None
+
+
+def micro_batch(mask, *, num_tokens=4):
+    """Two samples of a prompt's token and two of a response; what the engine returns for them."""
+    from verl.utils import tensordict_utils as tu
+
+    def jagged(*rows):
+        rows = [torch.as_tensor(row, dtype=torch.float32) for row in rows]
+        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+    data = tu.get_tensordict(
+        {
+            "prompts": jagged([1], [2]),
+            "responses": jagged([3, 4], [5, 6]),
+            "response_mask": jagged([1, 1], [1, 1]).long(),
+            "advantages": jagged([1, 1], [1, 1]),
+            "old_log_probs": jagged([-1, -1], [-1, -1]),
+            "self_distillation_mask": torch.tensor(mask),
+        }
+    )
+    tu.assign_non_tensor(data, batch_num_tokens=num_tokens)
+    output = {
+        "distillation_losses": jagged([0.5, 0.25, 9], [0.125, 1, 9]),
+        "student_mass": jagged([0.75, 0.75, 9], [0.5, 0.5, 9]),
+        "teacher_mass": jagged([0.75, 0.75, 9], [0.5, 0.5, 9]),
+        "log_probs": jagged([-1, -1, 9], [-1, -1, 9]),
+        "teacher_log_probs": jagged([0, 0, 9], [0, 0, 9]),
+    }
+    return data, output
+
+
+def settings(**loss):
+    from types import SimpleNamespace
+
+    from fused_sd.integrations.verl.config import FusedSDLossConfig
+
+    config = FusedSDLossConfig(use_task_rewards=False, teacher="live", **loss)
+    return SimpleNamespace(strategy="fsdp2"), SimpleNamespace(distillation_loss=config)
+
+
+def test_a_sample_without_a_context_has_no_divergence_and_no_share_in_the_masses():
+    from fused_sd.integrations.verl.losses import topk_loss
+
+    data, output = micro_batch([1.0, 0.0])
+    losses, metrics = topk_loss(*settings(), output, data)
+    assert losses.tolist() == [[0.5, 0.25], [0, 0]]
+    assert metrics["distillation/student_mass"] == 0.75
+    assert data["batch_num_tokens"] == 4
+
+
+def test_a_batch_without_any_context_has_loss_0_and_not_0_of_0():
+    from fused_sd.integrations.verl.losses import topk_loss
+
+    data, output = micro_batch([0.0, 0.0], num_tokens=0)
+    losses, _ = topk_loss(*settings(), output, data)
+    assert losses.tolist() == [[0, 0], [0, 0]]
+    assert data["batch_num_tokens"] == 1
+
+
+def test_rlsd_without_a_context_is_grpo():
+    from fused_sd.integrations.verl.losses import rlsd_loss
+
+    data, output = micro_batch([1.0, 0.0])
+    losses, _ = rlsd_loss(*settings(loss_mode="fused_sd_rlsd"), output, data)
+    # the evidence is e, cut to 1.2 and mixed half and half with 1
+    torch.testing.assert_close(losses, torch.tensor([[-1.1, -1.1], [-1.0, -1.0]]))
+
+
+def test_rlsd_reads_a_workers_scores_where_the_batch_has_them():
+    from fused_sd.integrations.verl.losses import rlsd_loss
+
+    data, output = micro_batch([1.0, 1.0])
+    del output["teacher_log_probs"]
+    known = [torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -1.0])]
+    data["teacher_logprobs"] = student_rows(known, [torch.tensor([1]), torch.tensor([2])])
+    losses, _ = rlsd_loss(*settings(loss_mode="fused_sd_rlsd"), output, data)
+    torch.testing.assert_close(losses, torch.tensor([[-1.0, -1.0], [-0.9, -1.0]]))
