@@ -145,9 +145,8 @@ def _registered() -> list[Finding]:
                 findings.append(Finding(part, f"works, {status}"))
                 continue
             status = plugin.STATUS[part]
-        missing = part == "megatron" and versions.installed("megatron-core") is None
-        value = "megatron-core is not installed" if missing else status
-        findings.append(Finding(part, value, status != plugin.REGISTERED and not missing))
+        fine = status in (plugin.REGISTERED, plugin.NO_MEGATRON)
+        findings.append(Finding(part, status, not fine))
     if plugin.STATUS.get("megatron") == plugin.REGISTERED:
         findings += _megatron_core()
     return [*findings, *_losses()]

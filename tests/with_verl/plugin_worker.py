@@ -71,8 +71,9 @@ def state():
     }
 
 
-@case(VERL_ENGINE_VENDOR="fused_sd")
+@case(VERL_ENGINE_VENDOR="fused_sd", THIEF="other engine")
 def engines_asked_for():
+    """Another plugin's engine under another vendor is no obstacle."""
     import verl
 
     assert "fused_sd.integrations.verl.plugin" in sys.modules, verl.__version__
@@ -148,12 +149,6 @@ def another_has_an_engine():
     return state()
 
 
-@case(VERL_ENGINE_VENDOR="fused_sd", THIEF="other engine")
-def another_engine():
-    """Another plugin's engine under another vendor is no obstacle."""
-    return state()
-
-
 @case(VERL_ENGINE_VENDOR="fused_sd")
 def doctor_all_well():
     return doctored()
@@ -178,6 +173,14 @@ def doctor_broken_plugin():
 def doctor_without_entry_point():
     sys.path[:] = [entry for entry in sys.path if not entry.startswith(sys.argv[1])]
     return doctored(hide=True)
+
+
+@case(VERL_ENGINE_VENDOR="fused_sd")
+def doctor_without_megatron():
+    for name in [name for name in sys.modules if name.startswith("megatron")]:
+        del sys.modules[name]
+    sys.modules["megatron"] = None
+    return doctored()
 
 
 @case(VERL_ENGINE_VENDOR="fused_sd", THIEF="loss")

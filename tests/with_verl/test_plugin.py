@@ -41,7 +41,7 @@ def of(*names):
     return pytest.mark.parametrize("result", names, indirect=True)
 
 
-@of("engines_asked_for", "configuration_first", "engine_first", "losses_first", "another_engine")
+@of("engines_asked_for", "configuration_first", "engine_first", "losses_first")
 def test_importing_verl_registers_losses_and_engines_whatever_is_imported_first(result):
     assert result["status"] == WHOLE
     assert result["losses"] == LOSSES
