@@ -9,11 +9,12 @@ from method_pairs import model
 from trl_pairs import TOKENIZER
 
 FOLDER = pathlib.Path(__file__).parent.parent / "integrations" / "examples"
+TESTED_ELSEWHERE = ("sd_zero_phase1", "verl_arithmetic")
 SCRIPTS = sorted(
     path.stem
     for path in FOLDER.glob("*.py")
-    if 'if __name__ == "__main__"' in path.read_text() and path.stem != "sd_zero_phase1"
-)  # that one has tests of its own
+    if 'if __name__ == "__main__"' in path.read_text() and path.stem not in TESTED_ELSEWHERE
+)
 
 
 @pytest.fixture(scope="module")

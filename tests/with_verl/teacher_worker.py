@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from engine_worker import TEMPERATURE, make_samples
+from omegaconf import open_dict
 from torch import Tensor
 
 RATE, EVERY, MIX, K, CAP = 0.25, 2, 0.3, 8, 2.0
@@ -65,17 +66,38 @@ LESSONS = {
 }
 
 
+RECIPE = "sdpo"
+# response and reward of the four sessions of one prompt
+SESSIONS = (("five", 0.0), ("It is 2.", 1.0), ("3", 0.0), ("9", 0.0))
+QUESTION = [{"role": "user", "content": "1+1?"}]
+
+
 def main(rank: int, port: int, folder: str) -> None:
-    """Do each lesson, and leave what is left of it in ``folder``."""
-    os.environ.update(VERL_PLATFORM="cpu", TOKENIZERS_PARALLELISM="false")
+    """Do each lesson and the recipe's, and leave what is left of them in ``folder``."""
+    os.environ.update(
+        VERL_PLATFORM="cpu",
+        TOKENIZERS_PARALLELISM="false",
+        VERL_USE_EXTERNAL_PLUGINS="none",
+        RANK=str(rank),  # as Ray's workers have them
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     torch.set_num_threads(1)
     import cpu_platform  # noqa: F401  registers the platform
 
-    torch.cpu.set_rng_state = torch.set_rng_state  # verl asks the device's module, to load
+    # verl asks the device's module for them
+    torch.cpu.set_rng_state = torch.set_rng_state
+    torch.cpu.empty_cache = lambda: None
+    for size in ("allocated", "reserved"):
+        for name in (f"memory_{size}", f"max_memory_{size}"):
+            setattr(torch.cpu, name, lambda: 0)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for name, lesson in LESSONS.items():
+    model = pathlib.Path(folder) / "untied"
+    runs = {name: functools.partial(teach, lesson) for name, lesson in LESSONS.items()}
+    for name, run in {**runs, RECIPE: follow_recipe}.items():
         try:
-            left = teach(lesson, pathlib.Path(folder) / "untied")
+            left = run(model)
         except Exception:
             left = {"error": traceback.format_exc()}
         torch.save(left, pathlib.Path(folder) / f"{name}-{rank}.pt")
@@ -248,3 +270,105 @@ def make_batch(lesson: Lesson) -> Any:
         micro_batch_size_per_gpu=1,
     )
     return batch
+
+
+def follow_recipe(model: pathlib.Path) -> dict[str, Any]:
+    """Two updates by verl's own worker, built from a recipe, on what the trainer's stage writes."""
+    from recipes_config import composed
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+    from verl.workers.utils.padding import response_from_nested
+
+    from fused_sd.integrations.verl import plugin
+
+    plugin.register_engine("fsdp", ("cpu",))
+    os.environ["VERL_ENGINE_VENDOR"] = "fused_sd"
+    actor = "actor_rollout_ref.actor"
+    config = composed(
+        RECIPE,
+        f"actor_rollout_ref.model.path={model}",
+        "actor_rollout_ref.model.enable_gradient_checkpointing=false",
+        f"{actor}.fsdp_config.use_torch_compile=false",
+        f"{actor}.optim.lr=0.01",
+        f"{actor}.optim.lr_warmup_steps=0",
+        f"{actor}.optim.total_training_steps=2",
+        f"{actor}.ppo_mini_batch_size=4",
+    )
+    with open_dict(config):
+        precision = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32")
+        config.actor_rollout_ref.actor.fsdp_config.mixed_precision = precision
+        override = {"attn_implementation": "eager"}
+        config.actor_rollout_ref.model.override_config = override
+    worker = ActorRolloutRefWorker(
+        config.actor_rollout_ref, role="actor", distillation_config=config.distillation
+    )
+    worker.init_model()
+    settings = {"temperature": TEMPERATURE, "calculate_entropy": False}
+    batch, left = staged(config), {"steps": []}
+    for _ in range(2):
+        asked = batch.clone()
+        tu.assign_non_tensor(asked, compute_loss=False, **settings)
+        found = worker.compute_log_prob(asked)["log_probs"]
+        asked = batch.clone()
+        asked["old_log_probs"] = response_from_nested(found, batch["response_mask"])
+        tu.assign_non_tensor(
+            asked,
+            distillation_use_topk=True,
+            distillation_only=True,
+            global_batch_size=4,
+            mini_batch_size=4,
+            **settings,
+        )
+        before = weights_of(worker.actor.engine)
+        metrics = tu.get(worker.update_actor(asked), "metrics")
+        teacher = weights_of(worker.actor.engine, teacher=True)
+        left["steps"].append({"before": before, "teacher": teacher, "metrics": metrics})
+    left["engine"] = type(worker.actor.engine).__name__
+    left["after"] = weights_of(worker.actor.engine)
+    left["samples"] = [
+        {name: values[n] for name, values in batch.items() if isinstance(values, Tensor)}
+        for n in range(len(batch))
+    ]
+    return left
+
+
+def staged(config: Any) -> Any:
+    """This process's two of four samples, as they come out of the trainer's stage."""
+    from chat_tokenizer import ids, tokenizer
+    from verl.utils import tensordict_utils as tu
+
+    from fused_sd.integrations.verl.contexts import PromptTokenizer
+    from fused_sd.integrations.verl.privileged import rows_of, taught_tokens, teacher_batch
+    from fused_sd.integrations.verl.samples import rollouts_of
+    from fused_sd.integrations.verl.trainer import self_distillation_config
+
+    words = PromptTokenizer(tokenizer())
+    prompt = torch.tensor(words.chat(QUESTION))
+    responses = [torch.tensor([*ids(t), tokenizer().eos_token_id]) for t, _ in SESSIONS]
+    jagged = functools.partial(torch.nested.as_nested_tensor, layout=torch.jagged)
+    data = tu.get_tensordict(
+        {
+            "uid": ["u"] * 4,
+            "raw_prompt": [QUESTION] * 4,
+            "extra_fields": [{}] * 4,
+            "prompts": jagged([prompt] * 4),
+            "responses": jagged(responses),
+            "rm_scores": jagged(
+                [torch.full((len(r),), s / len(r)) for r, (_, s) in zip(responses, SESSIONS)]
+            ),
+            "response_mask": jagged([torch.ones(len(r), dtype=torch.int64) for r in responses]),
+            "input_ids": jagged([torch.cat([prompt, r]) for r in responses]),
+            "position_ids": jagged([torch.arange(len(prompt) + len(r)) for r in responses]),
+        }
+    )
+    keys = [f"u_{n}_0" for n in range(4)]
+    rollouts = rollouts_of(data, keys, tokenizer(), reference_key=None, feedback_key="feedback")
+    context = self_distillation_config(config).context
+    prompts = [rollout and context.teacher_prompt(rollout, words) for rollout in rollouts]
+    teacher = teacher_batch(rows_of(data["prompts"]), responses, prompts)
+    for name, values in teacher.fields().items():
+        data[name] = values
+    data["loss_mask"] = taught_tokens(data["response_mask"], teacher.mask)
+    for name in ("uid", "raw_prompt", "extra_fields"):
+        tu.pop(data, name)
+    return tu.index_select_tensor_dict(data, [2 * dist.get_rank(), 2 * dist.get_rank() + 1])

@@ -144,3 +144,27 @@ def test_every_recipe_is_tested():
     names = {path.name for path in resources.files(RECIPES).iterdir()}
     recipes = {name.removesuffix(".yaml") for name in names if name.endswith(".yaml")}
     assert recipes == {*METHODS, "self_distillation"}
+
+
+def test_the_example_has_what_the_recipes_read():
+    from fused_sd.integrations.examples.verl_arithmetic import compute_score, split
+
+    row = split(1, seed=0)[0]
+    truth = row["reward_model"]["ground_truth"]
+    right = compute_score(row["data_source"], f"It is {truth}.", truth, row["extra_info"])
+    assert right == {"score": 1.0, "feedback": ""}
+    wrong = compute_score(row["data_source"], f"It is {int(truth) + 1}.", truth)
+    assert wrong == {"score": 0.0, "feedback": f"The result {int(truth) + 1} is too large."}
+    assert row["extra_info"]["answer"].endswith(f"The answer is {truth}.")
+    assert row["prompt"][-1]["role"] == "user"
+
+
+def test_verl_loads_the_examples_reward_function():
+    from verl.trainer.ppo.reward import get_custom_reward_fn
+
+    path = "pkg://fused_sd.integrations.examples.verl_arithmetic"
+    config = composed("sdpo", f"reward.custom_reward_function.path={path}")
+    score = get_custom_reward_fn(config)(
+        data_source="sums", solution_str="4", ground_truth="4", extra_info={}
+    )
+    assert score["score"] == 1.0

@@ -8,9 +8,10 @@ import tempfile
 import pytest
 import teacher_worker
 import torch
+from chat_tokenizer import text, tokenizer
 from engine_runs import save_model
 from engine_worker import TEMPERATURE
-from teacher_worker import CAP, EVERY, LESSONS, MIX, RATE, K
+from teacher_worker import CAP, EVERY, LESSONS, MIX, RATE, RECIPE, K
 
 from fused_sd import Evidence, rlsd_loss
 
@@ -28,12 +29,13 @@ def remains():
         model = Qwen3ForCausalLM.from_pretrained(
             save_model(folder, tied=False), attn_implementation="eager", dtype=torch.float64
         )
+        tokenizer().save_pretrained(folder / "untied")
         torch.multiprocessing.spawn(teacher_worker.main, (port, name), nprocs=2)
         found = {
             lesson: [
                 torch.load(folder / f"{lesson}-{rank}.pt", weights_only=False) for rank in range(2)
             ]
-            for lesson in LESSONS
+            for lesson in (*LESSONS, RECIPE)
         }
     return found, model.eval()
 
@@ -219,3 +221,30 @@ def test_with_lora_the_reference_is_the_model_without_adapter():
 def test_a_teacher_that_follows_an_adapter_is_refused():
     for one in remains()[0]["lora, ema"]:
         assert 'distillation_loss.teacher must be "live" or "reference" with LoRA' in one["error"]
+
+
+def test_verls_worker_follows_the_recipe_on_what_the_stage_writes():
+    """SDPO: Jensen-Shannon over the student's top 100 and their tail, taught by an average."""
+    both = remains()[0][RECIPE]
+    for one in both:
+        assert "error" not in one, one["error"]
+    assert both[0]["engine"] == "TeachingEngine"
+    batch = [sample for one in both for sample in one["samples"]]
+    assert [float(sample["self_distillation_mask"]) for sample in batch] == [1, 0, 1, 1]
+    assert "Correct solution:\n\nIt is 2." in text(batch[0]["teacher_input_ids"].tolist())
+    teacher = both[0]["steps"][0]["before"]
+    for step, taken in enumerate(both[0]["steps"]):
+        student = taken["before"]
+
+        def token_loss(sample, student=student, teacher=teacher):
+            own, shown, _ = sides(sample, student, teacher)
+            log_s, log_t = (with_tail(side, own.topk(100).indices) for side in (own, shown))
+            mixture = torch.logaddexp(log_s, log_t) - torch.log(torch.tensor(2.0))
+            halves = [(log.exp() * (log - mixture)).sum(-1) for log in (log_s, log_t)]
+            return (halves[0] + halves[1]) / 2
+
+        (loss,) = taken["metrics"]["loss"]
+        assert loss == pytest.approx(mean(batch, token_loss), rel=1e-5)
+        after = both[0]["steps"][1]["before"] if step == 0 else both[0]["after"]
+        teacher = averaged(teacher, after, 0.05)
+        assert_weights(taken["teacher"], teacher, atol=1e-6)
