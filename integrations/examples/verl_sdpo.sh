@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SDPO on sums with verl: the teacher sees a successful sibling, or what was wrong with the response.
+# SDPO on sums with verl: the teacher sees a successful sibling, or what was wrong in the response.
 #
 # Usage: verl_sdpo.sh MODEL [further settings of verl]; needs GPUs and vLLM.
 # Other methods: RECIPE=rlsd, opsd or sd_zero.
