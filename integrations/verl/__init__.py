@@ -16,6 +16,9 @@ VENDOR = "fused_sd"
 TOPK_LOSS, RLSD_LOSS = "fused_sd_topk", "fused_sd_rlsd"
 """What ``distillation_loss.loss_mode`` is set to."""
 
+EVIDENCE_MIX = "evidence_mix"
+"""In the batch, (B,): RLSD's mix at this training step, where it changes."""
+
 # verl first: while it loads the plugin, no module of this package is half imported
 with contextlib.suppress(ImportError):  # the doctor tells what is missing
     import verl  # noqa: F401

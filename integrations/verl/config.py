@@ -11,7 +11,7 @@ from verl.workers.config import DistillationLossConfig
 from fused_sd import FULL_VOCABULARY, Jsd, MixedKl, StudentTopK, TeacherTopK, UnionTopK, checks
 from fused_sd.combinations import DIVERGENCES, check_combination
 from fused_sd.divergence import Divergence
-from fused_sd.evidence import Evidence
+from fused_sd.evidence import Evidence, EvidenceSchedule
 from fused_sd.integrations.verl import RLSD_LOSS, TOPK_LOSS
 from fused_sd.support import Support
 
@@ -36,7 +36,16 @@ _READ_BY = {
         "token_clip",
         "importance_cap",
     ),
-    RLSD_LOSS: ("rlsd_mix", "rlsd_clip_low", "rlsd_clip_high", "rlsd_log_prob", "rlsd_dual_clip"),
+    RLSD_LOSS: (
+        "rlsd_mix",
+        "rlsd_mix_warmup_steps",
+        "rlsd_mix_hold_steps",
+        "rlsd_mix_decay_steps",
+        "rlsd_clip_low",
+        "rlsd_clip_high",
+        "rlsd_log_prob",
+        "rlsd_dual_clip",
+    ),
 }
 _READ_WITH = {
     "beta": ("divergence", ("jsd",)),
@@ -81,6 +90,9 @@ class FusedSDLossConfig(DistillationLossConfig):
             (SDPO's trust region); 0: the reference alone.
         rlsd_mix, rlsd_clip_low, rlsd_clip_high, rlsd_log_prob: mix, clip and log_prob of
             ``fused_sd.Evidence``.
+        rlsd_mix_warmup_steps, rlsd_mix_hold_steps, rlsd_mix_decay_steps: of
+            ``fused_sd.EvidenceSchedule``, in verl's training steps; with fused_sd's trainer, which
+            knows them.
         rlsd_dual_clip: bound c > 1 on the loss of tokens with A' < 0; None: no bound.
         backend, chunk_size: as in ``fused_sd.divergence_loss``.
 
@@ -110,6 +122,9 @@ class FusedSDLossConfig(DistillationLossConfig):
     trust_region_mix: float = 0.0
 
     rlsd_mix: float = 0.5
+    rlsd_mix_warmup_steps: int = 0
+    rlsd_mix_hold_steps: int = 0
+    rlsd_mix_decay_steps: int = 0
     rlsd_clip_low: float = 0.2
     rlsd_clip_high: float = 0.2
     rlsd_log_prob: str = "current"
@@ -169,6 +184,12 @@ class FusedSDLossConfig(DistillationLossConfig):
         """RLSD's reweighting of the advantages."""
         clip = (self.rlsd_clip_low, self.rlsd_clip_high)
         return Evidence(clip, self.rlsd_mix, self.rlsd_log_prob)  # type: ignore[arg-type]
+
+    def to_schedule(self) -> EvidenceSchedule | None:
+        """RLSD's mix over the training steps; None: it is constant."""
+        steps = self.rlsd_mix_warmup_steps, self.rlsd_mix_hold_steps, self.rlsd_mix_decay_steps
+        schedule = EvidenceSchedule(self.rlsd_mix, *steps)
+        return schedule if any(steps) else None
 
     def _check_read(self) -> None:
         """Refuse a setting that nothing reads."""

@@ -18,7 +18,7 @@ from verl.workers.config import ActorConfig, DistillationConfig
 from verl.workers.utils.padding import no_padding_2_padding
 
 from fused_sd.checks import fail
-from fused_sd.integrations.verl import RLSD_LOSS, TOPK_LOSS, VENDOR
+from fused_sd.integrations.verl import EVIDENCE_MIX, RLSD_LOSS, TOPK_LOSS, VENDOR
 from fused_sd.integrations.verl.config import FusedSDLossConfig, settings_of
 from fused_sd.policy import Surrogate, surrogate
 
@@ -100,7 +100,7 @@ def rlsd_loss(
     known = {
         name: torch.where(mask, values.detach(), 0).to(log_prob) for name, values in inputs.items()
     }
-    known["mix"] = torch.full_like(log_prob, settings.rlsd_mix)
+    known["mix"] = torch.ones_like(log_prob) * _mix(settings, data)
     if "self_distillation_mask" in data:  # without a context it is GRPO
         known["mix"] = torch.where(_has_context(data), known["mix"], 0)
     now = torch.where(mask, log_prob, 0)
@@ -132,6 +132,21 @@ def _taught(data: TensorDict) -> TensorDict:
     counted = data.copy()
     counted["response_mask"] = kept
     return counted
+
+
+def _mix(settings: FusedSDLossConfig, data: TensorDict) -> Tensor | float:
+    """The evidence's share in the advantages: (B, 1) where the trainer changes it."""
+    if settings.to_schedule() is None:
+        return settings.rlsd_mix
+    if EVIDENCE_MIX not in data:
+        fail(
+            "rlsd_mix_decay_steps",
+            "come with a trainer of fused_sd, which knows the training step",
+            f"{settings.rlsd_mix_decay_steps} and no {EVIDENCE_MIX!r} in the batch",
+            "set trainer.v1.trainer_mode=fused_sd_sync, or leave the steps at 0",
+        )
+    mix: Tensor = data[EVIDENCE_MIX]
+    return mix[:, None]
 
 
 def _padded(values: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from verl.utils.debug import marked_timer
 
 from fused_sd.checks import fail
 from fused_sd.integrations.rollouts import Rollout
+from fused_sd.integrations.verl import EVIDENCE_MIX
 from fused_sd.integrations.verl.contexts import PromptTokenizer
 from fused_sd.integrations.verl.privileged import (
     TeacherBatch,
@@ -114,6 +115,11 @@ class SelfDistillationStage:
             }
         else:
             fields = teacher.fields()
+        schedule = config.loss.to_schedule()
+        if schedule is not None:
+            schedule.num_steps = self.global_steps - 1  # verl's first update is step 1
+            metrics["self_distillation/evidence_mix"] = schedule.value
+            fields[EVIDENCE_MIX] = torch.full((len(batch),), schedule.value)
         if not config.is_policy_loss:
             # verl divides by the tokens of loss_mask, and takes extremes over response_mask
             fields["loss_mask"] = taught_tokens(data["response_mask"], teacher.mask)

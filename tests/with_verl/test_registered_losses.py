@@ -235,6 +235,18 @@ def test_rlsd_is_the_librarys(reference, dual_clip):
     )
 
 
+def test_rlsds_mix_is_the_training_steps_where_it_changes():
+    batch = rlsd_batch()
+    output = {"log_probs": batch.jagged(token_log_probs(*student(batch)).log_probs)}
+    changing = FusedSDLossConfig(**RLSD, rlsd_mix=0.5, rlsd_mix_decay_steps=4)
+    with pytest.raises(ValueError, match="come with a trainer of fused_sd"):
+        loss_of(batch, changing, output)
+    batch.data["evidence_mix"] = torch.full((batch.mask.shape[0],), 0.3)
+    found, _ = loss_of(batch, changing, output)
+    expected, _ = loss_of(batch, FusedSDLossConfig(**RLSD, rlsd_mix=0.3), output)
+    torch.testing.assert_close(found, expected)
+
+
 def student(batch):
     return batch.hidden, batch.weight, batch.labels
 

@@ -113,6 +113,7 @@ def stage(recipe, *overrides, **attributes):
     trainer.self_distillation = self_distillation_config(trainer.config)
     trainer.tokenizer, trainer.prompt_tokenizer = tokenizer(), WORDS
     trainer.timing_raw, trainer.ref_in_actor, trainer.use_reference_policy = {}, False, False
+    trainer.global_steps = 1
     for name, value in attributes.items():
         setattr(trainer, name, value)
     return trainer
@@ -211,6 +212,7 @@ def test_a_worker_scores_the_privileged_sequences_for_rlsd(batch):
         "distillation.distillation_loss.teacher=live",
         "distillation.distillation_loss.teacher_sync_steps=1",
         "distillation.scored_by=worker",
+        "distillation.distillation_loss.rlsd_mix_decay_steps=0",
     )
     policy = Workers(scale=-1000.0)
     found, _ = run(stage("rlsd", *settings, actor_rollout_wg=policy), batch)
@@ -230,6 +232,14 @@ def test_a_worker_scores_the_privileged_sequences_for_rlsd(batch):
         torch.testing.assert_close(scores[first:last], known, rtol=0, atol=0)
         assert row["self_distillation_mask"] == float(has_context)
     assert not tq.kv_list(module.TEACHER_PARTITION).get(module.TEACHER_PARTITION), "cleared"
+
+
+@pytest.mark.parametrize("step, mix", [(1, 0.5 * 59 / 60), (31, 0.5 * 29 / 60), (61, 0.0)])
+def test_rlsds_mix_falls_with_the_training_steps(batch, step, mix):
+    found, metrics = run(stage("rlsd", global_steps=step), batch)
+    assert metrics["self_distillation/evidence_mix"] == pytest.approx(mix)
+    for row in found.values():
+        assert float(row["evidence_mix"]) == pytest.approx(mix)
 
 
 def test_a_reference_worker_scores_where_there_is_one(batch):
