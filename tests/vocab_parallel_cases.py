@@ -16,6 +16,7 @@ from fused_sd import LMHead, LossOutput, reference
 
 K = 12  # more than some shards have
 BORDERS = (0, 9, 10, 18, 19, 20, 22, 23, 29, 30, 35, 36, 39)  # ids at both sides of every one
+CAP = 1.2  # of importance ratios
 REMAINDERS = ("tail", "renormalize", "drop")
 SUPPORTS = ("student", "teacher", "union", "ids", "entries")
 DIVERGENCES = {
@@ -89,6 +90,11 @@ class Check:
         case = make_case(**{"vocab": vocab, "bias": True, **self.problem})
         case.token_ids = torch.tensor(BORDERS).repeat(2)[1 : 1 + len(case.token_ids)]
         case.token_ids %= case.valid_vocab or vocab
+        shaping = case.logit_scale, case.softcap, 1.0, case.valid_vocab
+        logits = reference.logits(case.hidden, case.weight, case.bias, *shaping).detach()
+        # not far from the student's own, on either side
+        case.old_log_probs = case.old_log_probs / 2 + 0.4
+        case.old_log_probs += reference.token_log_prob(logits, case.token_ids)
         self.change(case)
         return case.to(dtype)
 
@@ -204,8 +210,8 @@ def served(case: Case) -> tuple[Tensor, Tensor]:
 
 def advantages(case: Case) -> Tensor:
     """Of both signs, and 0 for one of the tokens."""
-    moved = case.old_log_probs.double() + 0.8
-    return torch.where(case.token_ids == BORDERS[4], 0, moved).to(case.old_log_probs)
+    signed = torch.sin(case.token_ids.double())
+    return torch.where(case.token_ids == BORDERS[4], 0, signed).to(case.old_log_probs)
 
 
 def divergence(
@@ -228,7 +234,7 @@ def divergence(
         if importance or any("log_prob" in metric for metric in metrics):
             settings["token_ids"] = case.token_ids
         if importance:
-            settings["importance"] = fused_sd.ImportanceCap(case.old_log_probs, 2.0)
+            settings["importance"] = fused_sd.ImportanceCap(case.old_log_probs, CAP)
         if support == "entries":
             sides = case.hidden, student, *served(case)
             return fused_sd.topk_divergence_loss(*sides, remainder=remainder, **settings)
@@ -262,7 +268,7 @@ def divergence(
             loss = loss.clamp(*bounds)
         if importance:
             log_prob = reference.token_log_prob(student, case.token_ids)
-            return loss, reference.importance(log_prob, case.old_log_probs, 2.0)
+            return loss, reference.importance(log_prob, case.old_log_probs, CAP)
         return loss
 
     return fused, definition
