@@ -6,9 +6,11 @@ import subprocess
 import sys
 from dataclasses import fields
 from importlib import resources
+from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_module
 from recipes_config import RECIPES, composed
 from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo.utils import need_critic, need_reference_policy, need_teacher_policy
@@ -17,6 +19,7 @@ from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.workers.config import FSDPActorConfig
 
 from fused_sd import FULL_VOCABULARY, Jsd, MixedKl, StudentTopK, TeacherTopK
+from fused_sd.integrations.verl import VENDOR
 from fused_sd.integrations.verl import trainer as module
 from fused_sd.integrations.verl.config import FusedSDLossConfig
 from fused_sd.integrations.verl.self_distillation import SelfDistillationConfig
@@ -168,3 +171,15 @@ def test_verl_loads_the_examples_reward_function():
         data_source="sums", solution_str="4", ground_truth="4", extra_info={}
     )
     assert score["score"] == 1.0
+
+
+def test_verl_composes_the_readmes_command_for_a_teacher_server():
+    text = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
+    (line,) = (line for line in text.splitlines() if "loss_mode=forward_kl_topk" in line)
+    overrides = [word for word in line.split() if "=" in word]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides)
+    assert config.distillation.distillation_loss.loss_mode == "forward_kl_topk"
+    assert config.actor_rollout_ref.model.use_fused_kernels
+    assert config.actor_rollout_ref.model.fused_kernel_options.impl_backend == VENDOR
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars.VERL_ENGINE_VENDOR == VENDOR
