@@ -152,13 +152,7 @@ def divergence_loss(
         metrics=metrics,
         with_grad=with_grad,
         execution=execution(
-            gradient=gradient,
-            tolerance=tolerance,
-            compact=compact,
-            backend=backend,
-            chunk_size=chunk_size,
-            process_group=process_group,
-            reduce_dhidden=reduce_dhidden,
+            gradient, tolerance, compact, backend, chunk_size, process_group, reduce_dhidden
         ),
     )
 
@@ -239,12 +233,6 @@ def topk_divergence_loss(
         metrics=metrics,
         with_grad=with_grad,
         execution=execution(
-            gradient=gradient,
-            tolerance=tolerance,
-            compact=compact,
-            backend=backend,
-            chunk_size=chunk_size,
-            process_group=process_group,
-            reduce_dhidden=reduce_dhidden,
+            gradient, tolerance, compact, backend, chunk_size, process_group, reduce_dhidden
         ),
     )

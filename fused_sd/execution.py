@@ -20,14 +20,13 @@ class Execution(NamedTuple):
 
 
 def execution(
-    *,
+    gradient: str,
+    tolerance: float | None,
     compact: bool,
     backend: str,
     chunk_size: int | None,
     process_group: "dist.ProcessGroup | None",
     reduce_dhidden: bool,
-    gradient: str = "dense",
-    tolerance: float | None = None,
 ) -> Execution:
     """The settings, checked."""
     checks.check_backend_choice(backend)

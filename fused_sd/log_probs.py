@@ -78,11 +78,7 @@ def token_log_probs(
         temperature=temperature,
         reduced=False,
         execution=execution(
-            compact=compact,
-            backend=backend,
-            chunk_size=chunk_size,
-            process_group=process_group,
-            reduce_dhidden=reduce_dhidden,
+            "dense", None, compact, backend, chunk_size, process_group, reduce_dhidden
         ),
     )
     values = walked.values
@@ -146,11 +142,7 @@ def entry_log_probs(
         temperature=temperature,
         reduced=False,
         execution=execution(
-            compact=compact,
-            backend=backend,
-            chunk_size=chunk_size,
-            process_group=process_group,
-            reduce_dhidden=reduce_dhidden,
+            "dense", None, compact, backend, chunk_size, process_group, reduce_dhidden
         ),
     )
     ids = inputs[0] if inputs else walked.extras[0]

@@ -128,13 +128,7 @@ def policy_loss(
         metrics=metrics,
         legal_metrics=metrics_of,
         execution=execution(
-            gradient=gradient,
-            tolerance=tolerance,
-            compact=compact,
-            backend=backend,
-            chunk_size=chunk_size,
-            process_group=process_group,
-            reduce_dhidden=reduce_dhidden,
+            gradient, tolerance, compact, backend, chunk_size, process_group, reduce_dhidden
         ),
     )
 
@@ -212,13 +206,7 @@ def sampled_kl_loss(
         metrics=metrics,
         legal_metrics=("log_prob", "teacher_log_prob", "reference_kl", "entropy"),
         execution=execution(
-            gradient=gradient,
-            tolerance=tolerance,
-            compact=compact,
-            backend=backend,
-            chunk_size=chunk_size,
-            process_group=process_group,
-            reduce_dhidden=reduce_dhidden,
+            gradient, tolerance, compact, backend, chunk_size, process_group, reduce_dhidden
         ),
     )
 

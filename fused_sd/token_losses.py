@@ -78,13 +78,7 @@ def cross_entropy_loss(
         metrics=metrics,
         legal_metrics=("log_prob", "entropy"),
         execution=execution(
-            gradient=gradient,
-            tolerance=tolerance,
-            compact=compact,
-            backend=backend,
-            chunk_size=chunk_size,
-            process_group=process_group,
-            reduce_dhidden=reduce_dhidden,
+            gradient, tolerance, compact, backend, chunk_size, process_group, reduce_dhidden
         ),
     )
 
