@@ -181,7 +181,7 @@ class FusedSDEngine(FSDPEngineWithLMHead):
     def _place(self, batch: TensorDict, output_args: dict, rows: Tensor) -> Placed:
         """Where packed rows of a batch are in what the forward on this rank returns."""
         offsets = batch["input_ids"].offsets()
-        num_rows = int(offsets[-1])
+        num_rows = len(batch["input_ids"].values())
         if not tu.get_non_tensor_data(data=batch, key="use_remove_padding", default=True):
             width = int(offsets.diff().max())
             return Placed(Shard(offsets, 0, num_rows, width), rows, lambda values: values)

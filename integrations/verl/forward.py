@@ -72,7 +72,7 @@ def score_request(
         wanted["loss_config"] = loss_config
         if "old_log_probs" in batch:
             wanted["old_log_probs"] = response_values(batch, "old_log_probs", rows)
-    if from_server:
+    if from_server and "teacher_ids" in batch:
         wanted["teacher_token_ids"] = batch["teacher_ids"].values()[rows]
         wanted["teacher_log_probs"] = batch["teacher_logprobs"].values()[rows]
 

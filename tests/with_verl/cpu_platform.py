@@ -1,4 +1,4 @@
-"""A platform that lets verl's FSDP2 engine run on CPUs: ``VERL_PLATFORM=cpu`` and this module.
+"""What lets verl's FSDP2 engine run on CPUs: a platform, chosen by ``VERL_PLATFORM=cpu``, for gloo.
 
 Named in ``VERL_USE_EXTERNAL_MODULES``, it is imported by verl in every process.  verl has none
 itself.  FSDP1 refuses CPUs in torch itself.
@@ -85,3 +85,29 @@ def all_to_all_by_gloo(
     dist.all_to_all_single(received, torch.cat([part.flatten() for part in inputs]), group=group)
     for output, part in zip(outputs, received.chunk(len(outputs)), strict=True):
         output.copy_(part.view_as(output))
+
+
+def use_ulysses_attention() -> None:
+    """An attention for CPUs that exchanges heads for tokens as verl's flash attention does."""
+    from transformers import AttentionInterface
+    from verl.utils import ulysses
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        group = ulysses.get_ulysses_sequence_parallel_group()
+        parts = [torch.empty_like(kwargs["position_ids"]) for _ in range(2)]
+        dist.all_gather(parts, kwargs["position_ids"].contiguous(), group=group)
+        sequence = (torch.cat(parts, -1)[0] == 0).cumsum(0)
+        whole = [  # (1, heads / 2, tokens, size)
+            ulysses.gather_seq_scatter_heads(one, seq_dim=2, head_dim=1)
+            for one in (query, key, value)
+        ]
+        allowed = (sequence[:, None] == sequence).tril()
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *whole, attn_mask=allowed, scale=kwargs["scaling"], enable_gqa=True
+        )
+        here = ulysses.gather_heads_scatter_seq(attended, head_dim=1, seq_dim=2)
+        return here.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("packed_ulysses", attend)

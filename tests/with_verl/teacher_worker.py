@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine_worker import TEMPERATURE, make_samples
+from engine_batches import TEMPERATURE, make_samples
 from omegaconf import open_dict
 from torch import Tensor
 

@@ -9,8 +9,8 @@ import pytest
 import teacher_worker
 import torch
 from chat_tokenizer import text, tokenizer
+from engine_batches import TEMPERATURE
 from engine_runs import save_model
-from engine_worker import TEMPERATURE
 from teacher_worker import CAP, EVERY, LESSONS, MIX, RATE, RECIPE, K
 
 from fused_sd import Evidence, rlsd_loss
