@@ -15,7 +15,7 @@ Dimension key:  B sequences, L positions, D hidden size, V vocabulary
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
@@ -67,6 +67,13 @@ class FusedOutput(ModelOutput):
     """What ``compute`` returned.  A ModelOutput, whose tensors the wrappers find."""
 
     result: Any = None
+
+    def __post_init__(self) -> None:
+        # ModelOutput's own would take any mapping apart; wrappers make copies from one of fields
+        if isinstance(self.result, Mapping) and list(self.result) == ["result"]:
+            self.result = self.result["result"]
+        if self.result is not None:
+            self["result"] = self.result
 
 
 def hidden_states(hidden: Tensor, head: LMHead) -> Tensor:

@@ -133,6 +133,13 @@ def test_positions_are_a_slice_or_a_mask():
     assert torch.equal(everything[:, POSITIONS], sliced)
 
 
+@pytest.mark.parametrize("answer", [{"a": 1.0}, [("a", 1.0)], None], ids=repr)
+def test_an_answer_may_be_of_any_kind(answer):
+    model = attach(tiny_model())
+    asked = Request(lambda hidden, head: answer)
+    assert model(input_ids=random_ids(1, 4), fused_sd=asked).result == answer
+
+
 @pytest.mark.parametrize("name", ["labels", "logits_to_keep"])
 def test_a_request_refuses_arguments_that_are_about_logits(name):
     model, ids = attach(tiny_model()), random_ids(2, 8)
