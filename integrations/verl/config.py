@@ -3,57 +3,24 @@
 ``distillation.distillation_loss._target_=fused_sd.integrations.verl.config.FusedSDLossConfig``
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from verl.workers.config import DistillationLossConfig
 
-from fused_sd import FULL_VOCABULARY, Jsd, MixedKl, StudentTopK, TeacherTopK, UnionTopK, checks
-from fused_sd.combinations import DIVERGENCES, check_combination
+from fused_sd import FULL_VOCABULARY, Jsd, MixedKl, checks
 from fused_sd.divergence import Divergence
 from fused_sd.evidence import Evidence, EvidenceSchedule
 from fused_sd.integrations.verl import RLSD_LOSS, TOPK_LOSS
+from fused_sd.integrations.verl.config_checks import (
+    SUPPORTS,
+    check_divergence,
+    check_read,
+    check_rlsd,
+)
 from fused_sd.support import Support
 
-SUPPORTS = {
-    "full": ("full", None),
-    "student_topk": ("student", StudentTopK),
-    "teacher_topk": ("teacher", TeacherTopK),
-    "union_topk": ("union", UnionTopK),
-}
 TEACHERS = ("server", "live", "ema", "synced", "reference")
-
-# settings that only one loss reads, and settings read only beside a certain other one
-_READ_BY = {
-    TOPK_LOSS: (
-        "divergence",
-        "beta",
-        "forward_weight",
-        "support",
-        "remainder",
-        "tail_floor",
-        "entry_clip",
-        "token_clip",
-        "importance_cap",
-    ),
-    RLSD_LOSS: (
-        "rlsd_mix",
-        "rlsd_mix_warmup_steps",
-        "rlsd_mix_hold_steps",
-        "rlsd_mix_decay_steps",
-        "rlsd_clip_low",
-        "rlsd_clip_high",
-        "rlsd_log_prob",
-        "rlsd_dual_clip",
-    ),
-}
-_READ_WITH = {
-    "beta": ("divergence", ("jsd",)),
-    "forward_weight": ("divergence", ("mixed_kl",)),
-    "ema_rate": ("teacher", ("ema",)),
-    "teacher_sync_steps": ("teacher", ("ema", "synced")),
-    "trust_region_mix": ("teacher", ("reference",)),
-}
 
 
 @dataclass
@@ -145,11 +112,11 @@ class FusedSDLossConfig(DistillationLossConfig):
         checks.check_backend_choice(self.backend)
         if self.chunk_size is not None:
             checks.check_positive_int("chunk_size", self.chunk_size)
-        self._check_read()
+        check_read(self)
         if self.loss_mode == TOPK_LOSS:
-            self._check_topk()
+            check_divergence(self)
         elif self.loss_mode == RLSD_LOSS:
-            self._check_rlsd()
+            check_rlsd(self)
         elif self.teacher != "server":
             checks.fail(
                 "teacher",
@@ -190,93 +157,6 @@ class FusedSDLossConfig(DistillationLossConfig):
         steps = self.rlsd_mix_warmup_steps, self.rlsd_mix_hold_steps, self.rlsd_mix_decay_steps
         schedule = EvidenceSchedule(self.rlsd_mix, *steps)
         return schedule if any(steps) else None
-
-    def _check_read(self) -> None:
-        """Refuse a setting that nothing reads."""
-        for loss, names in _READ_BY.items():
-            if loss != self.loss_mode:
-                self._check_left(names, f"loss_mode={self.loss_mode!r}")
-        for name, (other, values) in _READ_WITH.items():
-            if getattr(self, other) not in values:
-                self._check_left((name,), f"{other}={getattr(self, other)!r}")
-        if self.loss_mode in _READ_BY:
-            self._check_left(("use_chunked_topk",), "a loss that holds no logits")
-            read = (self.loss_mode, self.remainder, self.teacher)
-            if read != (TOPK_LOSS, "drop", "server"):
-                self._check_left(("log_prob_min_clamp",), f"{', '.join(map(repr, read))}")
-
-    def _check_left(self, names: tuple[str, ...], where: str) -> None:
-        defaults = {field.name: field.default for field in fields(self)}
-        for name in names:
-            if getattr(self, name) != defaults[name]:
-                checks.fail(
-                    name,
-                    f"be left as it is with {where}, which does not read it",
-                    repr(getattr(self, name)),
-                    f"leave it at {defaults[name]!r}",
-                )
-
-    def _check_topk(self) -> None:
-        checks.check_one_of("divergence", self.divergence, DIVERGENCES)
-        checks.check_one_of("support", self.support, SUPPORTS)
-        self.to_divergence()  # checks beta and forward_weight
-        if self.teacher == "server" and self.support != "teacher_topk":
-            checks.fail(
-                "support",
-                'be "teacher_topk" with teacher="server", which sends its own top-k alone',
-                repr(self.support),
-                'pass teacher="live", "ema", "synced" or "reference" to compare other entries',
-            )
-        if self.support != "full":
-            checks.check_positive_int("topk", self.topk)
-        check_combination(
-            self.divergence,
-            "entries" if self.teacher == "server" else SUPPORTS[self.support][0],
-            self.remainder,
-            entry_clip=self.entry_clip is not None,
-            tail_floor=self.tail_floor is not None,
-            log_prob_floor=self.log_prob_min_clamp is not None,
-        )
-        for name in ("tail_floor", "entry_clip", "token_clip", "importance_cap", "loss_max_clamp"):
-            if getattr(self, name) is not None:
-                checks.check_positive(name, getattr(self, name), "pass null to leave it out")
-        if self.log_prob_min_clamp is not None and not self.log_prob_min_clamp < 0:
-            got = self.log_prob_min_clamp
-            checks.fail("log_prob_min_clamp", "be below 0", got, "verl's own default is -10")
-        if self.token_clip is not None and self.loss_max_clamp is not None:
-            both = f"{self.token_clip} beside loss_max_clamp={self.loss_max_clamp}"
-            checks.fail("token_clip", "be a token's only upper bound", both, "pass one of them")
-        if self.use_policy_gradient:
-            checks.fail(
-                "use_policy_gradient",
-                "be False: a divergence summed over the vocabulary does not depend on the sampled "
-                "token, so that its expected policy gradient is 0",
-                True,
-                "pass False, or loss_mode=k1, which is of the sampled token",
-            )
-
-    def _check_rlsd(self) -> None:
-        self.to_evidence()
-        checks.check_ratio_clip((self.clip_ratio_low, self.clip_ratio_high))
-        self._check_left(("clip_ratio",), "RLSD (clip_ratio_low and clip_ratio_high bound it)")
-        if self.rlsd_dual_clip is not None and not self.rlsd_dual_clip > 1:
-            bound = self.rlsd_dual_clip
-            checks.fail("rlsd_dual_clip", "be above 1", bound, "RLSD uses 3.0; null is no bound")
-        why = {
-            "use_task_rewards": "RLSD holds the task's advantages, and verl would add its policy "
-            "loss of the same advantages",
-            "use_policy_gradient": "RLSD is a policy loss, and verl would take it for a reward",
-        }
-        for name, reason in why.items():
-            if getattr(self, name):
-                checks.fail(name, f"be False: {reason}", True, f"pass {name}=False")
-        if self.loss_max_clamp is not None:
-            checks.fail(
-                "loss_max_clamp",
-                "be null: cutting the surrogate's value would stop its gradient",
-                self.loss_max_clamp,
-                "RLSD's bounds are clip_ratio_low, clip_ratio_high and rlsd_dual_clip",
-            )
 
 
 def settings_of(loss_config: DistillationLossConfig) -> FusedSDLossConfig:

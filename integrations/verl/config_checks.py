@@ -1,0 +1,148 @@
+"""What the settings of a distillation loss in verl are refused for.
+
+A setting that the chosen loss does not read is refused as well, unless it is left as it is.
+"""
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from fused_sd import StudentTopK, TeacherTopK, UnionTopK, checks
+from fused_sd.combinations import DIVERGENCES, check_combination
+from fused_sd.integrations.verl import RLSD_LOSS, TOPK_LOSS
+
+if TYPE_CHECKING:
+    from fused_sd.integrations.verl.config import FusedSDLossConfig
+
+SUPPORTS = {
+    "full": ("full", None),
+    "student_topk": ("student", StudentTopK),
+    "teacher_topk": ("teacher", TeacherTopK),
+    "union_topk": ("union", UnionTopK),
+}
+
+# settings that only one loss reads, and settings read only beside a certain other one
+_READ_BY = {
+    TOPK_LOSS: (
+        "divergence",
+        "beta",
+        "forward_weight",
+        "support",
+        "remainder",
+        "tail_floor",
+        "entry_clip",
+        "token_clip",
+        "importance_cap",
+    ),
+    RLSD_LOSS: (
+        "rlsd_mix",
+        "rlsd_mix_warmup_steps",
+        "rlsd_mix_hold_steps",
+        "rlsd_mix_decay_steps",
+        "rlsd_clip_low",
+        "rlsd_clip_high",
+        "rlsd_log_prob",
+        "rlsd_dual_clip",
+    ),
+}
+_READ_WITH = {
+    "beta": ("divergence", ("jsd",)),
+    "forward_weight": ("divergence", ("mixed_kl",)),
+    "ema_rate": ("teacher", ("ema",)),
+    "teacher_sync_steps": ("teacher", ("ema", "synced")),
+    "trust_region_mix": ("teacher", ("reference",)),
+}
+
+
+def check_read(config: "FusedSDLossConfig") -> None:
+    """Refuse a setting that nothing reads."""
+    for loss, names in _READ_BY.items():
+        if loss != config.loss_mode:
+            _check_left(config, names, f"loss_mode={config.loss_mode!r}")
+    for name, (other, values) in _READ_WITH.items():
+        if getattr(config, other) not in values:
+            _check_left(config, (name,), f"{other}={getattr(config, other)!r}")
+    if config.loss_mode in _READ_BY:
+        _check_left(config, ("use_chunked_topk",), "a loss that holds no logits")
+        read = (config.loss_mode, config.remainder, config.teacher)
+        if read != (TOPK_LOSS, "drop", "server"):
+            _check_left(config, ("log_prob_min_clamp",), f"{', '.join(map(repr, read))}")
+
+
+def _check_left(config: "FusedSDLossConfig", names: tuple[str, ...], where: str) -> None:
+    """Settings that are not read stand as they are by default."""
+    defaults = {field.name: field.default for field in fields(config)}
+    for name in names:
+        if getattr(config, name) != defaults[name]:
+            checks.fail(
+                name,
+                f"be left as it is with {where}, which does not read it",
+                repr(getattr(config, name)),
+                f"leave it at {defaults[name]!r}",
+            )
+
+
+def check_divergence(config: "FusedSDLossConfig") -> None:
+    """What ``fused_sd_topk`` reads."""
+    checks.check_one_of("divergence", config.divergence, DIVERGENCES)
+    checks.check_one_of("support", config.support, SUPPORTS)
+    config.to_divergence()  # checks beta and forward_weight
+    if config.teacher == "server" and config.support != "teacher_topk":
+        checks.fail(
+            "support",
+            'be "teacher_topk" with teacher="server", which sends its own top-k alone',
+            repr(config.support),
+            'pass teacher="live", "ema", "synced" or "reference" to compare other entries',
+        )
+    if config.support != "full":
+        checks.check_positive_int("topk", config.topk)
+    check_combination(
+        config.divergence,
+        "entries" if config.teacher == "server" else SUPPORTS[config.support][0],
+        config.remainder,
+        entry_clip=config.entry_clip is not None,
+        tail_floor=config.tail_floor is not None,
+        log_prob_floor=config.log_prob_min_clamp is not None,
+    )
+    for name in ("tail_floor", "entry_clip", "token_clip", "importance_cap", "loss_max_clamp"):
+        if getattr(config, name) is not None:
+            checks.check_positive(name, getattr(config, name), "pass null to leave it out")
+    if config.log_prob_min_clamp is not None and not config.log_prob_min_clamp < 0:
+        got = config.log_prob_min_clamp
+        checks.fail("log_prob_min_clamp", "be below 0", got, "verl's own default is -10")
+    if config.token_clip is not None and config.loss_max_clamp is not None:
+        both = f"{config.token_clip} beside loss_max_clamp={config.loss_max_clamp}"
+        checks.fail("token_clip", "be a token's only upper bound", both, "pass one of them")
+    if config.use_policy_gradient:
+        checks.fail(
+            "use_policy_gradient",
+            "be False: a divergence summed over the vocabulary does not depend on the sampled "
+            "token, so that its expected policy gradient is 0",
+            True,
+            "pass False, or loss_mode=k1, which is of the sampled token",
+        )
+
+
+def check_rlsd(config: "FusedSDLossConfig") -> None:
+    """What ``fused_sd_rlsd`` reads."""
+    config.to_evidence()
+    config.to_schedule()
+    checks.check_ratio_clip((config.clip_ratio_low, config.clip_ratio_high))
+    _check_left(config, ("clip_ratio",), "RLSD (clip_ratio_low and clip_ratio_high bound it)")
+    if config.rlsd_dual_clip is not None and not config.rlsd_dual_clip > 1:
+        bound = config.rlsd_dual_clip
+        checks.fail("rlsd_dual_clip", "be above 1", bound, "RLSD uses 3.0; null is no bound")
+    why = {
+        "use_task_rewards": "RLSD holds the task's advantages, and verl would add its policy "
+        "loss of the same advantages",
+        "use_policy_gradient": "RLSD is a policy loss, and verl would take it for a reward",
+    }
+    for name, reason in why.items():
+        if getattr(config, name):
+            checks.fail(name, f"be False: {reason}", True, f"pass {name}=False")
+    if config.loss_max_clamp is not None:
+        checks.fail(
+            "loss_max_clamp",
+            "be null: cutting the surrogate's value would stop its gradient",
+            config.loss_max_clamp,
+            "RLSD's bounds are clip_ratio_low, clip_ratio_high and rlsd_dual_clip",
+        )
