@@ -123,6 +123,8 @@ def compare(
     token_loss, *observed = walked.extras
     extras = dict(zip(metrics, observed, strict=True))
     output = reduce_loss(walked, token_loss, extras, token_weights, reduction, shape)
+    if not with_grad:
+        return output
     columns = zip(WITH_GRAD, walked.values.unbind(1)[1:])
     beside = {name: values.reshape(shape) for name, values in columns if name in with_grad}
     return output._replace(with_grad=beside)

@@ -1,7 +1,5 @@
 """What a loss returns, and how its tokens are reduced."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,16 +18,16 @@ class LossOutput(NamedTuple):
         loss: (), or (...) for ``reduction="none"``; differentiable; fp32 (fp64 for fp64 operands).
         token_loss: (...), detached, before weighting; 0 for a token of weight 0.
         metrics: what was asked for, each (...) and detached; 0 for a token of weight 0.
-        with_grad: what was asked for beside the divergence, each (...) and differentiable, not
-            weighted; 0 for a token of weight 0.
         certificate: of ``gradient="sparse"``, where a gradient is wanted: how far it is from dense.
+        with_grad: what was asked for beside the divergence, each (...) and differentiable, not
+            weighted; 0 for a token of weight 0.  None: nothing was.
     """
 
     loss: Tensor
     token_loss: Tensor
     metrics: dict[str, Tensor]
     certificate: GradientCertificate | None = None
-    with_grad: Mapping[str, Tensor] = MappingProxyType({})
+    with_grad: dict[str, Tensor] | None = None
 
 
 def reduce_loss(

@@ -82,6 +82,21 @@ def test_nothing_is_kept_of_the_vocabulary_and_backward_may_come_twice():
         assert torch.equal(a, b)
 
 
+def test_it_compiles_as_one_graph():
+    case = make_case()
+
+    def total(hidden, weight):
+        case.hidden, case.weight = hidden, weight
+        output = divergence(case, "student", "tail", token_ids=case.token_ids, with_grad=BOTH)
+        return (output.loss + output.with_grad["log_prob"] * output.with_grad["entropy"]).sum()
+
+    inputs = case.inputs
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*inputs), inputs)
+    for value, exact in zip(found, torch.autograd.grad(total(*inputs), inputs), strict=True):
+        assert torch.equal(value, exact)
+
+
 def test_a_token_without_weight_has_zeros_whatever_it_holds():
     case = make_case()
     dead = case.token_weights == 0

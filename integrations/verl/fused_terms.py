@@ -90,7 +90,7 @@ def fused_terms(
         served = teacher_token_ids, teacher_log_probs
         output = _server_divergence(loss_config, hidden, head, *served, run)
     masses = output.metrics or dict.fromkeys(MASSES, _counted(output.loss, run["token_weights"]))
-    beside = {wanted[name]: values for name, values in output.with_grad.items()}
+    beside = {wanted[name]: values for name, values in (output.with_grad or {}).items()}
     return {"distillation_losses": output.loss, **masses, **beside}
 
 
