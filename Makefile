@@ -23,8 +23,10 @@ $(VENV_VERL)/.ready: pyproject.toml constraints.txt
 	$(PYTHON_VERL) -m pip install -q --no-deps megatron-core==0.16.1  # its needs are a GPU's
 	@touch $@
 
-test: venv test-verl
+test:
+	$(MAKE) -j 2 venv venv-verl
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+	$(MAKE) test-verl
 
 test-verl: venv-verl
 	OMP_NUM_THREADS=1 $(PYTHON_VERL) -m pytest tests/with_verl -n 2 --dist loadfile
