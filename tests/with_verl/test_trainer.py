@@ -18,6 +18,7 @@ from fused_sd.integrations.verl import trainer as module
 from fused_sd.integrations.verl.contexts import PromptTokenizer
 from fused_sd.integrations.verl.privileged import rows_of
 from fused_sd.integrations.verl.trainer import SelfDistillationSync, self_distillation_config
+from fused_sd.integrations.verl.worker_scores import TEACHER_PARTITION
 
 QUESTIONS = ("1+1?", "2+2?")
 # the responses of two sessions each, their rewards and what the reward function says
@@ -231,7 +232,7 @@ def test_a_worker_scores_the_privileged_sequences_for_rlsd(batch):
         known = row["responses"] / -1000.0 if has_context else row["old_log_probs"]
         torch.testing.assert_close(scores[first:last], known, rtol=0, atol=0)
         assert row["self_distillation_mask"] == float(has_context)
-    assert not tq.kv_list(module.TEACHER_PARTITION).get(module.TEACHER_PARTITION), "cleared"
+    assert not tq.kv_list(TEACHER_PARTITION).get(TEACHER_PARTITION), "cleared"
 
 
 @pytest.mark.parametrize("step, mix", [(1, 0.5 * 59 / 60), (31, 0.5 * 29 / 60), (61, 0.0)])
