@@ -99,7 +99,9 @@ def divergence_loss(
         chunk_size: tokens whose logits are held at a time; changes memory and time, not the result.
         process_group: ranks on which the vocabulary lies (tensor parallelism).  Each passes its own
             rows of both heads, and the same of everything else; ids count over all ranks.  Every
-            rank returns the same loss, and the gradient of its own rows.
+            rank returns the same loss, and the gradient of its own rows.  Ranks ask each other once
+            for each weight whether they have as many rows, and wait for the answer, unless
+            ``LMHead(weight, shard_sizes=...)`` says it.
         reduce_dhidden: with ``process_group``, add the ranks' parts of the hidden states' gradient;
             False where the framework does (Megatron's sequence parallelism, an all-reduce behind
             the loss).
