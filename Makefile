@@ -29,7 +29,7 @@ test:
 	$(MAKE) test-verl
 
 test-verl: venv-verl
-	OMP_NUM_THREADS=1 $(PYTHON_VERL) -m pytest tests/with_verl -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON_VERL) -m pytest tests/integrations/with_verl -n 2 --dist loadfile
 
 check: venv
 	$(PYTHON) -m ruff check .

@@ -1,7 +1,7 @@
 """``python -m benchmarks.report``: tables and plots from the stored results.
 
 python -m benchmarks.report                    prints the tables
-python -m benchmarks.report --update-readme    writes them into README.md, the plots into docs/
+python -m benchmarks.report --update-readme    writes them into README.md, plots into docs/images
 """
 
 import argparse
@@ -63,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables, or put them where they belong; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the plots")
+    parser.add_argument(
+        "--docs", type=Path, default=ROOT / "docs" / "images", help="folder of the plots"
+    )
     parser.add_argument(
         "--update-readme", nargs="?", const=ROOT / "README.md", type=Path, metavar="PATH"
     )
@@ -112,7 +114,7 @@ def markdown_lines(
     for index, found in enumerate(documents):
         yield from (setting_line(found["environment"]), "")
         for name in plots.get(index, []):
-            yield from (f"![{SHOWN[name.rpartition('_')[2]]}](docs/{name})", "")
+            yield from (f"![{SHOWN[name.rpartition('_')[2]]}](docs/images/{name})", "")
         for cell in found["parts"].get(WHOLE_TABLE, {}).values():
             yield from cell_lines(cell)
         sparse = found["parts"].get(sparse_table.PART, {})

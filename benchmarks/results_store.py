@@ -15,7 +15,7 @@ import torch
 from benchmarks.methods.storage import ROOT, commit
 from fused_sd import checks
 from fused_sd.bench.providers import PROVIDERS
-from fused_sd.environment import device_name, driver_version, environment, installed
+from fused_sd.measuring.environment import device_name, driver_version, environment, installed
 
 RESULTS = ROOT / "benchmarks" / "results"
 

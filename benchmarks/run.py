@@ -27,7 +27,7 @@ from fused_sd.bench.measure import synchronize
 from fused_sd.bench.problem import SHAPES, Problem, make_problem, variant
 from fused_sd.bench.providers import PROVIDERS
 from fused_sd.bench.table import report_lines
-from fused_sd.environment import device_name
+from fused_sd.measuring.environment import device_name
 
 STEP = "step"  # measured by benchmarks/step, in processes of its own
 DONE, LOST, MISUSED, TIME_UP = 0, 1, 2, 3

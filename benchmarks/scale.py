@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import scale_cases
 from benchmarks import scale_tables as tables
-from fused_sd.head_sizes import head_size
+from fused_sd.measuring.head_sizes import head_size
 from fused_sd.planning.devices import CARDS, LATENCY
 
 FOLDER = Path(__file__).parent

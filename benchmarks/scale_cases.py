@@ -19,9 +19,9 @@ from torch import Tensor
 import fused_sd
 from fused_sd.bench.measure import peak_bytes
 from fused_sd.bench.problem import Problem, Shape, make_problem, variant
-from fused_sd.heads import LMHead
-from fused_sd.log_probs import TokenLogProbs
-from fused_sd.loss_output import LossOutput
+from fused_sd.head.projection import LMHead
+from fused_sd.losses.log_probs import TokenLogProbs
+from fused_sd.losses.output import LossOutput
 from fused_sd.planning import Plan
 from fused_sd.planning.wire import GATHER, MAX, SUM, SUM_OF_DHIDDEN
 

@@ -7,7 +7,7 @@ from typing import Any
 import fused_sd
 from benchmarks import scale_cases
 from benchmarks.markdown import line, ruler
-from fused_sd.head_sizes import head_size
+from fused_sd.measuring.head_sizes import head_size
 from fused_sd.planning import Plan
 from fused_sd.planning.devices import CARDS
 from fused_sd.planning.objectives import OBJECTIVES

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fused_sd import Jsd
-from fused_sd.divergence import divergence_term
 from fused_sd.kernels import rows, selection
 from fused_sd.kernels.tuning import TABLE, Launch, family_of, forced, launch_for
+from fused_sd.terms.divergence import divergence_term
 
 CANDIDATES = [Launch(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
 VOCABULARIES = (151936, 100278, 248320)

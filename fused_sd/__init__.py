@@ -1,17 +1,19 @@
 """Fused self-distillation losses for LLM post-training, from hidden states, without the logits."""
 
-from fused_sd.advantages import iw_opd_advantages, rlcsd_advantages
-from fused_sd.align import Alignment, align_responses, check_alignment
-from fused_sd.certificate import GradientCertificate
-from fused_sd.combinations import METRIC_NEEDS
-from fused_sd.distill import divergence_loss, topk_divergence_loss
-from fused_sd.divergence import Jsd, MixedKl, generalized_jsd
-from fused_sd.evidence import Evidence, EvidenceSchedule
-from fused_sd.heads import LMHead
-from fused_sd.log_probs import EntryLogProbs, TokenLogProbs, entry_log_probs, token_log_probs
-from fused_sd.loss_output import LossOutput
-from fused_sd.losses import gkd_loss, opsd_loss, sd_zero_loss, sdft_loss, sdpo_loss
-from fused_sd.modules import (
+from typing import Any
+
+from fused_sd.engine.certificate import GradientCertificate
+from fused_sd.head.projection import LMHead
+from fused_sd.losses.distillation_methods import (
+    gkd_loss,
+    opsd_loss,
+    sd_zero_loss,
+    sdft_loss,
+    sdpo_loss,
+)
+from fused_sd.losses.divergence import divergence_loss, topk_divergence_loss
+from fused_sd.losses.log_probs import EntryLogProbs, TokenLogProbs, entry_log_probs, token_log_probs
+from fused_sd.losses.modules import (
     CrossEntropyLoss,
     GKDLoss,
     GRPOLoss,
@@ -22,21 +24,22 @@ from fused_sd.modules import (
     SDPOLoss,
     SDZeroLoss,
 )
-from fused_sd.planning import Plan, plan
-from fused_sd.policy_losses import policy_loss, sampled_kl_loss
-from fused_sd.rl_losses import grpo_loss, rlcsd_loss, rlsd_loss
-from fused_sd.shift import ShiftEvidence, detect_shift
-from fused_sd.support import (
-    FULL_VOCABULARY,
-    StudentTopK,
-    TeacherTopK,
-    TokenIds,
-    UnionTopK,
-)
-from fused_sd.teacher import Teacher
-from fused_sd.token_losses import cross_entropy_loss
-from fused_sd.trust_region import trust_region_states
-from fused_sd.weighting import ImportanceCap, aggregation_weights, skip_first_tokens
+from fused_sd.losses.output import LossOutput
+from fused_sd.losses.policy import policy_loss, sampled_kl_loss
+from fused_sd.losses.policy_methods import grpo_loss, rlcsd_loss, rlsd_loss
+from fused_sd.losses.token import cross_entropy_loss
+from fused_sd.teaching.align import Alignment, align_responses, check_alignment
+from fused_sd.teaching.shift import ShiftEvidence, detect_shift
+from fused_sd.teaching.teacher import Teacher
+from fused_sd.teaching.trust_region import trust_region_states
+from fused_sd.terms.advantages import iw_opd_advantages, rlcsd_advantages
+from fused_sd.terms.combinations import METRIC_NEEDS
+from fused_sd.terms.divergence import Jsd, MixedKl, generalized_jsd
+from fused_sd.terms.evidence import Evidence, EvidenceSchedule
+from fused_sd.terms.support import FULL_VOCABULARY, StudentTopK, TeacherTopK, TokenIds, UnionTopK
+from fused_sd.terms.weighting import ImportanceCap, aggregation_weights, skip_first_tokens
+
+_TOOLS = ("Plan", "plan")  # loaded when they are asked for: `import fused_sd` loads no tool
 
 METRICS = tuple(METRIC_NEEDS)  # what divergence_loss can return beside the loss
 
@@ -98,3 +101,15 @@ __all__ = [
     "topk_divergence_loss",
     "trust_region_states",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _TOOLS:
+        from fused_sd import planning
+
+        return getattr(planning, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_TOOLS]

@@ -15,12 +15,13 @@ from typing import Any
 import fused_sd
 from fused_sd.bench.command import add_bench
 from fused_sd.credit import VALUES, CreditMap, print_map, save_html, save_png
-from fused_sd.environment import environment, environment_text
-from fused_sd.head_sizes import MODEL_HELP
+from fused_sd.measuring.dtypes import DTYPES
+from fused_sd.measuring.environment import environment, environment_text
+from fused_sd.measuring.head_sizes import MODEL_HELP
 from fused_sd.planning.command import add_plan
 from fused_sd.verify import report
 from fused_sd.verify.cases import CASES
-from fused_sd.verify.choices import DEFAULT_SIZES, DTYPES, Choices, resolve
+from fused_sd.verify.choices import DEFAULT_SIZES, Choices, resolve
 from fused_sd.verify.promises import Measured
 from fused_sd.verify.run import Verifier, verify
 

@@ -29,8 +29,8 @@ from transformers.utils import ModelOutput
 
 from fused_sd import LMHead
 from fused_sd.checks import fail
-from fused_sd.integrations.output_head import Compute, Projection, output_head
-from fused_sd.integrations.self_check import check_rebuilt_logits, is_whole
+from fused_sd.integrations.shared.output_head import Compute, Projection, output_head
+from fused_sd.integrations.shared.self_check import check_rebuilt_logits, is_whole
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 ATTACHMENT = "_fused_sd_attachment"

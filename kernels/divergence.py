@@ -1,4 +1,4 @@
-"""The divergences of ``fused_sd/divergence.py`` for Triton: same names, same order, same results.
+"""The divergences of ``fused_sd/terms/divergence.py`` for Triton: same names, order and results.
 
 Each is handed to a row kernel as a constant and inlined there.  Arguments are fp32 blocks.
 """

@@ -1,4 +1,4 @@
-"""Row functions in Triton: the twin of ``fused_sd/rows.py``, with the same names and arguments.
+"""Row functions in Triton: ``fused_sd/torch_kernels/rows.py`` is the twin, with the same names.
 
 One program of ``programs.py`` walks one row.  A KL, a cross entropy and a policy loss read their
 rows twice, once for the normalisers and once for loss and gradient; a JSD, an entry clip or a token
@@ -13,13 +13,13 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_sd.divergence import DivergenceTerm
-from fused_sd.kernels import programs
+from fused_sd.head.vocab_shard import WHOLE, VocabShard
 from fused_sd.kernels.divergence import TERMS
 from fused_sd.kernels.launching import launch
+from fused_sd.kernels.programs import rows as programs
 from fused_sd.kernels.tuning import launch_for
-from fused_sd.rows import SUMMARY, Normalizers
-from fused_sd.vocab_shard import WHOLE, VocabShard
+from fused_sd.terms.divergence import DivergenceTerm
+from fused_sd.torch_kernels.rows import SUMMARY, Normalizers
 
 READS_PADDING = True  # so that a row is read in pieces of 16 bytes, whatever its vocabulary
 STATE = 8  # numbers that are kept of a pair of rows: five, in one sector of memory

@@ -1,4 +1,4 @@
-"""Which entries of a row count, in Triton: the twin of ``fused_sd/selection.py``.
+"""Which entries of a row count, in Triton: the twin of ``fused_sd/torch_kernels/selection.py``.
 
 Dimension key:  C rows of logits, R rows of a gradient, W and V their columns
 """
@@ -8,10 +8,10 @@ import triton
 from torch import Tensor
 
 from fused_sd import checks
-from fused_sd.kernels import selection_programs as programs
 from fused_sd.kernels.launching import launch
+from fused_sd.kernels.programs import selection as programs
 from fused_sd.kernels.tuning import launch_for
-from fused_sd.selection import Selection
+from fused_sd.torch_kernels.selection import Selection
 
 BLOCKS = 128, 64, 32, 16, 8  # columns whose largest entry stands for them
 LIST = 16384  # entries that one program searches, in registers: 32 for each of 512 threads

@@ -1,4 +1,4 @@
-"""Work on chosen entries in Triton: the twin of ``fused_sd/sparse.py``, same names and arguments.
+"""Work on chosen entries in Triton: the twin of ``fused_sd/torch_kernels/sparse.py``.
 
 Dimension key:  N tokens, C tokens in a chunk, D hidden size, V vocabulary, K entries of a token,
                 E entries of all tokens
@@ -10,10 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_sd.kernels import entry_programs as programs
 from fused_sd.kernels.launching import launch
+from fused_sd.kernels.programs import sparse as programs
 from fused_sd.kernels.selection import select, top_k
-from fused_sd.sparse import Entries, by_column
+from fused_sd.torch_kernels.sparse import Entries, by_column
 
 __all__ = ["entry_logits", "gather_sum", "segment_sum", "select", "top_k"]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fused_sd
-from fused_sd import heads
 from fused_sd.cli import main
+from fused_sd.head import projection as heads
 from fused_sd.verify.cases import CASES
 
 TINY = ["verify", "--device", "cpu", "--tokens", "8", "--hidden", "16", "--vocab", "96"]

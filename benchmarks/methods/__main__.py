@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     lines = report.markdown_lines(found)
     print("\n".join(lines))
-    for picture in figures.plots(found, chosen.docs or ROOT / "docs"):
+    for picture in figures.plots(found, chosen.docs or ROOT / "docs" / "images"):
         say(f"wrote {picture}")
     if chosen.update_readme:
         report.update_readme(chosen.update_readme, lines, chosen.model)

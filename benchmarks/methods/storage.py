@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fused_sd.environment import default_device, device_name, installed
+from fused_sd.measuring.environment import default_device, device_name, installed
 
 PACKAGES = ("torch", "transformers", "trl", "peft")
 ROOT = Path(__file__).parents[2]

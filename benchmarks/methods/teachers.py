@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.methods.evaluate import accuracy, respond
 from benchmarks.methods.task import Question, Task
 from benchmarks.methods.train import load
-from fused_sd.integrations.verdicts import CORRECT_PHRASE, DELIMITER, WRONG_PHRASE
+from fused_sd.integrations.shared.verdicts import CORRECT_PHRASE, DELIMITER, WRONG_PHRASE
 
 
 def contexts(task: Task) -> dict[str, Callable[[Question], str]]:

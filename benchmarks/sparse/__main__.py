@@ -74,7 +74,7 @@ def make(experiment: str, chosen: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.sparse import comparison, online, replay
     from benchmarks.sparse.arms import ARMS, DENSE
     from fused_sd.demo.model import load, model_directory
-    from fused_sd.environment import default_device
+    from fused_sd.measuring.environment import default_device
 
     kept, directory = Parts(chosen.work.expanduser().resolve()), model_directory()
     device = default_device().type if chosen.device == "auto" else chosen.device

@@ -19,7 +19,7 @@ from benchmarks.sparse.arms import DENSE, Arm, step_record
 from fused_sd import divergence_loss, sdpo_loss
 from fused_sd.demo import task
 from fused_sd.demo.answers import evaluating
-from fused_sd.integrations.completion_scores import CompletionForward, with_head
+from fused_sd.integrations.shared.completion_scores import CompletionForward, with_head
 from fused_sd.integrations.transformers import attach
 
 TEMPERATURE = 0.6

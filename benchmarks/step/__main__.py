@@ -17,7 +17,7 @@ from benchmarks.step.providers import PROVIDERS
 from benchmarks.step.report import markdown
 from benchmarks.step.results import Results
 from benchmarks.step.sizes import SIZES
-from fused_sd.environment import default_device
+from fused_sd.measuring.environment import default_device
 
 DONE, MISUSED, UNFINISHED = 0, 2, 3
 

@@ -9,7 +9,7 @@ from benchmarks.methods.storage import commit
 from benchmarks.step.plan import Settings
 from benchmarks.step.report import markdown
 from fused_sd import checks
-from fused_sd.environment import environment
+from fused_sd.measuring.environment import environment
 
 RESULTS, TABLES = "step.json", "step.md"
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_sd.bench.problem import BY_TOKEN, PATCH_TOKENS, Problem
-from fused_sd.realistic import slabs
+from fused_sd.measuring.realistic import slabs
 from fused_sd.verify import truth
 from fused_sd.verify.truth import Distance, Exact
 

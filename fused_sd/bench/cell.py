@@ -21,8 +21,8 @@ from fused_sd.bench.measure import (
 )
 from fused_sd.bench.problem import Problem, refill_
 from fused_sd.bench.providers import Provider
-from fused_sd.certificate import GradientCertificate
-from fused_sd.environment import installed
+from fused_sd.engine.certificate import GradientCertificate
+from fused_sd.measuring.environment import installed
 
 # "checked": right, and not timed as nobody asked
 Status = Literal["ok", "checked", "wrong", "unavailable", "out of memory", "failed"]

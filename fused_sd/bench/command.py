@@ -21,9 +21,10 @@ from fused_sd.bench.measure import Effort, is_out_of_memory
 from fused_sd.bench.problem import MEAN_KL, OBJECTIVES, Shape, make_problem, variant
 from fused_sd.bench.providers import PROVIDERS
 from fused_sd.bench.table import LEGEND, US, report_lines
-from fused_sd.environment import device_name, environment
-from fused_sd.head_sizes import MODEL_HELP, head_size
-from fused_sd.verify.choices import DTYPES, resolve_device, resolve_sizes
+from fused_sd.measuring.dtypes import DTYPES
+from fused_sd.measuring.environment import device_name, environment
+from fused_sd.measuring.head_sizes import MODEL_HELP, head_size
+from fused_sd.verify.choices import resolve_device, resolve_sizes
 
 DEFAULT_OBJECTIVES = ("reverse_kl", "jsd")
 LEAST_TOKENS, LEAST_HIDDEN, LEAST_VOCAB = 2, 4, 128  # SDPO compares 100 entries

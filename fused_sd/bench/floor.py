@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fused_sd.bench.measure import Effort, time_runs
 from fused_sd.bench.problem import Problem
-from fused_sd.heads import accumulation_dtype, matmul, matmul_add_
-from fused_sd.realistic import slabs
+from fused_sd.head.projection import accumulation_dtype, matmul, matmul_add_
+from fused_sd.measuring.realistic import slabs
 
 FLOOR_RUNS = 10  # at most
 CHUNK = 4096  # tokens: more would not make a GEMM faster

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd import realistic
-from fused_sd.head_sizes import head_size
+from fused_sd.measuring import realistic
+from fused_sd.measuring.head_sizes import head_size
 
 OBJECTIVES = (  # means over the tokens that count, at temperature 1
     "forward_kl",  # full vocabulary, as are the next two

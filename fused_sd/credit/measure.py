@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd import checks, tensor_checks
+from fused_sd import checks
+from fused_sd.checks import tensors as tensor_checks
 from fused_sd.credit.tokens import CreditMap, CreditRow, TokenCredit, TopToken
-from fused_sd.distill import divergence_loss
-from fused_sd.divergence import Jsd
-from fused_sd.heads import LMHead, as_head
-from fused_sd.log_probs import entry_log_probs, token_log_probs
+from fused_sd.head.projection import LMHead, as_head
+from fused_sd.losses.divergence import divergence_loss
+from fused_sd.losses.log_probs import entry_log_probs, token_log_probs
+from fused_sd.terms.divergence import Jsd
 
 Decode = Callable[[list[int]], str]
 INCOMPLETE = "\ufffd"  # what decoders return for bytes that are no character yet

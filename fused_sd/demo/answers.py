@@ -57,7 +57,7 @@ def completion_credit(
         teacher_prompts: what the teacher reads.
         completions: token ids.
     """
-    from fused_sd.integrations.completion_scores import CompletionForward, with_head
+    from fused_sd.integrations.shared.completion_scores import CompletionForward, with_head
     from fused_sd.integrations.transformers import attach
 
     attach(model)

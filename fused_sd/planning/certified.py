@@ -8,13 +8,13 @@ Dimension key:  N tokens, A tokens with a weight, F dense tokens, D hidden size,
 
 from collections.abc import Sequence
 
-from fused_sd import rows
-from fused_sd.chunking import Layout, WalkSize
-from fused_sd.gradients import MOST
+from fused_sd.engine.gradients import MOST
+from fused_sd.engine.layout import Layout, WalkSize
 from fused_sd.planning import fused, walk
 from fused_sd.planning.fused import ENTRY_BYTES
 from fused_sd.planning.walk import PER_TOKEN, WIDE, Walk
 from fused_sd.planning.workload import Parts, Peer, Workload, gemm_flops
+from fused_sd.torch_kernels import rows
 
 KEPT = 64  # entries of a token where nothing is said: a policy of 0.6 nat keeps fewer
 LISTED = 62  # bytes for each entry that PyTorch's selection may keep of a row; the kernels' 12

@@ -3,8 +3,8 @@
 import torch
 
 from fused_sd import checks
+from fused_sd.measuring.dtypes import DTYPES
 from fused_sd.planning.objectives import Objective
-from fused_sd.verify.choices import DTYPES
 
 PLANNED_DTYPES = ("bf16", "fp16", "fp32")
 

@@ -8,7 +8,7 @@ import json
 import sys
 
 from fused_sd import checks
-from fused_sd.head_sizes import MODEL_HELP
+from fused_sd.measuring.head_sizes import MODEL_HELP
 from fused_sd.planning.checking import PLANNED_DTYPES
 from fused_sd.planning.devices import CARDS
 from fused_sd.planning.objectives import OBJECTIVES, parse_divergence, parse_support

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from fused_sd import checks, chunking
-from fused_sd.environment import default_device, device_name
+from fused_sd import checks
+from fused_sd.engine import layout as chunking
+from fused_sd.measuring.environment import default_device, device_name
 
 
 class Card(NamedTuple):

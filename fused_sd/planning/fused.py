@@ -9,7 +9,7 @@ Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary, E
 
 from collections.abc import Sequence
 
-from fused_sd.chunking import Layout, WalkSize
+from fused_sd.engine.layout import Layout, WalkSize
 from fused_sd.planning import walk
 from fused_sd.planning.walk import ID_BYTES, PER_TOKEN, WIDE, Walk, num_entries
 from fused_sd.planning.workload import Parts, Peer, Workload, gemm_flops

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 from fused_sd import checks
-from fused_sd.divergence import Divergence, Jsd, MixedKl, divergence_term
-from fused_sd.support import (
+from fused_sd.terms.divergence import Divergence, Jsd, MixedKl, divergence_term
+from fused_sd.terms.support import (
     FULL_VOCABULARY,
     FullVocabulary,
     StudentTopK,

@@ -7,13 +7,14 @@ Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary, C
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fused_sd import chunking, rows, sparse
-from fused_sd.chunking import Layout, WalkSize
-from fused_sd.divergence import divergence_term
-from fused_sd.divergence_rows import DivergenceRows
+from fused_sd.engine import layout as chunking
+from fused_sd.engine.layout import Layout, WalkSize
+from fused_sd.objectives.divergence import DivergenceRows
 from fused_sd.planning.objectives import Objective
 from fused_sd.planning.workload import Parts, Workload, total
-from fused_sd.support import BLOCK, has_short_list
+from fused_sd.terms.divergence import divergence_term
+from fused_sd.terms.support import BLOCK, has_short_list
+from fused_sd.torch_kernels import rows, sparse
 
 WIDE = 4  # bytes of a logit, whatever the operands, and of a sum
 ID_BYTES = 8

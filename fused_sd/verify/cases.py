@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import fused_sd
-from fused_sd.divergence import Divergence
-from fused_sd.loss_output import LossOutput
-from fused_sd.losses import Run
+from fused_sd.losses.distillation_methods import Run
+from fused_sd.losses.output import LossOutput
+from fused_sd.terms.divergence import Divergence
 from fused_sd.verify.inputs import Operands
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fused_sd.certificate import TOLERANCE, GradientCertificate
-from fused_sd.loss_output import LossOutput
-from fused_sd.losses import Run
+from fused_sd.engine.certificate import TOLERANCE, GradientCertificate
+from fused_sd.losses.distillation_methods import Run
+from fused_sd.losses.output import LossOutput
 from fused_sd.verify.cases import Case
 from fused_sd.verify.inputs import Operands
 from fused_sd.verify.promises import LOSS_BOUND, Kept, Measured, gradient_bound

@@ -6,16 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from fused_sd import checks
-from fused_sd.environment import chosen_backend, default_device
-from fused_sd.head_sizes import head_size
+from fused_sd.measuring.dtypes import DTYPES
+from fused_sd.measuring.environment import chosen_backend, default_device
+from fused_sd.measuring.head_sizes import head_size
 from fused_sd.verify.cases import CASES
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
 DEFAULT_SIZES = (128, 32000)
 MIN_TOKENS, MIN_HIDDEN, MIN_VOCAB = 2, 4, 32  # one token is masked; rows come in clusters
 

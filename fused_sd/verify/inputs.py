@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fused_sd import realistic
-from fused_sd.heads import accumulation_dtype
+from fused_sd.head.projection import accumulation_dtype
+from fused_sd.measuring import realistic
 
 NUM_HINTS = 3
 SAMPLE = 256  # tokens with a weight, at most: the float64 reference holds their logits

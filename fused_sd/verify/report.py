@@ -10,8 +10,8 @@ import torch
 
 import fused_sd
 from fused_sd import checks
-from fused_sd.certificate import TOLERANCE
-from fused_sd.environment import device_name, installed
+from fused_sd.engine.certificate import TOLERANCE
+from fused_sd.measuring.environment import device_name, installed
 from fused_sd.verify.choices import Choices
 from fused_sd.verify.promises import Measured
 

@@ -13,10 +13,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fused_sd.certificate import GradientCertificate
-from fused_sd.log_probs import entry_log_probs
-from fused_sd.loss_output import LossOutput
-from fused_sd.losses import Run
+from fused_sd.engine.certificate import GradientCertificate
+from fused_sd.losses.distillation_methods import Run
+from fused_sd.losses.log_probs import entry_log_probs
+from fused_sd.losses.output import LossOutput
 from fused_sd.verify import truth
 from fused_sd.verify.cases import CASES, Case, Logits, mean_divisor, token_weights
 from fused_sd.verify.certified import broken_certificate, kept, sparse

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd.realistic import slabs
+from fused_sd.measuring.realistic import slabs
 
 SLAB = 2**13  # rows of the head that are in float64 at a time
 ELEMENTS = 2**22  # logits that a definition is applied to at a time

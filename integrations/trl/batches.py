@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_sd.checks import fail
-from fused_sd.integrations.rollouts import Rollout
+from fused_sd.integrations.shared.rollouts import Rollout
 
 FeedbackFunction = Callable[..., Sequence[str | None]]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_sd.integrations.prompts import reprompted
-from fused_sd.integrations.rollouts import Rollout
+from fused_sd.integrations.shared.prompts import reprompted
+from fused_sd.integrations.shared.rollouts import Rollout
 
 
 class PrivilegedPrompt:

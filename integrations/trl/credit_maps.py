@@ -26,7 +26,7 @@ from fused_sd.credit import (
     plain_text,
     save_png,
 )
-from fused_sd.integrations.completion_scores import CompletionForward, with_head
+from fused_sd.integrations.shared.completion_scores import CompletionForward, with_head
 from fused_sd.integrations.transformers import attach, unwrap
 
 NEEDED = (

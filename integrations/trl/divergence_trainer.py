@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fused_sd import LMHead, LossOutput
-from fused_sd.integrations.completion_scores import DIVERGENCE_METRICS
+from fused_sd.integrations.shared.completion_scores import DIVERGENCE_METRICS
 from fused_sd.integrations.trl.trainer import Run, SelfDistillationTrainer
-from fused_sd.trust_region import trust_region_states
+from fused_sd.teaching.trust_region import trust_region_states
 
 
 class DivergenceTrainer(SelfDistillationTrainer):

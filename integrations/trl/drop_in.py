@@ -24,7 +24,7 @@ from trl.experimental.sdpo.loss_utils import (
     compute_divergence,
 )
 
-from fused_sd.integrations import completion_scores as completion
+from fused_sd.integrations.shared import completion_scores as completion
 from fused_sd.integrations.transformers import attach, unwrap
 from fused_sd.integrations.trl.teacher_server import TeacherServerLoss
 

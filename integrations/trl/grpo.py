@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, grpo_loss
 from fused_sd.checks import fail
-from fused_sd.integrations.rollouts import Rollout
+from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.trl.config import (
     DIVERGENCE_SETTINGS,
     SIBLING_SETTINGS,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import LossOutput
-from fused_sd.integrations import completion_scores as completion
+from fused_sd.integrations.shared import completion_scores as completion
 from fused_sd.integrations.trl.sparse_gradients import certificate_means, certificate_sums
 
 QUANTILES = (0.05, 0.5, 0.95)

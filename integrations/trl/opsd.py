@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, opsd_loss
 from fused_sd.checks import fail
-from fused_sd.integrations.prompts import check_template
+from fused_sd.integrations.shared.prompts import check_template
 from fused_sd.integrations.trl.config import (
     POLICY_SETTINGS,
     SIBLING_SETTINGS,

@@ -10,10 +10,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fused_sd.checks import check_positive_int, fail
+from fused_sd.integrations.shared.verdicts import CORRECT_PHRASE, DELIMITER, WRONG_PHRASE
 from fused_sd.integrations.trl.generators import Generate
 from fused_sd.integrations.trl.trace_filters import is_sycophantic, trim_repeats
 from fused_sd.integrations.trl.traces import Trace, TraceCounts, record
-from fused_sd.integrations.verdicts import CORRECT_PHRASE, DELIMITER, WRONG_PHRASE
 
 RewardFunction = Callable[..., Sequence[float | None]]
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, cross_entropy_loss
-from fused_sd.integrations.rollouts import Rollout
+from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.trl.config import (
     DIVERGENCE_SETTINGS,
     POLICY_SETTINGS,

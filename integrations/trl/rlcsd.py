@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, rlcsd_loss
 from fused_sd.checks import check_one_of, check_positive_int
-from fused_sd.integrations import completion_scores as completion
-from fused_sd.integrations.prompts import check_template, reprompted
-from fused_sd.integrations.rollouts import Rollout, without_thinking
+from fused_sd.integrations.shared import completion_scores as completion
+from fused_sd.integrations.shared.prompts import check_template, reprompted
+from fused_sd.integrations.shared.rollouts import Rollout, without_thinking
 from fused_sd.integrations.trl.config import check_pair
 from fused_sd.integrations.trl.contexts import teacher_inputs
 from fused_sd.integrations.trl.grpo import PolicyConfig, PolicyTrainer

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fused_sd import Evidence, EvidenceSchedule, LMHead, LossOutput, rlsd_loss
 from fused_sd.checks import check_one_of, check_unit_interval
-from fused_sd.integrations import completion_scores as completion
-from fused_sd.integrations.prompts import check_template
+from fused_sd.integrations.shared import completion_scores as completion
+from fused_sd.integrations.shared.prompts import check_template
 from fused_sd.integrations.trl.config import check_pair
 from fused_sd.integrations.trl.contexts import PrivilegedPrompt
 from fused_sd.integrations.trl.grpo import PolicyConfig, PolicyTrainer

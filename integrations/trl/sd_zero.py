@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, sd_zero_loss
 from fused_sd.checks import check_one_of, check_unit_interval, fail
-from fused_sd.integrations.rollouts import Rollout
+from fused_sd.integrations.shared.rollouts import Rollout
+from fused_sd.integrations.shared.verdicts import CORRECT_PHRASE, DELIMITER, WRONG_PHRASE
 from fused_sd.integrations.trl.config import (
     POLICY_SETTINGS,
     SIBLING_SETTINGS,
@@ -20,7 +21,6 @@ from fused_sd.integrations.trl.config import (
 )
 from fused_sd.integrations.trl.divergence_trainer import DivergenceTrainer
 from fused_sd.integrations.trl.trainer import Run
-from fused_sd.integrations.verdicts import CORRECT_PHRASE, DELIMITER, WRONG_PHRASE
 
 
 @dataclass

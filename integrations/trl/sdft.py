@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, sdft_loss, skip_first_tokens
 from fused_sd.checks import check_non_negative
-from fused_sd.integrations.prompts import check_template
-from fused_sd.integrations.rollouts import Rollout
+from fused_sd.integrations.shared.prompts import check_template
+from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.trl.config import (
     POLICY_SETTINGS,
     SIBLING_SETTINGS,

@@ -11,8 +11,8 @@ from trl.experimental.sdpo import SDPOTrainer as StockSDPOTrainer
 
 from fused_sd import ImportanceCap, LMHead, LossOutput, grpo_loss, sampled_kl_loss, sdpo_loss
 from fused_sd.checks import fail
-from fused_sd.integrations.prompts import check_sibling_templates, sibling_prompt
-from fused_sd.integrations.rollouts import Rollout
+from fused_sd.integrations.shared.prompts import check_sibling_templates, sibling_prompt
+from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.trl.config import SelfDistillationConfig
 from fused_sd.integrations.trl.divergence_trainer import DivergenceTrainer
 from fused_sd.integrations.trl.sparse_gradients import mixed_certificate

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_sd import GradientCertificate
-from fused_sd.certificate import TOLERANCE
 from fused_sd.checks import check_number, check_one_of, fail
+from fused_sd.engine.certificate import TOLERANCE
 
 
 @dataclass

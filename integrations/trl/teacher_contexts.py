@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from fused_sd import align_responses
-from fused_sd.integrations.rollouts import Rollout, grouped
+from fused_sd.integrations.shared.rollouts import Rollout, grouped
 from fused_sd.integrations.trl.contexts import TeacherInputs, teacher_inputs
 
 

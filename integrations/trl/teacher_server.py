@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_sd.integrations.completion_scores import (
+from fused_sd.integrations.shared.completion_scores import (
     Scores,
     log_probs,
     sequence_mean_weights,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
-from fused_sd.teacher import Kind, Teacher
+from fused_sd.teaching.teacher import Kind, Teacher
 
 TEACHER_FILE = "teacher.pt"
 KINDS: dict[str, Kind] = {  # of TRL's ``teacher_model_kind``

@@ -19,10 +19,10 @@ from trl.models import prepare_fsdp
 
 from fused_sd import LMHead, LossOutput
 from fused_sd.checks import fail
-from fused_sd.heads import accumulation_dtype
-from fused_sd.integrations import completion_scores as completion
-from fused_sd.integrations.adapter_teacher import make_teacher
-from fused_sd.integrations.rollouts import Rollout
+from fused_sd.head.projection import accumulation_dtype
+from fused_sd.integrations.shared import completion_scores as completion
+from fused_sd.integrations.shared.adapter_teacher import make_teacher
+from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.transformers import attach
 from fused_sd.integrations.trl import observe, teachers
 from fused_sd.integrations.trl.batches import FeedbackFunction, RolloutBatches
@@ -31,7 +31,7 @@ from fused_sd.integrations.trl.credit_maps import CreditMapCallback
 from fused_sd.integrations.trl.drop_in import FusedSelfDistillationMixin
 from fused_sd.integrations.trl.reduction import loss_type_weights
 from fused_sd.integrations.trl.teacher_contexts import TeacherContexts
-from fused_sd.teacher import Teacher
+from fused_sd.teaching.teacher import Teacher
 
 Run = dict[str, Any]
 

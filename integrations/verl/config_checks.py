@@ -7,8 +7,8 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from fused_sd import StudentTopK, TeacherTopK, UnionTopK, checks
-from fused_sd.combinations import DIVERGENCES, check_combination
 from fused_sd.integrations.verl import RLSD_LOSS, TOPK_LOSS
+from fused_sd.terms.combinations import DIVERGENCES, check_combination
 
 if TYPE_CHECKING:
     from fused_sd.integrations.verl.config import FusedSDLossConfig

@@ -14,14 +14,14 @@ from typing import Any, Protocol
 from verl.utils.tokenizer import normalize_token_ids
 
 from fused_sd.checks import check_finite, check_positive_int
-from fused_sd.integrations.prompts import (
+from fused_sd.integrations.shared.prompts import (
     check_sibling_templates,
     check_template,
     reprompted,
     sibling_prompt,
 )
-from fused_sd.integrations.rollouts import Rollout
-from fused_sd.integrations.verdicts import CORRECT_PHRASE, DELIMITER, WRONG_PHRASE
+from fused_sd.integrations.shared.rollouts import Rollout
+from fused_sd.integrations.shared.verdicts import CORRECT_PHRASE, DELIMITER, WRONG_PHRASE
 
 
 @dataclass(frozen=True)

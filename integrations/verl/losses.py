@@ -20,7 +20,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 from fused_sd.checks import fail
 from fused_sd.integrations.verl import EVIDENCE_MIX, RLSD_LOSS, TOPK_LOSS, VENDOR
 from fused_sd.integrations.verl.config import FusedSDLossConfig, settings_of
-from fused_sd.policy import Surrogate, surrogate
+from fused_sd.terms.surrogate import Surrogate, surrogate
 
 _LOGGED = {
     "evidence": "distillation/evidence",

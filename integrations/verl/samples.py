@@ -10,7 +10,7 @@ from typing import Any
 from tensordict import TensorDict
 
 from fused_sd.checks import fail
-from fused_sd.integrations.rollouts import Rollout, Sibling
+from fused_sd.integrations.shared.rollouts import Rollout, Sibling
 from fused_sd.integrations.verl.privileged import rows_of
 
 FIELDS = ("uid", "raw_prompt", "prompts", "responses", "response_mask", "rm_scores", "extra_fields")

@@ -22,13 +22,13 @@ from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_
 
 from fused_sd import LMHead
 from fused_sd.checks import fail
-from fused_sd.integrations.completion_scores import with_head
+from fused_sd.integrations.shared.completion_scores import with_head
 from fused_sd.integrations.transformers import Request, unwrap
 from fused_sd.integrations.verl.config import FusedSDLossConfig
 from fused_sd.integrations.verl.engine import FusedSDEngine
 from fused_sd.integrations.verl.forward import TeacherSide, flag
-from fused_sd.teacher import Kind, Teacher
-from fused_sd.trust_region import trust_region_states
+from fused_sd.teaching.teacher import Kind, Teacher
+from fused_sd.teaching.trust_region import trust_region_states
 
 ADAPTED = ("base_layer", "original_module")  # attributes of PEFT's layers
 KINDS: dict[str, Kind] = {"ema": "ema", "synced": "synced", "reference": "frozen"}

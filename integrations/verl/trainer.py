@@ -22,7 +22,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 
 from fused_sd.checks import fail
-from fused_sd.integrations.rollouts import Rollout
+from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.verl import EVIDENCE_MIX
 from fused_sd.integrations.verl.contexts import PromptTokenizer
 from fused_sd.integrations.verl.privileged import (

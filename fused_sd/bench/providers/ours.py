@@ -10,7 +10,7 @@ from fused_sd import Jsd, LossOutput
 from fused_sd.bench.problem import Loss, Problem
 from fused_sd.bench.providers.formulas import RENORMALIZED_TOP_K, TAIL_TOP_K
 from fused_sd.bench.providers.provider import Build, Provider, make_provider
-from fused_sd.certificate import GradientCertificate
+from fused_sd.engine.certificate import GradientCertificate
 
 Sides = tuple[Tensor, Tensor, Tensor, Tensor]
 Compute = Callable[[], LossOutput]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_sd import checks
 from fused_sd.bench.problem import Loss, Problem
-from fused_sd.certificate import GradientCertificate
+from fused_sd.engine.certificate import GradientCertificate
 
 Build = Callable[[Problem], Loss]
 Certify = Callable[[Problem], GradientCertificate]

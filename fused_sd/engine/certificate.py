@@ -1,0 +1,152 @@
+"""What a sparse gradient leaves out, and which rows may be sparse.
+
+A row of the gradient by the head's product keeps its largest entries.  What it drops is known
+exactly: its L1 norm, and its signed sum, which the hidden state's gradient gets on the mean row of
+the head, as if it were spread evenly over the vocabulary.  That gradient is then off by
+``sum over the dropped of g_v (W_v - mean row)``, at most ``dropped * max_v |W_v - mean row|``; the
+head's gradient is off by at most the tokens' ``dropped * |hidden state|`` together.
+
+Dimension key:  (...) tokens, R rows, D hidden size, V vocabulary
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from fused_sd import checks
+from fused_sd.head.projection import LMHead, accumulation_dtype, as_head
+from fused_sd.torch_kernels.selection import Selection
+from fused_sd.torch_kernels.slices import slices
+
+GradientKind = Literal["dense", "sparse"]
+TOLERANCE = 2.0**-8  # the rounding of a bf16 gradient
+OWN_SHARE = 0.25  # of the tolerance: what a row may drop of its own norm, where rows are summed
+ROUNDING = 1e-3  # of a budget: far above the rounding of the sums that it is compared with
+PARTS = 2**32  # of a budget, in which prices are counted
+SLAB = 2**13  # rows of a head that are looked at together
+
+
+class GradientCertificate(NamedTuple):
+    """How far a sparse gradient is from the dense one.
+
+    Norms are L1 norms of rows of the gradient by the head's product, weighted as the loss is before
+    a mean's division; with ``reduction="none"`` they are those of each token's own loss, and the
+    bound holds for every token.  Where ranks share the head, all of it is of this rank's columns,
+    and so is the tolerance: sums over the ranks keep it too.
+
+    Attributes:
+        kept: (...) int64, entries that a token's gradient keeps; 0 where it is dense or left out.
+        dense: (...) bool, tokens whose gradient took the dense way.
+        dropped: (...) norm of what is left out; 0 for dense tokens.
+        norm: (...) norm of the whole gradient.
+    """
+
+    kept: Tensor
+    dense: Tensor
+    dropped: Tensor
+    norm: Tensor
+
+    @property
+    def dropped_share(self) -> Tensor:
+        """() share of the norm that is dropped: at most the tolerance."""
+        norm = self.norm.sum()
+        return self.dropped.sum() / torch.where(norm == 0, 1, norm)
+
+    def hidden_bound(self, head: Tensor | LMHead) -> Tensor:
+        """(...) bound of the error of each hidden state's gradient (2-norm), logit scale included.
+
+        Args:
+            head: the student's, as the loss was given it; it is read once.  Where ranks share it:
+                this rank's rows, without padding; the error of the sum is at most the bounds' sum.
+        """
+        return self.dropped * radius(as_head(head))
+
+
+def checked_tolerance(gradient: str, tolerance: float | None) -> float | None:
+    """The tolerance of a sparse gradient, None for a dense one."""
+    checks.check_one_of("gradient", gradient, get_args(GradientKind))
+    if gradient == "dense":
+        if tolerance is not None:
+            checks.fail(
+                "tolerance",
+                "come with gradient='sparse'",
+                repr(tolerance),
+                "pass gradient='sparse', or leave it out: a dense gradient drops nothing",
+            )
+        return None
+    if tolerance is None:
+        return TOLERANCE
+    checks.check_positive("tolerance", tolerance, "pass a share of the gradient, such as 2**-8")
+    if tolerance >= 1:
+        checks.fail("tolerance", "be below 1", tolerance, "it is a share of the gradient's norm")
+    return float(tolerance)
+
+
+def radius(head: LMHead) -> Tensor:
+    """() largest distance of a row of the head from its mean row: what a dropped unit can move."""
+    weight = head.weight.detach()[: head.num_tokens]
+    centre = mean_row(weight)
+    farthest = centre.new_zeros(())
+    for rows in slices(0, weight.shape[0], SLAB):
+        distances = (weight[rows].to(centre.dtype) - centre).norm(dim=-1)
+        farthest = torch.maximum(farthest, distances.max())
+    return farthest
+
+
+def mean_row(weight: Tensor) -> Tensor:
+    """(D,) mean of a head's rows, in fp32 or fp64; 0 of none, as a rank with padding alone has."""
+    if not weight.shape[0]:
+        return weight.new_zeros(weight.shape[1], dtype=accumulation_dtype(weight.dtype))
+    return weight.mean(0, dtype=accumulation_dtype(weight.dtype))
+
+
+def needs_dense(selection: Selection, tolerance: float, reduced: bool) -> Tensor:
+    """(R,) which rows cannot stay sparse, for a dropped norm within tolerance.
+
+    A row alone may drop the tolerance's share of its norm, for whatever factor backward gives it.
+    Where rows are summed it is the sum that counts: what their own shares leave of the tolerance
+    buys the rows that could not meet theirs, the cheapest first.
+    """
+    norm, dropped = selection.norm, selection.dropped
+    within = dropped <= row_share(tolerance, reduced) * norm  # not where the norm is not a number
+    if not reduced:
+        return ~within
+    left = _budget(norm, tolerance) - torch.where(within, dropped, 0).sum()
+    prices, order = dropped.masked_fill(within, 0).sort(stable=True)
+    is_sparse = torch.empty_like(within)
+    is_sparse[order] = torch.arange(len(order), device=order.device) < affordable(prices, left)
+    return ~(is_sparse | within)
+
+
+def smallest_kept(selection: Selection, is_dense: Tensor, tolerance: float) -> Tensor:
+    """() magnitude below which entries of summed rows are dropped too, as far as the budget goes.
+
+    Among them are whole rows of small norm.
+    """
+    values = selection.values
+    left = _budget(selection.norm, tolerance) - selection.dropped.masked_fill(is_dense, 0).sum()
+    places = torch.arange(values.shape[1], device=values.device)
+    sizes = values[~is_dense[:, None] & (places < selection.count[:, None])].abs()
+    sizes = torch.cat([sizes.sort().values, sizes.new_full((1,), torch.inf)])
+    return sizes[affordable(sizes, left)]
+
+
+def _budget(norm: Tensor, tolerance: float) -> Tensor:
+    return tolerance * (1 - ROUNDING) * norm.sum()
+
+
+def affordable(prices: Tensor, budget: Tensor) -> Tensor:
+    """How many of the ascending prices, from the first on, are within the budget together.
+
+    They are counted in whole parts of the budget, rounded up: a running sum of floats would depend
+    on its order, which a GPU does not keep.
+    """
+    parts = (prices.double() * (PARTS / budget)).ceil().nan_to_num(2 * PARTS).clamp(max=2 * PARTS)
+    affordable = (parts.long().cumsum(0) <= PARTS).sum()
+    return torch.where(budget > 0, affordable, 0)
+
+
+def row_share(tolerance: float, reduced: bool) -> float:
+    """What a row may drop of its own norm."""
+    return (OWN_SHARE if reduced else 1.0) * (1 - ROUNDING) * tolerance

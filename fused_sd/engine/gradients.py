@@ -1,0 +1,242 @@
+"""Where the gradients by the head's product go: to two GEMMs, or into entries that are kept.
+
+Dimension key:  N tokens, A of them that are walked, D hidden size, V vocabulary, K entries of a
+                row, E entries of all, F tokens whose gradient is dense
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sd.engine.backend import Functions
+from fused_sd.engine.certificate import mean_row, needs_dense, row_share, smallest_kept
+from fused_sd.engine.chunk import EntryBuffers
+from fused_sd.engine.kept_tokens import ActiveTokens
+from fused_sd.engine.saved import Dense, Formed, Sparse, starts_of, unfilled
+from fused_sd.engine.workspace import Workspace
+from fused_sd.head.projection import accumulation_dtype
+from fused_sd.torch_kernels.selection import Selection
+
+MOST = 512  # entries of a row: beyond, gathering rows of the head is no longer cheaper by far
+
+
+class DenseGradients:
+    """Two GEMMs carry the gradients of each group on."""
+
+    first_row = 0  # of the workspace's gradients, for the next group
+
+    def __init__(self, workspace: Workspace, formed: Formed) -> None:
+        self.workspace = workspace
+        self.dense = unfilled(workspace, formed)
+
+    def entries(self, at: slice) -> EntryBuffers | None:
+        """Where a chunk's row function writes entries instead."""
+        return None
+
+    def room(self) -> int:
+        """Tokens that the next group may have."""
+        return self.workspace.layout.group
+
+    def carry(self, group: slice) -> None:
+        """Take the gradients of a group out of the workspace."""
+        dhidden, dweight, dbias = self.dense
+        rows = dhidden[group] if dhidden.numel() else dhidden
+        self.workspace.carry(group, rows, dweight, dbias, is_first=group.start == 0)
+
+    def finish(self, active: ActiveTokens) -> tuple[Dense, Sparse]:
+        """The gradients of all tokens."""
+        dhidden, dweight, dbias = self.dense
+        if self.workspace.student.hidden.shape[0] == 0:
+            dweight.zero_()
+        if dhidden.dim() == 2:
+            if self.workspace.shard.reduce_dhidden:
+                self.workspace.shard.sum_(dhidden)
+            dhidden = active.restored(dhidden)
+        return Dense(dhidden, dweight, dbias), Sparse.none(self.workspace.logits)
+
+
+class EntryGradients(DenseGradients):
+    """Row functions that write entries: they are the gradient."""
+
+    def __init__(self, workspace: Workspace, num_tokens: int, num_entries: int) -> None:
+        super().__init__(workspace, (False, False, False))
+        shape, vocab = (num_tokens, num_entries), workspace.student.vocab
+        hidden = workspace.student.hidden
+        self.columns = hidden.new_full(shape, vocab, dtype=torch.int32)
+        self.values = workspace.logits.new_zeros(shape)
+
+    def entries(self, at: slice) -> EntryBuffers:
+        return EntryBuffers(self.columns[at], self.values[at], self.workspace.student.vocab)
+
+    def carry(self, group: slice) -> None:
+        """They are where they belong."""
+
+    def finish(self, active: ActiveTokens) -> tuple[Dense, Sparse]:
+        num_tokens, num_entries = self.columns.shape
+        num_walked = self.workspace.student.hidden.shape[0]
+        columns, values = self.columns[:num_walked], self.values[:num_walked]
+        places = torch.full((num_walked,), num_entries, device=columns.device)
+        if num_walked < num_tokens:
+            places = active.restored(places)
+        else:  # tokens without a weight have places too, which are not used
+            columns.masked_fill_(~active.alive[:, None], self.workspace.student.vocab)
+        used = columns < self.workspace.student.vocab
+        sparse = Sparse.none(values)._replace(
+            columns=self.columns.flatten(),
+            values=self.values.flatten(),
+            starts=starts_of(places),
+            kept=active.restored(used.sum(-1)),
+            norm=active.restored(values.abs().sum(-1)),
+            dropped=values.new_zeros(num_tokens),
+        )
+        return self.dense, sparse
+
+
+class Part(NamedTuple):
+    """What a group adds to a certified gradient."""
+
+    columns: Tensor
+    values: Tensor
+    dense_tokens: Tensor
+    kept: Tensor
+    norm: Tensor
+    dropped: Tensor
+    spread: Tensor
+
+
+class CertifiedGradients(DenseGradients):
+    """Rows whose largest entries are enough keep those; the others take the dense way.
+
+    The dense rows of a group move to the front of the workspace's gradients and wait there for
+    those of the next groups: a GEMM that reads the whole head needs many.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        functions: Functions,
+        formed: Formed,  # what is formed of dense rows at once
+        tolerance: float,
+        reduced: bool,
+    ) -> None:
+        self.workspace, self.functions, self.formed = workspace, functions, formed
+        self.dense = unfilled(workspace, formed, 0, 0)
+        self.tolerance, self.reduced = tolerance, reduced
+        self.waiting: list[Tensor] = []  # tokens of the rows that wait
+        self.dhidden: list[Tensor] = []
+        none = Sparse.none(workspace.logits)
+        self.parts = [Part(*(getattr(none, name) for name in Part._fields))]
+
+    def room(self) -> int:
+        layout = self.workspace.layout
+        return max(layout.chunk, (layout.group - self.first_row) // layout.chunk * layout.chunk)
+
+    def carry(self, group: slice) -> None:
+        gradients, count = self.workspace.gradients, group.stop - group.start
+        assert gradients is not None
+        vocab = self.workspace.student.vocab
+        rows = gradients[self.first_row : self.first_row + count, :vocab]
+        share = row_share(self.tolerance, self.reduced)
+        selection = _nothing_to_select(rows)
+        if vocab:
+            selection = self.functions.sparse.select(rows, share, min(MOST, vocab))
+        shard = self.workspace.shard
+        failed = needs_dense(selection, self.tolerance, self.reduced)
+        is_dense = shard.max(failed.byte()).bool()  # on one rank: on all, who go on alike
+        dense = is_dense.nonzero()[:, 0]
+        if 2 * dense.numel() > count:  # the rest would save less than moving the others costs
+            part = _without_entries(selection, group)
+        else:
+            threshold = selection.values.new_zeros(())
+            if self.reduced:
+                threshold = smallest_kept(selection, is_dense, self.tolerance)
+            part = _cut(selection, is_dense, threshold, dense + group.start, vocab)
+        self.parts.append(part)
+        if any(self.formed):
+            self._keep(part.dense_tokens - group.start, count)
+            self.waiting.append(part.dense_tokens)
+            if 2 * self.first_row > self.workspace.layout.group:
+                self._flush()
+
+    def _keep(self, rows: Tensor, count: int) -> None:
+        """Move chosen rows (ascending) of the last ``count`` to the first that do not wait."""
+        gradients = self.workspace.gradients
+        assert gradients is not None
+        to, self.first_row = self.first_row, self.first_row + rows.numel()
+        if rows.numel() == count:
+            return
+        for part in (rows + to).split(self.workspace.layout.chunk):
+            # no row goes behind where it was, so what is overwritten has moved before
+            gradients[to : to + part.numel()] = gradients.index_select(0, part)
+            to += part.numel()
+
+    def _flush(self) -> None:
+        """Carry the rows on that wait."""
+        tokens, self.waiting, self.first_row = torch.cat(self.waiting), [], 0
+        is_first = not self.dhidden
+        if is_first:
+            self.dense = unfilled(self.workspace, self.formed, 0)
+        _, dweight, dbias = self.dense
+        dhidden = unfilled(self.workspace, (self.formed[0], False, False), tokens.numel()).dhidden
+        self.dhidden.append(dhidden)
+        self.workspace.carry(tokens, dhidden, dweight, dbias, is_first=is_first)
+
+    def finish(self, active: ActiveTokens) -> tuple[Dense, Sparse]:
+        if self.first_row:
+            self._flush()
+        parts = Part(*(torch.cat(tensors) for tensors in zip(*self.parts, strict=True)))
+        by_token = {
+            name: active.restored(getattr(parts, name))
+            for name in ("kept", "norm", "dropped", "spread")
+        }
+        dense = self.dense
+        if self.dhidden:
+            dense = dense._replace(dhidden=torch.cat(self.dhidden))
+        sparse = Sparse(
+            columns=parts.columns,
+            values=parts.values,
+            starts=starts_of(by_token["kept"]),
+            mean_row=mean_row(self.workspace.student.weight),
+            dense_tokens=active.tokens(parts.dense_tokens),
+            **by_token,
+        )
+        return dense, sparse
+
+
+def _nothing_to_select(rows: Tensor) -> Selection:
+    """Of a rank that has padding alone, in the accumulation's dtype."""
+    none = rows.new_zeros(rows.shape[0], dtype=accumulation_dtype(rows.dtype))
+    columns = rows.new_empty((rows.shape[0], 0), dtype=torch.int32)
+    return Selection(columns, columns.to(none.dtype), none.long(), none, none, none)
+
+
+def _cut(
+    selection: Selection, is_dense: Tensor, threshold: Tensor, dense_tokens: Tensor, vocab: int
+) -> Part:
+    """The entries from the threshold on of the rows that are not dense."""
+    columns, values = selection.columns, selection.values
+    small = values.abs() < threshold
+    used = (columns < vocab) & ~small & ~is_dense[:, None]
+    trimmed = values * small
+    dropped = selection.dropped + trimmed.abs().sum(-1)
+    spread = selection.spread + trimmed.sum(-1)
+    return Part(
+        columns[used],
+        values[used],
+        dense_tokens,
+        used.sum(-1),
+        selection.norm,
+        dropped.masked_fill(is_dense, 0),
+        spread.masked_fill(is_dense, 0),
+    )
+
+
+def _without_entries(selection: Selection, group: slice) -> Part:
+    """Every row of a group is dense."""
+    columns, values, count, norm, *_ = selection
+    tokens = torch.arange(group.start, group.stop, device=norm.device)
+    none = torch.zeros_like(norm)
+    return Part(
+        columns.new_empty(0), values.new_empty(0), tokens, torch.zeros_like(count), norm, none, none
+    )

@@ -1,0 +1,106 @@
+"""How many tokens are walked at a time, and the memory that takes.
+
+A *chunk* is the tokens whose logits are held; a *group* is the chunks whose gradients are held
+until two GEMMs carry them on to the hidden states and the head.  Groups are longer than chunks
+because each adds its part to the head's gradient by reading and writing all of it: on an H200 at
+512 tokens that traffic takes about as long as the GEMM itself, at 2048 a quarter of it.
+
+Dimension key:  C tokens in a chunk, G tokens in a group, W columns of a chunk's logits
+"""
+
+from typing import NamedTuple
+
+import torch
+
+# bytes of logits and their gradients in flight: on a GPU large enough that the GEMMs run at full
+# rate, on a CPU small beside the logits of any batch worth chunking
+GPU_BUDGET = 5 * 2**28
+CPU_BUDGET = 3 * 2**26
+SHARE_OF_FREE = 0.8  # of a GPU's free memory, where that is less
+MAX_CHUNK = 4096
+ALIGNMENT = 16  # columns, so that every row of logits starts at an aligned address
+
+
+class WalkSize(NamedTuple):
+    """What decides the memory of a walk's workspaces."""
+
+    vocab: int  # the larger of the two sides'
+    sides: int  # whose whole logits are made: 0 to 2
+    logit_bytes: int  # of one logit: 4, or 8 for float64 operands
+    operand_bytes: int  # of one element of the GEMMs' operands, in which gradients are kept
+    forming: bool  # whether gradients by whole rows are formed
+
+    @property
+    def width(self) -> int:
+        return workspace_width(self.vocab)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a gradient takes the place of its logit: where it is as wide."""
+        return self.forming and self.operand_bytes == self.logit_bytes
+
+    @property
+    def chunks_in_group(self) -> int:
+        """Fewer where a gradient is as wide as a logit, and a group costs as much as a chunk."""
+        return 2 if self.in_place else 4
+
+
+class Layout(NamedTuple):
+    """Tokens in a chunk and in a group."""
+
+    chunk: int
+    group: int
+
+
+def workspace_width(vocab: int) -> int:
+    """Columns of a chunk's logits: room for the vocabulary and at least one column of padding."""
+    return (vocab // ALIGNMENT + 1) * ALIGNMENT
+
+
+def workspace_bytes(size: WalkSize, layout: Layout) -> int:
+    """Bytes of logits and their gradients that a walk holds."""
+    if size.in_place:
+        columns = size.logit_bytes * (layout.group + (size.sides - 1) * layout.chunk)
+    else:
+        gradients = size.operand_bytes * layout.group if size.forming else 0
+        columns = size.logit_bytes * size.sides * layout.chunk + gradients
+    return size.width * columns
+
+
+def choose_layout(
+    size: WalkSize, num_tokens: int, budget: int, chunk_size: int | None = None
+) -> Layout:
+    """The largest chunk and group within a budget of bytes, or those of a given chunk."""
+    if chunk_size is None:
+        each = max(1, workspace_bytes(size, Layout(1, size.chunks_in_group)))
+        chunk_size = min(MAX_CHUNK, max(1, budget // each))
+        if chunk_size >= 128:
+            chunk_size -= chunk_size % 128  # whole tiles of the GEMMs
+    num_tokens = max(1, num_tokens)
+    chunk = min(chunk_size, num_tokens)
+    return Layout(chunk, min(size.chunks_in_group * chunk, num_tokens))
+
+
+def budget_on(device: torch.device, reserved: int, alone: bool = True) -> int:
+    """Bytes that a walk's workspaces may take on a device, with what is free there at this time.
+
+    Args:
+        reserved: bytes that the walk will take besides, for the gradients that it forms.
+        alone: whether no other rank must come to the same number, from other memory.
+    """
+    if device.type != "cuda":
+        return CPU_BUDGET
+    if not alone or torch.cuda.is_current_stream_capturing():
+        return GPU_BUDGET
+    return gpu_budget(free_bytes(device) - reserved)
+
+
+def gpu_budget(num_free: int) -> int:
+    """Bytes that a walk's workspaces may take on a GPU with so many free."""
+    return min(GPU_BUDGET, int(SHARE_OF_FREE * max(0, num_free)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on a GPU: the driver's and those PyTorch holds unused."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

@@ -1,0 +1,64 @@
+"""Two row functions of the same logits: one walk forms them, and what both add to the gradient.
+
+Dimension key:  C rows in a chunk, W columns of a chunk's logits
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sd import settings as specs
+from fused_sd.engine.chunk import Chunk, RowFunction
+
+
+@specs.setting
+class JointRows(NamedTuple):
+    """The values, extras and inputs of the first, then those of the second.
+
+    The first works on a copy of the student's logits, since both write their gradient over what
+    they read.  Both gradients are as wide as the logits, and their sum is rounded once.
+    """
+
+    first: Any  # a RowFunction whose replay is itself
+    second: Any  # likewise
+    num_inputs: int  # of the first
+
+    @property
+    def num_values(self) -> int:
+        return int(self.first.num_values + self.second.num_values)
+
+    @property
+    def num_entries(self) -> int:
+        return 0
+
+    @property
+    def whole_sides(self) -> tuple[bool, bool]:
+        sides = zip(self.first.whole_sides, self.second.whole_sides, strict=True)
+        student, teacher = (first or second for first, second in sides)
+        return student, teacher
+
+    def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
+        return [*self.first.extras(), *self.second.extras()]
+
+    def replay(self, extras: list[Tensor]) -> tuple[RowFunction, list[Tensor]]:
+        return self, []
+
+    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
+        logits, upstream, num = chunk.student, chunk.upstream, self.first.num_values
+        copy = chunk._replace(
+            student_side=chunk.student_side._replace(whole=logits.clone()),
+            inputs=chunk.inputs[: self.num_inputs],
+            upstream=None if upstream is None else upstream[:, :num],
+        )
+        values, extras = self.first(copy._replace(dlogits=copy.student))
+        rest = chunk._replace(
+            inputs=chunk.inputs[self.num_inputs :],
+            upstream=None if upstream is None else upstream[:, num:],
+            dlogits=logits,
+        )
+        more_values, more_extras = self.second(rest)
+        if upstream is not None:
+            assert chunk.dlogits is not None
+            torch.add(copy.student, logits, out=chunk.dlogits)
+        return torch.cat([values, more_values], 1), [*extras, *more_extras]

@@ -1,0 +1,154 @@
+"""Row functions of the token path: log-probabilities of chosen entries, and losses made of one.
+
+Dimension key:  C rows in a chunk, K chosen entries of a row
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sd import settings as specs
+from fused_sd.engine.chunk import Chunk, RowFunction
+from fused_sd.terms.surrogate import Surrogate, cross_entropy, surrogate
+
+
+@specs.setting
+class LogProbRows(NamedTuple):
+    """Log-probabilities of K entries, and the log-mass of the others or the entropy.
+
+    The per-token input is ``token_ids`` (C, K), or nothing where the student's own top-k is asked
+    for. Values are the K log-probabilities, then the tail's where asked for, then the entropy
+    likewise.
+    """
+
+    k: int
+    is_top_k: bool
+    tail: bool
+    entropy: bool
+
+    @property
+    def num_values(self) -> int:
+        return self.k + self.tail + self.entropy
+
+    @property
+    def num_entries(self) -> int:
+        return 0
+
+    @property
+    def whole_sides(self) -> tuple[bool, bool]:
+        return True, True
+
+    def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
+        return [(True, (self.k,))] if self.is_top_k else []
+
+    def replay(self, extras: list[Tensor]) -> tuple[RowFunction, list[Tensor]]:
+        """A second walk reads the entries that the first one chose."""
+        return self._replace(is_top_k=False), extras
+
+    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
+        rows, logits = chunk.functions.rows, chunk.student
+        ids = chunk.top_k(chunk.student_side, self.k) if self.is_top_k else chunk.inputs[0]
+        part = chunk.part(chunk.student_side, ids)
+        lse, *parts = rows.moments(logits) if self.entropy else (rows.log_normalizer(logits),)
+        lses = [lse]
+        if self.tail:
+            logits.scatter_(1, chunk.columns_of(ids), -torch.inf)
+            lses.append(rows.log_normalizer(logits))
+        lses, entropies, [chosen] = chunk.shard.join(lses, entropies=parts, riders=[part])
+        normalizer = lses[0]
+        values = [chosen - normalizer[:, None]]
+        if self.tail:
+            rest = lses[1]
+            values.append((rest - normalizer)[:, None])
+            normalizer = torch.where(rest == -torch.inf, 0, rest)
+        values += [entropy[:, None] for entropy in entropies]
+        result = torch.cat(values, -1)
+        extras = [ids] if self.is_top_k else []
+        if chunk.upstream is not None:
+            self._write_gradient_(chunk, ids, chosen, result, normalizer)
+        return result, extras
+
+    def _write_gradient_(
+        self, chunk: Chunk, ids: Tensor, chosen: Tensor, values: Tensor, normalizer: Tensor
+    ) -> None:
+        """Gradient of ``sum(upstream * values)``; never of a tail and an entropy at once."""
+        assert chunk.upstream is not None
+        upstream = chunk.upstream * chunk.shaping.factor
+        by_entry, log_probs = upstream[:, : self.k], values[:, : self.k]
+        total = upstream[:, : self.k + self.tail].sum(-1, keepdim=True)
+        constant, slope = -total[:, 0], None
+        at_entries = by_entry - log_probs.exp() * total
+        if self.tail:
+            constant = upstream[:, -1] - values[:, -1].exp() * total[:, 0]
+        if self.entropy:
+            slope = -upstream[:, -1]
+            constant = constant + slope * values[:, -1]
+            at_entries = at_entries + log_probs.exp() * slope[:, None] * (
+                log_probs + values[:, -1:]
+            )
+        columns = chunk.columns_of(ids)
+        chunk.write_gradient_(normalizer, constant, slope, columns, chosen, at_entries)
+
+
+@specs.setting
+class TokenLossRows(NamedTuple):
+    """A loss of the sampled token's log-probability.
+
+    The per-token inputs are those that ``input_names`` lists: ``token_ids`` (C,) and what the
+    surrogate reads, each (C,).  A teacher given by its hidden states contributes its
+    log-probability.
+    """
+
+    surrogate: Surrogate | None  # None: cross entropy
+    input_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+    @property
+    def num_values(self) -> int:
+        return 1
+
+    @property
+    def num_entries(self) -> int:
+        return 0
+
+    @property
+    def whole_sides(self) -> tuple[bool, bool]:
+        return True, True
+
+    def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
+        return [(False, ())] * len(self.metrics)
+
+    def replay(self, extras: list[Tensor]) -> tuple[RowFunction, list[Tensor]]:
+        return self, []
+
+    def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
+        rows, logits = chunk.functions.rows, chunk.student
+        inputs = dict(zip(self.input_names, chunk.inputs, strict=True))
+        ids = inputs["token_ids"][:, None]
+        wants_entropy = "entropy" in self.metrics
+        lse, *parts = rows.moments(logits) if wants_entropy else (rows.log_normalizer(logits),)
+        lses, labels = [lse], [chunk.part(chunk.student_side, ids)]
+        if chunk.teacher_side is not None:
+            lses.append(rows.log_normalizer(chunk.teacher))
+            labels.append(chunk.part(chunk.teacher_side, ids))
+        lses, entropies, labels = chunk.shard.join(lses, entropies=parts, riders=labels)
+        log_prob, *others = (label[:, 0] - lse for label, lse in zip(labels, lses, strict=True))
+        if others:
+            inputs["teacher_log_probs"] = others[0]
+        if self.surrogate is None:
+            term = cross_entropy(log_prob)
+        else:
+            term = surrogate(self.surrogate, log_prob, inputs)
+        metrics = {"log_prob": log_prob}
+        if "teacher_log_probs" in inputs:
+            metrics["teacher_log_prob"] = inputs["teacher_log_probs"]
+        metrics |= term.metrics
+        if wants_entropy:
+            metrics["entropy"] = entropies[0]
+        if chunk.upstream is not None:
+            coefficient = chunk.upstream[:, 0] * term.dlog_prob * chunk.shaping.factor
+            at_token = (-coefficient * torch.expm1(log_prob))[:, None]
+            columns = chunk.columns_of(ids)
+            chunk.write_gradient_(lses[0], -coefficient, None, columns, labels[0], at_token)
+        return term.loss[:, None], [metrics[name] for name in self.metrics]

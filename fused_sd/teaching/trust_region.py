@@ -1,0 +1,110 @@
+"""SDPO's trust-region teacher: between a reference and the student, without logits.
+
+Dimension key:  (...) tokens, D hidden size (R the reference's), V vocabulary
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_sd import checks
+from fused_sd.checks import fail
+from fused_sd.checks import tensors as tensor_checks
+from fused_sd.head.projection import LMHead, accumulation_dtype, as_head
+
+Side = tuple[Tensor, LMHead]
+
+
+def trust_region_states(
+    reference_hidden: Tensor,  # (..., R)
+    reference_head: Tensor | LMHead,  # (V, R)
+    student_hidden: Tensor,  # (..., D)
+    student_head: Tensor | LMHead,  # (V, D)
+    rate: float,
+) -> tuple[Tensor, LMHead]:
+    """States and head whose logits are ``(1 - rate) reference + rate student``.
+
+    That is the normalised geometric mean ``reference^(1 - rate) student^rate``.  With one head the
+    states are averaged; with two they stand side by side, ``[h, c h'] [W, W']^T``, which copies
+    both weights.  What is scaled is rounded once, to the states' dtype.
+
+    Args:
+        rate: the student's share; 0 and 1 give back the one or the other.
+
+    Returns:
+        Hidden states, (..., D) or (..., R + D), and their head, neither with a gradient.
+
+    Raises:
+        ValueError: vocabularies, dtypes or shapes differ, or logits are soft-capped.
+
+    Reference:
+        https://arxiv.org/abs/2601.20802, trust-region teacher.
+    """
+    checks.check_unit_interval("rate", rate)
+    sides = (reference_hidden, as_head(reference_head)), (student_hidden, as_head(student_head))
+    _check_sides(*sides)
+    if rate in (0, 1):
+        hidden, head = sides[int(rate)]
+        return hidden.detach(), _detached(head)
+    (reference, before), (student, now) = (
+        (hidden.detach(), _detached(head)) for hidden, head in sides
+    )
+    wide = accumulation_dtype(reference.dtype)
+    if _same(before, now):
+        return torch.lerp(reference.to(wide), student.to(wide), rate).to(reference.dtype), before
+    shares = (1 - rate) * before.logit_scale, rate * now.logit_scale
+    # the larger share goes into the scale of the logits, so that its states are not rounded again
+    scale = max(shares)
+    parts = [(h.to(wide) * (c / scale)).to(h.dtype) for h, c in zip((reference, student), shares)]
+    bias = None
+    for head, share in zip((before, now), shares):
+        if head.bias is not None:
+            term = head.bias.to(wide) * (share / scale)
+            bias = term if bias is None else bias + term
+    weight = torch.cat([before.weight, now.weight], dim=1)
+    bias = None if bias is None else bias.to(weight.dtype)
+    head = dataclasses.replace(now, weight=weight, bias=bias, logit_scale=scale)
+    return torch.cat(parts, -1), head
+
+
+def _check_sides(reference: Side, student: Side) -> None:
+    for name, (hidden, head) in zip(("reference", "student"), (reference, student)):
+        tensor_checks.check_hidden(hidden, f"{name}_hidden", head.weight, f"{name}_head")
+        if head.softcap is not None:
+            fail(
+                f"{name}_head",
+                "have no soft-cap, which is not linear in the states",
+                head.softcap,
+                'use an average of weights, Teacher(kind="ema"), for this model',
+            )
+    (states, before), (student_states, now) = reference, student
+    vocabularies = [(head.weight.shape[0], head.num_tokens) for head in (before, now)]
+    if vocabularies[0] != vocabularies[1]:
+        got = f"{vocabularies[0]} and {vocabularies[1]} rows and tokens"
+        fail("reference_head", "have the student's vocabulary", got, "cut both to the same rows")
+    if states.shape[:-1] != student_states.shape[:-1]:
+        got = f"{tuple(states.shape)} and {tuple(student_states.shape)}"
+        fail("reference_hidden", "be (..., R) at the student's tokens", got, "select the same ones")
+    if states.dtype != student_states.dtype or before.weight.dtype != now.weight.dtype:
+        got = f"{states.dtype} and {student_states.dtype}"
+        fail("reference_hidden", "have the student's dtype, and its head too", got, "cast one side")
+
+
+def _same(before: LMHead, now: LMHead) -> bool:
+    """Whether two heads are one tensor (and one bias) seen twice."""
+
+    def place(tensor: Tensor | None) -> Any:
+        return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride())
+
+    return (place(before.weight), place(before.bias), before.logit_scale) == (
+        place(now.weight),
+        place(now.bias),
+        now.logit_scale,
+    )
+
+
+def _detached(head: LMHead) -> LMHead:
+    bias = None if head.bias is None else head.bias.detach()
+    return dataclasses.replace(head, weight=head.weight.detach(), bias=bias)

@@ -1,0 +1,123 @@
+"""One number for each token: masks, means and importance ratios.
+
+Every mode in which a trainer averages token losses is linear in them, so it is a vector of weights
+for ``token_weights`` together with ``reduction="sum"``.
+
+Dimension key:  B sequences, T tokens of a sequence
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fused_sd import checks
+from fused_sd.checks import tensors as tensor_checks
+
+MAX_LOG_RATIO = 20.0  # log-ratios are clamped to +-20 before exp(), so that none overflows
+
+
+@dataclass(frozen=True, eq=False)
+class ImportanceCap:
+    """The truncated importance ratio ``min(pi / pi_old, cap)`` of the sampled token, a constant.
+
+    It is formed inside the loss from the student's own log-probability, at the loss's temperature.
+
+    Args:
+        old_log_probs: (...) log-probabilities of the loss's ``token_ids`` when they were sampled,
+            nats.
+        cap: largest ratio.
+
+    Reference:
+        Huebotter et al., *Reinforcement Learning via Self-Distillation* (SDPO), arXiv 2601.20802;
+        the cap of 2 is that of the official code's configuration.
+    """
+
+    old_log_probs: Tensor
+    cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        checks.check_positive("cap", self.cap, "pass importance=None for no importance ratio")
+
+
+def log_ratio(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
+    """Clamped ``log_prob - old_log_prob``."""
+    return (log_prob - old_log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def capped_ratio(log_prob: Tensor, old_log_prob: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """The importance ratio cut at ``cap``, and 1 where it was cut."""
+    ratio = log_ratio(log_prob, old_log_prob.to(log_prob)).exp()
+    return ratio.clamp(max=cap), (ratio > cap).to(ratio)
+
+
+Aggregation = Literal[
+    "token_sum",
+    "token_mean",
+    "sequence_mean_token_sum",
+    "sequence_mean_token_mean",
+    "all_sequences_mean_token_mean",
+    "constant_length",
+]
+
+
+def aggregation_weights(
+    mask: Tensor,  # (B, T)
+    mode: Aggregation,
+    *,
+    num_tokens: Tensor | float | None = None,
+    length: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Token weights (B, T) whose weighted sum is a trainer's average of the token losses.
+
+    Args:
+        mask: (B, T) 1 where a token counts.
+        mode: ``"token_sum"``; ``"token_mean"`` over the micro-batch, or over ``num_tokens`` tokens
+            of the whole batch (TRL's dapo, verl's and SD-Zero's global mean);
+            ``"sequence_mean_token_sum"`` and ``"sequence_mean_token_mean"`` over sequences that
+            have tokens (verl); ``"all_sequences_mean_token_mean"`` over all, empty ones too (TRL's
+            SDPO, SDFT and "grpo"); ``"constant_length"`` divides by ``B * length`` (Dr. GRPO).
+        num_tokens: divisor of "token_mean"; None: the mask's own sum.
+        length: tokens that a sequence counts as in "constant_length".
+        dtype: of the weights; float64 for a loss in float64.
+
+    Returns:
+        Weights, 0 where the mask is.
+
+    Raises:
+        ValueError: when the mask is not (B, T), or the mode or its length is missing.
+    """
+    tensor_checks.check_tensor("mask", mask)
+    if mask.dim() != 2:
+        checks.fail("mask", "be (B, T)", tuple(mask.shape), "give one row for each sequence")
+    weights = mask.to(dtype)
+    per_sequence = weights.sum(-1, keepdim=True)
+    num_nonempty = (per_sequence > 0).sum().clamp(min=1)
+    if mode == "token_sum":
+        return weights
+    if mode == "token_mean":
+        if num_tokens is None:
+            return weights / weights.sum().clamp(min=1)
+        return weights / num_tokens
+    if mode == "sequence_mean_token_sum":
+        return weights / num_nonempty
+    if mode == "sequence_mean_token_mean":
+        return weights / per_sequence.clamp(min=1) / num_nonempty
+    if mode == "all_sequences_mean_token_mean":
+        return weights / per_sequence.clamp(min=1) / max(mask.shape[0], 1)
+    if mode == "constant_length":
+        checks.check_positive("length", length, "pass the completion length to divide by")
+        assert length is not None
+        return weights / (length * max(mask.shape[0], 1))
+    modes = Aggregation.__args__
+    checks.check_one_of("mode", mode, modes)
+    raise AssertionError(mode)
+
+
+def skip_first_tokens(mask: Tensor, num_tokens: int) -> Tensor:
+    """The mask (B, T) without each sequence's first counted tokens (SDFT's code skips 3)."""
+    checks.check_non_negative("num_tokens", num_tokens, "pass 0 to skip none")
+    counted = mask != 0
+    return torch.where(counted & (counted.cumsum(-1) > num_tokens), mask, 0)

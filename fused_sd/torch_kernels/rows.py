@@ -1,0 +1,223 @@
+"""Row functions in PyTorch: what is done to a chunk of logits between the GEMMs.
+
+The twin of ``kernels/rows.py``: same names, same arguments, same results.  Rows are (C, W) logits
+in fp32 or fp64; a column of -inf has no mass.  A trailing underscore says that the gradient may
+take the place of the logits.
+
+A CPU visits a few rows at a time and reuses the memory of what it makes of them, so that all of it
+stays in the caches; nothing here selects by a mask, which costs as much as ten multiplications.
+
+Where the vocabulary lies on several ranks, a function of two sides returns what holds for all of
+them, a function of one side what holds for this rank's columns.
+
+Dimension key:  C rows in a chunk, R rows visited at a time, W columns
+"""
+
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sd.head.vocab_shard import WHOLE, VocabShard
+from fused_sd.terms.divergence import DivergenceTerm
+from fused_sd.terms.support import BLOCK
+from fused_sd.torch_kernels.near import FORMS, Block, clip_
+from fused_sd.torch_kernels.slices import slices
+
+READS_PADDING = False  # of -inf on both sides, where a log-ratio is not a number
+VISITED = 2**19  # logits at a time: smaller visits lose more to threads that wait for each other
+FLOOR = -1e4  # a log-probability whose probability is 0, and whose products are too
+# both KLs, the JSD with its beta, and both entropies, over the full vocabulary
+SUMMARY_PARAMETERS = {"forward_kl": 0.0, "reverse_kl": 0.0, "jsd": 0.5}
+SUMMARY = (*SUMMARY_PARAMETERS, "student_entropy", "teacher_entropy")
+
+
+class Normalizers(NamedTuple):
+    """Log-sum-exps of a chunk's rows on both sides."""
+
+    student: Tensor  # (C,)
+    teacher: Tensor  # (C,)
+    state: Any  # what a backend keeps beside them
+
+
+def log_normalizer(logits: Tensor) -> Tensor:
+    """Log-sum-exp of each row: (C,)."""
+    lse = logits.new_empty(logits.shape[0])
+    for at in _visits(logits):
+        torch.logsumexp(logits[at], -1, out=lse[at])
+    return lse
+
+
+def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of each row and its entropy in nats: (C,) each."""
+    lse = log_normalizer(logits)
+    return lse, _entropy(logits, lse)
+
+
+def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
+    """What these columns add to the entropy of rows with the given log-sum-exps: (C,)."""
+    entropy = torch.empty_like(normalizer)
+    for at, log_probs, spare in _visits(logits, 2):
+        torch.sub(logits[at], normalizer[at, None], out=log_probs)
+        torch.exp(log_probs, out=spare)
+        torch.sum(spare.mul_(log_probs.clamp_(min=FLOOR)), -1, out=entropy[at])
+    return entropy.neg_()
+
+
+def normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> Normalizers:
+    """Log-sum-exps of both sides' rows."""
+    lses = shard.join([log_normalizer(student), log_normalizer(teacher)]).normalizers
+    return Normalizers(lses[0], lses[1], None)
+
+
+def divergence_(
+    student: Tensor,  # (C, W)
+    teacher: Tensor,  # (C, W)
+    normalizers: Normalizers,
+    term: DivergenceTerm,
+    entry_clip: float | None,
+    upstream: Tensor | None,  # (C,)
+    cap: float | None,
+    out: Tensor | None,  # (C, >= W); may be the student's logits
+    shard: VocabShard = WHOLE,
+) -> tuple[Tensor, Tensor]:
+    """Sum of a divergence's terms over the vocabulary and, with ``upstream``, its gradient.
+
+    Args:
+        upstream: factors of the rows' gradients, or None: no gradient.
+        cap: soft-cap of the student's logits; the gradient is by the logits before it.
+        out: receives the gradient of ``sum(upstream * loss)``.
+
+    Returns:
+        loss: (C,) sum of the terms.
+        clipped: (C,) number of entries that the entry clip cut.
+    """
+    given = student, teacher, normalizers, term, entry_clip
+    if shard.alone:
+        loss, clipped, _ = _compare(*given, None, upstream, cap, out)
+        return loss, clipped
+    loss, clipped, total = shard.sum(*_compare(*given, None, None, cap, None))
+    if upstream is not None:
+        _compare(*given, total, upstream, cap, out)
+    return loss, clipped
+
+
+def _compare(
+    student: Tensor,
+    teacher: Tensor,
+    normalizers: Normalizers,
+    term: DivergenceTerm,
+    entry_clip: float | None,
+    known_total: Tensor | None,  # (C,) where these columns are not all of them
+    upstream: Tensor | None,
+    cap: float | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``divergence_``, of these columns; and the sum of ``dlog_s`` over them."""
+    loss, total = torch.empty_like(normalizers.student), torch.empty_like(normalizers.student)
+    clipped = torch.zeros_like(loss)
+    lse_s, lse_t = normalizers.student, normalizers.teacher
+    for at, *buffers in _visits(student, len(Block._fields)):
+        block = Block(*buffers)
+        is_near = block.fill_(student[at], teacher[at], lse_s[at], lse_t[at])
+        if is_near:
+            value, dlog_s = FORMS[term.name](block, term.parameter)
+            if entry_clip is not None:
+                value, dlog_s, clipped[at] = clip_(block, value, dlog_s, term.slope, entry_clip)
+            s = block.s
+        else:
+            value, dlog_s, cut = _terms(block.s, block.t, term, entry_clip)
+            clipped[at] = cut.sum(-1).to(loss)
+            s = block.s.exp_()
+        torch.sum(value, -1, out=loss[at])
+        torch.sum(dlog_s, -1, out=total[at])
+        if upstream is not None and out is not None:
+            whole = total if known_total is None else known_total
+            dlogits = dlog_s.sub_(s.mul_(whole[at, None]))
+            if not is_near:  # a token that is cut may be infinite
+                dlogits.masked_fill_(upstream[at, None] == 0, 0)
+            _write(dlogits, upstream[at], student[at], cap, out[at])
+    return loss, clipped, total
+
+
+def softmax_gradient_(
+    logits: Tensor,  # (C, W)
+    normalizer: Tensor,  # (C,)
+    constant: Tensor,  # (C,)
+    slope: Tensor | None,  # (C,)
+    cap: float | None,
+    out: Tensor,  # (C, W); may be the logits
+) -> None:
+    """``out = exp(x) * (constant + slope * x)`` with ``x = logits - normalizer``."""
+    for at, shifted, share in _visits(logits, 2):
+        torch.sub(logits[at], normalizer[at, None], out=shifted)
+        torch.exp(shifted, out=share)
+        if slope is not None:
+            factor = shifted.clamp_(min=FLOOR).mul_(slope[at, None]).add_(constant[at, None])
+            _write(share.mul_(factor), None, logits[at], cap, out[at])
+        else:
+            _write(share, constant[at], logits[at], cap, out[at])
+
+
+def summary(
+    student: Tensor,
+    teacher: Tensor,
+    normalizers: Normalizers,
+    names: Collection[str],
+    shard: VocabShard = WHOLE,
+) -> dict[str, Tensor]:
+    """What a row of both sides says: those of ``SUMMARY`` that are named, each (C,)."""
+    parts = {}
+    for name, parameter in SUMMARY_PARAMETERS.items():
+        if name in names:
+            term = DivergenceTerm(name, parameter, 0.0)
+            pair = student, teacher, normalizers
+            parts[name] = _compare(*pair, term, None, None, None, None, None)[0]
+    for name, side, lse in (
+        ("student_entropy", student, normalizers.student),
+        ("teacher_entropy", teacher, normalizers.teacher),
+    ):
+        if name in names:
+            parts[name] = _entropy(side, lse)
+    return dict(zip(parts, shard.sum(*parts.values()), strict=True))
+
+
+def block_maxima(logits: Tensor) -> Tensor:
+    """The largest logit of every ``BLOCK`` columns: (C, ceil(W / BLOCK))."""
+    num_columns = logits.shape[1]
+    whole = num_columns // BLOCK * BLOCK
+    blocks = logits[:, :whole].unflatten(1, (whole // BLOCK, BLOCK)).amax(-1)
+    if whole == num_columns:
+        return blocks
+    return torch.cat([blocks, logits[:, whole:].amax(-1, keepdim=True)], 1)
+
+
+def _visits(logits: Tensor, num_buffers: int = 0) -> Iterator[Any]:
+    """Slices of rows, each with buffers (R, W) that the next visit reuses."""
+    num_rows, width = logits.shape
+    size = max(1, num_rows if logits.is_cuda else VISITED // max(1, width))
+    buffers = logits.new_empty((num_buffers, min(size, num_rows), width))
+    for at in slices(0, num_rows, size):
+        yield (at, *buffers[:, : at.stop - at.start]) if num_buffers else at
+
+
+def _terms(
+    log_s: Tensor, log_t: Tensor, term: DivergenceTerm, entry_clip: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if entry_clip is not None:
+        return term.clipped(log_s, log_t, entry_clip)
+    value, dlog_s = term.function(log_s, log_t, term.parameter)
+    return value, dlog_s, torch.zeros_like(value[:, :1])
+
+
+def _write(
+    dlogits: Tensor, upstream: Tensor | None, logits: Tensor, cap: float | None, out: Tensor
+) -> None:
+    """Scale a gradient, carry it through the soft-cap's derivative and round it once."""
+    if cap is not None:
+        dlogits.mul_(logits.clamp(min=-cap).div_(cap).square_().neg_().add_(1))
+    if upstream is None:
+        out[:, : dlogits.shape[1]].copy_(dlogits)
+    else:
+        torch.mul(dlogits, upstream[:, None], out=out[:, : dlogits.shape[1]])

@@ -1,0 +1,106 @@
+"""What a teacher is asked: a prompt whose last user turn is written anew, with a context in it."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from fused_sd.checks import fail
+from fused_sd.integrations.shared.rollouts import Rollout, without_thinking
+
+
+def last_user_text(prompt: Any) -> str:
+    """The text that a template's ``{prompt}`` stands for: of the last user turn, or all of it."""
+    if isinstance(prompt, str):
+        return prompt
+    if not prompt or prompt[-1].get("role") != "user":
+        role = prompt[-1].get("role") if prompt else None
+        fail(
+            "prompt",
+            "end with a user turn, whose text the teacher's template rewrites",
+            f"a last turn of {role!r}",
+            "move prefilled answers and tool turns out of the prompt",
+        )
+    content = prompt[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] for part in content if part.get("type") == "text")
+
+
+def with_user_text(prompt: Any, text: str) -> Any:
+    """The prompt with other words in its last user turn; earlier turns stay."""
+    if isinstance(prompt, str):
+        return text
+    return [*prompt[:-1], {**prompt[-1], "content": text}]
+
+
+def check_template(name: str, template: str, *needed: str) -> None:
+    """Refuse a template that lacks a placeholder or has one that nobody fills in."""
+    try:
+        template.format(**dict.fromkeys(needed, ""))
+    except (KeyError, IndexError, ValueError) as error:
+        fail(
+            name, f"hold no placeholders but {_braced(needed)}", repr(error), "double other braces"
+        )
+    missing = [field for field in needed if f"{{{field}}}" not in template]
+    if missing:
+        fail(name, f"hold {_braced(needed)}", repr(template), f"add {_braced(missing)}")
+
+
+def _braced(fields: Sequence[str]) -> str:
+    return ", ".join(f"{{{field}}}" for field in fields)
+
+
+def reprompted(prompt: Any, template: str, **parts: str) -> Any:
+    """The prompt whose last user turn is a template, filled with its text as {prompt} and parts."""
+    text = template.format(prompt=last_user_text(prompt), **parts)
+    return with_user_text(prompt, text)
+
+
+class SiblingSettings(Protocol):
+    """Settings of SDPO's contexts, by the names of TRL's SDPOConfig."""
+
+    use_successful_as_teacher: bool
+    success_reward_threshold: float
+    dont_reprompt_on_self_success: bool
+    remove_thinking_from_demonstration: bool
+    include_environment_feedback: bool
+    environment_feedback_only_without_solution: bool
+    include_own_attempt: bool
+    reprompt_template: str
+    solution_template: str
+    feedback_template: str
+    attempt_template: str
+
+
+def check_sibling_templates(settings: SiblingSettings) -> None:
+    """Refuse templates that lack a placeholder."""
+    check_template(
+        "reprompt_template", settings.reprompt_template, "prompt", "solution", "feedback"
+    )
+    check_template("solution_template", settings.solution_template, "successful_previous_attempt")
+    check_template("feedback_template", settings.feedback_template, "feedback_raw")
+    check_template("attempt_template", settings.attempt_template, "attempt")
+
+
+def sibling_prompt(rollout: Rollout, feedback: str | None, settings: SiblingSettings) -> Any:
+    """SDPO's teacher prompt: the first successful sibling, feedback, or both; None for neither."""
+    solution = said = ""
+    if settings.use_successful_as_teacher:
+        found = rollout.siblings(
+            threshold=settings.success_reward_threshold,
+            successful=True,
+            itself=not settings.dont_reprompt_on_self_success,
+        )
+        if found:
+            text = found[0].text
+            if settings.remove_thinking_from_demonstration:
+                text = without_thinking(text)
+            solution = settings.solution_template.format(successful_previous_attempt=text)
+    unneeded = settings.environment_feedback_only_without_solution and solution
+    if settings.include_environment_feedback and (feedback or "").strip() and not unneeded:
+        said = settings.feedback_template.format(feedback_raw=feedback)
+    if not solution and not said:
+        return None
+    if settings.include_own_attempt:
+        said = settings.attempt_template.format(attempt=rollout.text) + said
+    template = settings.reprompt_template
+    return reprompted(rollout.prompt, template, solution=solution, feedback=said)

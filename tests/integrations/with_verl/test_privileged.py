@@ -1,0 +1,273 @@
+"""The teacher's sequences, against lists of tokens written by hand."""
+
+import dataclasses
+
+import pytest
+import torch
+from chat_tokenizer import ids, text, tokenizer
+
+from fused_sd.integrations.shared.rollouts import Rollout, Sibling
+from fused_sd.integrations.verl.contexts import (
+    AttemptContext,
+    PromptTokenizer,
+    ReferenceContext,
+    SiblingContext,
+)
+from fused_sd.integrations.verl.privileged import (
+    response_rows,
+    rows_of,
+    student_rows,
+    taught_tokens,
+    teacher_batch,
+)
+
+PROMPTS = [torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5, 6])]
+RESPONSES = [torch.tensor([10, 11, 12]), torch.tensor([], dtype=torch.int64), torch.tensor([13])]
+WORDS = PromptTokenizer(tokenizer())
+
+
+def lists(jagged):
+    return [row.tolist() for row in jagged.unbind()]
+
+
+def test_a_context_stands_before_the_whole_response():
+    teacher = teacher_batch(PROMPTS, RESPONSES, [[7, 8, 9], [7], None])
+    assert lists(teacher.input_ids) == [[7, 8, 9, 10, 11, 12], [7], [4, 5, 6, 13]]
+    assert lists(teacher.position_ids) == [[0, 1, 2, 3, 4, 5], [0], [0, 1, 2, 3]]
+    assert teacher.mask.tolist() == [1, 1, 0]
+    assert teacher.mask.dtype == torch.float32
+    assert teacher.num_truncated == 0
+    assert set(teacher.fields()) == {
+        "teacher_input_ids",
+        "teacher_position_ids",
+        "self_distillation_mask",
+    }
+
+
+def test_a_long_context_loses_its_beginning_and_never_the_response():
+    teacher = teacher_batch(PROMPTS, RESPONSES, [[7, 8, 9], [7], None], max_prompt_length=2)
+    assert lists(teacher.input_ids) == [[8, 9, 10, 11, 12], [7], [4, 5, 6, 13]]
+    assert teacher.num_truncated == 1
+
+
+def test_a_sample_without_a_prompt_or_with_an_empty_context_is_refused():
+    with pytest.raises(ValueError, match="contexts must hold a token, got an empty one"):
+        teacher_batch(PROMPTS, RESPONSES, [[], None, None])
+    with pytest.raises(ValueError, match="prompts must hold a token"):
+        teacher_batch([PROMPTS[0][:0]], RESPONSES[:1], [None])
+    with pytest.raises(
+        ValueError, match="be one for each sample, got 3 prompts, 3 responses and 1"
+    ):
+        teacher_batch(PROMPTS, RESPONSES, [None])
+
+
+def test_padded_batches_have_the_rows_of_jagged_ones():
+    jagged = torch.nested.as_nested_tensor(PROMPTS, layout=torch.jagged)
+    padded = torch.tensor([[0, 1, 2], [0, 0, 3], [4, 5, 6]])
+    mask = torch.tensor([[0, 1, 1], [0, 0, 1], [1, 1, 1]])
+    for found in (rows_of(jagged), rows_of(padded, mask, padded="left")):
+        assert [row.tolist() for row in found] == [[1, 2], [3], [4, 5, 6]]
+    right = rows_of(padded.flip(1), mask.flip(1))
+    assert [row.tolist() for row in right] == [[2, 1], [3], [6, 5, 4]]
+    with pytest.raises(ValueError, match="have its zeros on the right"):
+        rows_of(padded, mask)
+    with pytest.raises(ValueError, match=r"mask must be \(3, 3\) for padded ids, got none"):
+        rows_of(padded)
+
+
+def test_the_rows_that_predict_the_response_go_onto_the_students():
+    teacher = teacher_batch(PROMPTS, RESPONSES, [[7, 8, 9, 9], [7], None])
+    # at each row the token that it predicts, as a log-probability would stand there
+    offsets = teacher.input_ids.offsets()
+    predicted = torch.nested.nested_tensor_from_jagged(
+        torch.roll(teacher.input_ids.values(), -1).float(), offsets
+    )
+    lengths = torch.tensor([3, 0, 1])
+    found = response_rows(predicted, lengths)
+    assert [row.tolist() for row in found] == [[10, 11, 12], [], [13]]
+    placed = student_rows(found, PROMPTS)
+    assert [row[:, 0].tolist() for row in placed.unbind()] == [
+        [0, 10, 11, 12, 0],
+        [0],
+        [0, 0, 13, 0],
+    ]
+    assert [row.shape[-1] for row in placed.unbind()] == [1, 1, 1]
+
+
+def test_verl_reads_the_students_rows_as_a_servers():
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    jagged = {
+        "prompts": torch.nested.as_nested_tensor(PROMPTS, layout=torch.jagged),
+        "responses": torch.nested.as_nested_tensor(RESPONSES, layout=torch.jagged),
+    }
+    values = [torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([]), torch.tensor([-4.0])]
+    read = no_padding_2_padding(student_rows(values, PROMPTS), tu.get_tensordict(jagged))
+    assert read.squeeze(-1).tolist() == [[-1, -2, -3], [0, 0, 0], [-4, 0, 0]]
+
+
+def test_tokens_of_samples_without_a_context_are_not_taught():
+    mask = torch.nested.as_nested_tensor(
+        [torch.tensor([1, 0, 1]), torch.tensor([], dtype=torch.int64), torch.tensor([1])],
+        layout=torch.jagged,
+    )
+    assert lists(taught_tokens(mask, torch.tensor([1.0, 1.0, 0.0]))) == [[1, 0, 1], [], [0]]
+
+
+PROMPT = [{"role": "system", "content": "Sum."}, {"role": "user", "content": "1+1?"}]
+
+
+def rollout(**changes):
+    own = Rollout(
+        prompt=PROMPT,
+        prompt_ids=WORDS.chat(PROMPT),
+        completion_ids=[*ids("3"), tokenizer().eos_token_id],
+        text="3",
+        reward=0.0,
+        privileged="2",
+        feedback="Too large.",
+        index=0,
+        group=[Sibling(0, "3", 0.0), Sibling(1, "<think>1, 2</think> It is 2.", 1.0)],
+    )
+    return dataclasses.replace(own, **changes)
+
+
+def chat(user):
+    return WORDS.chat([PROMPT[0], {"role": "user", "content": user}])
+
+
+def test_sdpo_shows_the_first_success_without_its_thoughts():
+    shown = SiblingContext().teacher_prompt(rollout(), WORDS)
+    expected = "1+1?\nCorrect solution:\n\nIt is 2.\n\nCorrectly solve the original question."
+    assert text(shown) == text(chat(expected))
+    assert text(shown).startswith("<|im_start|>system\nSum.<|im_end|>")
+    assert text(shown).endswith("<|im_start|>assistant\n")
+    thinking = SiblingContext(remove_thinking_from_demonstration=False)
+    assert "<think>1, 2</think>" in text(thinking.teacher_prompt(rollout(), WORDS))
+
+
+def test_sdpo_shows_feedback_where_no_sibling_succeeded():
+    alone = rollout(group=[Sibling(0, "3", 0.0)])
+    shown = text(SiblingContext().teacher_prompt(alone, WORDS))
+    assert (
+        "\nThe following is feedback from your unsuccessful earlier attempt:\n\nToo large." in shown
+    )
+    assert "Correct solution" not in shown
+    for silent in (
+        dataclasses.replace(alone, feedback=None),
+        dataclasses.replace(alone, feedback=" "),
+    ):
+        assert SiblingContext().teacher_prompt(silent, WORDS) is None
+    both = SiblingContext(
+        environment_feedback_only_without_solution=False, include_own_attempt=True
+    )
+    shown = text(both.teacher_prompt(rollout(), WORDS))
+    assert (
+        shown.index("It is 2.") < shown.index("Your earlier attempt:\n\n3") < shown.index("Too l")
+    )
+
+
+def test_a_lone_success_is_its_own_solution_only_where_that_is_asked_for():
+    lone = rollout(index=1, feedback=None)
+    assert SiblingContext().teacher_prompt(lone, WORDS) is None
+    shown = SiblingContext(dont_reprompt_on_self_success=False).teacher_prompt(lone, WORDS)
+    assert "It is 2." in text(shown)
+
+
+def test_opsd_shows_the_reference_and_nothing_without_one():
+    context = ReferenceContext("{prompt} Reference: {privileged}")
+    assert context.teacher_prompt(rollout(), WORDS) == chat("1+1? Reference: 2")
+    assert context.teacher_prompt(rollout(privileged=None), WORDS) is None
+    with pytest.raises(ValueError, match=r"reprompt_template must hold \{prompt\}, \{privileged\}"):
+        ReferenceContext("{prompt}")
+
+
+def test_sd_zero_shows_ones_own_response_and_the_verdict():
+    context = AttemptContext(correct_phrase="Right.", wrong_phrase="Wrong.")
+    prompt = rollout().prompt_ids
+    assert context.teacher_prompt(rollout(), WORDS) == [*prompt, *ids("3\n\nWrong.\n\n")]
+    right = rollout(reward=1.0)
+    assert context.teacher_prompt(right, WORDS) == [*prompt, *ids("3\n\nRight.\n\n")]
+    # the prompt, the attempt, the phrase between its delimiters, and the response with its end
+    whole = len(prompt) + len(ids("3\n\nWrong.\n\n")) + 2
+    assert AttemptContext(wrong_phrase="Wrong.", max_length=whole).teacher_prompt(rollout(), WORDS)
+    short = AttemptContext(wrong_phrase="Wrong.", max_length=whole - 1)
+    assert short.teacher_prompt(rollout(), WORDS) is None
+
+
+def micro_batch(mask, *, num_tokens=4):
+    """Two samples of a prompt's token and two of a response; what the engine returns for them."""
+    from verl.utils import tensordict_utils as tu
+
+    def jagged(*rows):
+        rows = [torch.as_tensor(row, dtype=torch.float32) for row in rows]
+        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+    data = tu.get_tensordict(
+        {
+            "prompts": jagged([1], [2]),
+            "responses": jagged([3, 4], [5, 6]),
+            "response_mask": jagged([1, 1], [1, 1]).long(),
+            "advantages": jagged([1, 1], [1, 1]),
+            "old_log_probs": jagged([-1, -1], [-1, -1]),
+            "self_distillation_mask": torch.tensor(mask),
+        }
+    )
+    tu.assign_non_tensor(data, batch_num_tokens=num_tokens)
+    output = {
+        "distillation_losses": jagged([0.5, 0.25, 9], [0.125, 1, 9]),
+        "student_mass": jagged([0.75, 0.75, 9], [0.5, 0.5, 9]),
+        "teacher_mass": jagged([0.75, 0.75, 9], [0.5, 0.5, 9]),
+        "log_probs": jagged([-1, -1, 9], [-1, -1, 9]),
+        "teacher_log_probs": jagged([0, 0, 9], [0, 0, 9]),
+    }
+    return data, output
+
+
+def settings(**loss):
+    from types import SimpleNamespace
+
+    from fused_sd.integrations.verl.config import FusedSDLossConfig
+
+    config = FusedSDLossConfig(use_task_rewards=False, teacher="live", **loss)
+    return SimpleNamespace(strategy="fsdp2"), SimpleNamespace(distillation_loss=config)
+
+
+def test_a_sample_without_a_context_has_no_divergence_and_no_share_in_the_masses():
+    from fused_sd.integrations.verl.losses import topk_loss
+
+    data, output = micro_batch([1.0, 0.0])
+    losses, metrics = topk_loss(*settings(), output, data)
+    assert losses.tolist() == [[0.5, 0.25], [0, 0]]
+    assert metrics["distillation/student_mass"] == 0.75
+    assert data["batch_num_tokens"] == 4
+
+
+def test_a_batch_without_any_context_has_loss_0_and_not_0_of_0():
+    from fused_sd.integrations.verl.losses import topk_loss
+
+    data, output = micro_batch([0.0, 0.0], num_tokens=0)
+    losses, _ = topk_loss(*settings(), output, data)
+    assert losses.tolist() == [[0, 0], [0, 0]]
+    assert data["batch_num_tokens"] == 1
+
+
+def test_rlsd_without_a_context_is_grpo():
+    from fused_sd.integrations.verl.losses import rlsd_loss
+
+    data, output = micro_batch([1.0, 0.0])
+    losses, _ = rlsd_loss(*settings(loss_mode="fused_sd_rlsd"), output, data)
+    # the evidence is e, cut to 1.2 and mixed half and half with 1
+    torch.testing.assert_close(losses, torch.tensor([[-1.1, -1.1], [-1.0, -1.0]]))
+
+
+def test_rlsd_reads_a_workers_scores_where_the_batch_has_them():
+    from fused_sd.integrations.verl.losses import rlsd_loss
+
+    data, output = micro_batch([1.0, 1.0])
+    del output["teacher_log_probs"]
+    known = [torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -1.0])]
+    data["teacher_logprobs"] = student_rows(known, [torch.tensor([1]), torch.tensor([2])])
+    losses, _ = rlsd_loss(*settings(loss_mode="fused_sd_rlsd"), output, data)
+    torch.testing.assert_close(losses, torch.tensor([[-1.0, -1.0], [-0.9, -1.0]]))

@@ -1,0 +1,185 @@
+"""Compile every kernel for GPUs that are not here, and print what the compiler made of it.
+
+The launchers run on meta tensors with their real specialisation; nothing is launched.  A process of
+its own, since Triton either interprets or compiles: ``python compile_kernels.py cuda 90`` prints
+JSON, and without a target ``python compile_kernels.py`` prints a table of all of them.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import fused_sd
+from fused_sd.engine.gradients import MOST
+from fused_sd.engine.layout import ALIGNMENT, workspace_width
+from fused_sd.kernels import rows, sparse
+from fused_sd.terms.divergence import divergence_term
+from fused_sd.torch_kernels.sparse import Entries
+
+CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+TARGETS = ("cuda 80", "cuda 90", "cuda 100", "hip gfx942")
+VOCABULARIES = (workspace_width(100278), 100279)  # as the walk has them; aligned to nothing
+
+
+class AbsentDriver:
+    """Answers the launcher for a GPU that is not attached."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+class Compiled(NamedTuple):
+    """A kernel as a launcher launches it."""
+
+    name: str
+    constants: dict[str, object]
+    aligned: bool  # rows of logits that start at aligned addresses, as the walk's do
+    kernel: object
+
+
+def compile_all(target: GPUTarget) -> list[Compiled]:
+    """Every kernel that the launchers launch."""
+    compiled: list[Compiled] = []
+    launch = JITFunction.run
+
+    def compile_instead(self, *args, grid, warmup=False, **options):
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        compiled.append(Compiled(self.fn.__name__, options, vocab % ALIGNMENT == 0, kernel))
+        return kernel
+
+    driver.set_active(AbsentDriver(target))
+    JITFunction.run = compile_instead
+    for vocab in VOCABULARIES:
+        launch_rows(vocab)
+        launch_sparse(vocab)
+    return compiled
+
+
+def launch_rows(vocab: int) -> None:
+    student, teacher = (torch.empty(1024, vocab, device="meta") for _ in range(2))
+    row = torch.empty(1024, device="meta")
+    rows.log_normalizer(student)
+    rows.moments(student)
+    sides = rows.normalizers(student, teacher)
+    rows.summary(student, teacher, sides, ())
+    narrow = torch.empty_like(student, dtype=torch.bfloat16)
+    for out in (narrow, student):
+        for slope in (None, row):
+            rows.softmax_gradient_(student, row, row, slope, 30.0, out)
+        for divergence in ("forward_kl", "reverse_kl", fused_sd.Jsd(0.5), fused_sd.MixedKl(0.5)):
+            pair = (student, teacher, sides, divergence_term(divergence))
+            for entry_clip in (None, 0.05):
+                rows.divergence_(*pair, entry_clip, None, None, None)
+                rows.divergence_(*pair, entry_clip, row, None, out)
+
+
+def launch_sparse(vocab: int) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden = torch.empty(1024, 4096, dtype=dtype, device="meta")
+        weight = torch.empty(vocab, 4096, dtype=dtype, device="meta")
+        gradient = torch.empty(1024, workspace_width(vocab), dtype=dtype, device="meta")
+        sparse.select(gradient[:, :vocab], 2.0**-8, MOST)
+        sparse.entry_logits(hidden, weight, torch.empty(1024, 64, dtype=torch.int64, device="meta"))
+        wide = torch.empty(4096, device="meta")
+        factor = torch.empty(1024, device="meta")
+        columns = torch.empty(65536, dtype=torch.int32, device="meta")
+        starts = torch.empty(1025, dtype=torch.int64, device="meta")
+        entries = Entries(columns, torch.empty(65536, device="meta"), starts, factor)
+        sparse.gather_sum(entries, weight, wide, factor, dtype)
+        base = torch.empty(vocab, 4096, device="meta"), torch.empty((), device="meta")
+        sparse.segment_sum(entries, hidden, vocab, factor, *base, dtype)
+    for k in (20, 100, 1024):  # lists of every size
+        sparse.top_k(torch.empty(1024, workspace_width(vocab), device="meta"), k)
+
+
+def resources(kernel) -> dict[str, object]:
+    """Registers, bytes spilled, function calls that are left, barriers, loads of 16 bytes."""
+    if "cubin" in kernel.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            dump = [CUOBJDUMP, "--dump-resource-usage", file.name]
+            usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+        found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+        ptx = kernel.asm["ptx"]
+        return {
+            "registers": int(found["REG"]),
+            "spilled": int(found["STACK"]),
+            "calls": len(re.findall(r"\bcall\b", ptx)),
+            "barriers": len(re.findall(r"\b(bar|barrier)(\.cta)?\.sync", ptx)),
+            "wide_loads": len(re.findall(r"ld\.global\.v4\.b32", ptx)),
+        }
+    assembly = kernel.asm["amdgcn"]
+
+    def count(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        assert found is not None
+        return int(found.group(1))
+
+    return {
+        "registers": count("vgpr_count"),
+        "spilled": 4 * count("vgpr_spill_count"),
+        "calls": assembly.count("s_swappc_b64"),
+        "barriers": assembly.count("s_barrier"),
+        "wide_loads": assembly.count("_load_dwordx4"),
+    }
+
+
+def describe(target: GPUTarget) -> list[dict[str, object]]:
+    """Of every kernel its name, its constants and its resources."""
+    return [
+        {
+            "name": name,
+            "in_place": bool(constants.get("IN_PLACE")),
+            "aligned": aligned,
+            "shared": kernel.metadata.shared,
+            **resources(kernel),
+        }
+        for name, constants, aligned, kernel in compile_all(target)
+    ]
+
+
+def print_table() -> None:
+    """The most that any variant of a kernel takes, on every target."""
+    for target in TARGETS:
+        command = [sys.executable, __file__, *target.split()]
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        kernels = json.loads(run.stdout)
+        for name in sorted({kernel["name"] for kernel in kernels}):
+            variants = [kernel for kernel in kernels if kernel["name"] == name]
+            most = {
+                key: max(k[key] for k in variants) for key in ("registers", "shared", "spilled")
+            }
+            print(f"{target:12} {name:20} {len(variants):2} variants", *most.items())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        print_table()
+    else:
+        backend, arch = sys.argv[1:]
+        wide = 32 if backend == "cuda" else 64
+        print(json.dumps(describe(GPUTarget(backend, int(arch) if arch.isdigit() else arch, wide))))
