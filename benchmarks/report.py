@@ -43,7 +43,7 @@ COLUMNS = (
     "dH error",
     "dW error",
 )
-SUMMARY = (
+ROW_METRICS = (
     "objective",
     "shape",
     "tokens",
@@ -127,7 +127,7 @@ def markdown_lines(
             if cell["floor"] is not None
         ]
         if rest:
-            yield from (line(SUMMARY), ruler(4, len(SUMMARY)), *map(summary_row, rest), "")
+            yield from (line(ROW_METRICS), ruler(4, len(ROW_METRICS)), *map(summary_row, rest), "")
 
 
 def setting_line(where: dict[str, str]) -> str:

@@ -55,15 +55,15 @@ def make_tasks(num_rows: int, vocab: int, device: torch.device) -> list[Task]:
     one, two, narrow = (4 * student.numel(), 8 * student.numel(), 2 * student.numel())
     reverse, jsd = divergence_term("reverse_kl"), divergence_term(Jsd(0.5))
 
-    def compare(term: object, upstream: Tensor | None) -> Callable[[], object]:
-        return lambda: rows.divergence_(student, teacher, sides, term, None, upstream, None, out)
+    def compare(term: object, row_weights: Tensor | None) -> Callable[[], object]:
+        return lambda: rows.divergence_(student, teacher, sides, term, None, row_weights, None, out)
 
     return [
         Task("log_normalizer", lambda: rows.log_normalizer(student), one),
         Task("normalizers", lambda: rows.normalizers(student, teacher), two),
         Task("divergence", compare(jsd, None), two),
         Task("divergence_gradient", compare(reverse, ones), two + narrow),
-        Task("summary", lambda: rows.summary(student, teacher, sides, ()), two),
+        Task("row_metrics", lambda: rows.row_metrics(student, teacher, sides, ()), two),
         Task(
             "softmax_gradient",
             lambda: rows.softmax_gradient_(student, sides.student, ones, None, None, out),

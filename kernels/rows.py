@@ -19,7 +19,7 @@ from fused_sd.kernels.launching import launch
 from fused_sd.kernels.programs import rows as programs
 from fused_sd.kernels.tuning import launch_for
 from fused_sd.terms.divergence import DivergenceTerm
-from fused_sd.torch_kernels.rows import SUMMARY, Normalizers
+from fused_sd.torch_kernels.rows import ROW_METRICS, Normalizers
 
 READS_PADDING = True  # so that a row is read in pieces of 16 bytes, whatever its vocabulary
 STATE = 8  # numbers that are kept of a pair of rows: five, in one sector of memory
@@ -32,7 +32,7 @@ def log_normalizer(logits: Tensor) -> Tensor:
     return lse
 
 
-def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
+def lse_and_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of each row and its entropy in nats: (C,) each."""
     lse, entropy = (logits.new_empty(logits.shape[0]) for _ in range(2))
     _launch(programs.log_normalizer, logits, *_of(logits), lse, entropy, HAS_ENTROPY=True)
@@ -54,29 +54,29 @@ def divergence_(
     normalizers: Normalizers,
     term: DivergenceTerm,
     entry_clip: float | None,
-    upstream: Tensor | None,
+    row_weights: Tensor | None,
     cap: float | None,
     out: Tensor | None,
     shard: VocabShard = WHOLE,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of a divergence's terms over the vocabulary and, with ``upstream``, its gradient."""
+    """Sum of a divergence's terms over the vocabulary and, with ``row_weights``, its gradient."""
     loss = torch.empty_like(normalizers.student)
     clipped = torch.zeros_like(loss)
     total = torch.empty_like(loss)
     pair = *_pair(student, teacher), normalizers.state
-    settings = term.parameter, term.slope, 0.0 if entry_clip is None else entry_clip
+    settings = term.parameter, term.balance, 0.0 if entry_clip is None else entry_clip
     constants = {"DIVERGENCE": TERMS[term.name], "HAS_CLIP": entry_clip is not None, "STATE": STATE}
     ratio_share = None if entry_clip is not None else _share_of_mean_ratio(term)
-    has_gradient = upstream is not None and out is not None
+    has_gradient = row_weights is not None and out is not None
     if not has_gradient or ratio_share is None:
         totals = loss, total, clipped
         _launch(programs.divergence, student, *pair, *totals, *settings, **constants)
         loss, total, clipped = shard.sum(*totals)
-    if upstream is not None and out is not None:
+    if row_weights is not None and out is not None:
         _launch(
             programs.divergence_gradient,
             student,
-            *(*pair, loss, total, upstream, out, out.stride(0), *settings),
+            *(*pair, loss, total, row_weights, out, out.stride(0), *settings),
             *(ratio_share or 0.0, 1.0 if cap is None else 1 / cap),
             **constants,
             HAS_TOTAL=ratio_share is None,
@@ -108,7 +108,7 @@ def softmax_gradient_(
     )
 
 
-def summary(
+def row_metrics(
     student: Tensor,
     teacher: Tensor,
     normalizers: Normalizers,
@@ -116,11 +116,11 @@ def summary(
     shard: VocabShard = WHOLE,
 ) -> dict[str, Tensor]:
     """What a row of both sides says: one pass finds all that can be named; see the twin."""
-    out = student.new_empty((len(SUMMARY), student.shape[0]))
+    out = student.new_empty((len(ROW_METRICS), student.shape[0]))
     pair = *_pair(student, teacher), normalizers.state
-    _launch(programs.summary, student, *pair, out, out.stride(0), STATE=STATE)
+    _launch(programs.row_metrics, student, *pair, out, out.stride(0), STATE=STATE)
     [out] = shard.sum(out)
-    return {name: values for name, values in zip(SUMMARY, out) if name in names}
+    return {name: values for name, values in zip(ROW_METRICS, out) if name in names}
 
 
 def _join_(state: Tensor, shard: VocabShard) -> None:

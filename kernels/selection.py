@@ -58,7 +58,7 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
         count=wide.new_empty(num_rows, dtype=torch.int64),
         norm=wide.new_empty(num_rows),
         dropped=wide.new_empty(num_rows),
-        spread=wide.new_empty(num_rows),
+        dropped_mass=wide.new_empty(num_rows),
     )
     launch(
         programs.candidates,

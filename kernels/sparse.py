@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_sd.kernels.launching import launch
 from fused_sd.kernels.programs import sparse as programs
 from fused_sd.kernels.selection import select, top_k
-from fused_sd.torch_kernels.sparse import Entries, by_column
+from fused_sd.torch_kernels.sparse import SparseValues, by_column
 
 __all__ = ["entry_logits", "gather_sum", "segment_sum", "select", "top_k"]
 
@@ -44,7 +44,7 @@ def entry_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 def gather_sum(
-    entries: Entries,
+    entries: SparseValues,
     weight: Tensor,
     mean_row: Tensor | None,
     factor: Tensor,
@@ -60,17 +60,17 @@ def gather_sum(
         programs.gather_sum,
         num_tokens * num_tiles,
         *(entries.columns, entries.values, entries.starts),
-        *(factor if entries.spread is None else entries.spread.contiguous(), factor),
+        *(factor if entries.dropped_mass is None else entries.dropped_mass.contiguous(), factor),
         *(weight, weight.stride(0), vocab, factor if mean_row is None else mean_row),
         *(out, hidden_size, num_tiles),
-        HAS_SPREAD=entries.spread is not None,
+        HAS_DROPPED_MASS=entries.dropped_mass is not None,
         **tile,
     )
     return out
 
 
 def segment_sum(
-    entries: Entries,
+    entries: SparseValues,
     hidden: Tensor,
     vocab: int,
     factor: Tensor,

@@ -10,19 +10,64 @@ import pytest
 import fused_sd
 
 ROOT = pathlib.Path(__file__).parent.parent
-LIBRARY = sorted((ROOT / "fused_sd").glob("*.py"))
-KERNELS = sorted((ROOT / "kernels").glob("*.py"))
-INTEGRATIONS = sorted((ROOT / "integrations").rglob("*.py"))
+# What each room of the library may import beside itself; rooms are listed from the ground up.
+TERMS = ("checks", "settings", "terms")
+TWINS = (*TERMS, "head", "torch_kernels")
+OBJECTIVES = (*TWINS, "engine", "objectives")
+LOSSES = (*OBJECTIVES, "losses")
+MEASURED = (*LOSSES, "teaching", "credit", "measuring")
+MAY_IMPORT = {
+    "reference": (),
+    "checks": (),
+    "settings": ("checks",),
+    "terms": ("checks", "settings"),
+    "head": ("checks", "settings"),
+    "torch_kernels": (*TERMS, "head"),
+    "kernels": TWINS,
+    "engine": TWINS,  # and the kernels by name, in engine/backend.py alone
+    "objectives": (*TWINS, "engine"),
+    "losses": OBJECTIVES,
+    "teaching": ("checks", "head", "losses"),
+    "credit": (*LOSSES, "teaching"),
+    "measuring": (*LOSSES, "teaching"),
+    "verify": (*MEASURED, "reference"),
+    "planning": MEASURED,
+    "bench": (*MEASURED, "verify", "reference"),
+    "integrations": ("checks", "credit", "teaching", "terms"),  # and public names
+    "demo": ("checks", "credit", "integrations", "measuring"),
+    "cli": (*MEASURED, "verify", "planning", "bench", "demo"),
+    "__main__": ("cli",),
+    "__init__": (*LOSSES, "teaching", "planning"),  # planning on first use
+}
+INNER_ROOMS = {*OBJECTIVES, "kernels", "losses", "reference"}  # which make the public names
+TRAINERS = {"transformers", "trl", "verl", "peft", "accelerate", "datasets", "megatron"}
+
+
+def room_of(path):
+    """The folder of fused_sd that a file lies in, or its own name where it lies in none."""
+    parts = path.relative_to(ROOT).parts
+    if parts[0] == "fused_sd":
+        parts = parts[1:]
+    return parts[0].removesuffix(".py")
+
+
+FILES = sorted(
+    path
+    for folder in ("fused_sd", "kernels", "integrations")
+    for path in (ROOT / folder).rglob("*.py")
+    if not any(parent.is_symlink() for parent in path.parents)
+)
 
 
 def imports(path):
-    """Modules that a file imports, anywhere in it."""
+    """Modules that a file imports, anywhere in it; of names from ``fused_sd`` itself, those."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "fused_sd":
+            yield from (f"fused_sd.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def test_kernels_and_integrations_are_no_packages_of_their_own():
@@ -35,30 +80,31 @@ def test_kernels_and_integrations_are_no_packages_of_their_own():
     assert not (ROOT / "tests" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
-def test_the_library_imports_no_trainer_and_no_reference(path):
+def test_every_room_is_in_the_table():
+    assert {room_of(path) for path in FILES} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_from_below_only(path):
+    room = room_of(path)
+    allowed = {*MAY_IMPORT[room], room}
     for name in imports(path):
-        assert name.split(".")[0] not in {"transformers", "trl", "verl", "peft", "triton"}, name
-        assert name != "fused_sd.reference", name
+        if not name.startswith("fused_sd."):
+            continue
+        imported = name.split(".")[1]
+        is_public = imported in fused_sd.__all__ or imported == "__version__"
+        assert is_public or imported in allowed, f"{room} imports {name}"
+        assert not is_public or room not in INNER_ROOMS, f"{room} imports {name}"
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
-def test_kernels_know_their_twins_and_divergences_only(path):
-    known = {"checks", "divergence", "rows", "selection", "sparse", "support", "vocab_shard"}
-    known.add("kernels")
-    allowed = {"torch", "triton", "fused_sd", *sys.stdlib_module_names}
-    for name in imports(path):
-        assert name.split(".")[0] in allowed, name
-        if name.startswith("fused_sd."):
-            assert name.split(".")[1] in known, name
-
-
-@pytest.mark.parametrize("path", INTEGRATIONS, ids=lambda path: path.name)
-def test_integrations_use_the_library_and_not_the_other_way_round(path):
-    assert "kernels" not in {name.split(".")[0] for name in imports(path)}
-    for library in LIBRARY:
-        if library.name not in {"cli.py"}:
-            assert not any("fused_sd.integrations" in name for name in imports(library)), library
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_third_parties_are_imported_where_they_belong(path):
+    room = room_of(path)
+    for name in {name.split(".")[0] for name in imports(path)}:
+        if name in TRAINERS:
+            assert room in {"integrations", "demo", "bench", "credit"}, name
+        if name == "triton":
+            assert room in {"kernels", "measuring"}, name
 
 
 def test_importing_the_library_needs_no_triton_and_no_trainer():

@@ -9,29 +9,29 @@ import torch
 from torch import Tensor
 
 from fused_sd import checks
-from fused_sd import settings as specs
 from fused_sd.engine.backward import backward, keep
 from fused_sd.engine.certificate import GradientCertificate
-from fused_sd.engine.chunk import RowFunction
-from fused_sd.engine.operator import Options, structured, walk_operator
+from fused_sd.engine.chunk import Objective
+from fused_sd.engine.operator import Options, chunked_run, structured
 from fused_sd.engine.options import Execution
 from fused_sd.head.projection import LMHead, accumulation_dtype
 from fused_sd.head.vocab_shard import Shards
+from fused_sd.settings import encode
 
-walk_operator.register_autograd(backward, setup_context=keep)
+chunked_run.register_autograd(backward, setup_context=keep)
 
 
-class Walked(NamedTuple):
+class ChunkedResult(NamedTuple):
     """What the walk returns, with the tokens flattened to N."""
 
-    total: Tensor  # (), sum(upstream * values); differentiable when the loss is reduced inside
+    total: Tensor  # (), sum(row_weights * values); differentiable when the loss is reduced inside
     values: Tensor  # (N, J); differentiable when it is not
     extras: list[Tensor]  # (N, ...), detached; 0 for a token without a weight
     certificate: GradientCertificate | None  # of a gradient that may be sparse
 
 
 def walk(
-    rows: RowFunction,
+    rows: Objective,
     student: tuple[Tensor, LMHead],
     teacher: tuple[Tensor, LMHead] | None,
     inputs: list[Tensor],  # each (..., rest)
@@ -41,7 +41,7 @@ def walk(
     teacher_temperature: float = 1.0,
     reduced: bool,
     execution: Execution,
-) -> Walked:
+) -> ChunkedResult:
     """Apply a row function to the logits of all tokens, differentiably.
 
     Args:
@@ -79,20 +79,20 @@ def walk(
         shards,
     )
     wide = accumulation_dtype(hidden.dtype)
-    upstream = None
+    row_weights = None
     if token_weights is not None:
         weights = token_weights.detach().to(wide).reshape(-1)
-        upstream = (weights if reduced else (weights != 0).to(wide))[:, None]
-    flat = torch.ops.fused_sd.walk(
+        row_weights = (weights if reduced else (weights != 0).to(wide))[:, None]
+    flat = torch.ops.fused_sd.chunked_run(
         hidden,
         weight,
         bias,
         t_hidden,
         t_weight,
         t_bias,
-        upstream,
+        row_weights,
         [_flat(tensor, student[0].shape[:-1]) for tensor in inputs],
-        *specs.encode((rows, options)),
+        *encode((rows, options)),
         wanted,
     )
     total, values, _, sparse, extras = structured(flat)
@@ -104,8 +104,8 @@ def walk(
         certificate = GradientCertificate(sparse.kept, is_dense, sparse.dropped, sparse.norm)
         certificate = GradientCertificate(*(tensor.detach() for tensor in certificate))
     if reduced:
-        return Walked(total, values.detach(), extras, certificate)
-    return Walked(total.detach(), values, extras, certificate)
+        return ChunkedResult(total, values.detach(), extras, certificate)
+    return ChunkedResult(total.detach(), values, extras, certificate)
 
 
 def _shards(student: LMHead, teacher: LMHead | None, execution: Execution) -> Shards | None:

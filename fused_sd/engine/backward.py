@@ -1,9 +1,9 @@
 """The walk's derivative: gradients that forward left, scaled, gathered or formed anew.
 
 Where forward left finished gradients, backward only scales them, out of place, so that a second
-backward is right.  Entries take any factor for each token: the hidden states' gradient is gathered
-from the head, the head's is summed from the hidden states, and both are rounded once.  Otherwise
-backward walks again with autograd's gradient as ``upstream``.
+backward is right.  Sparse values take any factor for each token: the hidden states' gradient is
+gathered from the head, the head's is summed from the hidden states, and both are rounded once.
+Otherwise backward runs the chunks again with autograd's gradient as ``row_weights``.
 
 Dimension key:  N tokens, F of them with a dense gradient, D hidden size, V vocabulary
 """
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_sd import settings as specs
 from fused_sd.engine.backend import choose_functions
-from fused_sd.engine.chunk import RowFunction
-from fused_sd.engine.operator import Options, forming, structured
+from fused_sd.engine.chunk import Objective
+from fused_sd.engine.operator import Options, plan_gradients, structured
 from fused_sd.engine.saved import Dense, Sparse
 from fused_sd.head.projection import accumulation_dtype
 from fused_sd.head.vocab_shard import VocabShard
-from fused_sd.torch_kernels.sparse import Entries
+from fused_sd.settings import decode, encode
+from fused_sd.torch_kernels.sparse import SparseValues
 
 
 @torch.library.custom_op("fused_sd::sparse_gradients", mutates_args=())
@@ -39,34 +39,36 @@ def sparse_gradients(
     wanted: list[bool],
 ) -> list[Tensor]:
     """Gradients by hidden states, weight and bias in their dtypes; (0,) where not wanted."""
-    rows: RowFunction
+    rows: Objective
     options: Options
-    rows, options = specs.decode(text, floats, ints)
+    rows, options = decode(text, floats, ints)
     dense, sparse = Dense(*formed[:3]), Sparse(*formed[3:])
     factors, tokens = factor.expand(hidden.shape[0]).contiguous(), sparse.dense_tokens
     dense_rows, head_factor = dense.dhidden, factor if factor.dim() == 0 else None
-    if any(forming(rows, options, wanted).dense):
+    if any(plan_gradients(rows, options, wanted).dense):
         dense_rows = dense_rows * factors[tokens, None] if wanted[0] else dense_rows
     elif tokens.numel():
-        upstream = torch.zeros_like(factors)
-        upstream[tokens] = factors[tokens]
+        row_weights = torch.zeros_like(factors)
+        row_weights[tokens] = factors[tokens]
         shards = options.shards
         if shards is not None:
             shards = shards._replace(reduce_dhidden=False)  # with the entries' part, below
         settings = options._replace(reduced=True, tolerance=None, shards=shards)
-        again = specs.encode((rows, settings))
+        again = encode((rows, settings))
         sides = hidden, weight, bias, *teacher, *[None] * (3 - len(teacher))
-        walked = torch.ops.fused_sd.walk(*sides, upstream[:, None], inputs, *again, wanted)
+        walked = torch.ops.fused_sd.chunked_run(
+            *sides, row_weights[:, None], inputs, *again, wanted
+        )
         dense = structured(walked).dense
         dense_rows = dense.dhidden[tokens] if wanted[0] else dense_rows
 
     wide = accumulation_dtype(hidden.dtype)
     functions = choose_functions(options.backend, hidden.device, wide).sparse
-    spread = sparse.spread if sparse.mean_row.numel() else None
-    entries = Entries(sparse.columns, sparse.values, sparse.starts, spread)
+    dropped_mass = sparse.dropped_mass if sparse.mean_row.numel() else None
+    entries = SparseValues(sparse.columns, sparse.values, sparse.starts, dropped_mass)
     dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
     if wanted[0]:
-        centre = None if spread is None else sparse.mean_row
+        centre = None if dropped_mass is None else sparse.mean_row
         shard = VocabShard(options.shards, weight.shape[0])
         dtype = wide if shard.reduce_dhidden else hidden.dtype
         dhidden = functions.gather_sum(entries, weight, centre, factors, dtype)
@@ -75,8 +77,8 @@ def sparse_gradients(
         if shard.reduce_dhidden:
             shard.sum_(dhidden)
             dhidden = dhidden.to(hidden.dtype)
-    # what is spread reaches the hidden states alone: the head's rows would each get a little of it,
-    # which makes their gradient no better, and of which Adam makes whole steps
+    # Dropped mass goes to dhidden only: over dweight it did not reduce the error, and Adam
+    # would turn each tiny value into a full-size step
     heads = [(hidden, dense.dweight, weight.dtype)] if wanted[1] else []
     if bias is not None and wanted[2]:
         heads.append((hidden.new_ones((hidden.shape[0], 1)), dense.dbias[:, None], bias.dtype))
@@ -117,17 +119,17 @@ def _(
 def keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Keep what backward needs: finished gradients, entries, or what another walk needs."""
     *tensors, row_inputs, text, floats, ints, wanted = inputs
-    rows, options = specs.decode(text, floats, ints)
+    rows, options = decode(text, floats, ints)
     ctx.set_materialize_grads(False)  # zeros for the gradients' own gradients would be as large
     ctx.options, ctx.wanted, ctx.num_inputs = options, wanted, len(row_inputs)
-    ctx.forming = forming(rows, options, wanted)
+    ctx.gradient_plan = plan_gradients(rows, options, wanted)
     hidden, weight, bias = tensors[:3]
     ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
     outputs = structured(output)
-    at_hand = any(ctx.forming.dense)
-    if ctx.forming.kind in ("entries", "certified"):
+    at_hand = any(ctx.gradient_plan.dense)
+    if ctx.gradient_plan.kind in ("entries", "certified"):
         ctx.spec = text, floats, ints
-        again = ctx.forming.kind == "certified" and not at_hand
+        again = ctx.gradient_plan.kind == "certified" and not at_hand
         teacher = [tensor for tensor in tensors[3:6] if again and tensor is not None]
         more = list(row_inputs) if again else []
         ctx.counts = len(teacher), len(more)
@@ -137,7 +139,7 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         ctx.save_for_backward(*outputs.dense)
     elif any(wanted):
         replayed, chosen = rows.replay(outputs.extras)
-        ctx.spec = specs.encode((replayed, options._replace(reduced=True)))
+        ctx.spec = encode((replayed, options._replace(reduced=True)))
         ctx.save_for_backward(*tensors, *row_inputs, *chosen)
 
 
@@ -148,19 +150,19 @@ def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             "fused_sd losses must not be differentiated twice, got create_graph=True: a second "
             "derivative would need the logits; use the plain PyTorch loss for it"
         )
-    upstream = grads[0] if ctx.options.reduced else grads[1]
+    row_weights = grads[0] if ctx.options.reduced else grads[1]
     gradients: Sequence[Tensor | None] = [None, None, None]
-    if any(ctx.wanted) and upstream is not None:
-        if ctx.forming.kind in ("entries", "certified"):
-            gradients = _from_entries(ctx, upstream)
-        elif ctx.forming.kind == "dense":
+    if any(ctx.wanted) and row_weights is not None:
+        if ctx.gradient_plan.kind in ("entries", "certified"):
+            gradients = _from_entries(ctx, row_weights)
+        elif ctx.gradient_plan.kind == "dense":
             # one number, or one for each token, which only the rows of dhidden can follow
             gradients = [
-                _rounded(gradient, upstream, dtype)
+                _rounded(gradient, row_weights, dtype)
                 for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
             ]
         else:
-            gradients = _walked_again(ctx, upstream)
+            gradients = _run_again(ctx, row_weights)
     gradients = [
         gradient if wanted else None for gradient, wanted in zip(gradients, ctx.wanted, strict=True)
     ]
@@ -168,25 +170,25 @@ def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     return (*gradients, None, None, None, None, [None] * ctx.num_inputs, *settings)
 
 
-def _from_entries(ctx: Any, upstream: Tensor) -> list[Tensor]:
+def _from_entries(ctx: Any, row_weights: Tensor) -> list[Tensor]:
     hidden, weight, bias, old_upstream, *others = ctx.saved_tensors
     num_teacher, num_inputs = ctx.counts
     teacher, others = others[:num_teacher], others[num_teacher:]
-    if upstream.dim():
-        upstream = _masked(upstream, old_upstream)[:, 0]
+    if row_weights.dim():
+        row_weights = _masked(row_weights, old_upstream)[:, 0]
     formed: list[Tensor] = torch.ops.fused_sd.sparse_gradients(
-        *(hidden, weight, bias, teacher, others[:num_inputs], others[num_inputs:], upstream),
+        *(hidden, weight, bias, teacher, others[:num_inputs], others[num_inputs:], row_weights),
         *ctx.spec,
         ctx.wanted,
     )
     return formed
 
 
-def _walked_again(ctx: Any, upstream: Tensor) -> list[Tensor]:
+def _run_again(ctx: Any, row_weights: Tensor) -> list[Tensor]:
     *tensors, old_upstream = ctx.saved_tensors[:7]
     inputs = list(ctx.saved_tensors[7:])
-    upstream = _masked(upstream, old_upstream)
-    walked = torch.ops.fused_sd.walk(*tensors, upstream, inputs, *ctx.spec, ctx.wanted)
+    row_weights = _masked(row_weights, old_upstream)
+    walked = torch.ops.fused_sd.chunked_run(*tensors, row_weights, inputs, *ctx.spec, ctx.wanted)
     formed = zip(structured(walked).dense, ctx.dtypes, strict=True)
     return [_rounded(gradient, None, dtype) for gradient, dtype in formed]
 

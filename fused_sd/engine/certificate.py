@@ -2,7 +2,7 @@
 
 A row of the gradient by the head's product keeps its largest entries.  What it drops is known
 exactly: its L1 norm, and its signed sum, which the hidden state's gradient gets on the mean row of
-the head, as if it were spread evenly over the vocabulary.  That gradient is then off by
+the head, as if it were dropped_mass evenly over the vocabulary.  That gradient is then off by
 ``sum over the dropped of g_v (W_v - mean row)``, at most ``dropped * max_v |W_v - mean row|``; the
 head's gradient is off by at most the tokens' ``dropped * |hidden state|`` together.
 
@@ -115,7 +115,9 @@ def needs_dense(selection: Selection, tolerance: float, reduced: bool) -> Tensor
     left = _budget(norm, tolerance) - torch.where(within, dropped, 0).sum()
     prices, order = dropped.masked_fill(within, 0).sort(stable=True)
     is_sparse = torch.empty_like(within)
-    is_sparse[order] = torch.arange(len(order), device=order.device) < affordable(prices, left)
+    is_sparse[order] = torch.arange(len(order), device=order.device) < count_within_budget(
+        prices, left
+    )
     return ~(is_sparse | within)
 
 
@@ -129,22 +131,22 @@ def smallest_kept(selection: Selection, is_dense: Tensor, tolerance: float) -> T
     places = torch.arange(values.shape[1], device=values.device)
     sizes = values[~is_dense[:, None] & (places < selection.count[:, None])].abs()
     sizes = torch.cat([sizes.sort().values, sizes.new_full((1,), torch.inf)])
-    return sizes[affordable(sizes, left)]
+    return sizes[count_within_budget(sizes, left)]
 
 
 def _budget(norm: Tensor, tolerance: float) -> Tensor:
     return tolerance * (1 - ROUNDING) * norm.sum()
 
 
-def affordable(prices: Tensor, budget: Tensor) -> Tensor:
+def count_within_budget(prices: Tensor, budget: Tensor) -> Tensor:
     """How many of the ascending prices, from the first on, are within the budget together.
 
     They are counted in whole parts of the budget, rounded up: a running sum of floats would depend
     on its order, which a GPU does not keep.
     """
     parts = (prices.double() * (PARTS / budget)).ceil().nan_to_num(2 * PARTS).clamp(max=2 * PARTS)
-    affordable = (parts.long().cumsum(0) <= PARTS).sum()
-    return torch.where(budget > 0, affordable, 0)
+    count_within_budget = (parts.long().cumsum(0) <= PARTS).sum()
+    return torch.where(budget > 0, count_within_budget, 0)
 
 
 def row_share(tolerance: float, reduced: bool) -> float:

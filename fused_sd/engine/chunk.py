@@ -22,7 +22,7 @@ class Side(NamedTuple):
     dot_products: Callable[[Tensor], Tensor]  # of (C, K) columns, where the whole is not made
 
 
-class EntryBuffers(NamedTuple):
+class SparseBuffers(NamedTuple):
     """Where a chunk's sparse gradient goes."""
 
     columns: Tensor  # (C, K) int32
@@ -36,11 +36,11 @@ class Chunk(NamedTuple):
     student_side: Side
     teacher_side: Side | None
     dlogits: Tensor | None  # (C, W) for the gradient; may be the student's memory
-    entries: EntryBuffers | None  # for the gradient of a row function that only has entries
+    entries: SparseBuffers | None  # for the gradient of a row function that only has entries
     columns: int  # that a comparison of both sides reads
     width: int  # W
     inputs: list[Tensor]  # per-token inputs, each (C, ...)
-    upstream: Tensor | None  # (C, J) or (C, 1); None where no gradient is wanted
+    row_weights: Tensor | None  # (C, J) or (C, 1); None where no gradient is wanted
     shaping: Shaping  # of the student's logits
     functions: Functions  # of the backend
     shard: VocabShard  # whose columns these are
@@ -119,13 +119,13 @@ class Chunk(NamedTuple):
         dlogits.scatter_(1, columns, values.to(dlogits.dtype))
 
 
-class RowFunction(Protocol):
+class Objective(Protocol):
     """What is done to a chunk of logits."""
 
     def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
         """Values (C, J) and extras (C, ...); where wanted, the gradient by the product is written.
 
-        It is that of ``sum(upstream * values)``, and goes to the first V columns of
+        It is that of ``sum(row_weights * values)``, and goes to the first V columns of
         ``chunk.dlogits``, or to ``chunk.entries``.
         """
 
@@ -144,7 +144,7 @@ class RowFunction(Protocol):
     def whole_sides(self) -> tuple[bool, bool]:
         """Whether the whole logits of the student, and of a teacher, are read."""
 
-    def replay(self, extras: list[Tensor]) -> tuple["RowFunction", list[Tensor]]:
+    def replay(self, extras: list[Tensor]) -> tuple["Objective", list[Tensor]]:
         """The row function of a second walk, and inputs for it beside the first walk's.
 
         A choice that the first walk made must not be made anew.

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fused_sd.engine.backend import Functions
 from fused_sd.engine.certificate import mean_row, needs_dense, row_share, smallest_kept
-from fused_sd.engine.chunk import EntryBuffers
-from fused_sd.engine.kept_tokens import ActiveTokens
+from fused_sd.engine.chunk import SparseBuffers
+from fused_sd.engine.kept_tokens import KeptTokens
 from fused_sd.engine.saved import Dense, Formed, Sparse, starts_of, unfilled
 from fused_sd.engine.workspace import Workspace
 from fused_sd.head.projection import accumulation_dtype
@@ -22,7 +22,7 @@ MOST = 512  # entries of a row: beyond, gathering rows of the head is no longer 
 
 
 class DenseGradients:
-    """Two GEMMs carry the gradients of each group on."""
+    """Two GEMMs turn each group's dlogits into dhidden and dweight."""
 
     first_row = 0  # of the workspace's gradients, for the next group
 
@@ -30,21 +30,21 @@ class DenseGradients:
         self.workspace = workspace
         self.dense = unfilled(workspace, formed)
 
-    def entries(self, at: slice) -> EntryBuffers | None:
+    def entries(self, at: slice) -> SparseBuffers | None:
         """Where a chunk's row function writes entries instead."""
         return None
 
-    def room(self) -> int:
+    def tokens_that_fit(self) -> int:
         """Tokens that the next group may have."""
         return self.workspace.layout.group
 
-    def carry(self, group: slice) -> None:
+    def accumulate(self, group: slice) -> None:
         """Take the gradients of a group out of the workspace."""
         dhidden, dweight, dbias = self.dense
         rows = dhidden[group] if dhidden.numel() else dhidden
-        self.workspace.carry(group, rows, dweight, dbias, is_first=group.start == 0)
+        self.workspace.accumulate(group, rows, dweight, dbias, is_first=group.start == 0)
 
-    def finish(self, active: ActiveTokens) -> tuple[Dense, Sparse]:
+    def finish(self, kept_tokens: KeptTokens) -> tuple[Dense, Sparse]:
         """The gradients of all tokens."""
         dhidden, dweight, dbias = self.dense
         if self.workspace.student.hidden.shape[0] == 0:
@@ -52,11 +52,11 @@ class DenseGradients:
         if dhidden.dim() == 2:
             if self.workspace.shard.reduce_dhidden:
                 self.workspace.shard.sum_(dhidden)
-            dhidden = active.restored(dhidden)
+            dhidden = kept_tokens.restored(dhidden)
         return Dense(dhidden, dweight, dbias), Sparse.none(self.workspace.logits)
 
 
-class EntryGradients(DenseGradients):
+class SparseGradients(DenseGradients):
     """Row functions that write entries: they are the gradient."""
 
     def __init__(self, workspace: Workspace, num_tokens: int, num_entries: int) -> None:
@@ -66,28 +66,28 @@ class EntryGradients(DenseGradients):
         self.columns = hidden.new_full(shape, vocab, dtype=torch.int32)
         self.values = workspace.logits.new_zeros(shape)
 
-    def entries(self, at: slice) -> EntryBuffers:
-        return EntryBuffers(self.columns[at], self.values[at], self.workspace.student.vocab)
+    def entries(self, at: slice) -> SparseBuffers:
+        return SparseBuffers(self.columns[at], self.values[at], self.workspace.student.vocab)
 
-    def carry(self, group: slice) -> None:
+    def accumulate(self, group: slice) -> None:
         """They are where they belong."""
 
-    def finish(self, active: ActiveTokens) -> tuple[Dense, Sparse]:
+    def finish(self, kept_tokens: KeptTokens) -> tuple[Dense, Sparse]:
         num_tokens, num_entries = self.columns.shape
         num_walked = self.workspace.student.hidden.shape[0]
         columns, values = self.columns[:num_walked], self.values[:num_walked]
         places = torch.full((num_walked,), num_entries, device=columns.device)
         if num_walked < num_tokens:
-            places = active.restored(places)
+            places = kept_tokens.restored(places)
         else:  # tokens without a weight have places too, which are not used
-            columns.masked_fill_(~active.alive[:, None], self.workspace.student.vocab)
+            columns.masked_fill_(~kept_tokens.alive[:, None], self.workspace.student.vocab)
         used = columns < self.workspace.student.vocab
         sparse = Sparse.none(values)._replace(
             columns=self.columns.flatten(),
             values=self.values.flatten(),
             starts=starts_of(places),
-            kept=active.restored(used.sum(-1)),
-            norm=active.restored(values.abs().sum(-1)),
+            kept=kept_tokens.restored(used.sum(-1)),
+            norm=kept_tokens.restored(values.abs().sum(-1)),
             dropped=values.new_zeros(num_tokens),
         )
         return self.dense, sparse
@@ -102,7 +102,7 @@ class Part(NamedTuple):
     kept: Tensor
     norm: Tensor
     dropped: Tensor
-    spread: Tensor
+    dropped_mass: Tensor
 
 
 class CertifiedGradients(DenseGradients):
@@ -128,11 +128,11 @@ class CertifiedGradients(DenseGradients):
         none = Sparse.none(workspace.logits)
         self.parts = [Part(*(getattr(none, name) for name in Part._fields))]
 
-    def room(self) -> int:
+    def tokens_that_fit(self) -> int:
         layout = self.workspace.layout
         return max(layout.chunk, (layout.group - self.first_row) // layout.chunk * layout.chunk)
 
-    def carry(self, group: slice) -> None:
+    def accumulate(self, group: slice) -> None:
         gradients, count = self.workspace.gradients, group.stop - group.start
         assert gradients is not None
         vocab = self.workspace.student.vocab
@@ -180,15 +180,15 @@ class CertifiedGradients(DenseGradients):
         _, dweight, dbias = self.dense
         dhidden = unfilled(self.workspace, (self.formed[0], False, False), tokens.numel()).dhidden
         self.dhidden.append(dhidden)
-        self.workspace.carry(tokens, dhidden, dweight, dbias, is_first=is_first)
+        self.workspace.accumulate(tokens, dhidden, dweight, dbias, is_first=is_first)
 
-    def finish(self, active: ActiveTokens) -> tuple[Dense, Sparse]:
+    def finish(self, kept_tokens: KeptTokens) -> tuple[Dense, Sparse]:
         if self.first_row:
             self._flush()
         parts = Part(*(torch.cat(tensors) for tensors in zip(*self.parts, strict=True)))
         by_token = {
-            name: active.restored(getattr(parts, name))
-            for name in ("kept", "norm", "dropped", "spread")
+            name: kept_tokens.restored(getattr(parts, name))
+            for name in ("kept", "norm", "dropped", "dropped_mass")
         }
         dense = self.dense
         if self.dhidden:
@@ -198,7 +198,7 @@ class CertifiedGradients(DenseGradients):
             values=parts.values,
             starts=starts_of(by_token["kept"]),
             mean_row=mean_row(self.workspace.student.weight),
-            dense_tokens=active.tokens(parts.dense_tokens),
+            dense_tokens=kept_tokens.tokens(parts.dense_tokens),
             **by_token,
         )
         return dense, sparse
@@ -220,7 +220,7 @@ def _cut(
     used = (columns < vocab) & ~small & ~is_dense[:, None]
     trimmed = values * small
     dropped = selection.dropped + trimmed.abs().sum(-1)
-    spread = selection.spread + trimmed.sum(-1)
+    dropped_mass = selection.dropped_mass + trimmed.sum(-1)
     return Part(
         columns[used],
         values[used],
@@ -228,7 +228,7 @@ def _cut(
         used.sum(-1),
         selection.norm,
         dropped.masked_fill(is_dense, 0),
-        spread.masked_fill(is_dense, 0),
+        dropped_mass.masked_fill(is_dense, 0),
     )
 
 

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 
-class ActiveTokens:
+class KeptTokens:
     """The tokens that have a weight: chosen before the walk, put back in their places after it.
 
     Without compaction every token is walked; those of weight 0 are emptied first, so that nothing
     they hold can reach a sum.
     """
 
-    def __init__(self, upstream: Tensor, compact: bool) -> None:
-        alive = (upstream != 0).any(-1)
-        capturing = upstream.is_cuda and torch.cuda.is_current_stream_capturing()
+    def __init__(self, row_weights: Tensor, compact: bool) -> None:
+        alive = (row_weights != 0).any(-1)
+        capturing = row_weights.is_cuda and torch.cuda.is_current_stream_capturing()
         self.index = alive.nonzero()[:, 0] if compact and not capturing else None
         self.alive = alive
         self.all = self.index is not None and self.index.numel() == alive.numel()

@@ -1,8 +1,8 @@
-"""How many tokens are walked at a time, and the memory that takes.
+"""How many tokens a chunk holds, and how much memory that takes.
 
-A *chunk* is the tokens whose logits are held; a *group* is the chunks whose gradients are held
-until two GEMMs carry them on to the hidden states and the head.  Groups are longer than chunks
-because each adds its part to the head's gradient by reading and writing all of it: on an H200 at
+A *chunk* is the tokens whose logits are held at a time.  A *group* is the chunks whose dlogits are
+held until two GEMMs turn them into the gradients w.r.t. hidden states and head.  Groups are longer
+than chunks because each adds its part to dweight by reading and writing all of it: on an H200 at
 512 tokens that traffic takes about as long as the GEMM itself, at 2048 a quarter of it.
 
 Dimension key:  C tokens in a chunk, G tokens in a group, W columns of a chunk's logits
@@ -21,14 +21,14 @@ MAX_CHUNK = 4096
 ALIGNMENT = 16  # columns, so that every row of logits starts at an aligned address
 
 
-class WalkSize(NamedTuple):
+class RunSize(NamedTuple):
     """What decides the memory of a walk's workspaces."""
 
     vocab: int  # the larger of the two sides'
     sides: int  # whose whole logits are made: 0 to 2
     logit_bytes: int  # of one logit: 4, or 8 for float64 operands
     operand_bytes: int  # of one element of the GEMMs' operands, in which gradients are kept
-    forming: bool  # whether gradients by whole rows are formed
+    has_gradient: bool  # whether gradients by whole rows are formed
 
     @property
     def width(self) -> int:
@@ -37,7 +37,7 @@ class WalkSize(NamedTuple):
     @property
     def in_place(self) -> bool:
         """Whether a gradient takes the place of its logit: where it is as wide."""
-        return self.forming and self.operand_bytes == self.logit_bytes
+        return self.has_gradient and self.operand_bytes == self.logit_bytes
 
     @property
     def chunks_in_group(self) -> int:
@@ -53,22 +53,22 @@ class Layout(NamedTuple):
 
 
 def workspace_width(vocab: int) -> int:
-    """Columns of a chunk's logits: room for the vocabulary and at least one column of padding."""
+    """Columns of a chunk's logits: the vocabulary and at least one column of padding."""
     return (vocab // ALIGNMENT + 1) * ALIGNMENT
 
 
-def workspace_bytes(size: WalkSize, layout: Layout) -> int:
+def workspace_bytes(size: RunSize, layout: Layout) -> int:
     """Bytes of logits and their gradients that a walk holds."""
     if size.in_place:
         columns = size.logit_bytes * (layout.group + (size.sides - 1) * layout.chunk)
     else:
-        gradients = size.operand_bytes * layout.group if size.forming else 0
+        gradients = size.operand_bytes * layout.group if size.has_gradient else 0
         columns = size.logit_bytes * size.sides * layout.chunk + gradients
     return size.width * columns
 
 
 def choose_layout(
-    size: WalkSize, num_tokens: int, budget: int, chunk_size: int | None = None
+    size: RunSize, num_tokens: int, budget: int, chunk_size: int | None = None
 ) -> Layout:
     """The largest chunk and group within a budget of bytes, or those of a given chunk."""
     if chunk_size is None:

@@ -1,12 +1,12 @@
 """The walk over chunks of tokens: every fused loss is this operator with other row functions.
 
-A chunk's hidden states become logits, a row function turns them into its values and, where a
-gradient is wanted, into the gradient by themselves; two GEMMs carry that of a few chunks on to the
-hidden states and the head, and they are forgotten.  Extra memory is O(C V), never O(N V).  A
+A chunk's hidden states become logits, an objective turns them into its values and, where a gradient
+is wanted, into dlogits; two GEMMs turn the dlogits of a few chunks into the gradients w.r.t. hidden
+states and head, and the logits are forgotten.  Extra memory is O(C V), never O(N V).  A
 gradient that has few entries, or may be cut to few (``gradients.py``), is kept as those instead.
 
-The gradient is that of ``sum(upstream * values)``.  Where the loss is reduced inside, ``upstream``
-is the token weights; otherwise it is 1 where a token has a weight.
+The gradient is that of ``sum(row_weights * values)``.  Where the loss is reduced inside,
+``row_weights`` is the token weights; otherwise it is 1 where a token has a weight.
 
 Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary, J values of a row
                 function for each token, K entries of a row
@@ -20,19 +20,19 @@ import torch
 from torch import Tensor
 
 from fused_sd import checks
-from fused_sd import settings as specs
 from fused_sd.engine.backend import choose_functions
-from fused_sd.engine.chunk import Chunk, RowFunction
-from fused_sd.engine.gradients import CertifiedGradients, DenseGradients, EntryGradients
-from fused_sd.engine.kept_tokens import ActiveTokens
+from fused_sd.engine.chunk import Chunk, Objective
+from fused_sd.engine.gradients import CertifiedGradients, DenseGradients, SparseGradients
+from fused_sd.engine.kept_tokens import KeptTokens
 from fused_sd.engine.saved import Dense, Sparse
 from fused_sd.engine.workspace import Workspace
 from fused_sd.head.projection import Projection, Shaping, accumulation_dtype
 from fused_sd.head.vocab_shard import Shards, VocabShard
+from fused_sd.settings import decode, setting
 from fused_sd.torch_kernels.slices import slices
 
 
-@specs.setting
+@setting
 class Options(NamedTuple):
     """How the walk runs, beside its tensors."""
 
@@ -46,7 +46,7 @@ class Options(NamedTuple):
     shards: Shards | None  # None: the vocabulary is whole here
 
 
-class Forming(NamedTuple):
+class GradientPlan(NamedTuple):
     """Which gradients a walk forms, and how."""
 
     kind: Literal["nothing", "dense", "entries", "certified"]
@@ -56,7 +56,7 @@ class Forming(NamedTuple):
 class Outputs(NamedTuple):
     """What the operator returns, in this order and flattened; what is not formed is empty."""
 
-    total: Tensor  # (), sum(upstream * values)
+    total: Tensor  # (), sum(row_weights * values)
     values: Tensor  # (N, J)
     dense: Dense
     sparse: Sparse
@@ -76,30 +76,30 @@ def structured(flat: Sequence[Any]) -> Outputs:
     return Outputs(flat[0], flat[1], dense, sparse, list(flat[FIRST_EXTRA:]))
 
 
-def forming(rows: RowFunction, options: Options, wanted: Sequence[bool]) -> Forming:
+def plan_gradients(rows: Objective, options: Options, wanted: Sequence[bool]) -> GradientPlan:
     """What a walk forms: of whole rows, what backward can reach by scaling it."""
     nothing = (False, False, False)
     if not any(wanted):
-        return Forming("nothing", nothing)
+        return GradientPlan("nothing", nothing)
     if rows.num_entries:
-        return Forming("entries", nothing)
+        return GradientPlan("entries", nothing)
     hidden_only = tuple(wanted) == (True, False, False) and rows.num_values == 1
     hidden, weight, bias = wanted
     dense = (hidden, weight, bias) if options.reduced or hidden_only else nothing
     if options.tolerance is not None:
-        return Forming("certified", dense)
-    return Forming("dense" if any(dense) else "nothing", dense)
+        return GradientPlan("certified", dense)
+    return GradientPlan("dense" if any(dense) else "nothing", dense)
 
 
-@torch.library.custom_op("fused_sd::walk", mutates_args=())
-def walk_operator(
+@torch.library.custom_op("fused_sd::chunked_run", mutates_args=())
+def chunked_run(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     teacher_hidden: Tensor | None,  # (N, D')
     teacher_weight: Tensor | None,  # (V', D')
     teacher_bias: Tensor | None,  # (V',)
-    upstream: Tensor | None,  # (N, J) or (N, 1); None: ones
+    row_weights: Tensor | None,  # (N, J) or (N, 1); None: ones
     inputs: list[Tensor],  # each (N, ...)
     text: str,  # rows and options, encoded
     floats: list[float],
@@ -107,24 +107,25 @@ def walk_operator(
     wanted: list[bool],  # gradients by hidden, weight, bias
 ) -> list[Tensor]:
     """Walk; returns ``Outputs``, flat."""
-    rows: RowFunction
+    rows: Objective
     options: Options
-    rows, options = specs.decode(text, floats, ints)
+    rows, options = decode(text, floats, ints)
     num_tokens, wide = hidden.shape[0], accumulation_dtype(hidden.dtype)
-    if upstream is None:
-        upstream = hidden.new_ones((num_tokens, 1), dtype=wide)
-    active = ActiveTokens(upstream, options.compact)
-    formed = forming(rows, options, wanted)
-    hidden, upstream = active.select(hidden), active.select(upstream)
-    inputs = [active.select(tensor) for tensor in inputs]
+    if row_weights is None:
+        row_weights = hidden.new_ones((num_tokens, 1), dtype=wide)
+    kept_tokens = KeptTokens(row_weights, options.compact)
+    formed = plan_gradients(rows, options, wanted)
+    hidden, row_weights = kept_tokens.select(hidden), kept_tokens.select(row_weights)
+    inputs = [kept_tokens.select(tensor) for tensor in inputs]
 
-    # an fp16 gradient is formed from weights near 1 and scaled where there is room for it
-    unit = upstream.abs().amax().clamp(min=1e-30) if _fp16_gradient(hidden) else None
+    # fp16: divide the weights by their maximum so that dlogits do not underflow; multiply back in
+    # fp32 at the end
+    unit = row_weights.abs().amax().clamp(min=1e-30) if _fp16_gradient(hidden) else None
     student = Projection(hidden, weight, bias, options.student)
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
         assert options.teacher is not None
-        teacher_hidden = active.select(teacher_hidden)
+        teacher_hidden = kept_tokens.select(teacher_hidden)
         teacher = Projection(
             teacher_hidden, teacher_weight, teacher_bias, options.teacher, other=student
         )
@@ -146,7 +147,7 @@ def walk_operator(
     )
     gradients: DenseGradients
     if formed.kind == "entries":
-        gradients = EntryGradients(workspace, num_tokens, rows.num_entries)
+        gradients = SparseGradients(workspace, num_tokens, rows.num_entries)
     elif formed.kind == "certified":
         assert options.tolerance is not None
         if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -163,9 +164,9 @@ def walk_operator(
 
     start = 0
     while start < stop:
-        group = slice(start, min(start + gradients.room(), stop))
+        group = slice(start, min(start + gradients.tokens_that_fit(), stop))
         for at in slices(group.start, group.stop, workspace.layout.chunk):
-            scaled = upstream[at] if unit is None else upstream[at] / unit
+            scaled = row_weights[at] if unit is None else row_weights[at] / unit
             chunk = Chunk(
                 *workspace.fill(at, gradients.first_row + at.start - group.start),
                 gradients.entries(at),
@@ -180,21 +181,21 @@ def walk_operator(
             values[at], chunk_extras = rows(chunk)
             for buffer, extra in zip(extras, chunk_extras, strict=True):
                 buffer[at] = extra
-        gradients.carry(group)
+        gradients.accumulate(group)
         start = group.stop
 
-    active.clear_(values)
-    total = (upstream * values).sum()
-    dense, sparse = gradients.finish(active)
+    kept_tokens.clear_(values)
+    total = (row_weights * values).sum()
+    dense, sparse = gradients.finish(kept_tokens)
     if unit is not None:
-        scaled_too = sparse.values, sparse.spread, sparse.norm, sparse.dropped
+        scaled_too = sparse.values, sparse.dropped_mass, sparse.norm, sparse.dropped
         for gradient in (*dense, *scaled_too):
             gradient *= unit
-    restored = [active.restored(buffer) for buffer in (values, *extras)]
+    restored = [kept_tokens.restored(buffer) for buffer in (values, *extras)]
     return Outputs(total, restored[0], dense, sparse, restored[1:]).flat()
 
 
-@walk_operator.register_fake
+@chunked_run.register_fake
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -202,16 +203,16 @@ def _(
     teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
-    upstream: Tensor | None,
+    row_weights: Tensor | None,
     inputs: list[Tensor],
     text: str,
     floats: list[float],
     ints: list[int],
     wanted: list[bool],
 ) -> list[Tensor]:
-    rows, options = specs.decode(text, floats, ints)
+    rows, options = decode(text, floats, ints)
     num_tokens, wide = hidden.shape[0], accumulation_dtype(hidden.dtype)
-    formed = forming(rows, options, wanted)
+    formed = plan_gradients(rows, options, wanted)
     total = hidden.new_empty((), dtype=wide)
     values, *extras = _by_token(rows, hidden, num_tokens)
     sparse = Sparse.none(total)
@@ -226,7 +227,7 @@ def _(
             size = torch.library.get_ctx().new_dynamic_size
             num_entries, num_dense = size(), size()
             sizes = [num_dense, *(size() if is_formed else 0 for is_formed in formed.dense[1:])]
-            by_token["spread"] = total.new_empty(num_tokens)
+            by_token["dropped_mass"] = total.new_empty(num_tokens)
             by_token["mean_row"] = total.new_empty(weight.shape[1])
             by_token["dense_tokens"] = sparse.dense_tokens.new_empty(num_dense)
         sparse = sparse._replace(
@@ -247,7 +248,7 @@ def _fp16_gradient(hidden: Tensor) -> bool:
     return hidden.is_cuda and hidden.dtype == torch.float16 and hidden.shape[0] > 0
 
 
-def _by_token(rows: RowFunction, hidden: Tensor, num_tokens: int) -> list[Tensor]:
+def _by_token(rows: Objective, hidden: Tensor, num_tokens: int) -> list[Tensor]:
     """Memory for values and extras of so many tokens."""
     wide = accumulation_dtype(hidden.dtype)
     buffers = [hidden.new_empty((num_tokens, rows.num_values), dtype=wide)]

@@ -28,7 +28,7 @@ class Sparse(NamedTuple):
     columns: Tensor  # (E,) int32; V: a place that is not used
     values: Tensor  # (E,)
     starts: Tensor  # (N + 1,) int64
-    spread: Tensor  # (N,) mass that goes to the mean row of the head
+    dropped_mass: Tensor  # (N,) mass that goes to the mean row of the head
     mean_row: Tensor  # (D,)
     dense_tokens: Tensor  # (F,) int64, ascending
     kept: Tensor  # (N,) int64

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_sd.engine.chunk import Side
-from fused_sd.engine.layout import Layout, WalkSize, budget_on, choose_layout
+from fused_sd.engine.layout import Layout, RunSize, budget_on, choose_layout
 from fused_sd.head.projection import (
     DotProducts,
     Projection,
@@ -30,7 +30,7 @@ class Workspace:
         teacher: Projection | None,
         whole: tuple[bool, bool],  # sides whose whole logits are made
         dot_products: DotProducts,  # for the other sides
-        forming: bool,  # whether gradients by whole rows are
+        has_gradient: bool,  # whether gradients by whole rows are
         reserved: int,  # bytes that finished gradients will take
         chunk_size: int | None,
         shard: VocabShard,
@@ -42,19 +42,19 @@ class Workspace:
         self.dot_products = dot_products
         self.shard = shard
         self.vocab = max(student.vocab, teacher.vocab if teacher is not None else 0)
-        size = WalkSize(
+        size = RunSize(
             max(shard.sizes),  # of all ranks, whose chunks must be the same
             self.whole_student + self.whole_teacher,
             wide.itemsize,
             student.dtype.itemsize,
-            forming,
+            has_gradient,
         )
         self.width, num_tokens = size.width, hidden.shape[0]
         budget = budget_on(hidden.device, reserved, shard.alone) if chunk_size is None else 0
         self.layout: Layout = choose_layout(size, num_tokens, budget, chunk_size)
         chunk, group = min(self.layout.chunk, num_tokens), min(self.layout.group, num_tokens)
         self.gradients = None  # (G, W)
-        if forming:
+        if has_gradient:
             self.gradients = hidden.new_empty((group, size.width), dtype=student.dtype)
         self.in_place = size.in_place
         sides = size.sides - size.in_place
@@ -94,7 +94,7 @@ class Workspace:
     def _side(self, projection: Projection, at: slice, whole: Tensor | None) -> Side:
         return Side(whole, lambda columns: projection.entry_logits(at, columns, self.dot_products))
 
-    def carry(
+    def accumulate(
         self,
         tokens: slice | Tensor,  # whose gradients lie in the first rows
         dhidden: Tensor,

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_sd import checks
-from fused_sd import settings as specs
 from fused_sd.checks import tensors as tensor_checks
 from fused_sd.head.vocab_shard import check_even_shards
+from fused_sd.settings import setting
 
 DotProducts = Callable[[Tensor, Tensor, Tensor], Tensor]  # (C, D), (V, D), ids (C, K) -> (C, K)
 
@@ -96,7 +96,7 @@ class LMHead:
         return Shaping(self.logit_scale / temperature, cap)
 
 
-@specs.setting
+@setting
 class Shaping(NamedTuple):
     """``z = cap * tanh(factor * x / cap)`` of the product x; ``cap`` None leaves ``factor * x``."""
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_sd import checks
-from fused_sd import settings as specs
+from fused_sd.settings import setting
 
 
-@specs.setting
+@setting
 class Shards(NamedTuple):
     """How a vocabulary lies on the ranks of a process group."""
 
@@ -37,7 +37,7 @@ class Joined(NamedTuple):
 
     normalizers: list[Tensor]  # (C,) log-sum-exps
     entropies: list[Tensor]  # (C,) nats
-    riders: list[Tensor]  # sums
+    extra_sums: list[Tensor]  # sums
 
 
 class VocabShard:
@@ -95,19 +95,19 @@ class VocabShard:
         normalizers: Sequence[Tensor],
         *,
         entropies: Sequence[Tensor] = (),
-        riders: Sequence[Tensor] = (),
+        extra_sums: Sequence[Tensor] = (),
     ) -> Joined:
         """Log-sum-exps of this rank's columns become those of all: one MAX and one SUM.
 
         Args:
             normalizers: (C,) each.
             entropies: (C,) of this rank's columns alone, for the first of the normalisers.
-            riders: what else is to be summed.
+            extra_sums: what else is to be summed.
         """
         if self.alone:
-            return Joined(list(normalizers), list(entropies), list(riders))
+            return Joined(list(normalizers), list(entropies), list(extra_sums))
         if not normalizers:
-            return Joined([], [], self.sum(*riders))
+            return Joined([], [], self.sum(*extra_sums))
         local = torch.stack(list(normalizers))
         # finite, so that columns without mass are nothing beside it
         anchor = self.max(local).clamp(min=torch.finfo(local.dtype).min)
@@ -116,7 +116,7 @@ class VocabShard:
             torch.where(part == 0, 0, part * (entropy - gap))
             for part, entropy, gap in zip(share, entropies, local - anchor)
         ]
-        total, *sums = self.sum(share, *below, *riders)
+        total, *sums = self.sum(share, *below, *extra_sums)
         log_total, count = total.log(), len(below)
         joined = [
             weighted / mass + log for weighted, mass, log in zip(sums[:count], total, log_total)

@@ -11,14 +11,14 @@ from torch import Tensor
 from fused_sd import checks
 from fused_sd.checks import tensors as tensor_checks
 from fused_sd.engine.apply import walk
-from fused_sd.engine.chunk import RowFunction
+from fused_sd.engine.chunk import Objective
 from fused_sd.engine.options import Execution
 from fused_sd.head.projection import LMHead
 from fused_sd.losses.divergence_checks import TokenClip, token_bounds
 from fused_sd.losses.output import LossOutput, Reduction, reduce_loss
-from fused_sd.objectives.divergence import DivergenceRows
-from fused_sd.objectives.joint import JointRows
-from fused_sd.objectives.token import LogProbRows
+from fused_sd.objectives.divergence import DivergenceObjective
+from fused_sd.objectives.joint import JointObjective
+from fused_sd.objectives.token import LogProbObjective
 from fused_sd.terms.combinations import METRIC_NEEDS, check_combination, check_metric_needs
 from fused_sd.terms.divergence import Divergence, divergence_term
 from fused_sd.terms.weighting import ImportanceCap
@@ -93,7 +93,7 @@ def compare(
         old = importance.old_log_probs
         tensor_checks.check_per_token("old_log_probs", old, shape, device, "student_hidden")
         inputs["old_log_probs"] = old
-    rows = DivergenceRows(
+    rows = DivergenceObjective(
         term,
         "ids" if kind == "entries" else kind,
         k,
@@ -129,12 +129,12 @@ def compare(
 
 
 def _joint(
-    rows: DivergenceRows,
+    rows: DivergenceObjective,
     with_grad: Sequence[str],
     token_ids: Tensor | None,
     reduction: str,
     execution: Execution,
-) -> tuple[RowFunction, list[Tensor]]:
+) -> tuple[Objective, list[Tensor]]:
     """The row function of a divergence and of what is wanted beside it, and its inputs."""
     if not with_grad:
         return rows, []
@@ -151,5 +151,5 @@ def _joint(
             "its values have gradients of their own: reduce the divergences after the call",
         )
     assert token_ids is not None
-    scored = LogProbRows(1, False, False, "entropy" in with_grad)
-    return JointRows(rows, scored, len(rows.input_names)), [token_ids[..., None]]
+    scored = LogProbObjective(1, False, False, "entropy" in with_grad)
+    return JointObjective(rows, scored, len(rows.input_names)), [token_ids[..., None]]

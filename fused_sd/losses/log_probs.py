@@ -14,7 +14,7 @@ from fused_sd.engine.apply import walk
 from fused_sd.engine.options import execution
 from fused_sd.head.projection import LMHead, placed_head
 from fused_sd.losses.token import check_tokens
-from fused_sd.objectives.token import LogProbRows
+from fused_sd.objectives.token import LogProbObjective
 
 
 class TokenLogProbs(NamedTuple):
@@ -69,7 +69,7 @@ def token_log_probs(
     lm_head = placed_head(head, process_group)
     shape = check_tokens(hidden, lm_head, token_ids, token_weights)
     checks.check_run("none", temperature)
-    rows = LogProbRows(1, False, False, bool(entropy))
+    rows = LogProbObjective(1, False, False, bool(entropy))
     walked = walk(
         rows,
         (hidden, lm_head),
@@ -135,7 +135,7 @@ def entry_log_probs(
         checks.check_support_size("entries", entries, lm_head.num_tokens)
         k = int(entries)
     walked = walk(
-        LogProbRows(k, not inputs, bool(tail), False),
+        LogProbObjective(k, not inputs, bool(tail), False),
         (hidden, lm_head),
         None,
         inputs,

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd.engine.apply import Walked
+from fused_sd.engine.apply import ChunkedResult
 from fused_sd.engine.certificate import GradientCertificate
 
 Reduction = Literal["sum", "mean", "none"]
@@ -31,7 +31,7 @@ class LossOutput(NamedTuple):
 
 
 def reduce_loss(
-    walked: Walked,
+    walked: ChunkedResult,
     token_loss: Tensor,  # (N,)
     extras: dict[str, Tensor],  # each (N, ...)
     token_weights: Tensor | None,  # (...)

@@ -17,7 +17,7 @@ from fused_sd.engine.certificate import GradientKind
 from fused_sd.engine.options import Execution, execution
 from fused_sd.head.projection import LMHead, placed_head
 from fused_sd.losses.output import LossOutput, Reduction, reduce_loss
-from fused_sd.objectives.token import TokenLossRows
+from fused_sd.objectives.token import TokenLossObjective
 from fused_sd.terms.surrogate import Surrogate
 
 
@@ -117,11 +117,11 @@ def token_loss(
         tensor_checks.check_teacher("teacher head", t_head.weight, lm_head.weight)
         side = (t_hidden, t_head)
     walked = walk(
-        TokenLossRows(settings, tuple(inputs), tuple(metrics)),
+        TokenLossObjective(settings, tuple(inputs), tuple(metrics)),
         (hidden, lm_head),
         side,
         list(inputs.values()),
-        _walked_weights(settings, inputs, token_weights, metrics),
+        _run_weights(settings, inputs, token_weights, metrics),
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         reduced=reduction != "none",
@@ -132,7 +132,7 @@ def token_loss(
     return reduce_loss(walked, token_loss, extras, token_weights, reduction, shape)
 
 
-def _walked_weights(
+def _run_weights(
     settings: Surrogate | None,
     inputs: dict[str, Tensor],
     token_weights: Tensor | None,

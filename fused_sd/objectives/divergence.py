@@ -8,23 +8,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd import settings as specs
-from fused_sd.engine.chunk import Chunk, RowFunction
-from fused_sd.objectives.truncated import SUPPORT_METRICS, BucketRow
+from fused_sd.engine.chunk import Chunk, Objective
+from fused_sd.objectives.truncated import SUPPORT_METRICS, TruncatedRow
+from fused_sd.settings import setting
 from fused_sd.terms.divergence import DivergenceTerm
 from fused_sd.terms.support import overlap
 from fused_sd.terms.weighting import capped_ratio
-from fused_sd.torch_kernels.rows import SUMMARY, Normalizers
+from fused_sd.torch_kernels.rows import ROW_METRICS, Normalizers
 
 # metrics that read whole rows, or a sampled token's log-probability in them
 WHOLE_METRICS = {
-    *(*SUMMARY, *SUPPORT_METRICS, "top1_agreement", "topk_overlap"),
+    *(*ROW_METRICS, *SUPPORT_METRICS, "top1_agreement", "topk_overlap"),
     *("student_log_prob", "teacher_log_prob"),
 }
 
 
-@specs.setting
-class DivergenceRows(NamedTuple):
+@setting
+class DivergenceObjective(NamedTuple):
     """A divergence over a support, with its clips, its importance cap and its metrics.
 
     The per-token inputs are, in this order and where the settings ask for them: ``entry_ids`` (C,
@@ -65,7 +65,7 @@ class DivergenceRows(NamedTuple):
     def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
         return [(False, ())] * (1 + len(self.metrics))
 
-    def replay(self, extras: list[Tensor]) -> tuple[RowFunction, list[Tensor]]:
+    def replay(self, extras: list[Tensor]) -> tuple[Objective, list[Tensor]]:
         return self, []
 
     def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
@@ -76,11 +76,11 @@ class DivergenceRows(NamedTuple):
         if token_ids is not None and chunk.student_side.whole is not None:
             sampled = chunk.part(chunk.student_side, token_ids[:, None])[:, 0]
         normalizers = self._observe(chunk, token_ids, metrics)
-        row: _FullRow | BucketRow
+        row: _FullRow | TruncatedRow
         if self.support == "full":
             row = _FullRow(self, chunk, normalizers)
         else:
-            row = BucketRow(self, chunk, inputs)
+            row = TruncatedRow(self, chunk, inputs)
 
         ratio: Tensor | None = None
         if self.importance_cap is not None and sampled is not None:
@@ -88,11 +88,11 @@ class DivergenceRows(NamedTuple):
             log_prob = sampled - row.student_normalizer()
             ratio, capped = capped_ratio(log_prob, inputs["old_log_probs"], self.importance_cap)
             metrics["importance_ratio"], metrics["importance_cap_fraction"] = ratio, capped
-        upstream = None
-        if chunk.upstream is not None:
-            upstream = chunk.upstream[:, 0] * chunk.shaping.factor
-            upstream = upstream if ratio is None else upstream * ratio
-        loss, is_open = row.loss_and_gradient_(upstream, metrics)
+        row_weights = None
+        if chunk.row_weights is not None:
+            row_weights = chunk.row_weights[:, 0] * chunk.shaping.factor
+            row_weights = row_weights if ratio is None else row_weights * ratio
+        loss, is_open = row.loss_and_gradient_(row_weights, metrics)
         metrics["token_clip_fraction"] = 1 - is_open
         values = loss if ratio is None else ratio * loss
         return values[:, None], [loss, *(metrics[name] for name in self.metrics)]
@@ -113,12 +113,12 @@ class DivergenceRows(NamedTuple):
             Both sides' normalisers, where the metrics or the full vocabulary need them.
         """
         wanted, rows, normalizers = set(self.metrics), chunk.functions.rows, None
-        named = wanted.intersection(SUMMARY)
+        named = wanted.intersection(ROW_METRICS)
         label_sides = [side for side in ("student", "teacher") if f"{side}_log_prob" in wanted]
         lse: dict[str, Tensor] = {}
         if chunk.teacher_side is None:
             if "student_entropy" in wanted:
-                mine, part = rows.moments(chunk.student)
+                mine, part = rows.lse_and_entropy(chunk.student)
                 [lse["student"]], [entropy], _ = chunk.shard.join([mine], entropies=[part])
                 metrics["student_entropy"] = entropy
             elif label_sides:
@@ -134,7 +134,7 @@ class DivergenceRows(NamedTuple):
         if chunk.teacher_side is None:
             return None
         if named:
-            metrics |= rows.summary(*chunk.sides(), normalizers, named, chunk.shard)
+            metrics |= rows.row_metrics(*chunk.sides(), normalizers, named, chunk.shard)
         sides = chunk.student_side, chunk.teacher_side
         if "top1_agreement" in wanted:
             ids, other = (chunk.top_k(side, 1)[:, 0] for side in sides)
@@ -149,7 +149,7 @@ class _FullRow:
     """Every entry of the vocabulary is compared."""
 
     def __init__(
-        self, settings: DivergenceRows, chunk: Chunk, normalizers: Normalizers | None
+        self, settings: DivergenceObjective, chunk: Chunk, normalizers: Normalizers | None
     ) -> None:
         assert normalizers is not None
         self.settings, self.chunk, self.normalizers = settings, chunk, normalizers
@@ -161,18 +161,18 @@ class _FullRow:
         return self.normalizers.student
 
     def loss_and_gradient_(
-        self, upstream: Tensor | None, metrics: dict[str, Tensor]
+        self, row_weights: Tensor | None, metrics: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The token's loss and whether it is open; with ``upstream``, the gradient is written."""
+        """The token's loss and whether it is open; ``row_weights`` given: write the gradient."""
         chunk, settings = self.chunk, self.settings
         term, clip, cap = settings.term, settings.entry_clip, chunk.shaping.cap
         compare = chunk.functions.rows.divergence_
         given = *chunk.sides(), self.normalizers, term, clip
         at_once = settings.token_clip is None  # else the loss decides whether there is a gradient
         given_out = cap, chunk.dlogits, chunk.shard
-        loss, clipped = compare(*given, upstream if at_once else None, *given_out)
+        loss, clipped = compare(*given, row_weights if at_once else None, *given_out)
         metrics["entry_clip_fraction"] = clipped / self.num_entries
         loss, is_open = settings.clip_tokens(loss)
-        if upstream is not None and not at_once:
-            compare(*given, upstream * is_open, *given_out)
+        if row_weights is not None and not at_once:
+            compare(*given, row_weights * is_open, *given_out)
         return loss, is_open

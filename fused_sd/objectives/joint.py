@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd import settings as specs
-from fused_sd.engine.chunk import Chunk, RowFunction
+from fused_sd.engine.chunk import Chunk, Objective
+from fused_sd.settings import setting
 
 
-@specs.setting
-class JointRows(NamedTuple):
+@setting
+class JointObjective(NamedTuple):
     """The values, extras and inputs of the first, then those of the second.
 
     The first works on a copy of the student's logits, since both write their gradient over what
     they read.  Both gradients are as wide as the logits, and their sum is rounded once.
     """
 
-    first: Any  # a RowFunction whose replay is itself
+    first: Any  # a Objective whose replay is itself
     second: Any  # likewise
     num_inputs: int  # of the first
 
@@ -41,24 +41,24 @@ class JointRows(NamedTuple):
     def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
         return [*self.first.extras(), *self.second.extras()]
 
-    def replay(self, extras: list[Tensor]) -> tuple[RowFunction, list[Tensor]]:
+    def replay(self, extras: list[Tensor]) -> tuple[Objective, list[Tensor]]:
         return self, []
 
     def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
-        logits, upstream, num = chunk.student, chunk.upstream, self.first.num_values
+        logits, row_weights, num = chunk.student, chunk.row_weights, self.first.num_values
         copy = chunk._replace(
             student_side=chunk.student_side._replace(whole=logits.clone()),
             inputs=chunk.inputs[: self.num_inputs],
-            upstream=None if upstream is None else upstream[:, :num],
+            row_weights=None if row_weights is None else row_weights[:, :num],
         )
         values, extras = self.first(copy._replace(dlogits=copy.student))
         rest = chunk._replace(
             inputs=chunk.inputs[self.num_inputs :],
-            upstream=None if upstream is None else upstream[:, num:],
+            row_weights=None if row_weights is None else row_weights[:, num:],
             dlogits=logits,
         )
         more_values, more_extras = self.second(rest)
-        if upstream is not None:
+        if row_weights is not None:
             assert chunk.dlogits is not None
             torch.add(copy.student, logits, out=chunk.dlogits)
         return torch.cat([values, more_values], 1), [*extras, *more_extras]

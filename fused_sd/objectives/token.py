@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd import settings as specs
-from fused_sd.engine.chunk import Chunk, RowFunction
+from fused_sd.engine.chunk import Chunk, Objective
+from fused_sd.settings import setting
 from fused_sd.terms.surrogate import Surrogate, cross_entropy, surrogate
 
 
-@specs.setting
-class LogProbRows(NamedTuple):
+@setting
+class LogProbObjective(NamedTuple):
     """Log-probabilities of K entries, and the log-mass of the others or the entropy.
 
     The per-token input is ``token_ids`` (C, K), or nothing where the student's own top-k is asked
@@ -42,7 +42,7 @@ class LogProbRows(NamedTuple):
     def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
         return [(True, (self.k,))] if self.is_top_k else []
 
-    def replay(self, extras: list[Tensor]) -> tuple[RowFunction, list[Tensor]]:
+    def replay(self, extras: list[Tensor]) -> tuple[Objective, list[Tensor]]:
         """A second walk reads the entries that the first one chose."""
         return self._replace(is_top_k=False), extras
 
@@ -50,12 +50,12 @@ class LogProbRows(NamedTuple):
         rows, logits = chunk.functions.rows, chunk.student
         ids = chunk.top_k(chunk.student_side, self.k) if self.is_top_k else chunk.inputs[0]
         part = chunk.part(chunk.student_side, ids)
-        lse, *parts = rows.moments(logits) if self.entropy else (rows.log_normalizer(logits),)
+        lse, *parts = _statistics(chunk, self.entropy)
         lses = [lse]
         if self.tail:
             logits.scatter_(1, chunk.columns_of(ids), -torch.inf)
             lses.append(rows.log_normalizer(logits))
-        lses, entropies, [chosen] = chunk.shard.join(lses, entropies=parts, riders=[part])
+        lses, entropies, [chosen] = chunk.shard.join(lses, entropies=parts, extra_sums=[part])
         normalizer = lses[0]
         values = [chosen - normalizer[:, None]]
         if self.tail:
@@ -65,24 +65,24 @@ class LogProbRows(NamedTuple):
         values += [entropy[:, None] for entropy in entropies]
         result = torch.cat(values, -1)
         extras = [ids] if self.is_top_k else []
-        if chunk.upstream is not None:
+        if chunk.row_weights is not None:
             self._write_gradient_(chunk, ids, chosen, result, normalizer)
         return result, extras
 
     def _write_gradient_(
         self, chunk: Chunk, ids: Tensor, chosen: Tensor, values: Tensor, normalizer: Tensor
     ) -> None:
-        """Gradient of ``sum(upstream * values)``; never of a tail and an entropy at once."""
-        assert chunk.upstream is not None
-        upstream = chunk.upstream * chunk.shaping.factor
-        by_entry, log_probs = upstream[:, : self.k], values[:, : self.k]
-        total = upstream[:, : self.k + self.tail].sum(-1, keepdim=True)
+        """Gradient of ``sum(row_weights * values)``; never of a tail and an entropy at once."""
+        assert chunk.row_weights is not None
+        row_weights = chunk.row_weights * chunk.shaping.factor
+        by_entry, log_probs = row_weights[:, : self.k], values[:, : self.k]
+        total = row_weights[:, : self.k + self.tail].sum(-1, keepdim=True)
         constant, slope = -total[:, 0], None
         at_entries = by_entry - log_probs.exp() * total
         if self.tail:
-            constant = upstream[:, -1] - values[:, -1].exp() * total[:, 0]
+            constant = row_weights[:, -1] - values[:, -1].exp() * total[:, 0]
         if self.entropy:
-            slope = -upstream[:, -1]
+            slope = -row_weights[:, -1]
             constant = constant + slope * values[:, -1]
             at_entries = at_entries + log_probs.exp() * slope[:, None] * (
                 log_probs + values[:, -1:]
@@ -91,8 +91,16 @@ class LogProbRows(NamedTuple):
         chunk.write_gradient_(normalizer, constant, slope, columns, chosen, at_entries)
 
 
-@specs.setting
-class TokenLossRows(NamedTuple):
+def _statistics(chunk: Chunk, entropy: bool) -> tuple[Tensor, ...]:
+    """Log-sum-exp of the student's rows and, where asked for, their entropy: (C,) each."""
+    rows = chunk.functions.rows
+    if entropy:
+        return rows.lse_and_entropy(chunk.student)
+    return (rows.log_normalizer(chunk.student),)
+
+
+@setting
+class TokenLossObjective(NamedTuple):
     """A loss of the sampled token's log-probability.
 
     The per-token inputs are those that ``input_names`` lists: ``token_ids`` (C,) and what the
@@ -119,20 +127,20 @@ class TokenLossRows(NamedTuple):
     def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
         return [(False, ())] * len(self.metrics)
 
-    def replay(self, extras: list[Tensor]) -> tuple[RowFunction, list[Tensor]]:
+    def replay(self, extras: list[Tensor]) -> tuple[Objective, list[Tensor]]:
         return self, []
 
     def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
-        rows, logits = chunk.functions.rows, chunk.student
+        rows = chunk.functions.rows
         inputs = dict(zip(self.input_names, chunk.inputs, strict=True))
         ids = inputs["token_ids"][:, None]
         wants_entropy = "entropy" in self.metrics
-        lse, *parts = rows.moments(logits) if wants_entropy else (rows.log_normalizer(logits),)
+        lse, *parts = _statistics(chunk, wants_entropy)
         lses, labels = [lse], [chunk.part(chunk.student_side, ids)]
         if chunk.teacher_side is not None:
             lses.append(rows.log_normalizer(chunk.teacher))
             labels.append(chunk.part(chunk.teacher_side, ids))
-        lses, entropies, labels = chunk.shard.join(lses, entropies=parts, riders=labels)
+        lses, entropies, labels = chunk.shard.join(lses, entropies=parts, extra_sums=labels)
         log_prob, *others = (label[:, 0] - lse for label, lse in zip(labels, lses, strict=True))
         if others:
             inputs["teacher_log_probs"] = others[0]
@@ -146,8 +154,8 @@ class TokenLossRows(NamedTuple):
         metrics |= term.metrics
         if wants_entropy:
             metrics["entropy"] = entropies[0]
-        if chunk.upstream is not None:
-            coefficient = chunk.upstream[:, 0] * term.dlog_prob * chunk.shaping.factor
+        if chunk.row_weights is not None:
+            coefficient = chunk.row_weights[:, 0] * term.dlog_prob * chunk.shaping.factor
             at_token = (-coefficient * torch.expm1(log_prob))[:, None]
             columns = chunk.columns_of(ids)
             chunk.write_gradient_(lses[0], -coefficient, None, columns, labels[0], at_token)

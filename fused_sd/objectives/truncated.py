@@ -13,12 +13,12 @@ from fused_sd.terms.support import (
     Buckets,
     bucket_terms,
     first_occurrence,
-    fold_tail,
     log_complement,
+    tail_gradient_to_entries,
 )
 
 if TYPE_CHECKING:
-    from fused_sd.objectives.divergence import DivergenceRows
+    from fused_sd.objectives.divergence import DivergenceObjective
 
 SUPPORT_METRICS = ("student_mass", "teacher_mass", "student_tail_mass", "teacher_tail_mass")
 
@@ -27,15 +27,17 @@ class _Entries(NamedTuple):
     """The support's entries of a chunk."""
 
     ids: Tensor  # (C, K) int64
-    active: Tensor | None  # (C, K) bool; None: all
-    student: Tensor  # (C, K) logits, -inf where not active
+    counted: Tensor | None  # (C, K) bool; None: all
+    student: Tensor  # (C, K) logits, -inf where not counted
     teacher: Tensor  # (C, K) logits, or log-probabilities where a server gave them
 
 
-class BucketRow:
+class TruncatedRow:
     """The entries of a truncated support are compared, and perhaps a bucket for the remainder."""
 
-    def __init__(self, settings: "DivergenceRows", chunk: Chunk, inputs: dict[str, Tensor]) -> None:
+    def __init__(
+        self, settings: "DivergenceObjective", chunk: Chunk, inputs: dict[str, Tensor]
+    ) -> None:
         self.settings, self.chunk = settings, chunk
         self.keeps_tail = settings.remainder == "tail" and settings.tail_floor is None
         self.normalizers: list[Tensor] = []  # of the sides whose normaliser the remainder needs
@@ -53,30 +55,30 @@ class BucketRow:
     def _entries(self, inputs: dict[str, Tensor]) -> _Entries:
         """Choose the entries and read both sides' logits there."""
         chunk, support = self.chunk, self.settings.support
-        active = None
+        counted = None
         if support == "ids":
             ids = inputs["entry_ids"]
-            active = first_occurrence(ids)
+            counted = first_occurrence(ids)
             ids = ids.clamp(min=0)
         else:
             k = self.settings.k
             of_student = [chunk.top_k(chunk.student_side, k)] if support != "teacher" else []
             of_teacher = [chunk.top_k(chunk.teacher_side, k)] if support != "student" else []
             ids = torch.cat(of_student + of_teacher, -1)
-            active = first_occurrence(ids) if support == "union" else None
+            counted = first_occurrence(ids) if support == "union" else None
         given = inputs.get("teacher_log_probs")
         if given is not None:
-            active = active & (given > -torch.inf) if active is not None else given > -torch.inf
-        student, *others = self._read(ids, active)
+            counted = counted & (given > -torch.inf) if counted is not None else given > -torch.inf
+        student, *others = self._read(ids, counted)
         teacher = others[0] if others else given
         assert teacher is not None
         teacher = teacher.to(student)
-        if active is not None:
-            student = student.masked_fill(~active, -torch.inf)
-            teacher = teacher.masked_fill(~active, -torch.inf)
-        return _Entries(ids, active, student, teacher)
+        if counted is not None:
+            student = student.masked_fill(~counted, -torch.inf)
+            teacher = teacher.masked_fill(~counted, -torch.inf)
+        return _Entries(ids, counted, student, teacher)
 
-    def _read(self, ids: Tensor, active: Tensor | None) -> list[Tensor]:
+    def _read(self, ids: Tensor, counted: Tensor | None) -> list[Tensor]:
         """The sides' logits at the entries; with them come the normalisers of all ranks.
 
         For a tail of its own log-sum-exp the entries are taken out of the rows.
@@ -91,9 +93,9 @@ class BucketRow:
         for side in normalized:
             assert side.whole is not None
             if self.keeps_tail:
-                side.whole.scatter_(1, self._columns(ids, active, chunk.width), -torch.inf)
+                side.whole.scatter_(1, self._columns(ids, counted, chunk.width), -torch.inf)
             lses.append(chunk.functions.rows.log_normalizer(side.whole))
-        self.normalizers, _, parts = chunk.shard.join(lses, riders=parts)
+        self.normalizers, _, parts = chunk.shard.join(lses, extra_sums=parts)
         return parts
 
     def _buckets(self) -> Buckets:
@@ -126,18 +128,18 @@ class BucketRow:
 
     def _floored(self) -> Buckets:
         """The buckets as the terms see them: no entry that counts is below the floor."""
-        floor, active = self.settings.log_prob_floor, self.entries.active
+        floor, counted = self.settings.log_prob_floor, self.entries.counted
         if floor is None:
             return self.buckets
         log_s, log_t = self.buckets.log_s.clamp(min=floor), self.buckets.log_t.clamp(min=floor)
-        if active is not None:
-            log_s, log_t = (side.masked_fill(~active, -torch.inf) for side in (log_s, log_t))
+        if counted is not None:
+            log_s, log_t = (side.masked_fill(~counted, -torch.inf) for side in (log_s, log_t))
         return self.buckets._replace(log_s=log_s, log_t=log_t)
 
-    def _columns(self, ids: Tensor, active: Tensor | None, num_columns: int) -> Tensor:
+    def _columns(self, ids: Tensor, counted: Tensor | None, num_columns: int) -> Tensor:
         """The entries' columns; those that do not count, or not here, point to the last."""
         columns = self.chunk.shard.columns(ids, num_columns - 1)
-        return columns if active is None else torch.where(active, columns, num_columns - 1)
+        return columns if counted is None else torch.where(counted, columns, num_columns - 1)
 
     def student_normalizer(self) -> Tensor:
         if self.lse is None:
@@ -168,33 +170,33 @@ class BucketRow:
         return torch.logaddexp(rest, entries.logsumexp(-1)) if self.keeps_tail else rest
 
     def loss_and_gradient_(
-        self, upstream: Tensor | None, metrics: dict[str, Tensor]
+        self, row_weights: Tensor | None, metrics: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The token's loss and whether it is open; with ``upstream``, the gradient is written."""
+        """The token's loss and whether it is open; ``row_weights`` given: write the gradient."""
         self._observe(metrics)
         loss, is_open = self.settings.clip_tokens(self.terms.sum(-1))
-        if upstream is not None:
-            self._write_gradient_(upstream * is_open)
+        if row_weights is not None:
+            self._write_gradient_(row_weights * is_open)
         return loss, is_open
 
-    def _write_gradient_(self, upstream: Tensor) -> None:
+    def _write_gradient_(self, row_weights: Tensor) -> None:
         """A constant times a softmax outside the entries, and the entries written over it."""
         floor, k = self.settings.tail_floor, self.entries.ids.shape[-1]
         dlog_s, log_s = self.dlog_s, self.buckets.log_s
         if self.settings.remainder == "tail" and floor is not None:
-            dlog_s, log_s = fold_tail(dlog_s, log_s, floor), log_s[:, :k]
+            dlog_s, log_s = tail_gradient_to_entries(dlog_s, log_s, floor), log_s[:, :k]
         total = dlog_s.sum(-1, keepdim=True)
-        cut = upstream[:, None] == 0  # a token that is cut may be infinite
-        share = (dlog_s - log_s.exp() * total) * upstream[:, None]  # by the buckets' logits
+        cut = row_weights[:, None] == 0  # a token that is cut may be infinite
+        share = (dlog_s - log_s.exp() * total) * row_weights[:, None]  # by the buckets' logits
         share, total = share.masked_fill(cut, 0), total.masked_fill(cut, 0)
-        outside = share[:, k] if share.shape[-1] > k else -total[:, 0] * upstream
+        outside = share[:, k] if share.shape[-1] > k else -total[:, 0] * row_weights
         inside = share[:, :k]
-        if self.entries.active is not None:
-            inside = inside.masked_fill(~self.entries.active, 0)
+        if self.entries.counted is not None:
+            inside = inside.masked_fill(~self.entries.counted, 0)
         background = self.buckets.background
         entries = self.chunk.entries
         num_columns = self.chunk.width if entries is None else entries.vocab + 1
-        columns = self._columns(self.entries.ids, self.entries.active, num_columns)
+        columns = self._columns(self.entries.ids, self.entries.counted, num_columns)
         self.chunk.write_gradient_(background, outside, None, columns, self.entries.student, inside)
 
 

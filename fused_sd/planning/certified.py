@@ -9,10 +9,10 @@ Dimension key:  N tokens, A tokens with a weight, F dense tokens, D hidden size,
 from collections.abc import Sequence
 
 from fused_sd.engine.gradients import MOST
-from fused_sd.engine.layout import Layout, WalkSize
-from fused_sd.planning import fused, walk
+from fused_sd.engine.layout import Layout, RunSize
+from fused_sd.planning import chunked, fused
+from fused_sd.planning.chunked import PER_TOKEN, WIDE, ChunkedRun
 from fused_sd.planning.fused import ENTRY_BYTES
-from fused_sd.planning.walk import PER_TOKEN, WIDE, Walk
 from fused_sd.planning.workload import Parts, Peer, Workload, gemm_flops
 from fused_sd.torch_kernels import rows
 
@@ -21,14 +21,14 @@ LISTED = 62  # bytes for each entry that PyTorch's selection may keep of a row; 
 JUDGED = 32  # and when it is decided which rows stay sparse
 
 
-def walked(work: Workload) -> list[Walk]:
+def walked(work: Workload) -> list[ChunkedRun]:
     """Forward's walk, and backward's over the dense tokens where it walks them again."""
-    first = Walk(True, layout(work), work.active)
+    first = ChunkedRun(True, layout(work), work.active)
     if not _again(work) or not dense_tokens(work):
         return [first]
     few = work._replace(active=dense_tokens(work))
-    size = walk.size_of(few, forming=True)
-    return [first, Walk(True, walk.layout(few, size, finishing=True), few.active)]
+    size = chunked.size_of(few, has_gradient=True)
+    return [first, ChunkedRun(True, chunked.layout(few, size, finishing=True), few.active)]
 
 
 def walks(work: Workload) -> int:
@@ -38,7 +38,7 @@ def walks(work: Workload) -> int:
 
 def layout(work: Workload) -> Layout:
     """The chunk and the group that the walk will choose."""
-    return walk.layout(work, walk.size_of(work, forming=True), not _again(work))
+    return chunked.layout(work, chunked.size_of(work, has_gradient=True), not _again(work))
 
 
 def dense_tokens(work: Workload) -> int:
@@ -54,25 +54,25 @@ def _again(work: Workload) -> bool:
 def _moments(work: Workload) -> Sequence[Parts]:
     if work.kept is None:
         return []
-    size = walk.size_of(work, forming=True)
+    size = chunked.size_of(work, has_gradient=True)
     chosen = layout(work)
     kept = work.kept * (work.active - dense_tokens(work))
     entries = {"entries": ENTRY_BYTES * kept, "per-token values": PER_TOKEN * work.tokens}
     dense = {} if _again(work) else _dense(work)
-    taken = {**walk.compacted(work), **walk.widened(work)}
+    taken = {**chunked.compacted(work), **chunked.widened(work)}
     held = {**entries, **dense, **taken}
-    spaces = walk.workspace(size, chosen)
+    spaces = chunked.workspace(size, chosen)
     twice = {"entries together": ENTRY_BYTES * kept, "dH together": dense.get("dense fp32 dH", 0)}
     moments = [
-        *walk.walk(work, size, chosen, held),
+        *chunked.run(work, size, chosen, held),
         {**held, **spaces, **_selecting(work, size, min(chosen.group, work.active))},
         {**held, **spaces, **twice},
     ]
     if walks(work) == 2:
         dense = _dense(work)
         few = work._replace(active=dense_tokens(work))  # backward's walk finishes theirs
-        again = {**entries, **walk.compacted(few), **walk.widened(few)}
-        moments += fused.forming(few, size, walk.layout(few, size, finishing=True), again)
+        again = {**entries, **chunked.compacted(few), **chunked.widened(few)}
+        moments += fused.form_gradients(few, size, chunked.layout(few, size, finishing=True), again)
     scaled = {"dense dH, scaled": dense.get("dense fp32 dH", 0)}
     moments += fused.from_entries(work, {**entries, **dense, **scaled}, kept, kept)
     return moments
@@ -81,24 +81,24 @@ def _moments(work: Workload) -> Sequence[Parts]:
 def _dense(work: Workload) -> Parts:
     """Finished gradients of the dense tokens."""
     count = dense_tokens(work)
-    gradients = walk.finished(work, count)
+    gradients = chunked.finished(work, count)
     return {
         "dense fp32 dH": gradients["fp32 dH"],
         "fp32 dW": gradients["fp32 dW"] if count else 0,
     }
 
 
-def _selecting(work: Workload, size: WalkSize, num_rows: int) -> Parts:
+def _selecting(work: Workload, size: RunSize, num_rows: int) -> Parts:
     """The entries of a group's rows, and some rows in fp32 with their magnitudes."""
     listed = num_rows * min(MOST, work.vocab)
     if work.kind == "cuda":
         return {"selection": (12 + JUDGED) * listed}
-    visited = min(num_rows, max(1, rows.VISITED // size.vocab)) * size.vocab
+    visited = min(num_rows, max(1, rows.ROW_BLOCK_LOGITS // size.vocab)) * size.vocab
     return {"selection": LISTED * listed, "rows that are visited": 2 * WIDE * visited}
 
 
 def _gemms(work: Workload) -> float:
-    logits = gemm_flops(work, *walk.whole_sides(work.objective))
+    logits = gemm_flops(work, *chunked.whole_sides(work.objective))
     dense = logits * (walks(work) - 1) + gemm_flops(work, 1 + work.trained, 0)
     return logits + work.dense_share * dense
 

@@ -4,7 +4,7 @@ import torch
 
 from fused_sd import checks
 from fused_sd.measuring.dtypes import DTYPES
-from fused_sd.planning.objectives import Objective
+from fused_sd.planning.objectives import PlannedObjective
 
 PLANNED_DTYPES = ("bf16", "fp16", "fp32")
 
@@ -37,7 +37,7 @@ def check_sizes(
 
 
 def check_gradient(
-    gradient: object, kept: int | None, dense_share: float | None, objective: Objective
+    gradient: object, kept: int | None, dense_share: float | None, objective: PlannedObjective
 ) -> None:
     """How a gradient is kept, and what is assumed of it."""
     checks.check_one_of("gradient", gradient, ("dense", "sparse"))

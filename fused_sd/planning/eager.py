@@ -10,7 +10,7 @@ Dimension key:  A tokens with a weight, D hidden size, V vocabulary
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fused_sd.planning.objectives import Objective
+from fused_sd.planning.objectives import PlannedObjective
 from fused_sd.planning.workload import Moments, Parts, Peer, Workload, exact_gemms
 
 STUDENT, TEACHER = "student logits", "teacher logits"
@@ -43,7 +43,7 @@ _TRL_SDPO: dict[str, _Held] = {
 }
 
 
-def _kind(objective: Objective) -> str | None:
+def _kind(objective: PlannedObjective) -> str | None:
     """The row of the table; None: nothing is known."""
     if not objective.is_divergence:
         return "token"

@@ -1,4 +1,4 @@
-"""This library's memory: finished gradients, entries, or a second walk.
+"""This library's memory: finished gradients, entries, or a second chunked.
 
 Where a token's gradient has few entries, forward keeps those, and backward gathers and sums.  Else
 it forms the gradients where the loss is reduced or only the hidden states want one, and keeps them
@@ -9,9 +9,9 @@ Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary, E
 
 from collections.abc import Sequence
 
-from fused_sd.engine.layout import Layout, WalkSize
-from fused_sd.planning import walk
-from fused_sd.planning.walk import ID_BYTES, PER_TOKEN, WIDE, Walk, num_entries
+from fused_sd.engine.layout import Layout, RunSize
+from fused_sd.planning import chunked
+from fused_sd.planning.chunked import ID_BYTES, PER_TOKEN, WIDE, ChunkedRun, num_entries
 from fused_sd.planning.workload import Parts, Peer, Workload, gemm_flops
 
 COLUMN_BYTES = 4
@@ -21,13 +21,13 @@ ENTRY_BYTES = COLUMN_BYTES + WIDE
 def layout(work: Workload) -> Layout:
     """The chunk and the group that the walk will choose."""
     size = _size(work)
-    return walk.layout(work, size, size.forming)
+    return chunked.layout(work, size, size.has_gradient)
 
 
-def walked(work: Workload) -> list[Walk]:
+def walked(work: Workload) -> list[ChunkedRun]:
     """Forward's walk, and backward's where it walks again."""
-    first = Walk(not _recomputes(work), layout(work), work.active)
-    return [first, Walk(True, _again(work)[1], work.active)] if _recomputes(work) else [first]
+    first = ChunkedRun(not _recomputes(work), layout(work), work.active)
+    return [first, ChunkedRun(True, _again(work)[1], work.active)] if _recomputes(work) else [first]
 
 
 def walks(work: Workload) -> int:
@@ -40,55 +40,58 @@ def _recomputes(work: Workload) -> bool:
     return work.trained and not reduced and not num_entries(work.objective)
 
 
-def _again(work: Workload) -> tuple[WalkSize, Layout]:
-    """Of backward's walk."""
-    size = walk.size_of(work, forming=True)
-    return size, walk.layout(work, size, finishing=True)
+def _again(work: Workload) -> tuple[RunSize, Layout]:
+    """Bytes held while backward recomputes the chunks."""
+    size = chunked.size_of(work, has_gradient=True)
+    return size, chunked.layout(work, size, finishing=True)
 
 
-def _size(work: Workload) -> WalkSize:
-    forming = not _recomputes(work) and not num_entries(work.objective)
-    return walk.size_of(work, forming)
+def _size(work: Workload) -> RunSize:
+    has_gradient = not _recomputes(work) and not num_entries(work.objective)
+    return chunked.size_of(work, has_gradient)
 
 
 def _moments(work: Workload) -> Sequence[Parts]:
     size, chosen = _size(work), layout(work)
-    taken = {**walk.compacted(work), **walk.widened(work)}
+    taken = {**chunked.compacted(work), **chunked.widened(work)}
     per_token = {"per-token values": PER_TOKEN * work.tokens}
     if num_entries(work.objective):
         held = {**per_token, **_entries(work)}
         places, count = (
             tokens * num_entries(work.objective) for tokens in (work.tokens, work.active)
         )
-        summing = {"norms": (WIDE + 1) * count, **walk.workspace(size, chosen)}
+        summing = {"norms": (WIDE + 1) * count, **chunked.workspace(size, chosen)}
         count //= work.tensor_parallel  # a rank's own of them, if they lie evenly
         return [
-            *walk.walk(work, size, chosen, {**held, **taken}),
+            *chunked.run(work, size, chosen, {**held, **taken}),
             {**held, **taken, **summing},
             *from_entries(work, held, places, count),
         ]
     if not _recomputes(work):
-        return [*forming(work, size, chosen, {**per_token, **taken}), *_rounding(work, per_token)]
+        return [
+            *form_gradients(work, size, chosen, {**per_token, **taken}),
+            *_rounding(work, per_token),
+        ]
     again, chosen_again = _again(work)
     forward = {**per_token, **taken}
     return [
-        *walk.walk(work, size, chosen, forward),
-        *forming(work, again, chosen_again, forward),
+        *chunked.run(work, size, chosen, forward),
+        *form_gradients(work, again, chosen_again, forward),
         {
             **per_token,
-            **walk.finished(work, work.tokens),
+            **chunked.finished(work, work.tokens),
             **(work.gradients if work.element < WIDE else {}),
         },
     ]
 
 
-def forming(work: Workload, size: WalkSize, chosen: Layout, held: Parts) -> Sequence[Parts]:
+def form_gradients(work: Workload, size: RunSize, chosen: Layout, held: Parts) -> Sequence[Parts]:
     """A walk that forms the gradients, and their way to the tokens that they belong to."""
-    selected = walk.finished(work, work.active)
-    moments = list(walk.walk(work, size, chosen, {**held, **selected}))
+    selected = chunked.finished(work, work.active)
+    moments = list(chunked.run(work, size, chosen, {**held, **selected}))
     if work.active < work.tokens:
-        both = {"dH of the selected rows": selected["fp32 dH"], **walk.workspace(size, chosen)}
-        moments.append({**held, **walk.finished(work, work.tokens), **both})
+        both = {"dH of the selected rows": selected["fp32 dH"], **chunked.workspace(size, chosen)}
+        moments.append({**held, **chunked.finished(work, work.tokens), **both})
     return moments
 
 
@@ -106,7 +109,7 @@ def from_entries(work: Workload, held: Parts, places: int, used: int) -> Sequenc
     """
     dhidden = {"dH": work.hidden_bytes}
     if work.tensor_parallel > 1:  # summed over the ranks before it is rounded
-        dhidden = walk.finished(work._replace(trained=False), work.tokens)
+        dhidden = chunked.finished(work._replace(trained=False), work.tokens)
     moments = [
         {
             **held,
@@ -137,7 +140,7 @@ def _sum_bytes(work: Workload, num_sums: int, places: int, used: int) -> int:
     """
     if work.kind == "cuda":
         return 0
-    rows = walk.gathered_rows(work)
+    rows = chunked.gathered_rows(work)
     piece = min(num_sums, max(1, rows * num_sums // max(num_sums, places)))
     following = min(piece, num_sums - piece)
 
@@ -151,14 +154,14 @@ def _sum_bytes(work: Workload, num_sums: int, places: int, used: int) -> int:
 
 def _rounding(work: Workload, held: Parts) -> Sequence[Parts]:
     """Backward: each gradient is scaled and rounded while the sums are kept."""
-    held = {**held, **walk.finished(work, work.tokens)}
+    held = {**held, **chunked.finished(work, work.tokens)}
     if work.kind == "cpu" and work.element < WIDE:  # multiplies in fp32 first
         held["scaled in fp32"] = max(held["fp32 dW"], held["fp32 dH"])
     return [{**held, **work.gradients}]
 
 
 def _gemms(work: Workload) -> float:
-    student, teacher = walk.whole_sides(work.objective)
+    student, teacher = chunked.whole_sides(work.objective)
     logits = gemm_flops(work, student, teacher)
     if num_entries(work.objective):
         return logits

@@ -21,7 +21,7 @@ _SUPPORT_NAMES: dict[type[StudentTopK] | type[TeacherTopK] | type[UnionTopK], st
 }
 
 
-class Objective(NamedTuple):
+class PlannedObjective(NamedTuple):
     """What decides memory and GEMMs."""
 
     name: str
@@ -38,17 +38,17 @@ class Objective(NamedTuple):
         return bool(self.divergence)
 
 
-def _divergences() -> dict[str, Objective]:
-    sdpo = Objective("sdpo", "jsd", "student", 100, "tail")
-    sd_zero = Objective("sd_zero", "mixed_kl", "teacher", 64, "renormalize")
+def _divergences() -> dict[str, PlannedObjective]:
+    sdpo = PlannedObjective("sdpo", "jsd", "student", 100, "tail")
+    sd_zero = PlannedObjective("sd_zero", "mixed_kl", "teacher", 64, "renormalize")
     full = {"sdft": "forward_kl", "gkd": "jsd", "forward_kl": "forward_kl"}
     full |= {"reverse_kl": "reverse_kl", "jsd": "jsd", "divergence": "reverse_kl"}
     return {
         "sdpo": sdpo,
         "sd_zero": sd_zero,
-        "opsd": Objective("opsd", "forward_kl", entry_clip=True),
-        **{name: Objective(name, divergence) for name, divergence in full.items()},
-        "topk_divergence": Objective(  # a teacher server's entries, as many as verl asks for
+        "opsd": PlannedObjective("opsd", "forward_kl", entry_clip=True),
+        **{name: PlannedObjective(name, divergence) for name, divergence in full.items()},
+        "topk_divergence": PlannedObjective(  # a teacher server's entries, as many as verl asks for
             "topk_divergence", "forward_kl", "ids", 32, "tail", has_teacher=False
         ),
         "topk_tail": sdpo._replace(name="topk_tail"),
@@ -57,13 +57,15 @@ def _divergences() -> dict[str, Objective]:
 
 
 # the losses with their defaults, and the benchmark's names for the same things
-OBJECTIVES: dict[str, Objective] = {
+OBJECTIVES: dict[str, PlannedObjective] = {
     **_divergences(),
-    "rlsd": Objective("rlsd"),
-    "rlcsd": Objective("rlcsd", has_teacher=False),  # it takes the teachers' log-probabilities
-    "grpo": Objective("grpo", has_teacher=False),
-    "cross_entropy": Objective("cross_entropy", has_teacher=False),
-    "token_log_probs": Objective("token_log_probs", has_teacher=False, is_per_token=True),
+    "rlsd": PlannedObjective("rlsd"),
+    "rlcsd": PlannedObjective(
+        "rlcsd", has_teacher=False
+    ),  # it takes the teachers' log-probabilities
+    "grpo": PlannedObjective("grpo", has_teacher=False),
+    "cross_entropy": PlannedObjective("cross_entropy", has_teacher=False),
+    "token_log_probs": PlannedObjective("token_log_probs", has_teacher=False, is_per_token=True),
 }
 
 
@@ -80,7 +82,7 @@ BENCHMARKED = (  # names of ``fused_sd.bench``
 )
 
 
-def benchmark_name(objective: Objective) -> str | None:
+def benchmark_name(objective: PlannedObjective) -> str | None:
     """The benchmark's objective that asks the same of the head."""
     for name in BENCHMARKED:
         if OBJECTIVES[name]._replace(name=objective.name) == objective:
@@ -93,7 +95,7 @@ def choose(
     divergence: Divergence | None = None,
     support: Support | None = None,
     remainder: str | None = None,
-) -> Objective:
+) -> PlannedObjective:
     """A named objective with another divergence, support or remainder where one is given.
 
     Raises:

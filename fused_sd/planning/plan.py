@@ -13,11 +13,11 @@ from fused_sd import checks
 from fused_sd.measuring.dtypes import DTYPES
 from fused_sd.measuring.head_sizes import head_size
 from fused_sd.planning import certified, checking, eager, fused, liger, timing, token_peers, trl
+from fused_sd.planning.chunked import num_entries
 from fused_sd.planning.devices import Device, find_device
 from fused_sd.planning.objectives import choose
 from fused_sd.planning.prediction import predict
 from fused_sd.planning.result import Estimate, Plan
-from fused_sd.planning.walk import num_entries
 from fused_sd.planning.wire import traffic
 from fused_sd.planning.workload import Peer, Workload, peak, total
 from fused_sd.terms.divergence import Divergence

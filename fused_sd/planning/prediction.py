@@ -9,10 +9,10 @@ Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary, K
 
 from dataclasses import asdict, dataclass
 
-from fused_sd.planning import fused, walk
+from fused_sd.planning import chunked, fused
+from fused_sd.planning.chunked import WIDE, num_entries
 from fused_sd.planning.devices import Rates
-from fused_sd.planning.objectives import Objective
-from fused_sd.planning.walk import WIDE, num_entries
+from fused_sd.planning.objectives import PlannedObjective
 from fused_sd.planning.wire import Traffic
 from fused_sd.planning.workload import Workload, total
 
@@ -62,7 +62,7 @@ def predict(work: Workload, traffic: Traffic | None, rates: Rates) -> Prediction
     )
 
 
-def row_reads(objective: Objective) -> int:
+def row_reads(objective: PlannedObjective) -> int:
     """How often all logits of one side are read, in fp32.
 
     For the normalisers, for the gradient, where a gradient needs a sum of its own for that too, and
@@ -75,7 +75,7 @@ def row_reads(objective: Objective) -> int:
     choosing = {"student": 1, "teacher": 1, "union": 2, "ids": 0}[objective.support]
     if num_entries(objective):
         return choosing
-    return choosing + sum(walk.whole_sides(objective)) + 1
+    return choosing + sum(chunked.whole_sides(objective)) + 1
 
 
 def row_bytes(work: Workload) -> float:

@@ -11,9 +11,9 @@ Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary, K
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fused_sd.planning import certified, fused, walk
-from fused_sd.planning.objectives import Objective
-from fused_sd.planning.walk import WIDE, num_entries
+from fused_sd.planning import certified, chunked, fused
+from fused_sd.planning.chunked import WIDE, num_entries
+from fused_sd.planning.objectives import PlannedObjective
 from fused_sd.planning.workload import Workload
 
 MAX, SUM, GATHER, SUM_OF_DHIDDEN = "MAX", "SUM", "all-gather", "SUM of dH"
@@ -33,7 +33,11 @@ class Wire(NamedTuple):
 
 
 def wire(
-    objective: Objective, hidden_size: int, shard_vocab: int, kind: str, forming: bool = True
+    objective: PlannedObjective,
+    hidden_size: int,
+    shard_vocab: int,
+    kind: str,
+    has_gradient: bool = True,
 ) -> Wire:
     """What one walk sends.
 
@@ -43,25 +47,25 @@ def wire(
         shard_vocab: V of the largest shard.
         kind: "cuda" or "cpu": the kernels learn the sum that a KL's gradient needs with the
             normalisers.
-        forming: whether the walk forms gradients.
+        has_gradient: whether the walk forms gradients.
     """
     sides = 1 + objective.has_teacher
-    normalized, riders, more, gathers = sides, 0, 0, 0
+    normalized, extra_sums, more, gathers = sides, 0, 0, 0
     if not objective.is_divergence:
-        riders = sides  # the sampled token's logits
+        extra_sums = sides  # the sampled token's logits
     elif objective.support == "full":
         more = 3  # the loss, the clipped entries, and the sum that the gradient needs
         if kind == "cuda":
-            riders = 1
+            extra_sums = 1
             known = objective.divergence != "jsd" and not objective.entry_clip
-            more = 1 if forming and known else 3
+            more = 1 if has_gradient and known else 3
     else:
         normalized = _NORMALIZED.get(objective.remainder, sides)
-        riders = sides * walk.compared(objective)
-        gathers = walk.choosing_sides(objective)
+        extra_sums = sides * chunked.compared(objective)
+        gathers = chunked.choosing_sides(objective)
     return Wire(
         max_numbers=normalized,
-        sum_numbers=normalized + riders + more,
+        sum_numbers=normalized + extra_sums + more,
         gathered_numbers=gathers * 2 * min(objective.k, shard_vocab),  # logits and ids
         dhidden_numbers=hidden_size,
         maxes=1 if normalized else 0,
@@ -112,7 +116,7 @@ def traffic(work: Workload) -> Traffic | None:
         if num_entries(work.objective):
             of_dhidden = work.tokens
     for each in walked:
-        sends = wire(work.objective, work.hidden_size, vocab, work.kind, each.forming)
+        sends = wire(work.objective, work.hidden_size, vocab, work.kind, each.has_gradient)
         payload[MAX] += WIDE * each.tokens * sends.max_numbers
         payload[SUM] += WIDE * each.tokens * sends.sum_numbers
         payload[GATHER] += WIDE * each.tokens * sends.gathered_numbers

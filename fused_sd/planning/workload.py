@@ -11,7 +11,7 @@ Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fused_sd.planning.objectives import Objective
+from fused_sd.planning.objectives import PlannedObjective
 
 Parts = dict[str, int]  # bytes of each part
 
@@ -26,7 +26,7 @@ class Workload(NamedTuple):
     teacher_hidden_size: int
     teacher_vocab: int  # likewise
     element: int  # bytes of an element of hidden states and head: 2 or 4
-    objective: Objective
+    objective: PlannedObjective
     trained: bool  # whether the head is
     reduced: bool  # one loss, or one of each token
     kind: str  # "cuda" or "cpu"

@@ -8,8 +8,8 @@ under the same names and in the same order, for Triton.
 
 The terms are *balanced*: where both sides sum to 1 the plain term ``t (log t - log s)`` may be
 shifted by ``s - t``, which adds nothing to the sum and makes every term non-negative and free of
-cancellation, so that a KL of 1e-7 keeps its digits in fp32.  ``slope`` undoes the shift where the
-sides do not sum to 1 (``plain = balanced + slope (s - t)``).
+cancellation, so that a KL of 1e-7 keeps its digits in fp32.  ``balance`` undoes the shift where the
+sides do not sum to 1 (``plain = balanced + balance (s - t)``).
 
 Symbols: s student, t teacher, m = beta t + (1 - beta) s the mixture, r = log s - log t.
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import checks
-from fused_sd import settings as specs
+from fused_sd.settings import setting
 
 
 @dataclass(frozen=True)
@@ -101,19 +101,19 @@ def mixed_kl(log_s: Tensor, log_t: Tensor, parameter: float) -> tuple[Tensor, Te
     )
 
 
-@specs.setting
+@setting
 class DivergenceTerm(NamedTuple):
     """A divergence as the row functions take it.
 
     Attributes:
         name: of the function here and of its twin in ``kernels/divergence.py``.
         parameter: handed to the function.
-        slope: ``plain term = balanced term + slope * (s - t)``.
+        balance: ``plain term = balanced term + balance * (s - t)``.
     """
 
     name: str
     parameter: float
-    slope: float
+    balance: float
 
     @property
     def function(self) -> Term:
@@ -122,22 +122,26 @@ class DivergenceTerm(NamedTuple):
     def plain(self, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
         """The term as the papers write it, for sides that need not sum to 1."""
         term, dlog_s = self.function(log_s, log_t, self.parameter)
-        if self.slope == 0:
+        if self.balance == 0:
             return term, dlog_s
         s = log_s.exp()
-        return term + self.slope * (s - log_t.exp()), dlog_s + self.slope * s
+        return term + self.balance * (s - log_t.exp()), dlog_s + self.balance * s
 
     def clipped(self, log_s: Tensor, log_t: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
         """The plain term cut at ``clip``, for sides that sum to 1, and which entries were cut.
 
-        ``slope (s - t)`` sums to 0 over all entries, so what the uncut entries have of it is minus
-        what the cut ones have: those carry it, and the others keep the balanced term.
+        ``balance (s - t)`` sums to 0 over all entries, so what the uncut entries have of it is
+        minus what the cut ones have: those carry it, and the others keep the balanced term.
         """
         term, dlog_s = self.function(log_s, log_t, self.parameter)
         s = log_s.exp()
-        shift = self.slope * (s - log_t.exp())
+        shift = self.balance * (s - log_t.exp())
         cut = term + shift > clip
-        return torch.where(cut, clip - shift, term), torch.where(cut, -self.slope * s, dlog_s), cut
+        return (
+            torch.where(cut, clip - shift, term),
+            torch.where(cut, -self.balance * s, dlog_s),
+            cut,
+        )
 
 
 _TERMS: dict[str, Term] = {

@@ -128,7 +128,7 @@ def bucket_terms(
     return value.clamp(max=entry_clip), dlog_s.masked_fill(clipped, 0), clipped
 
 
-def fold_tail(dlog_s: Tensor, log_s: Tensor, floor: float) -> Tensor:
+def tail_gradient_to_entries(dlog_s: Tensor, log_s: Tensor, floor: float) -> Tensor:
     """Hand the derivative by a floored tail (last column) to the entries that define it: (C, K).
 
     The floored tail is a function of the entries' mass, flat where the mass meets the floor.

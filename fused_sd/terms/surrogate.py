@@ -5,12 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd import settings as specs
+from fused_sd.settings import setting
 from fused_sd.terms.evidence import evidence_weight
 from fused_sd.terms.weighting import MAX_LOG_RATIO, capped_ratio, log_ratio
 
 
-@specs.setting
+@setting
 class Surrogate(NamedTuple):
     """Settings of the clipped policy surrogate."""
 

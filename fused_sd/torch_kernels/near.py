@@ -87,12 +87,12 @@ FORMS: dict[str, Form] = {
 
 
 def clip_(
-    block: Block, term: Tensor, dlog_s: Tensor, slope: float, clip: float
+    block: Block, term: Tensor, dlog_s: Tensor, balance: float, clip: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Terms and derivatives cut as ``DivergenceTerm.clipped`` cuts them, and how many: (R,)."""
-    shift = torch.sub(block.s, block.t, out=block.t).mul_(slope)
+    shift = torch.sub(block.s, block.t, out=block.t).mul_(balance)
     room = shift.neg_().add_(clip)  # for the balanced term
     cut = torch.sub(term, room, out=block.r).gt_(0)
     torch.minimum(term, room, out=term)
-    change = torch.mul(block.s, -slope, out=block.t).sub_(dlog_s)
+    change = torch.mul(block.s, -balance, out=block.t).sub_(dlog_s)
     return term, dlog_s.addcmul_(cut, change), cut.sum(-1)

@@ -26,11 +26,11 @@ from fused_sd.torch_kernels.near import FORMS, Block, clip_
 from fused_sd.torch_kernels.slices import slices
 
 READS_PADDING = False  # of -inf on both sides, where a log-ratio is not a number
-VISITED = 2**19  # logits at a time: smaller visits lose more to threads that wait for each other
+ROW_BLOCK_LOGITS = 2**19  # smaller blocks lose more to threads that wait for each other
 FLOOR = -1e4  # a log-probability whose probability is 0, and whose products are too
 # both KLs, the JSD with its beta, and both entropies, over the full vocabulary
-SUMMARY_PARAMETERS = {"forward_kl": 0.0, "reverse_kl": 0.0, "jsd": 0.5}
-SUMMARY = (*SUMMARY_PARAMETERS, "student_entropy", "teacher_entropy")
+ROW_METRIC_PARAMETERS = {"forward_kl": 0.0, "reverse_kl": 0.0, "jsd": 0.5}
+ROW_METRICS = (*ROW_METRIC_PARAMETERS, "student_entropy", "teacher_entropy")
 
 
 class Normalizers(NamedTuple):
@@ -44,12 +44,12 @@ class Normalizers(NamedTuple):
 def log_normalizer(logits: Tensor) -> Tensor:
     """Log-sum-exp of each row: (C,)."""
     lse = logits.new_empty(logits.shape[0])
-    for at in _visits(logits):
+    for at in _row_blocks(logits):
         torch.logsumexp(logits[at], -1, out=lse[at])
     return lse
 
 
-def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
+def lse_and_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of each row and its entropy in nats: (C,) each."""
     lse = log_normalizer(logits)
     return lse, _entropy(logits, lse)
@@ -58,7 +58,7 @@ def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
     """What these columns add to the entropy of rows with the given log-sum-exps: (C,)."""
     entropy = torch.empty_like(normalizer)
-    for at, log_probs, spare in _visits(logits, 2):
+    for at, log_probs, spare in _row_blocks(logits, 2):
         torch.sub(logits[at], normalizer[at, None], out=log_probs)
         torch.exp(log_probs, out=spare)
         torch.sum(spare.mul_(log_probs.clamp_(min=FLOOR)), -1, out=entropy[at])
@@ -77,17 +77,17 @@ def divergence_(
     normalizers: Normalizers,
     term: DivergenceTerm,
     entry_clip: float | None,
-    upstream: Tensor | None,  # (C,)
+    row_weights: Tensor | None,  # (C,)
     cap: float | None,
     out: Tensor | None,  # (C, >= W); may be the student's logits
     shard: VocabShard = WHOLE,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of a divergence's terms over the vocabulary and, with ``upstream``, its gradient.
+    """Sum of a divergence's terms over the vocabulary and, with ``row_weights``, its gradient.
 
     Args:
-        upstream: factors of the rows' gradients, or None: no gradient.
+        row_weights: factors of the rows' gradients, or None: no gradient.
         cap: soft-cap of the student's logits; the gradient is by the logits before it.
-        out: receives the gradient of ``sum(upstream * loss)``.
+        out: receives the gradient of ``sum(row_weights * loss)``.
 
     Returns:
         loss: (C,) sum of the terms.
@@ -95,11 +95,11 @@ def divergence_(
     """
     given = student, teacher, normalizers, term, entry_clip
     if shard.alone:
-        loss, clipped, _ = _compare(*given, None, upstream, cap, out)
+        loss, clipped, _ = _compare(*given, None, row_weights, cap, out)
         return loss, clipped
     loss, clipped, total = shard.sum(*_compare(*given, None, None, cap, None))
-    if upstream is not None:
-        _compare(*given, total, upstream, cap, out)
+    if row_weights is not None:
+        _compare(*given, total, row_weights, cap, out)
     return loss, clipped
 
 
@@ -110,7 +110,7 @@ def _compare(
     term: DivergenceTerm,
     entry_clip: float | None,
     known_total: Tensor | None,  # (C,) where these columns are not all of them
-    upstream: Tensor | None,
+    row_weights: Tensor | None,
     cap: float | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,13 +118,13 @@ def _compare(
     loss, total = torch.empty_like(normalizers.student), torch.empty_like(normalizers.student)
     clipped = torch.zeros_like(loss)
     lse_s, lse_t = normalizers.student, normalizers.teacher
-    for at, *buffers in _visits(student, len(Block._fields)):
+    for at, *buffers in _row_blocks(student, len(Block._fields)):
         block = Block(*buffers)
         is_near = block.fill_(student[at], teacher[at], lse_s[at], lse_t[at])
         if is_near:
             value, dlog_s = FORMS[term.name](block, term.parameter)
             if entry_clip is not None:
-                value, dlog_s, clipped[at] = clip_(block, value, dlog_s, term.slope, entry_clip)
+                value, dlog_s, clipped[at] = clip_(block, value, dlog_s, term.balance, entry_clip)
             s = block.s
         else:
             value, dlog_s, cut = _terms(block.s, block.t, term, entry_clip)
@@ -132,12 +132,12 @@ def _compare(
             s = block.s.exp_()
         torch.sum(value, -1, out=loss[at])
         torch.sum(dlog_s, -1, out=total[at])
-        if upstream is not None and out is not None:
+        if row_weights is not None and out is not None:
             whole = total if known_total is None else known_total
             dlogits = dlog_s.sub_(s.mul_(whole[at, None]))
             if not is_near:  # a token that is cut may be infinite
-                dlogits.masked_fill_(upstream[at, None] == 0, 0)
-            _write(dlogits, upstream[at], student[at], cap, out[at])
+                dlogits.masked_fill_(row_weights[at, None] == 0, 0)
+            _write(dlogits, row_weights[at], student[at], cap, out[at])
     return loss, clipped, total
 
 
@@ -150,7 +150,7 @@ def softmax_gradient_(
     out: Tensor,  # (C, W); may be the logits
 ) -> None:
     """``out = exp(x) * (constant + slope * x)`` with ``x = logits - normalizer``."""
-    for at, shifted, share in _visits(logits, 2):
+    for at, shifted, share in _row_blocks(logits, 2):
         torch.sub(logits[at], normalizer[at, None], out=shifted)
         torch.exp(shifted, out=share)
         if slope is not None:
@@ -160,16 +160,16 @@ def softmax_gradient_(
             _write(share, constant[at], logits[at], cap, out[at])
 
 
-def summary(
+def row_metrics(
     student: Tensor,
     teacher: Tensor,
     normalizers: Normalizers,
     names: Collection[str],
     shard: VocabShard = WHOLE,
 ) -> dict[str, Tensor]:
-    """What a row of both sides says: those of ``SUMMARY`` that are named, each (C,)."""
+    """What a row of both sides says: those of ``ROW_METRICS`` that are named, each (C,)."""
     parts = {}
-    for name, parameter in SUMMARY_PARAMETERS.items():
+    for name, parameter in ROW_METRIC_PARAMETERS.items():
         if name in names:
             term = DivergenceTerm(name, parameter, 0.0)
             pair = student, teacher, normalizers
@@ -193,10 +193,10 @@ def block_maxima(logits: Tensor) -> Tensor:
     return torch.cat([blocks, logits[:, whole:].amax(-1, keepdim=True)], 1)
 
 
-def _visits(logits: Tensor, num_buffers: int = 0) -> Iterator[Any]:
+def _row_blocks(logits: Tensor, num_buffers: int = 0) -> Iterator[Any]:
     """Slices of rows, each with buffers (R, W) that the next visit reuses."""
     num_rows, width = logits.shape
-    size = max(1, num_rows if logits.is_cuda else VISITED // max(1, width))
+    size = max(1, num_rows if logits.is_cuda else ROW_BLOCK_LOGITS // max(1, width))
     buffers = logits.new_empty((num_buffers, min(size, num_rows), width))
     for at in slices(0, num_rows, size):
         yield (at, *buffers[:, : at.stop - at.start]) if num_buffers else at
@@ -212,12 +212,12 @@ def _terms(
 
 
 def _write(
-    dlogits: Tensor, upstream: Tensor | None, logits: Tensor, cap: float | None, out: Tensor
+    dlogits: Tensor, row_weights: Tensor | None, logits: Tensor, cap: float | None, out: Tensor
 ) -> None:
     """Scale a gradient, carry it through the soft-cap's derivative and round it once."""
     if cap is not None:
         dlogits.mul_(logits.clamp(min=-cap).div_(cap).square_().neg_().add_(1))
-    if upstream is None:
+    if row_weights is None:
         out[:, : dlogits.shape[1]].copy_(dlogits)
     else:
-        torch.mul(dlogits, upstream[:, None], out=out[:, : dlogits.shape[1]])
+        torch.mul(dlogits, row_weights[:, None], out=out[:, : dlogits.shape[1]])

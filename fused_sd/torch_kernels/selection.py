@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fused_sd.terms.support import BLOCK, has_short_list
-from fused_sd.torch_kernels.rows import VISITED, block_maxima
+from fused_sd.torch_kernels.rows import ROW_BLOCK_LOGITS, block_maxima
 from fused_sd.torch_kernels.slices import slices
 
-GPU_VISITED = 2**26  # entries at a time where launches cost more than memory
+GPU_ROW_BLOCK_LOGITS = 2**26  # entries at a time where launches cost more than memory
 
 
 class Selection(NamedTuple):
@@ -29,7 +29,7 @@ class Selection(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # (R,) int64 entries kept; hides tuple.count
     norm: Tensor  # (R,) sum |g|
     dropped: Tensor  # (R,) sum |g| over what is dropped
-    spread: Tensor  # (R,) sum g over what is dropped
+    dropped_mass: Tensor  # (R,) sum g over what is dropped
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
@@ -79,8 +79,8 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
     looked_at = min(most + 1, vocab)  # one more than may be kept decides who is a candidate
     ids = torch.empty((num_rows, looked_at), dtype=torch.int64, device=gradient.device)
     values = torch.empty(ids.shape, dtype=wide, device=gradient.device)
-    norm, rest, spread = (values.new_empty(num_rows) for _ in range(3))
-    size = max(1, (GPU_VISITED if gradient.is_cuda else VISITED) // vocab)
+    norm, rest, dropped_mass = (values.new_empty(num_rows) for _ in range(3))
+    size = max(1, (GPU_ROW_BLOCK_LOGITS if gradient.is_cuda else ROW_BLOCK_LOGITS) // vocab)
     buffers = values.new_empty((2, min(size, num_rows), vocab))
     for at in slices(0, num_rows, size):
         signed, magnitude = buffers[:, : at.stop - at.start]
@@ -90,8 +90,8 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
         torch.gather(signed, 1, ids[at], out=values[at])
         outside = torch.where(_is_candidate(values[at], most), 0, values[at])
         torch.sum(magnitude.scatter_(1, ids[at], outside.abs()), -1, out=rest[at])
-        torch.sum(signed.scatter_(1, ids[at], outside), -1, out=spread[at])
-    return _fewest(ids, values, norm, rest, spread, share, most, vocab)
+        torch.sum(signed.scatter_(1, ids[at], outside), -1, out=dropped_mass[at])
+    return _fewest(ids, values, norm, rest, dropped_mass, share, most, vocab)
 
 
 def _fewest(
@@ -99,7 +99,7 @@ def _fewest(
     values: Tensor,  # as ids
     norm: Tensor,  # (R,)
     rest: Tensor,  # (R,) sum |g| over what is no candidate
-    spread: Tensor,  # (R,) sum g over what is no candidate
+    dropped_mass: Tensor,  # (R,) sum g over what is no candidate
     share: float,
     most: int,
     vocab: int,
@@ -121,7 +121,7 @@ def _fewest(
         count=is_kept.sum(-1),
         norm=norm,
         dropped=torch.where(is_finite, rest + lost.abs().sum(-1), torch.nan),
-        spread=spread + lost.sum(-1),
+        dropped_mass=dropped_mass + lost.sum(-1),
     )
 
 
@@ -166,7 +166,7 @@ def _largest(values: Tensor, k: int) -> Tensor:
     found, columns = values.topk(k + 1, dim=-1)
     columns = columns[:, :k].sort(-1).values
     tied = (found[:, k - 1] == found[:, k]).nonzero()[:, 0]
-    for at in slices(0, len(tied), max(1, VISITED // width)):
+    for at in slices(0, len(tied), max(1, ROW_BLOCK_LOGITS // width)):
         rows, border = values[tied[at]], found[tied[at], k, None]
         is_above, is_border = ~(rows <= border), rows == border
         room = k - is_above.sum(-1, keepdim=True)

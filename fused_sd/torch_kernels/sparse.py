@@ -21,8 +21,8 @@ from fused_sd.torch_kernels.slices import slices
 
 __all__ = [
     "ByColumn",
-    "Entries",
     "Selection",
+    "SparseValues",
     "by_column",
     "entry_logits",
     "gather_sum",
@@ -36,24 +36,24 @@ GATHERED = 2**21  # elements of rows at a time: large beside a call, small besid
 GPU_GATHERED = 2**24
 
 
-class Entries(NamedTuple):
+class SparseValues(NamedTuple):
     """A sparse gradient by the product of hidden states and head, as CSR."""
 
     columns: Tensor  # (E,) int32 in [0, V]; V: an empty place, whose value is 0
     values: Tensor  # (E,) fp32 or fp64
     starts: Tensor  # (N + 1,) int64 of each token's entries
-    spread: Tensor | None  # (N,) as values: mass that goes to the mean row of the head
+    dropped_mass: Tensor | None  # (N,) as values: mass that goes to the mean row of the head
 
 
 class ByColumn(NamedTuple):
-    """Entries in the order of their columns."""
+    """Sparse values in the order of their columns."""
 
-    tokens: Tensor  # (E,) int64, of each entry as it stands in ``Entries``
+    tokens: Tensor  # (E,) int64, of each entry as it stands in ``SparseValues``
     order: Tensor  # (E,) int64, entries by column, of one column by token
     starts: Tensor  # (V + 1,) int64 of each column's entries in that order; then empty places
 
 
-def by_column(entries: Entries, vocab: int) -> ByColumn:
+def by_column(entries: SparseValues, vocab: int) -> ByColumn:
     """Sort entries by column: O(E log E + V), without reading a value on the host."""
     device = entries.columns.device
     places = torch.arange(entries.columns.shape[0], device=device)
@@ -87,7 +87,7 @@ def entry_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 def gather_sum(
-    entries: Entries,
+    entries: SparseValues,
     weight: Tensor,
     mean_row: Tensor | None,
     factor: Tensor,
@@ -97,12 +97,12 @@ def gather_sum(
 
     Args:
         weight: (V, D).
-        mean_row: (D,) mean of the head's rows, as values; needed with a spread.
-        factor: (N,) as values, of each token's entries and spread.
+        mean_row: (D,) mean of the head's rows, as values; needed with a dropped_mass.
+        factor: (N,) as values, of each token's entries and dropped_mass.
         dtype: of the result.
 
     Returns:
-        (N, D): ``factor * (sum of value * weight[column] + spread * mean_row)``.
+        (N, D): ``factor * (sum of value * weight[column] + dropped_mass * mean_row)``.
     """
     is_entry = entries.columns < weight.shape[0]
     before = torch.nn.functional.pad(is_entry.cumsum(0), (1, 0))
@@ -110,15 +110,15 @@ def gather_sum(
     columns, values = entries.columns[is_entry].long(), entries.values[is_entry]
     out = torch.empty((factor.shape[0], weight.shape[1]), dtype=dtype, device=weight.device)
     for at, total in _sums(weight, columns, values, starts):
-        if entries.spread is not None:
+        if entries.dropped_mass is not None:
             assert mean_row is not None
-            total.addcmul_(entries.spread[at, None], mean_row)
+            total.addcmul_(entries.dropped_mass[at, None], mean_row)
         out[at] = total.mul_(factor[at, None])
     return out
 
 
 def segment_sum(
-    entries: Entries,
+    entries: SparseValues,
     hidden: Tensor,
     vocab: int,
     factor: Tensor,

@@ -19,7 +19,6 @@ from trl.models import prepare_fsdp
 
 from fused_sd import LMHead, LossOutput
 from fused_sd.checks import fail
-from fused_sd.head.projection import accumulation_dtype
 from fused_sd.integrations.shared import completion_scores as completion
 from fused_sd.integrations.shared.adapter_teacher import make_teacher
 from fused_sd.integrations.shared.rollouts import Rollout
@@ -236,7 +235,7 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
             self.args.loss_type,
             step_tokens=whole / (steps * self.accelerator.num_processes),
             max_length=self.args.max_completion_length,
-            dtype=accumulation_dtype(self.model.dtype),
+            dtype=torch.promote_types(self.model.dtype, torch.float32),
         )
 
     def _teacher_outlives_forward(self) -> bool:

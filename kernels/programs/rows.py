@@ -23,7 +23,7 @@ def load(row_ptr, offs_v, num_columns):
 
 @triton.jit
 def clipped_term(
-    log_s, log_t, parameter, slope, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl.constexpr
+    log_s, log_t, parameter, balance, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl.constexpr
 ):
     """The balanced term and, under an entry clip, 1 where the plain one is cut.
 
@@ -33,10 +33,10 @@ def clipped_term(
     cut = tl.zeros_like(term)
     if HAS_CLIP:
         s = tl.exp(log_s)
-        shift = slope * (s - tl.exp(log_t))
+        shift = balance * (s - tl.exp(log_t))
         above = term + shift > clip
         cut = tl.where(above, 1.0, 0.0)
-        dlog_s = tl.where(above, -slope * s, dlog_s)
+        dlog_s = tl.where(above, -balance * s, dlog_s)
         term = tl.where(above, clip - shift, term)
     return term, dlog_s, cut
 
@@ -161,7 +161,7 @@ def divergence(
     total_ptr,
     clipped_ptr,
     parameter,
-    slope,
+    balance,
     clip,
     DIVERGENCE: tl.constexpr,
     HAS_CLIP: tl.constexpr,
@@ -179,7 +179,9 @@ def divergence(
         offs_v = start + tl.arange(0, BLOCK_V)
         log_s = log_probs(student_ptr, offs_v, num_columns, anchor_s, log_scale_s)
         log_t = log_probs(teacher_ptr, offs_v, num_columns, anchor_t, log_scale_t)
-        term, dlog_s, cut = clipped_term(log_s, log_t, parameter, slope, clip, DIVERGENCE, HAS_CLIP)
+        term, dlog_s, cut = clipped_term(
+            log_s, log_t, parameter, balance, clip, DIVERGENCE, HAS_CLIP
+        )
         loss += term
         total += dlog_s
         clipped += cut
@@ -198,11 +200,11 @@ def divergence_gradient(
     state_ptr,
     loss_ptr,
     total_ptr,
-    upstream_ptr,
+    row_weights_ptr,
     out_ptr,
     out_stride,
     parameter,
-    slope,
+    balance,
     clip,
     ratio_share,  # of the total, the student's mean log-ratio; where the total is not given
     inverse_cap,
@@ -219,7 +221,7 @@ def divergence_gradient(
     teacher_ptr += row * teacher_stride
     out_ptr += row * out_stride
     anchor_s, log_scale_s, anchor_t, log_scale_t, mean_ratio = known_of(state_ptr + row * STATE)
-    upstream = tl.load(upstream_ptr + row)
+    row_weights = tl.load(row_weights_ptr + row)
     if HAS_TOTAL:
         total = tl.load(total_ptr + row)
     else:
@@ -230,10 +232,10 @@ def divergence_gradient(
         z = load(student_ptr, offs_v, num_columns)
         log_s = (z - anchor_s) - log_scale_s
         log_t = log_probs(teacher_ptr, offs_v, num_columns, anchor_t, log_scale_t)
-        term, dlog_s, _ = clipped_term(log_s, log_t, parameter, slope, clip, DIVERGENCE, HAS_CLIP)
+        term, dlog_s, _ = clipped_term(log_s, log_t, parameter, balance, clip, DIVERGENCE, HAS_CLIP)
         loss += term
-        dlogits = (dlog_s - tl.exp(log_s) * total) * upstream
-        dlogits = tl.where(upstream == 0, 0.0, dlogits)  # a token that is cut may be infinite
+        dlogits = (dlog_s - tl.exp(log_s) * total) * row_weights
+        dlogits = tl.where(row_weights == 0, 0.0, dlogits)  # a token that is cut may be infinite
         write(out_ptr, offs_v, num_columns, dlogits, z, inverse_cap, HAS_CAP, IN_PLACE)
     if not HAS_TOTAL:
         tl.store(loss_ptr + row, tl.sum(loss, axis=0))
@@ -293,7 +295,7 @@ def write(
 
 
 @triton.jit
-def summary(
+def row_metrics(
     student_ptr,
     teacher_ptr,
     student_stride,

@@ -191,7 +191,7 @@ def candidates(
     count_ptr,
     norm_ptr,
     dropped_ptr,
-    spread_ptr,
+    dropped_mass_ptr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     LIST: tl.constexpr,
@@ -217,7 +217,7 @@ def candidates(
     power = crowded_power(peaks, most)
     listed = peaks >= power
     dropped = tl.sum(tl.where(listed, 0.0, norms), axis=0)
-    spread = tl.sum(tl.where(listed, 0.0, sums), axis=0)
+    dropped_mass = tl.sum(tl.where(listed, 0.0, sums), axis=0)
     slot = tl.cumsum(listed.to(tl.int32), axis=0) - 1
     tl.store(blocks_ptr + slot, block, mask=listed & (slot < most))
     num_listed = tl.minimum(tl.sum(listed.to(tl.int32), axis=0), most) * BLOCK
@@ -233,7 +233,7 @@ def candidates(
         columns, g = entries_of(at, gradient_ptr, num_columns, blocks_ptr, num_listed, BLOCK)
         candidate = tl.abs(g) >= power
         dropped += tl.sum(tl.where(candidate, 0.0, tl.abs(g)), axis=0)
-        spread += tl.sum(tl.where(candidate, 0.0, g), axis=0)
+        dropped_mass += tl.sum(tl.where(candidate, 0.0, g), axis=0)
         place = num_candidates + tl.cumsum(candidate.to(tl.int32), axis=0) - 1
         candidate = candidate & (place < most)
         tl.store(columns_ptr + place, columns, mask=candidate)
@@ -243,7 +243,7 @@ def candidates(
     tl.store(count_ptr + row, tl.where(finite, num_candidates, 0).to(tl.int64))
     tl.store(norm_ptr + row, norm)
     tl.store(dropped_ptr + row, tl.where(finite, dropped, float("nan")))
-    tl.store(spread_ptr + row, spread)
+    tl.store(dropped_mass_ptr + row, dropped_mass)
 
 
 @triton.jit
@@ -253,7 +253,7 @@ def fewest(
     count_ptr,
     norm_ptr,
     dropped_ptr,
-    spread_ptr,
+    dropped_mass_ptr,
     share,
     most,
     num_columns,
@@ -266,7 +266,7 @@ def fewest(
     values_ptr += row * most
     num_candidates = tl.load(count_ptr + row).to(tl.int32)
     budget = share * tl.load(norm_ptr + row)
-    dropped, spread = tl.load(dropped_ptr + row), tl.load(spread_ptr + row)
+    dropped, dropped_mass = tl.load(dropped_ptr + row), tl.load(dropped_mass_ptr + row)
     place = tl.arange(0, MOST)
     exists = place < num_candidates
     columns = tl.load(columns_ptr + place, mask=exists, other=0)
@@ -288,4 +288,4 @@ def fewest(
     tl.store(count_ptr + row, count.to(tl.int64))
     largest_gone = tl.max(tl.where(gone, up_to, 0.0), axis=0)  # to the bit as it was compared
     tl.store(dropped_ptr + row, tl.where(count < num_candidates, largest_gone, dropped))
-    tl.store(spread_ptr + row, spread + tl.sum(tl.where(gone, g, 0.0), axis=0))
+    tl.store(dropped_mass_ptr + row, dropped_mass + tl.sum(tl.where(gone, g, 0.0), axis=0))

@@ -70,7 +70,7 @@ def gather_sum(
     columns_ptr,
     values_ptr,
     starts_ptr,
-    spread_ptr,
+    dropped_mass_ptr,
     factor_ptr,
     weight_ptr,
     weight_stride,
@@ -79,7 +79,7 @@ def gather_sum(
     out_ptr,
     hidden_size,
     num_tiles,
-    HAS_SPREAD: tl.constexpr,
+    HAS_DROPPED_MASS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -90,9 +90,9 @@ def gather_sum(
     terms = columns_ptr, values_ptr, first, last
     rows = weight_ptr, weight_stride, vocab
     total = sum_of_rows(*terms, *rows, offs_d, inside, BLOCK_E, BLOCK_D)
-    if HAS_SPREAD:
+    if HAS_DROPPED_MASS:
         mean = tl.load(mean_ptr + offs_d, mask=inside, other=0.0)
-        total += tl.load(spread_ptr + token) * mean
+        total += tl.load(dropped_mass_ptr + token) * mean
     total *= tl.load(factor_ptr + token)
     to = out_ptr + token * hidden_size + offs_d
     tl.store(to, total.to(out_ptr.dtype.element_ty), mask=inside)

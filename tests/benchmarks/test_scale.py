@@ -57,11 +57,11 @@ class Told(VocabShard):
         return part.clone()
 
 
-@pytest.mark.parametrize("forming", [True, False])
+@pytest.mark.parametrize("has_gradient", [True, False])
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "gkd", "opsd"])
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-def test_row_functions_of_either_backend_tell_what_is_counted(name, backend, forming):
+def test_row_functions_of_either_backend_tell_what_is_counted(name, backend, has_gradient):
     if backend == "cuda":
         pytest.importorskip("triton")
         from fused_sd.kernels import rows  # interpreted where there is no GPU
@@ -73,12 +73,12 @@ def test_row_functions_of_either_backend_tell_what_is_counted(name, backend, for
     objective, shard = OBJECTIVES[name], Told(vocab)
     divergence = fused_sd.Jsd(0.5) if objective.divergence == "jsd" else objective.divergence
     clip = 0.05 if objective.entry_clip else None
-    upstream = torch.ones(count, device=device) if forming else None
-    out = torch.empty_like(student) if forming else None
+    upstream = torch.ones(count, device=device) if has_gradient else None
+    out = torch.empty_like(student) if has_gradient else None
     normalizers = rows.normalizers(student, teacher, shard)
     given = student, teacher, normalizers, divergence_term(divergence), clip
     rows.divergence_(*given, upstream, None, out, shard)
-    sends = wire(objective, 0, vocab, backend, forming)
+    sends = wire(objective, 0, vocab, backend, has_gradient)
     assert (len(shard.maxes), sum(shard.maxes)) == (sends.maxes, count * sends.max_numbers)
     assert (len(shard.sums), sum(shard.sums)) == (sends.sums, count * sends.sum_numbers)
 

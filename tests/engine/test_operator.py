@@ -6,17 +6,17 @@ from cases import make_case
 from closeness import assert_close
 
 import fused_sd
-from fused_sd import settings as specs
 from fused_sd.engine.operator import Options
 from fused_sd.head.projection import Shaping
-from fused_sd.objectives.divergence import DivergenceRows
-from fused_sd.objectives.token import LogProbRows
+from fused_sd.objectives.divergence import DivergenceObjective
+from fused_sd.objectives.token import LogProbObjective
+from fused_sd.settings import decode, encode
 from fused_sd.terms.divergence import divergence_term
 
 
 def arguments(case, rows, inputs, *, reduced, wanted):
     options = Options(Shaping(1.0, None), Shaping(0.5, 3.0), reduced, True, "torch", 3, None, None)
-    upstream = case.token_weights[:, None]
+    row_weights = case.token_weights[:, None]
     return (
         case.hidden,
         case.weight,
@@ -24,9 +24,9 @@ def arguments(case, rows, inputs, *, reduced, wanted):
         case.teacher_hidden.detach(),
         case.teacher_weight.detach(),
         None,
-        upstream if reduced else (upstream != 0).double(),
+        row_weights if reduced else (row_weights != 0).double(),
         inputs,
-        *specs.encode((rows, options)),
+        *encode((rows, options)),
         wanted,
     )
 
@@ -37,22 +37,24 @@ def test_opcheck(reduced, kind):
     case = make_case(bias=True)
     inputs = []
     if kind == "log_probs":
-        rows, reduced = LogProbRows(4, True, True, False), False
+        rows, reduced = LogProbObjective(4, True, True, False), False
     else:
         term = divergence_term(fused_sd.Jsd(0.5))
         k = 4 if kind == "student" else 0
         metrics = ("forward_kl", "student_entropy")
-        rows = DivergenceRows(term, kind, k, "tail", *[None] * 5, (), metrics)
+        rows = DivergenceObjective(term, kind, k, "tail", *[None] * 5, (), metrics)
     args = arguments(case, rows, inputs, reduced=reduced, wanted=[True, True, True])
-    torch.library.opcheck(torch.ops.fused_sd.walk, args)
+    torch.library.opcheck(torch.ops.fused_sd.chunked_run, args)
 
 
 def test_settings_travel_as_text():
     term = divergence_term(fused_sd.Jsd(0.1))
-    rows = DivergenceRows(term, "full", 0, "tail", None, None, 0.05, (None, 3.0), 2.0, ("a",), ())
-    assert specs.decode(*specs.encode(rows)) == rows
+    rows = DivergenceObjective(
+        term, "full", 0, "tail", None, None, 0.05, (None, 3.0), 2.0, ("a",), ()
+    )
+    assert decode(*encode(rows)) == rows
     options = Options(Shaping(1 / 3, None), None, True, False, "auto", None, 2**-8, None)
-    assert specs.decode(*specs.encode(options)) == options
+    assert decode(*encode(options)) == options
 
 
 def step(case, **settings):

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fused_sd
-from fused_sd import settings as specs
 from fused_sd.engine import gradients
-from fused_sd.engine.certificate import affordable, radius
+from fused_sd.engine.certificate import count_within_budget, radius
 from fused_sd.engine.operator import Options
 from fused_sd.head.projection import LMHead, Shaping
-from fused_sd.objectives.divergence import DivergenceRows
+from fused_sd.objectives.divergence import DivergenceObjective
+from fused_sd.settings import encode
 from fused_sd.terms.divergence import divergence_term
 
 TOLERANCE = 2.0**-5
@@ -90,23 +90,23 @@ def product_gradient(loss, case, **run):
     return torch.autograd.grad(loss(case, product, given, **run).loss.sum(), product)[0]
 
 
-def run_both(loss, case, upstream=1.0, tolerance=TOLERANCE, **run):
+def run_both(loss, case, grad_output=1.0, tolerance=TOLERANCE, **run):
     dense = loss(case, case.hidden, case.head, **run)
     sparse = loss(case, case.hidden, case.head, gradient="sparse", tolerance=tolerance, **run)
     found = [
-        torch.autograd.grad((output.loss * upstream).sum(), case.inputs)
+        torch.autograd.grad((output.loss * grad_output).sum(), case.inputs)
         for output in (sparse, dense)
     ]
     assert torch.allclose(sparse.loss, dense.loss, rtol=0, atol=0, equal_nan=True)
     return sparse, *found
 
 
-def check(case, sparse, found, dense, tolerance, reduced, rounding=1e-4, upstream=None):
+def check(case, sparse, found, dense, tolerance, reduced, rounding=1e-4, grad_output=None):
     """The certificate is kept, for the batch or for every token, and bounds every gradient."""
     certificate = sparse.certificate
     share = certificate.dropped <= tolerance * certificate.norm
     assert certificate.dropped_share <= tolerance if reduced else share.all()
-    factor = torch.ones_like(certificate.norm) if upstream is None else upstream.abs()
+    factor = torch.ones_like(certificate.norm) if grad_output is None else grad_output.abs()
     dropped = (certificate.dropped * factor).double()
     slack = rounding * (certificate.norm * factor).double()
     lengths = case.weight.detach().double().norm(dim=-1).max()
@@ -133,10 +133,10 @@ def few_entries(monkeypatch):
 def test_every_loss_is_certified(name, reduction, few_entries):
     case = mixed_case(bias=False, softcap=50.0, logit_scale=1.3)
     run = {"reduction": reduction, "token_weights": case.token_weights, "chunk_size": 5}
-    upstream = torch.rand(24, dtype=torch.float64) if reduction == "none" else None
-    given = 1.0 if upstream is None else upstream
+    grad_output = torch.rand(24, dtype=torch.float64) if reduction == "none" else None
+    given = 1.0 if grad_output is None else grad_output
     sparse, found, dense = run_both(LOSSES[name], case, given, **run)
-    factor = None if upstream is None else upstream * case.token_weights
+    factor = None if grad_output is None else grad_output * case.token_weights
     check(case, sparse, found, dense, TOLERANCE, reduction == "sum", 1e-9, factor)
     certificate = sparse.certificate
     expected = product_gradient(LOSSES[name], case, **run)
@@ -172,14 +172,14 @@ def test_the_certificate_is_never_violated(
             13, 8, max(vocab, 5 if name in ("tail", "drop") else 1), peak=peak, gap=gap
         )
         case = case.to(torch.float32)
-        upstream = torch.randn(13) if reduction == "none" else None
+        grad_output = torch.randn(13) if reduction == "none" else None
         run = {"reduction": reduction, "token_weights": case.token_weights, "chunk_size": chunk}
-        given = 1.0 if upstream is None else upstream
+        given = 1.0 if grad_output is None else grad_output
         sparse, found, dense = run_both(LOSSES[name], case, given, tolerance, **run)
     finally:
         gradients.MOST = before
-    factor = None if upstream is None else upstream * case.token_weights
-    check(case, sparse, found, dense, tolerance, reduction == "sum", upstream=factor)
+    factor = None if grad_output is None else grad_output * case.token_weights
+    check(case, sparse, found, dense, tolerance, reduction == "sum", grad_output=factor)
 
 
 @pytest.mark.parametrize("tail", ["flat", "geometric", "one block", "huge", "equal"])
@@ -287,16 +287,17 @@ def test_backward_takes_any_factor_again_and_again(name, reduction, few_entries)
     output = divergence(**how)(
         case, case.hidden, case.head, gradient="sparse", reduction=reduction, chunk_size=5
     )
-    upstream = torch.rand_like(output.loss)
+    grad_output = torch.rand_like(output.loss)
     once, twice = (
-        torch.autograd.grad(output.loss, case.inputs, upstream, retain_graph=True) for _ in range(2)
+        torch.autograd.grad(output.loss, case.inputs, grad_output, retain_graph=True)
+        for _ in range(2)
     )
-    tripled = torch.autograd.grad(output.loss, case.inputs, 3 * upstream, retain_graph=True)
+    tripled = torch.autograd.grad(output.loss, case.inputs, 3 * grad_output, retain_graph=True)
     for one, two, three in zip(once, twice, tripled, strict=True):
         assert torch.equal(one, two)
         assert_close(three, 3 * one, torch.float64)
     for place, tensor in enumerate(case.inputs):  # each alone
-        alone = torch.autograd.grad(output.loss, tensor, upstream, retain_graph=True)[0]
+        alone = torch.autograd.grad(output.loss, tensor, grad_output, retain_graph=True)[0]
         assert torch.equal(alone, once[place])
 
 
@@ -354,10 +355,10 @@ def test_nan_behind_a_zero_weight(exact, reduction, compact, few_entries):
     case.hidden.data[dead] = torch.nan
     case.teacher_hidden[dead] = torch.inf
     output = divergence(**how)(case, case.hidden, case.head, **run)
-    upstream = torch.ones_like(output.loss)
+    grad_output = torch.ones_like(output.loss)
     if reduction == "none":
-        upstream[dead] = torch.nan
-    found = torch.autograd.grad(output.loss, case.inputs, upstream)
+        grad_output[dead] = torch.nan
+    found = torch.autograd.grad(output.loss, case.inputs, grad_output)
     assert torch.equal(output.loss, whole.loss)
     assert (output.certificate.kept[dead] == 0).all()
     assert not output.certificate.dense[dead].any()
@@ -467,9 +468,9 @@ def test_prices_are_counted_from_the_first():
     prices = torch.tensor([0.0, 0.5, 0.5, 1.0, torch.inf])
     budgets = {1.0: 3, 2.5: 4, 0.4: 1, 0.0: 0, -1.0: 0, float("nan"): 0}
     for budget, number in budgets.items():
-        assert affordable(prices, torch.tensor(budget)) == number
+        assert count_within_budget(prices, torch.tensor(budget)) == number
     many = torch.full((2**20,), 1e30)  # whose sum nothing could hold
-    assert affordable(many, torch.tensor(1e-30)) == 0
+    assert count_within_budget(many, torch.tensor(1e-30)) == 0
 
 
 @pytest.mark.parametrize("reduced", [True, False])
@@ -478,19 +479,19 @@ def test_opcheck(reduced, exact, few_entries):
     case = make_case(12, 16, 211, bias=True, peak=2.0)
     term = divergence_term("reverse_kl")
     support, k, rest = ("teacher", 4, "renormalize") if exact else ("full", 0, "tail")
-    rows = DivergenceRows(term, support, k, rest, None, None, None, None, None, (), ())
+    rows = DivergenceObjective(term, support, k, rest, None, None, None, None, None, (), ())
     options = Options(Shaping(1.0, None), Shaping(0.5, 3.0), reduced, True, "torch", 3, 2**-4, None)
-    upstream = case.token_weights[:, None]
+    grad_output = case.token_weights[:, None]
     teacher = case.teacher_hidden.detach(), case.teacher_weight.detach(), None
     args = (
         *case.inputs,
         *teacher,
-        upstream if reduced else (upstream != 0).double(),
+        grad_output if reduced else (grad_output != 0).double(),
         [],
-        *specs.encode((rows, options)),
+        *encode((rows, options)),
         [True, True, True],
     )
-    torch.library.opcheck(torch.ops.fused_sd.walk, args)
+    torch.library.opcheck(torch.ops.fused_sd.chunked_run, args)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

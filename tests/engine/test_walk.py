@@ -46,9 +46,9 @@ def test_reductions_are_exact_under_any_upstream_gradient(reduction, dtype):
     exact = reference_of(double) * double.token_weights
     output = loss_of(case, reduction=reduction)
     if reduction == "none":
-        upstream = torch.randn(7, dtype=dtype)
-        found = torch.autograd.grad((output.loss * upstream).sum(), case.inputs)
-        expected = torch.autograd.grad((exact * upstream.double()).sum(), double.inputs)
+        row_weights = torch.randn(7, dtype=dtype)
+        found = torch.autograd.grad((output.loss * row_weights).sum(), case.inputs)
+        expected = torch.autograd.grad((exact * row_weights.double()).sum(), double.inputs)
         assert_close(output.loss, exact, dtype)
     else:
         scale = 1 if reduction == "sum" else double.token_weights.sum()

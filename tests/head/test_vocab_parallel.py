@@ -156,7 +156,7 @@ def planned(name):
     has_teacher = how.pop("has_teacher", "entries" not in name)
     if how.get("support") == "entries":
         how["support"] = "ids"
-    objective = objectives.Objective(name, has_teacher=has_teacher, **how)
+    objective = objectives.PlannedObjective(name, has_teacher=has_teacher, **how)
     work = workload.Workload(
         tokens=7,
         active=5 - (name == "rlsd"),  # one of its advantages is 0

@@ -11,7 +11,7 @@ from closeness import assert_close
 
 import fused_sd
 from fused_sd.engine import gradients, workspace
-from fused_sd.engine.layout import Layout, WalkSize, choose_layout, workspace_bytes
+from fused_sd.engine.layout import Layout, RunSize, choose_layout, workspace_bytes
 from fused_sd.head import projection as heads
 from fused_sd.head.vocab_shard import VocabShard
 from fused_sd.torch_kernels import sparse
@@ -195,9 +195,11 @@ def test_a_sparse_gradient_needs_no_gemm_where_no_row_is_dense(reduction, gemms,
 
 
 @pytest.mark.parametrize("sixteen_bit", [False, True])
-@pytest.mark.parametrize("forming", [False, True])
+@pytest.mark.parametrize("has_gradient", [False, True])
 @pytest.mark.parametrize("has_teacher", [False, True])
-def test_workspaces_take_the_bytes_that_are_planned(sixteen_bit, forming, has_teacher, request):
+def test_workspaces_take_the_bytes_that_are_planned(
+    sixteen_bit, has_gradient, has_teacher, request
+):
     if sixteen_bit:
         request.getfixturevalue("gemms")
     dtype = torch.bfloat16 if sixteen_bit else torch.float32
@@ -205,10 +207,10 @@ def test_workspaces_take_the_bytes_that_are_planned(sixteen_bit, forming, has_te
     student = heads.Projection(hidden, weight, None, heads.Shaping(1.0, None))
     teacher = student if has_teacher else None
     dots, whole = sparse.entry_logits, VocabShard(None, VOCAB)
-    made = workspace.Workspace(student, teacher, (True, True), dots, forming, 0, 7, whole)
+    made = workspace.Workspace(student, teacher, (True, True), dots, has_gradient, 0, 7, whole)
     held = [made.logits] if made.gradients is None else [made.logits, made.gradients]
-    size = WalkSize(VOCAB, 1 + has_teacher, 4, dtype.itemsize, forming)
-    assert size.in_place == (forming and not sixteen_bit)
+    size = RunSize(VOCAB, 1 + has_teacher, 4, dtype.itemsize, has_gradient)
+    assert size.in_place == (has_gradient and not sixteen_bit)
     assert made.layout == (7, 14 if size.in_place else 28)
     assert sum(tensor.nbytes for tensor in held) == workspace_bytes(size, made.layout)
     limit = 40 * workspace_bytes(size, Layout(1, 1))
@@ -257,10 +259,10 @@ def test_each_input_can_be_frozen(freeze, gemms):
 @pytest.mark.parametrize("shared", [False, True])
 def test_losses_by_token_walk_again(shared, gemms):
     case = sixteen_bit_case()
-    upstream = torch.randn(24)
+    row_weights = torch.randn(24)
     by_token = run(case, shared, reduction="none")
-    found = torch.autograd.grad((by_token * upstream).sum(), (case.hidden, case.weight))
-    case.token_weights = case.token_weights * upstream
+    found = torch.autograd.grad((by_token * row_weights).sum(), (case.hidden, case.weight))
+    case.token_weights = case.token_weights * row_weights
     expected = torch.autograd.grad(run(case, shared), (case.hidden, case.weight))
     for value, truth in zip(found, expected, strict=True):
         assert (value.float() - truth.float()).norm() <= 6e-3 * truth.float().norm()

@@ -36,8 +36,8 @@ def make_rows(num_columns=4201, gap=0.3, missing=True):
 
 
 def test_the_twins_have_the_same_names():
-    names = {"log_normalizer", "moments", "normalizers", "divergence_"}
-    names |= {"softmax_gradient_", "summary"}
+    names = {"log_normalizer", "lse_and_entropy", "normalizers", "divergence_"}
+    names |= {"softmax_gradient_", "row_metrics"}
     for module in (rows, kernels):
         assert all(callable(getattr(module, name)) for name in names)
     terms = {"forward_kl", "reverse_kl", "jsd", "mixed_kl"}
@@ -47,9 +47,9 @@ def test_the_twins_have_the_same_names():
 @pytest.mark.parametrize("num_columns", [1, 3, 2048, 4201])
 def test_statistics(num_columns):
     student, _ = make_rows(num_columns, missing=num_columns > 10)
-    exact, entropy = rows.moments(student.double())
+    exact, entropy = rows.lse_and_entropy(student.double())
     assert_close(kernels.log_normalizer(student), exact, torch.float32)
-    found = kernels.moments(student)
+    found = kernels.lse_and_entropy(student)
     assert_close(found[0], exact, torch.float32)
     if num_columns > 1:
         assert_close(found[1], entropy, torch.float32)
@@ -64,11 +64,11 @@ def test_statistics_of_rows_without_any_mass_before_a_block():
 
 
 def compare(
-    module, student, teacher, divergence, entry_clip=None, upstream=None, cap=None, out=None
+    module, student, teacher, divergence, entry_clip=None, row_weights=None, cap=None, out=None
 ):
     sides = module.normalizers(student, teacher)
     term = divergence_term(divergence)
-    return module.divergence_(student, teacher, sides, term, entry_clip, upstream, cap, out)
+    return module.divergence_(student, teacher, sides, term, entry_clip, row_weights, cap, out)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
@@ -78,12 +78,12 @@ def test_divergence_and_gradient(divergence, entry_clip, cap):
     student, teacher = make_rows(missing=False)
     student[0, 5] = teacher[0, 5] = -torch.inf
     student[:, -3:] = teacher[:, -3:] = -torch.inf
-    upstream = torch.tensor([1.0, 0.0, -2.0], device=DEVICE)
+    row_weights = torch.tensor([1.0, 0.0, -2.0], device=DEVICE)
     found = []
     for module, dtype in ((kernels, torch.float32), (rows, torch.float64)):
         pair = student.clone().to(dtype), teacher.to(dtype)
         alone = compare(module, *pair, divergence, entry_clip)
-        result = compare(module, *pair, divergence, entry_clip, upstream.to(dtype), cap, pair[0])
+        result = compare(module, *pair, divergence, entry_clip, row_weights.to(dtype), cap, pair[0])
         for value, other in zip(alone, result, strict=True):  # the gradient changes nothing else
             assert_close(value, other, dtype)
         found.append((*result, pair[0]))
@@ -178,10 +178,10 @@ def test_softmax_gradient(slope, cap, dtype):
 def test_summary():
     student, teacher = make_rows(missing=False)
     student[0, 5] = teacher[0, 5] = -torch.inf
-    names = rows.SUMMARY
-    mine = kernels.summary(student, teacher, kernels.normalizers(student, teacher), names)
+    names = rows.ROW_METRICS
+    mine = kernels.row_metrics(student, teacher, kernels.normalizers(student, teacher), names)
     pair = student.double(), teacher.double()
-    exact = rows.summary(*pair, rows.normalizers(*pair), names)
+    exact = rows.row_metrics(*pair, rows.normalizers(*pair), names)
     assert set(mine) == set(exact) == set(names)
     for name, value in mine.items():
         assert_close(value, exact[name], torch.float32, name)
@@ -265,16 +265,16 @@ def test_token_path_through_triton():
     logits = reference.logits(hidden, weight)
     assert_close(found.log_probs, reference.token_log_prob(logits, ids), torch.float32)
     assert_close(found.entropy, reference.entropy(logits), torch.float32)
-    upstream = torch.randn(2, 7, device=DEVICE)
-    loss = (found.log_probs * upstream[0] + found.entropy * upstream[1]).sum()
-    exact = reference.token_log_prob(logits, ids) * upstream[0].double()
-    exact = (exact + reference.entropy(logits) * upstream[1].double()).sum()
+    row_weights = torch.randn(2, 7, device=DEVICE)
+    loss = (found.log_probs * row_weights[0] + found.entropy * row_weights[1]).sum()
+    exact = reference.token_log_prob(logits, ids) * row_weights[0].double()
+    exact = (exact + reference.entropy(logits) * row_weights[1].double()).sum()
     one, other = (torch.autograd.grad(x, hidden)[0] for x in (loss, exact))
     assert_close(one, other, torch.float32)
 
 
 def test_kernels_are_launched_on_the_gpu_that_holds_the_logits(monkeypatch):
-    """Not on the current one: a model spread over GPUs has its head on the last."""
+    """Not on the current one: a model dropped_mass over GPUs has its head on the last."""
     entered = []
 
     @contextlib.contextmanager

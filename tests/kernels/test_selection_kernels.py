@@ -135,7 +135,7 @@ def check_selection(found, gradient, share, most):
     assert found.count.dtype == torch.int64
     assert found.columns.shape == found.values.shape == (gradient.shape[0], min(most, vocab))
     exact = brute_select(gradient, share, most)
-    for row, (kept, norm, dropped, spread) in enumerate(exact):
+    for row, (kept, norm, dropped, dropped_mass) in enumerate(exact):
         count = int(found.count[row])
         assert found.columns[row, :count].tolist() == kept
         assert (found.columns[row, count:] == vocab).all()
@@ -144,7 +144,7 @@ def check_selection(found, gradient, share, most):
         tiny = 1e-44
         assert abs(float(found.norm[row]) - norm) <= 1e-6 * norm + tiny
         assert abs(float(found.dropped[row]) - dropped) <= 1e-6 * dropped + tiny
-        assert abs(float(found.spread[row]) - spread) <= 1e-6 * dropped + tiny
+        assert abs(float(found.dropped_mass[row]) - dropped_mass) <= 1e-6 * dropped + tiny
         if abs(dropped - share * norm) > 1e-5 * norm or dropped == 0:
             assert bool(found.dropped[row] <= share * found.norm[row]) == (dropped <= share * norm)
 
@@ -172,7 +172,7 @@ def test_entries_that_are_equal_are_kept_together():
     assert found.dropped[0] == 0
     found = kernels.select(gradient, 3 / 7 + 1e-6, 16)
     assert found.columns[0, :2].tolist() == [7, 300]
-    assert (found.dropped[0], found.spread[0]) == (3, 1)
+    assert (found.dropped[0], found.dropped_mass[0]) == (3, 1)
 
 
 def test_a_crowd_at_a_power_of_two_is_no_candidate():
@@ -256,5 +256,5 @@ def test_compiled_select(vocab, share):
     rest = gradient.double().masked_fill(kept[:, :vocab], 0)[finite]
     exact = rest.abs().sum(-1)
     assert torch.allclose(found.dropped[finite].double(), exact, rtol=1e-5, atol=0)
-    error = (found.spread[finite].double() - rest.sum(-1)).abs()
+    error = (found.dropped_mass[finite].double() - rest.sum(-1)).abs()
     assert (error <= 1e-5 * exact).all()

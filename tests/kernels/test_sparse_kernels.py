@@ -45,8 +45,8 @@ def test_entry_logits(dtype, hidden_size):
     assert torch.equal(kernels.entry_logits(hidden, weight.T.contiguous().T, ids), found)
 
 
-def make_entries(counts, vocab, spread=True):
-    """Entries of tokens, ascending in each, with an empty place behind every third token's."""
+def make_entries(counts, vocab, dropped_mass=True):
+    """SparseValues of tokens, ascending in each, with an empty place behind every third token's."""
     columns, starts = [], [0]
     for token, count in enumerate(counts):
         columns += torch.randperm(vocab)[:count].sort().values.tolist()
@@ -55,8 +55,8 @@ def make_entries(counts, vocab, spread=True):
     columns = torch.tensor(columns, dtype=torch.int32, device=DEVICE)
     values = torch.where(columns < vocab, torch.randn(len(columns), device=DEVICE), 0)
     starts = torch.tensor(starts, device=DEVICE)
-    return sparse.Entries(
-        columns, values, starts, torch.randn(len(counts), device=DEVICE) if spread else None
+    return sparse.SparseValues(
+        columns, values, starts, torch.randn(len(counts), device=DEVICE) if dropped_mass else None
     )
 
 
@@ -72,19 +72,21 @@ def dense(entries, vocab, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spread", [False, True])
-def test_gather_sum(dtype, spread):
+@pytest.mark.parametrize("dropped_mass", [False, True])
+def test_gather_sum(dtype, dropped_mass):
     vocab, counts = 101, [0, 5, 1, 17, 0, 30]
     for hidden_size, out in ((8, torch.float32), (67, dtype)):
         _, weight = head(1, vocab, hidden_size, dtype)
-        entries = make_entries(counts, vocab, spread)
-        mean_row = weight.float().mean(0) if spread else None
+        entries = make_entries(counts, vocab, dropped_mass)
+        mean_row = weight.float().mean(0) if dropped_mass else None
         factor = torch.randn(len(counts), device=DEVICE)
         matrix = factor.double()[:, None] * dense(entries, vocab)
         exact, sizes = matrix @ weight.double(), matrix.abs() @ weight.double().abs()
-        if spread:
-            exact += (factor * entries.spread).double()[:, None] * mean_row.double()
-            sizes += (factor * entries.spread).double().abs()[:, None] * mean_row.double().abs()
+        if dropped_mass:
+            exact += (factor * entries.dropped_mass).double()[:, None] * mean_row.double()
+            sizes += (factor * entries.dropped_mass).double().abs()[
+                :, None
+            ] * mean_row.double().abs()
         found = kernels.gather_sum(entries, weight, mean_row, factor, out)
         assert found.dtype == out
         assert_sums_close(found, exact, sizes)
@@ -121,7 +123,7 @@ def test_a_column_that_every_token_names():
     columns[kernels.LONG :, 1] = 4  # exactly as many as one program sums
     values = torch.randn(num_tokens, 2, device=DEVICE)
     starts = torch.arange(0, 2 * num_tokens + 1, 2, device=DEVICE)
-    entries = sparse.Entries(columns.flatten(), values.flatten(), starts, None)
+    entries = sparse.SparseValues(columns.flatten(), values.flatten(), starts, None)
     factor = torch.randn(num_tokens, device=DEVICE)
     matrix = factor.double()[:, None] * dense(entries, vocab)
     arguments = entries, hidden, vocab, factor, None, None, torch.float32
@@ -143,8 +145,8 @@ def test_every_result_is_the_same_bit_for_bit(poisoned_memory):
         ids = kernels.top_k(gradient.float(), 10)
         chosen = kernels.select(gradient, 0.2, 16)
         starts = torch.arange(0, 3 * 16 + 1, 16, device=DEVICE)
-        entries = sparse.Entries(
-            chosen.columns.flatten(), chosen.values.flatten(), starts, chosen.spread
+        entries = sparse.SparseValues(
+            chosen.columns.flatten(), chosen.values.flatten(), starts, chosen.dropped_mass
         )
         mean = weight.float().mean(0)
         dhidden = kernels.gather_sum(entries, weight, mean, factor, torch.bfloat16)
@@ -160,7 +162,9 @@ def test_every_result_is_the_same_bit_for_bit(poisoned_memory):
 def test_nothing_to_do():
     hidden, weight = head(0, 11, 8, torch.bfloat16)
     few = torch.zeros(0, dtype=torch.float32, device=DEVICE)
-    entries = sparse.Entries(few.int(), few, torch.zeros(1, dtype=torch.int64, device=DEVICE), few)
+    entries = sparse.SparseValues(
+        few.int(), few, torch.zeros(1, dtype=torch.int64, device=DEVICE), few
+    )
     mean = torch.ones(8, device=DEVICE)
     assert kernels.top_k(torch.empty(0, 11, device=DEVICE), 3).shape == (0, 3)
     chosen = kernels.select(torch.empty(0, 11, dtype=torch.bfloat16, device=DEVICE), 0.1, 4)
@@ -200,14 +204,14 @@ def test_compiled_sums(dtype):
     hidden[3] = torch.nan
     ids[3], values[3] = vocab, 0
     starts = torch.arange(0, num_tokens * kept + 1, kept, device=DEVICE)
-    spread = torch.randn(num_tokens, device=DEVICE)
-    entries = sparse.Entries(ids.int().flatten(), values.flatten(), starts, spread)
+    dropped_mass = torch.randn(num_tokens, device=DEVICE)
+    entries = sparse.SparseValues(ids.int().flatten(), values.flatten(), starts, dropped_mass)
     factor = torch.randn(num_tokens, device=DEVICE)
     matrix = torch.zeros(num_tokens, vocab + 1, dtype=torch.float64, device=DEVICE)
     matrix = matrix.scatter_(1, ids, values.double())[:, :vocab] * factor.double()[:, None]
     mean, states = weight.float().mean(0), hidden.double().nan_to_num(0)
     found = kernels.gather_sum(entries, weight, mean, factor, dtype)
-    exact = matrix @ weight.double() + (factor * spread).double()[:, None] * mean.double()
+    exact = matrix @ weight.double() + (factor * dropped_mass).double()[:, None] * mean.double()
     sizes = matrix.abs() @ weight.double().abs() + exact.abs()
     assert_sums_close(found, exact, sizes)
     base = torch.randn(vocab, hidden_size, device=DEVICE)
@@ -237,8 +241,8 @@ def test_nothing_waits_for_the_gpu():
         ids = kernels.top_k(gradient.float(), 20)
         kernels.entry_logits(hidden, weight, ids)
         chosen = kernels.select(gradient, 0.01, 128)
-        given = chosen.columns.flatten(), chosen.values.flatten(), starts, chosen.spread
-        entries = sparse.Entries(*given)
+        given = chosen.columns.flatten(), chosen.values.flatten(), starts, chosen.dropped_mass
+        entries = sparse.SparseValues(*given)
         mean = weight.float().mean(0)
         kernels.gather_sum(entries, weight, mean, factor, torch.bfloat16)
         kernels.segment_sum(entries, hidden, 32_003, factor, None, None, torch.bfloat16)

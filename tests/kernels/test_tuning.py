@@ -12,7 +12,7 @@ from fused_sd.kernels.tuning import DEFAULT, Launch
 
 CPU = torch.device("cpu")
 PROGRAMS = {"log_normalizer", "normalizers", "divergence", "divergence_gradient"}
-PROGRAMS |= {"softmax_gradient", "summary", "block_maxima", "block_statistics"}
+PROGRAMS |= {"softmax_gradient", "row_metrics", "block_maxima", "block_statistics"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 
 
@@ -42,7 +42,7 @@ def test_a_program_is_launched_as_the_table_says(table):
     table.write_text(json.dumps({"cpu": {"launches": {"divergence": [512, 4]}}}))
     tuning.tuned.cache_clear()
     assert tuning.launch_for("divergence", CPU) == Launch(512, 4)
-    assert tuning.launch_for("summary", CPU) == DEFAULT
+    assert tuning.launch_for("row_metrics", CPU) == DEFAULT
     with tuning.forced("divergence", Launch(1024, 16)):
         assert tuning.launch_for("divergence", CPU) == Launch(1024, 16)
     assert tuning.launch_for("divergence", CPU) == Launch(512, 4)

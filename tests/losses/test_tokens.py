@@ -37,12 +37,12 @@ def test_token_log_probs_and_entropy_are_differentiable(entropy, softcap):
     logits = logits_of(case, 0.7)
     exact = reference.token_log_prob(logits, case.token_ids)
     assert_close(found.log_probs, exact, torch.float64)
-    upstream = torch.randn(2, 7, dtype=torch.float64)
-    loss, truth = (found.log_probs * upstream[0]).sum(), (exact * upstream[0]).sum()
+    row_weights = torch.randn(2, 7, dtype=torch.float64)
+    loss, truth = (found.log_probs * row_weights[0]).sum(), (exact * row_weights[0]).sum()
     if entropy:
         assert_close(found.entropy, reference.entropy(logits), torch.float64)
-        loss = loss + (found.entropy * upstream[1]).sum()
-        truth = truth + (reference.entropy(logits) * upstream[1]).sum()
+        loss = loss + (found.entropy * row_weights[1]).sum()
+        truth = truth + (reference.entropy(logits) * row_weights[1]).sum()
     else:
         assert found.entropy is None
     assert_same_gradients(loss, truth, case)
@@ -73,14 +73,14 @@ def test_entry_log_probs_and_tail_are_differentiable(tail, given):
     assert torch.equal(found.token_ids, ids)
     exact = reference.log_probs(logits).gather(-1, ids)
     assert_close(found.log_probs, exact, torch.float64)
-    upstream = torch.randn(7, 4, dtype=torch.float64)
-    loss, truth = (found.log_probs * upstream[:, :3]).sum(), (exact * upstream[:, :3]).sum()
+    row_weights = torch.randn(7, 4, dtype=torch.float64)
+    loss, truth = (found.log_probs * row_weights[:, :3]).sum(), (exact * row_weights[:, :3]).sum()
     if tail:
         mask = reference.given_ids(ids, 1009)
         rest = reference.log_mass(reference.log_probs(logits).masked_fill(mask, -torch.inf))
         assert_close(found.tail, rest[:, 0], torch.float64)
-        loss = loss + (found.tail * upstream[:, 3]).sum()
-        truth = truth + (rest[:, 0] * upstream[:, 3]).sum()
+        loss = loss + (found.tail * row_weights[:, 3]).sum()
+        truth = truth + (rest[:, 0] * row_weights[:, 3]).sum()
     assert_same_gradients(loss, truth, case)
 
 

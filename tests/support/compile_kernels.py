@@ -24,7 +24,7 @@ from fused_sd.engine.gradients import MOST
 from fused_sd.engine.layout import ALIGNMENT, workspace_width
 from fused_sd.kernels import rows, sparse
 from fused_sd.terms.divergence import divergence_term
-from fused_sd.torch_kernels.sparse import Entries
+from fused_sd.torch_kernels.sparse import SparseValues
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 TARGETS = ("cuda 80", "cuda 90", "cuda 100", "hip gfx942")
@@ -81,9 +81,9 @@ def launch_rows(vocab: int) -> None:
     student, teacher = (torch.empty(1024, vocab, device="meta") for _ in range(2))
     row = torch.empty(1024, device="meta")
     rows.log_normalizer(student)
-    rows.moments(student)
+    rows.lse_and_entropy(student)
     sides = rows.normalizers(student, teacher)
-    rows.summary(student, teacher, sides, ())
+    rows.row_metrics(student, teacher, sides, ())
     narrow = torch.empty_like(student, dtype=torch.bfloat16)
     for out in (narrow, student):
         for slope in (None, row):
@@ -106,7 +106,7 @@ def launch_sparse(vocab: int) -> None:
         factor = torch.empty(1024, device="meta")
         columns = torch.empty(65536, dtype=torch.int32, device="meta")
         starts = torch.empty(1025, dtype=torch.int64, device="meta")
-        entries = Entries(columns, torch.empty(65536, device="meta"), starts, factor)
+        entries = SparseValues(columns, torch.empty(65536, device="meta"), starts, factor)
         sparse.gather_sum(entries, weight, wide, factor, dtype)
         base = torch.empty(vocab, 4096, device="meta"), torch.empty((), device="meta")
         sparse.segment_sum(entries, hidden, vocab, factor, *base, dtype)

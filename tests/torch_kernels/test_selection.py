@@ -128,7 +128,7 @@ def test_the_fewest_entries_are_kept_that_meet_the_budget(drawn):
         assert torch.equal(values.double(), exact[row, is_kept])
         assert_sum(selection.norm[row], size, slack)
         assert_sum(selection.dropped[row], size[~is_kept], slack)
-        assert_sum(selection.spread[row], exact[row, ~is_kept], slack)
+        assert_sum(selection.dropped_mass[row], exact[row, ~is_kept], slack)
         if kind in ("whole", "equal", "geometric", "zero"):
             defined = [defined_selection(exact[row], share, most)]
         else:  # the budget is met or missed by a rounding
@@ -160,10 +160,10 @@ def test_a_tie_at_the_smallest_kept_entry_is_kept_whole():
     selection = sparse.select(row, 2 / 15.5, 5)
     assert selection.columns.tolist() == [[0, 1, 2, 3, 6]]
     assert selection.values.tolist() == [[4, 1, -1, 1, 8]]
-    assert (selection.count, selection.dropped, selection.spread) == (5, 0.5, 0.5)
+    assert (selection.count, selection.dropped, selection.dropped_mass) == (5, 0.5, 0.5)
     selection = sparse.select(row, 3.5 / 15.5, 5)
     assert selection.columns.tolist() == [[0, 6, 7, 7, 7]]
-    assert (selection.count, selection.dropped, selection.spread) == (2, 3.5, 1.5)
+    assert (selection.count, selection.dropped, selection.dropped_mass) == (2, 3.5, 1.5)
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-4, 1e4])

@@ -5,14 +5,14 @@ import torch
 from closeness import assert_close
 
 from fused_sd.torch_kernels import sparse
-from fused_sd.torch_kernels.sparse import Entries
+from fused_sd.torch_kernels.sparse import SparseValues
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WIDE = {torch.float64: torch.float64}  # of the others fp32
 NUM_TOKENS, VOCAB, SIZE = 9, 23, 5
 
 
-def make_entries(dtype=torch.float64, spread=True, vocab=VOCAB):
+def make_entries(dtype=torch.float64, dropped_mass=True, vocab=VOCAB):
     """Tokens with none to twelve entries; repeated columns, empty places, columns without any."""
     counts = torch.tensor([3, 0, 12, 1, 0, 7, 7, 2, 0])
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
@@ -20,11 +20,13 @@ def make_entries(dtype=torch.float64, spread=True, vocab=VOCAB):
     columns[[1, 15]] = vocab  # empty; the second is the only place of its token
     columns[2], columns[20] = vocab - 1, columns[19]
     values = torch.where(columns == vocab, 0, torch.randn(len(columns)).to(dtype))
-    return Entries(columns, values, starts, torch.randn(len(counts)).to(dtype) if spread else None)
+    return SparseValues(
+        columns, values, starts, torch.randn(len(counts)).to(dtype) if dropped_mass else None
+    )
 
 
 def dense(entries, vocab=VOCAB):
-    """The gradient that the entries stand for, without what is spread: (N, V) in float64."""
+    """The gradient that the entries stand for, without what is dropped_mass: (N, V) in float64."""
     out = torch.zeros(len(entries.starts) - 1, vocab, dtype=torch.float64)
     for token in range(len(out)):
         for at in range(int(entries.starts[token]), int(entries.starts[token + 1])):
@@ -74,14 +76,14 @@ def test_entry_logits(dtype, num_tokens, num_ids, pieces, poisoned_memory):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spread", [True, False])
-def test_gather_sum(dtype, spread, pieces, poisoned_memory):
+@pytest.mark.parametrize("dropped_mass", [True, False])
+def test_gather_sum(dtype, dropped_mass, pieces, poisoned_memory):
     head, _, factor = operands(dtype)
-    entries = make_entries(factor.dtype, spread)
-    mean_row = head.to(factor.dtype).mean(0) if spread else None
+    entries = make_entries(factor.dtype, dropped_mass)
+    mean_row = head.to(factor.dtype).mean(0) if dropped_mass else None
     expected = dense(entries) @ head.double()
-    if spread:
-        expected += entries.spread[:, None].double() * mean_row.double()
+    if dropped_mass:
+        expected += entries.dropped_mass[:, None].double() * mean_row.double()
     expected *= factor[:, None].double()
     head[VOCAB // 2 : -1] = torch.nan  # no entry's column
     found = sparse.gather_sum(entries, head, mean_row, factor, factor.dtype)
@@ -113,7 +115,9 @@ def test_operands_may_be_views():
     entries, head, hidden = make_entries(), torch.randn(VOCAB, 2 * SIZE), torch.randn(SIZE, 9)
     head, hidden = head.double()[:, ::2], hidden.double().T
     factor = torch.randn(9, dtype=torch.float64)
-    found = sparse.gather_sum(entries._replace(spread=None), head, None, factor, torch.float64)
+    found = sparse.gather_sum(
+        entries._replace(dropped_mass=None), head, None, factor, torch.float64
+    )
     assert_close(found, factor[:, None] * (dense(entries) @ head), torch.float64)
     found = sparse.segment_sum(entries, hidden, VOCAB, factor, None, None, torch.float64)
     assert_close(found, (factor[:, None] * dense(entries)).T @ hidden, torch.float64)
@@ -124,7 +128,7 @@ def test_a_column_of_every_token_is_summed_accurately(monkeypatch):
     monkeypatch.setattr(sparse, "GATHERED", 2**9)
     num = 60_000
     columns, values = torch.zeros(num, dtype=torch.int32), torch.rand(num) + 1
-    entries = Entries(columns, values, torch.arange(num + 1), None)
+    entries = SparseValues(columns, values, torch.arange(num + 1), None)
     hidden, factor = torch.rand(num, 1) + 1, torch.ones(num)
     found = sparse.segment_sum(entries, hidden, 2, factor, None, None, torch.float32)
     exact = (values.double() * hidden[:, 0].double()).sum()
@@ -135,8 +139,8 @@ def test_a_column_of_every_token_is_summed_accurately(monkeypatch):
 @pytest.mark.parametrize("num_tokens", [0, 4])
 def test_no_entries_at_all(num_tokens, poisoned_memory):
     starts = torch.zeros(num_tokens + 1, dtype=torch.int64)
-    spread = torch.ones(num_tokens)
-    entries = Entries(torch.zeros(0, dtype=torch.int32), torch.zeros(0), starts, spread)
+    dropped_mass = torch.ones(num_tokens)
+    entries = SparseValues(torch.zeros(0, dtype=torch.int32), torch.zeros(0), starts, dropped_mass)
     head, hidden = torch.randn(VOCAB, SIZE), torch.full((num_tokens, SIZE), torch.nan)
     mean_row, factor = head.mean(0), torch.full((num_tokens,), 2.0)
     assert sparse.by_column(entries, VOCAB).starts.tolist() == [0] * (VOCAB + 1)
@@ -152,7 +156,7 @@ def test_results_are_the_same_bits_every_time():
     hidden, head = torch.randn(64, 32), torch.randn(501, 32)
     ids, factor = torch.randint(0, 501, (64, 40)), torch.randn(64)
     starts = torch.arange(0, 64 * 40 + 1, 40)
-    entries = Entries(ids.flatten().int(), torch.randn(64 * 40), starts, torch.randn(64))
+    entries = SparseValues(ids.flatten().int(), torch.randn(64 * 40), starts, torch.randn(64))
     runs = [
         (
             sparse.entry_logits(hidden, head, ids),

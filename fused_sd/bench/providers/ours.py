@@ -14,7 +14,7 @@ from fused_sd.engine.certificate import GradientCertificate
 
 Sides = tuple[Tensor, Tensor, Tensor, Tensor]
 Compute = Callable[[], LossOutput]
-Objective = Callable[..., Compute]  # of a problem, with keywords for the loss
+Measurable = Callable[..., Compute]  # of a problem, with keywords for the loss
 
 
 def sides(problem: Problem) -> tuple[Sides, Tensor]:
@@ -86,7 +86,7 @@ def token_log_probs(problem: Problem) -> Loss:
     return loss
 
 
-WIDE: dict[str, Objective] = {  # whose gradients reach the whole vocabulary
+WIDE: dict[str, Measurable] = {  # whose gradients reach the whole vocabulary
     "forward_kl": divergence,
     "reverse_kl": divergence,
     "jsd": divergence,
@@ -97,7 +97,7 @@ WIDE: dict[str, Objective] = {  # whose gradients reach the whole vocabulary
 }
 
 
-def _loss(objective: Objective, **run: Any) -> Build:
+def _loss(objective: Measurable, **run: Any) -> Build:
     """What computes the loss alone."""
 
     def build(problem: Problem) -> Loss:
@@ -107,7 +107,7 @@ def _loss(objective: Objective, **run: Any) -> Build:
     return build
 
 
-def _sparse(name: str, note: str, objectives: dict[str, Objective], **run: float) -> Provider:
+def _sparse(name: str, note: str, objectives: dict[str, Measurable], **run: float) -> Provider:
     """The library with a sparse gradient, which comes with its certificate."""
 
     def certify(problem: Problem) -> GradientCertificate:

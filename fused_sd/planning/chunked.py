@@ -1,4 +1,4 @@
-"""A walk's memory: what ``walk_operator.py`` and ``workspace.py`` hold, by their own layout.
+"""A walk's memory: what ``chunked_run.py`` and ``workspace.py`` hold, by their own layout.
 
 Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary, C tokens in a chunk,
                 K entries of the support, W columns of a chunk's logits
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fused_sd.engine import layout as chunking
-from fused_sd.engine.layout import Layout, WalkSize
-from fused_sd.objectives.divergence import DivergenceRows
-from fused_sd.planning.objectives import Objective
+from fused_sd.engine.layout import Layout, RunSize
+from fused_sd.objectives.divergence import DivergenceObjective
+from fused_sd.planning.objectives import PlannedObjective
 from fused_sd.planning.workload import Parts, Workload, total
 from fused_sd.terms.divergence import divergence_term
 from fused_sd.terms.support import BLOCK, has_short_list
@@ -27,45 +27,47 @@ _BUFFERS = {"forward_kl": 5, "reverse_kl": 5, "jsd": 6, "mixed_kl": 6}
 _SOFTMAX_BUFFERS = 2
 
 
-class Walk(NamedTuple):
+class ChunkedRun(NamedTuple):
     """A walk over so many tokens."""
 
-    forming: bool  # whether it forms gradients
+    has_gradient: bool  # whether it forms gradients
     layout: Layout
     tokens: int
 
 
-def num_entries(objective: Objective) -> int:
+def num_entries(objective: PlannedObjective) -> int:
     """Entries of a token's gradient, where it has no others; 0: it reaches the vocabulary."""
     return _rows(objective).num_entries if objective.is_divergence else 0
 
 
-def whole_sides(objective: Objective) -> tuple[bool, bool]:
+def whole_sides(objective: PlannedObjective) -> tuple[bool, bool]:
     """Whether the whole logits of the student, and of the teacher, are made."""
     student, teacher = _rows(objective).whole_sides if objective.is_divergence else (True, True)
     return student, teacher and objective.has_teacher
 
 
-def _rows(objective: Objective) -> DivergenceRows:
+def _rows(objective: PlannedObjective) -> DivergenceObjective:
     """The row function, without what decides no size."""
     unset = (None,) * 5
     term = divergence_term("reverse_kl")
-    return DivergenceRows(term, objective.support, objective.k, objective.remainder, *unset, (), ())
+    return DivergenceObjective(
+        term, objective.support, objective.k, objective.remainder, *unset, (), ()
+    )
 
 
-def size_of(work: Workload, forming: bool) -> WalkSize:
-    """What decides the workspaces; ``forming``: whether gradients of whole rows are formed."""
+def size_of(work: Workload, has_gradient: bool) -> RunSize:
+    """What decides the workspaces; ``has_gradient``: whether gradients of whole rows are formed."""
     has_teacher = work.objective.has_teacher
-    return WalkSize(
+    return RunSize(
         vocab=max(work.vocab, work.teacher_vocab if has_teacher else 0),
         sides=sum(whole_sides(work.objective)),
         logit_bytes=WIDE,
         operand_bytes=operand_bytes(work),
-        forming=forming,
+        has_gradient=has_gradient,
     )
 
 
-def layout(work: Workload, size: WalkSize, finishing: bool) -> Layout:
+def layout(work: Workload, size: RunSize, finishing: bool) -> Layout:
     """The chunk and the group that the walk will choose.
 
     Args:
@@ -113,7 +115,7 @@ def compacted(work: Workload) -> Parts:
     return {} if work.active == work.tokens else dict(work.selected)
 
 
-def walk(work: Workload, size: WalkSize, chosen: Layout, held: Parts) -> Sequence[Parts]:
+def run(work: Workload, size: RunSize, chosen: Layout, held: Parts) -> Sequence[Parts]:
     """A walk while it fills a chunk, looks at its rows, and carries a group on."""
     workspaces = workspace(size, chosen)
     operand, widens = operand_bytes(work), operand_bytes(work) > work.element
@@ -121,7 +123,7 @@ def walk(work: Workload, size: WalkSize, chosen: Layout, held: Parts) -> Sequenc
     states = operand * chosen.chunk * work.hidden_size
     stacked = 2 * states if both else 0
     copied = states * (2 if both else 1) if widens else 0
-    group = operand * chosen.group * work.hidden_size if widens and size.forming else 0
+    group = operand * chosen.group * work.hidden_size if widens and size.has_gradient else 0
     return [
         {**held, **workspaces, "hidden states of a chunk": stacked + copied},
         {**held, **workspaces, "row function": _row_bytes(work, size, chosen.chunk)},
@@ -129,20 +131,20 @@ def walk(work: Workload, size: WalkSize, chosen: Layout, held: Parts) -> Sequenc
     ]
 
 
-def workspace(size: WalkSize, chosen: Layout) -> Parts:
+def workspace(size: RunSize, chosen: Layout) -> Parts:
     """Logits of a chunk and gradients of a group."""
     return {"logits and their gradients": chunking.workspace_bytes(size, chosen)}
 
 
-def _row_bytes(work: Workload, size: WalkSize, chunk: int) -> int:
+def _row_bytes(work: Workload, size: RunSize, chunk: int) -> int:
     """Temporaries of the row functions: of top-k on any device, of the others on the CPU."""
     objective = work.objective
-    visited = min(chunk, max(1, rows.VISITED // size.width)) * size.width * WIDE
+    visited = min(chunk, max(1, rows.ROW_BLOCK_LOGITS // size.width)) * size.width * WIDE
     if work.kind == "cuda":
         visited = 0
     if objective.support == "full" and objective.is_divergence:
         return _BUFFERS[objective.divergence] * visited
-    softmax = _SOFTMAX_BUFFERS * visited if size.forming else 0
+    softmax = _SOFTMAX_BUFFERS * visited if size.has_gradient else 0
     if not objective.k:
         return softmax
     entries = chunk * compared(objective)
@@ -155,12 +157,12 @@ def _row_bytes(work: Workload, size: WalkSize, chunk: int) -> int:
     )
 
 
-def compared(objective: Objective) -> int:
+def compared(objective: PlannedObjective) -> int:
     """Entries of a truncated support."""
     return objective.k * (2 if objective.support == "union" else 1)
 
 
-def choosing_sides(objective: Objective) -> int:
+def choosing_sides(objective: PlannedObjective) -> int:
     """Sides whose largest logits are the support."""
     return {"student": 1, "teacher": 1, "union": 2}.get(objective.support, 0)
 
@@ -182,7 +184,7 @@ def gathered_rows(work: Workload) -> int:
     return min(sparse.LONGEST, max(1, sparse.GATHERED // work.hidden_size))
 
 
-def _top_k_bytes(k: int, size: WalkSize, chunk: int, kind: str) -> int:
+def _top_k_bytes(k: int, size: RunSize, chunk: int, kind: str) -> int:
     """Blocks' maxima, and in PyTorch candidates: their ids, within bounds too, and their logits."""
     if not has_short_list(k, size.width):
         return 0
