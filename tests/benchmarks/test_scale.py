@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fused_sd
-from benchmarks import scale, scale_cases, scale_tables
+from benchmarks.scale import __main__ as command
+from benchmarks.scale import cases, tables
 from fused_sd.bench.floor import ROW_READS
 from fused_sd.cli import main
 from fused_sd.head.vocab_shard import VocabShard
@@ -26,15 +27,15 @@ CARD = CARDS["H200"]
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory):
     """What two ranks count, by case."""
-    found = scale_cases.count(RANKS, tmp_path_factory.mktemp("ranks"))
-    return dict(zip(scale_cases.CASES, found, strict=True))
+    found = cases.count(RANKS, tmp_path_factory.mktemp("ranks"))
+    return dict(zip(cases.CASES, found, strict=True))
 
 
-@pytest.mark.parametrize("case", scale_cases.CASES, ids=str)
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
 def test_ranks_hold_and_send_what_is_planned(counts, case):
     by_rank = counts[case]
-    plan = scale_cases.planned(case, RANKS, scale_cases.kept_together(by_rank))
-    sent = scale_cases.planned_sums(plan)
+    plan = cases.planned(case, RANKS, cases.kept_together(by_rank))
+    sent = cases.planned_sums(plan)
     assert [counted.sent for counted in by_rank] == [sent] * RANKS
     assert {counted.num_collectives for counted in by_rank} == {plan.traffic.num_collectives}
     # gloo's own buffers are at times in a rank's count
@@ -168,23 +169,23 @@ def test_rows_are_read_as_often_as_the_benchmark_says(name):
 
 
 def test_the_page_is_what_plans_say_now(monkeypatch, tmp_path):
-    kept = scale.PAGE.read_text(encoding="utf-8")
-    monkeypatch.setattr(scale, "PAGE", tmp_path / "scale.md")
-    assert scale.main(["--write"]) == 0
-    written = scale.PAGE.read_text(encoding="utf-8")
+    kept = command.PAGE.read_text(encoding="utf-8")
+    monkeypatch.setattr(command, "PAGE", tmp_path / "scale.md")
+    assert command.main(["--write"]) == 0
+    written = command.PAGE.read_text(encoding="utf-8")
     assert written == kept, "run python -m benchmarks.scale --write"
     assert "<<" not in written
 
 
 def test_the_page_counts_every_case_on_every_number_of_ranks():
-    rows = scale.kept_counts()["cases"]
+    rows = command.kept_counts()["cases"]
     assert [(row["case"], row["ranks"]) for row in rows] == [
-        (str(case), ranks) for ranks in scale_tables.SHARING for case in scale_cases.CASES
+        (str(case), ranks) for ranks in tables.SHARING for case in cases.CASES
     ]
     for row in rows:
-        plan = scale_tables.planned_again(row)
+        plan = tables.planned_again(row)
         assert plan.peak_bytes == pytest.approx(row["peak"], rel=CLOSE)
-        assert scale_cases.planned_sums(plan) == row["sent"]
+        assert cases.planned_sums(plan) == row["sent"]
         assert plan.traffic.num_collectives == row["collectives"]
 
 

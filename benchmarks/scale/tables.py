@@ -5,8 +5,8 @@ from functools import cache
 from typing import Any
 
 import fused_sd
-from benchmarks import scale_cases
 from benchmarks.markdown import line, ruler
+from benchmarks.scale import cases
 from fused_sd.measuring.head_sizes import head_size
 from fused_sd.planning import Plan
 from fused_sd.planning.devices import CARDS
@@ -234,5 +234,5 @@ def planned_again(row: Mapping[str, Any]) -> Plan:
 
 @cache
 def _planned_again(name: str, ranks: int, kept: int | None) -> Plan:
-    cases = {str(case): case for case in scale_cases.CASES}
-    return scale_cases.planned(cases[name], ranks, kept)
+    by_name = {str(case): case for case in cases.CASES}
+    return cases.planned(by_name[name], ranks, kept)

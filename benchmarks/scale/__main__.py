@@ -15,31 +15,30 @@ from typing import Any
 
 import torch
 
-from benchmarks import scale_cases
-from benchmarks import scale_tables as tables
+from benchmarks.scale import cases, tables
 from fused_sd.measuring.head_sizes import head_size
 from fused_sd.planning.devices import CARDS, LATENCY
 
 FOLDER = Path(__file__).parent
-PAGE = FOLDER.parent / "docs" / "scale.md"
-TEMPLATE = FOLDER / "scale.template.md"  # the page with <<names>> of tables and <names> of numbers
-COUNTS = FOLDER / "results" / "scale.json"
+PAGE = FOLDER.parents[1] / "docs" / "scale.md"
+TEMPLATE = FOLDER / "template.md"  # the page with <<names>> of tables and <names> of numbers
+COUNTS = FOLDER.parent / "results" / "scale.json"
 
 
 def count() -> dict[str, Any]:
     """Run the small cases: the ranks' median peak, and what each of them hands over."""
-    cases = []
+    rows = []
     for ranks in tables.SHARING:
         with tempfile.TemporaryDirectory() as folder:
-            found = scale_cases.count(ranks, Path(folder))
-        for case, by_rank in zip(scale_cases.CASES, found, strict=True):
+            found = cases.count(ranks, Path(folder))
+        for case, by_rank in zip(cases.CASES, found, strict=True):
             first = by_rank[0]
             assert all(each[1:3] == first[1:3] for each in by_rank)
             peak = statistics.median_low(each.peak_bytes for each in by_rank)
             row = {"case": str(case), "ranks": ranks, "peak": peak}
             row |= {"sent": first.sent, "collectives": first.num_collectives}
-            cases.append(row | {"kept": scale_cases.kept_together(by_rank)})
-    return {"torch": torch.__version__, "cases": cases}
+            rows.append(row | {"kept": cases.kept_together(by_rank)})
+    return {"torch": torch.__version__, "cases": rows}
 
 
 def kept_counts() -> dict[str, Any]:
