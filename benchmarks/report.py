@@ -12,22 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import figures, sparse_table
-from benchmarks.markdown import line, ruler
-from benchmarks.methods.storage import ROOT
-from benchmarks.results_store import RESULTS, stored, stored_steps
+from benchmarks.markdown import Block, environment_line, table
 from benchmarks.step.report import markdown as step_markdown
-from fused_sd import checks
-from fused_sd.bench.providers import PROVIDERS
+from benchmarks.storage import RESULTS, ROOT, step_documents, suite_documents
 from fused_sd.bench.table import US, is_ours, memory, number, percent
 
-MARKER, END = "<!-- speed: python -m benchmarks.report --update-readme -->", "<!-- end -->"
+BLOCK = "speed"  # the README's block
 TO_COME = (
     "**GPU figures are still to be measured**: by `python -m benchmarks.run --suite gpu`, which "
     "ends within nine minutes; `python -m benchmarks.report --update-readme` then puts them here."
 )
-ABSENT = "not installed"
-WHOLE_TABLE = "main"  # the part whose cells are shown with everybody
-SHOWN = {
+WHOLE_TABLE = "main"  # the part whose cells are shown with every provider
+PLOT_TITLES = {
     "plane.png": "Time against error",
     "scaling.png": "Time and memory by tokens",
     "entropy.png": "Time by the policy's entropy",
@@ -43,7 +39,7 @@ COLUMNS = (
     "dH error",
     "dW error",
 )
-ROW_METRICS = (
+SUMMARY_COLUMNS = (
     "objective",
     "shape",
     "tokens",
@@ -60,7 +56,7 @@ ROW_METRICS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the tables, or put them where they belong; returns the exit status."""
+    """Print the tables or write them into the README; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument(
@@ -69,89 +65,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--update-readme", nargs="?", const=ROOT / "README.md", type=Path, metavar="PATH"
     )
-    chosen = parser.parse_args(arguments)
-    documents, steps = stored(chosen.results), stored_steps(chosen.results)
-    if chosen.update_readme is None:
+    options = parser.parse_args(arguments)
+    documents, steps = suite_documents(options.results), step_documents(options.results)
+    if options.update_readme is None:
         print(*markdown_lines(documents, {}), *map(step_markdown, steps), sep="\n")
         return 0
     try:
-        before, after = around(chosen.update_readme)
+        block = Block(options.update_readme, BLOCK)
     except ValueError as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2
-    plots = {index: figures.plots(found, chosen.docs) for index, found in enumerate(documents)}
+    plots = {index: figures.plots(one, options.docs) for index, one in enumerate(documents)}
+    # the block stands in a section of the README: headings go one level down
     inside = [re.sub("^#", "##", step_markdown(step), flags=re.MULTILINE) for step in steps]
-    body = "\n".join([*markdown_lines(documents, plots), *inside]).rstrip()
-    chosen.update_readme.write_text(f"{before}\n\n{body}\n\n{after}", encoding="utf-8")
+    block.fill([*markdown_lines(documents, plots), *inside])
     return 0
-
-
-def around(path: Path) -> tuple[str, str]:
-    """What stands before and behind the tables' place, markers included.
-
-    Raises:
-        ValueError: the file has no such place.
-    """
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    match = re.search(f"{re.escape(MARKER)}\n(.*?){re.escape(END)}", text, re.DOTALL)
-    if match is None:
-        checks.fail(
-            "--update-readme",
-            f"name a file with a line {MARKER!r} and a line {END!r} below it",
-            repr(str(path)),
-            "add the two lines where the tables belong",
-        )
-    assert match is not None
-    return text[: match.start(1) - 1], text[match.end(1) :]
 
 
 def markdown_lines(
     documents: Sequence[dict[str, Any]], plots: dict[int, list[str]]
 ) -> Iterator[str]:
-    """The tables of every suite; what is not measured is said."""
-    if not any(found["suite"].startswith("gpu") for found in documents):
+    """Yield the tables of every suite, and a note if no GPU was measured.
+
+    Args:
+        documents: The suites' results.
+        plots: File names of the plots, by the place in ``documents``.
+    """
+    if not any(document["suite"].startswith("gpu") for document in documents):
         yield from (TO_COME, "")
-    for index, found in enumerate(documents):
-        yield from (setting_line(found["environment"]), "")
+    for index, document in enumerate(documents):
+        yield from (f"{environment_line(document['environment'])}:", "")
         for name in plots.get(index, []):
-            yield from (f"![{SHOWN[name.rpartition('_')[2]]}](docs/images/{name})", "")
-        for cell in found["parts"].get(WHOLE_TABLE, {}).values():
+            yield from (f"![{PLOT_TITLES[name.rpartition('_')[2]]}](docs/images/{name})", "")
+        for cell in document["parts"].get(WHOLE_TABLE, {}).values():
             yield from cell_lines(cell)
-        sparse = found["parts"].get(sparse_table.PART, {})
+        sparse = document["parts"].get(sparse_table.PART, {})
         yield from (sparse_table.sparse_lines(sparse) if sparse else ())
         rest = [
             cell
-            for part, cells in found["parts"].items()
+            for part, cells in document["parts"].items()
             if part not in (WHOLE_TABLE, sparse_table.PART)
             for cell in cells.values()
             if cell["floor"] is not None
         ]
         if rest:
-            yield from (line(ROW_METRICS), ruler(4, len(ROW_METRICS)), *map(summary_row, rest), "")
-
-
-def setting_line(where: dict[str, str]) -> str:
-    """Where all of a suite was measured, and by which versions."""
-    packages = {provider.package for provider in PROVIDERS if provider.package}
-    names = ("driver", "torch", "triton", *sorted(packages))
-    known = [f"{name} {where[name]}" for name in names if where.get(name, ABSENT) != ABSENT]
-    return f"{where['device']}; {', '.join(known)}; commit {where['commit']}:"
+            yield from (*table(SUMMARY_COLUMNS, map(summary_row, rest), texts=4), "")
 
 
 def cell_lines(cell: dict[str, Any]) -> Iterator[str]:
-    """A cell with everybody, fastest first; who could not be measured, and why."""
-    rows = sorted((r for r in cell["rows"] if r["times"]), key=lambda r: r["times"]["p50"])
-    title = f"{cell['objective']}, {cell['shape']}, {cell['tokens']} tokens, {head(cell)}"
-    yield line([title, *COLUMNS])
-    yield ruler(1, 1 + len(COLUMNS))
+    """Yield a table of all providers, fastest first, and the reasons of those without a time."""
+    timed = sorted((r for r in cell["rows"] if r["times"]), key=lambda r: r["times"]["p50"])
+    rows = [measured_row(row) for row in timed]
     if cell["floor"] is not None:
-        floor = cell["floor"]
-        tflops = floor["flop"] / floor["milliseconds"] / 1e9
-        name = f"the bare GEMMs ({floor['u']}u)"
-        cells = [name, number(floor["milliseconds"]), "", "1.00", f"{tflops:.3g}"]
-        yield line([*cells, *[""] * (len(COLUMNS) + 1 - len(cells))])
-    yield from (measured_row(row) for row in rows)
-    yield ""
+        rows.insert(0, floor_row(cell["floor"]))
+    title = f"{cell['objective']}, {cell['shape']}, {cell['tokens']} tokens, {head(cell)}"
+    yield from (*table([title, *COLUMNS], rows), "")
     missing = [
         f"{r['provider']}: {r['status']} ({r['reason']})" for r in cell["rows"] if not r["times"]
     ]
@@ -159,24 +127,29 @@ def cell_lines(cell: dict[str, Any]) -> Iterator[str]:
         yield from (f"Without a time: {'; '.join(missing)}.", "")
 
 
-def measured_row(row: dict[str, Any]) -> str:
+def floor_row(floor: dict[str, Any]) -> list[str]:
+    tflops = floor["flop"] / floor["milliseconds"] / 1e9
+    name = f"the bare GEMMs ({floor['u']}u)"
+    cells = [name, number(floor["milliseconds"]), "", "1.00", f"{tflops:.3g}"]
+    return [*cells, *[""] * (len(COLUMNS) + 1 - len(cells))]
+
+
+def measured_row(row: dict[str, Any]) -> list[str]:
     times, errors = row["times"], row["errors"]
-    return line(
-        [
-            f"**{row['provider']}**" if row["provider"] == US else row["provider"],
-            number(times["p50"]),
-            f"{number(times['p20'])} - {number(times['p80'])}",
-            _two(row["ratio_to_floor"]),
-            _three(row["tflops"]),
-            _three(row["row_gigabytes"]),
-            memory(row["peak_bytes"]),
-            *(percent(errors[name]) for name in ("loss_bias", "dhidden", "dweight")),
-        ]
-    )
+    return [
+        f"**{row['provider']}**" if row["provider"] == US else row["provider"],
+        number(times["p50"]),
+        f"{number(times['p20'])} - {number(times['p80'])}",
+        _two(row["ratio_to_floor"]),
+        _three(row["tflops"]),
+        _three(row["row_gigabytes"]),
+        memory(row["peak_bytes"]),
+        *(percent(errors[name]) for name in ("loss_bias", "dhidden", "dweight")),
+    ]
 
 
-def summary_row(cell: dict[str, Any]) -> str:
-    """The library beside eager PyTorch and the fastest of all others."""
+def summary_row(cell: dict[str, Any]) -> list[str]:
+    """Return a cell's row: the library, eager PyTorch and the fastest of all other providers."""
     by_name = {row["provider"]: row for row in cell["rows"]}
     others = [
         row
@@ -188,22 +161,20 @@ def summary_row(cell: dict[str, Any]) -> str:
     best = "-"
     if fastest is not None:
         best = f"{number(fastest['times']['p50'])} ({fastest['provider']})"
-    return line(
-        [
-            cell["objective"],
-            cell["shape"],
-            f"{cell['tokens']}" + _masked(cell),
-            "trained" if cell["trainable"] else "frozen",
-            number(cell["floor"]["milliseconds"]),
-            _time(ours),
-            _two(None if ours is None else ours["ratio_to_floor"]),
-            _memory(ours),
-            _time(eager),
-            _memory(eager),
-            best,
-            _memory(fastest),
-        ]
-    )
+    return [
+        cell["objective"],
+        cell["shape"],
+        f"{cell['tokens']}" + _masked(cell),
+        "trained" if cell["trainable"] else "frozen",
+        number(cell["floor"]["milliseconds"]),
+        _time(ours),
+        _two(None if ours is None else ours["ratio_to_floor"]),
+        _memory(ours),
+        _time(eager),
+        _memory(eager),
+        best,
+        _memory(fastest),
+    ]
 
 
 def head(cell: dict[str, Any]) -> str:

@@ -1,9 +1,9 @@
-"""The part "sparse" as a table: what is kept, what it costs, and what it saves, by entropy."""
+"""The table of the part "sparse": kept values, time and memory of sparse gradients, by entropy."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.markdown import line, ruler
+from benchmarks.markdown import table
 from fused_sd.bench.table import US, memory, number, percent
 
 PART = "sparse"
@@ -20,29 +20,26 @@ COLUMNS = (
     "dW error",
 )
 LEGEND = (
-    "4u: four products with the head, by the bare GEMMs of the same cell; entropy: nat, of the "
-    "student; entries: kept of a token that is not dense; dropped: share of the gradient's L1 norm."
+    "4u: four GEMMs with the head, timed in the same cell; entropy: the student's mean, in nat; "
+    "entries: kept for a token that is not dense; dropped: share of the gradient's L1 norm."
 )
 
 
 def sparse_lines(cells: Mapping[str, dict[str, Any]]) -> Iterator[str]:
-    """A row for everybody in each cell, dense beside sparse."""
-    yield line(["objective", *COLUMNS])
-    yield ruler(3, 1 + len(COLUMNS))
-    for cell in cells.values():
-        yield from (line(_row(cell, row)) for row in cell["rows"])
-    yield from ("", LEGEND, "")
+    """Yield a table with a row for each provider in each cell, and its legend."""
+    rows = [_row(cell, row) for cell in cells.values() for row in cell["rows"]]
+    yield from (*table(["objective", *COLUMNS], rows, texts=3), "", LEGEND, "")
 
 
 def times_4u(cell: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
-    """A time over that of four products, whatever the objective needs of them."""
+    """Return a provider's time over that of four GEMMs, even if the objective needs fewer."""
     if cell["floor"] is None or row["times"] is None:
         return None
     return float(row["times"]["p50"] * cell["floor"]["u"] / (4 * cell["floor"]["milliseconds"]))
 
 
 def _gradient(cell: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """How the library's is kept, or whose it is."""
+    """Return the form of the library's gradient, or another provider's name."""
     if row["provider"] == US:
         return "exactly sparse" if cell["objective"] == "topk_renormalized" else "dense"
     return str(row["provider"]).removeprefix(f"{US}, ")
@@ -50,9 +47,9 @@ def _gradient(cell: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 def _row(cell: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     ratio, kept, errors = times_4u(cell, row), row["kept"], row["errors"]
-    of = f"{cell['objective']}, {cell['shape']}, {cell['tokens']}"
+    problem = f"{cell['objective']}, {cell['shape']}, {cell['tokens']}"
     return [
-        of,
+        problem,
         f"{cell['entropy']:.2f}",
         _gradient(cell, row),
         number(row["times"]["p50"]) if row["times"] else row["status"],

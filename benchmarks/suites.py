@@ -1,6 +1,6 @@
-"""What is measured: the cells of each suite, by parts, and how long each is expected to take.
+"""The suites: which cells each part measures, and how long each cell is expected to take.
 
-Not every shape, length, objective and provider with every other: the parts vary one at a time.
+A part varies one setting at a time: a full grid would take hours.
 """
 
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ SAMPLED = (
 ON_CPU = ("fused_sd", "eager", "TRL chunked divergence", "TRL chunked log-probs")
 
 
-class Asked(NamedTuple):
-    """One cell."""
+class CellRequest(NamedTuple):
+    """A cell to measure: one problem and the providers that are compared on it."""
 
     shape: str
     tokens: int
@@ -38,11 +38,11 @@ class Asked(NamedTuple):
     kl: float = MEAN_KL
     dtype: str = "bfloat16"
     timed: bool = True
-    entropy: float | None = None  # nat; None: that of the default operands
+    entropy: float | None = None  # in nat; None: whatever the default operands have
 
     @property
     def key(self) -> str:
-        """Names the cell in the results."""
+        """The cell's name in the results."""
         parts = [self.shape, str(self.tokens), self.objective, self.dtype]
         parts += [] if self.trainable else ["frozen"]
         parts += [f"mask {self.mask_share:g}"] if self.mask_share else []
@@ -52,20 +52,20 @@ class Asked(NamedTuple):
 
 
 class Suite(NamedTuple):
-    """Parts in the order in which they are run, and how much is measured."""
+    """Parts in the order in which they run, and the effort that goes into each cell."""
 
-    parts: dict[str, list[Asked]]
+    parts: dict[str, list[CellRequest]]
     effort: Effort
     floor_warm_seconds: float
     minutes: float  # for all parts
 
 
-def _sparse(shape: str, tokens: int, **others: Any) -> list[Asked]:
-    """Gradients with few entries, at the entropies of policies from sharp to soft."""
+def _sparse(shape: str, tokens: int, **others: Any) -> list[CellRequest]:
+    """Return cells for sparse gradients, at the entropies of policies from sharp to soft."""
 
-    def cell(objective: str, entropy: float, *providers: str) -> Asked:
-        asked = Asked(shape, tokens, objective, ("fused_sd", *providers), entropy=entropy)
-        return asked._replace(**others)
+    def cell(objective: str, entropy: float, *providers: str) -> CellRequest:
+        names = ("fused_sd", *providers)
+        return CellRequest(shape, tokens, objective, names, entropy=entropy)._replace(**others)
 
     return [
         cell("reverse_kl", 0.3, SPARSE),
@@ -80,28 +80,28 @@ def _gpu() -> Suite:
     big = "qwen3-8b"
     parts = {
         "main": [
-            Asked(big, 16384, "reverse_kl", tuple(n for n in EVERY if n != FP32)),
-            Asked(big, 16384, "jsd", QUICK),
-            Asked(big, 4096, "reverse_kl", (*QUICK, FP32)),
+            CellRequest(big, 16384, "reverse_kl", tuple(n for n in EVERY if n != FP32)),
+            CellRequest(big, 16384, "jsd", QUICK),
+            CellRequest(big, 4096, "reverse_kl", (*QUICK, FP32)),
         ],
         "sparse": _sparse(big, 16384),
         "frozen": [
-            Asked(big, 16384, "reverse_kl", CHUNKED, trainable=False),
-            Asked(big, 16384, "reverse_kl", CHUNKED, mask_share=0.5),
+            CellRequest(big, 16384, "reverse_kl", CHUNKED, trainable=False),
+            CellRequest(big, 16384, "reverse_kl", CHUNKED, mask_share=0.5),
         ],
         "objectives": [
-            Asked(big, 4096, objective, QUICK)
+            CellRequest(big, 4096, objective, QUICK)
             for objective in OBJECTIVES
             if objective not in ("reverse_kl", "jsd")
         ],
-        "scaling": [Asked(big, tokens, "reverse_kl", CHUNKED) for tokens in (1024, 65536)],
-        "rlsd": [Asked(big, 16384, "rlsd", SAMPLED)],
+        "scaling": [CellRequest(big, tokens, "reverse_kl", CHUNKED) for tokens in (1024, 65536)],
+        "rlsd": [CellRequest(big, 16384, "rlsd", SAMPLED)],
         "shapes": [
-            Asked(shape, 16384, "reverse_kl", CHUNKED)
+            CellRequest(shape, 16384, "reverse_kl", CHUNKED)
             for shape in ("qwen3-4b", "olmo-3-7b", "llama-3-8b", "qwen3.5-35b-a3b")
         ],
         "accuracy": [
-            Asked("qwen3-4b", 512, objective, QUICK, kl=kl, timed=False)
+            CellRequest("qwen3-4b", 512, objective, QUICK, kl=kl, timed=False)
             for kl in (1e-3, 1e-2, 1e-1)
             for objective in ("reverse_kl", "topk_tail")
         ],
@@ -111,8 +111,8 @@ def _gpu() -> Suite:
 
 
 def _cpu() -> Suite:
-    def cell(shape: str, tokens: int, objective: str, **others: Any) -> Asked:
-        return Asked(shape, tokens, objective, ON_CPU, dtype="float32")._replace(**others)
+    def cell(shape: str, tokens: int, objective: str, **others: Any) -> CellRequest:
+        return CellRequest(shape, tokens, objective, ON_CPU, dtype="float32")._replace(**others)
 
     parts = {
         "main": [
@@ -131,7 +131,7 @@ def _cpu() -> Suite:
             cell("wide", 1024, "reverse_kl", providers=("fused_sd", "eager")),
         ],
         "accuracy": [
-            Asked("small", 64, objective, QUICK, kl=kl, timed=False)
+            CellRequest("small", 64, objective, QUICK, kl=kl, timed=False)
             for kl in (1e-3, 1e-2, 1e-1)
             for objective in ("reverse_kl", "topk_tail")
         ],
@@ -141,9 +141,8 @@ def _cpu() -> Suite:
 
 SUITES = {"gpu": _gpu(), "cpu": _cpu()}
 
-# time over that of all the products at full speed, from what each does beside them (benchmarks/
-# PEERS.md): products in fp32, further projections, passes over whole logits; and seconds that
-# compiling takes
+# A provider's expected time over the time of the bare GEMMs.  It follows from what each computes
+# besides (benchmarks/PEERS.md): fp32 GEMMs, further projections, passes over whole logits.
 FACTORS = {
     **dict.fromkeys(("fused_sd", SPARSE, LOOSE, TIGHT), 1.2),
     "eager": 3.5,
@@ -155,38 +154,40 @@ FACTORS = {
     "Liger fused_linear_grpo": 10.0,
     "fla fused_kl_div": 5.0,
 }
-OTHERS = 3.0
+OTHER_FACTOR = 3.0
 COMPILE_SECONDS = 20.0
-WHOLE = ("eager", FP32, "torch.compile", "TRL SDPO")  # hold the logits of all tokens
+HOLDS_LOGITS = ("eager", FP32, "torch.compile", "TRL SDPO")  # of all tokens
 LARGEST_GPU = 141e9  # bytes
-GPU_FLOPS, CPU_FLOPS = 6.0e14, 6.0e10  # sustained; the CPU's on one busy core
-SETUP_SECONDS = {"gpu": 0.7, "cpu": 4.0}  # of drawing, shared by cells, and of the truth
-CHECK_SECONDS = {"gpu": 0.3, "cpu": 1.0}  # of comparing a provider, and of its first kernels
+GPU_FLOPS, CPU_FLOPS = 6.0e14, 6.0e10  # sustained; for the CPU on one busy core
+SETUP_SECONDS = {"gpu": 0.7, "cpu": 4.0}  # drawing the operands, and float64
+CHECK_SECONDS = {"gpu": 0.3, "cpu": 1.0}  # a provider's comparison and first run
 
 
-def expected_seconds(asked: Asked, suite: str) -> float:
-    """How long a cell takes, if everybody is installed and nobody runs out of memory."""
+def expected_seconds(request: CellRequest, suite: str) -> float:
+    """Return a cell's time if every provider is installed and none runs out of memory."""
     effort = SUITES[suite].effort
-    shape = SHAPES[asked.shape]
-    flop = 2 * asked.tokens * (1 - asked.mask_share) * shape.hidden_size * shape.vocab
+    shape = SHAPES[request.shape]
+    flop = 2 * request.tokens * (1 - request.mask_share) * shape.hidden_size * shape.vocab
     rate = GPU_FLOPS if suite == "gpu" else CPU_FLOPS
-    once = flop * products(asked.objective, asked.trainable).u / rate
+    once = flop * products(request.objective, request.trainable).u / rate
     total = SETUP_SECONDS[suite]
-    if asked.timed:
-        kinds = 1 if asked.dtype == "float32" else 2  # of the floor
+    if request.timed:
+        kinds = (
+            1 if request.dtype == "float32" else 2
+        )  # fp32 logits, and 16-bit ones: the floor runs both
         total += SUITES[suite].floor_warm_seconds + kinds * min(effort.runs, FLOOR_RUNS) * once
     for provider in PROVIDERS:
-        if provider.name not in asked.providers or asked.objective not in provider.objectives:
+        if provider.name not in request.providers or request.objective not in provider.objectives:
             continue
         if suite == "cpu" and provider.needs_gpu:
             continue
-        if provider.name in WHOLE and 16 * asked.tokens * shape.vocab > LARGEST_GPU:
+        if provider.name in HOLDS_LOGITS and 16 * request.tokens * shape.vocab > LARGEST_GPU:
             continue  # out of memory at once
-        run = once * FACTORS.get(provider.name, OTHERS)
+        run = once * FACTORS.get(provider.name, OTHER_FACTOR)
         total += CHECK_SECONDS[suite] + run
         if provider.name in COMPILING:
             total += COMPILE_SECONDS
-        if asked.timed:
+        if request.timed:
             timed = max(effort.least_runs * run, min(effort.runs * run, effort.max_seconds))
             total += max(effort.warm_seconds, run) + timed + run
     return total

@@ -1,7 +1,6 @@
-"""Do the methods learn?  All of them on one verifiable task, from equal numbers of generations.
+"""Every method trained on one verifiable task, with equal numbers of generations.
 
     python -m benchmarks.methods --model tiny --seeds 5
 
-A run is cut into parts, one for each method and seed, that are kept on disk: a killed run goes on
-with ``--resume``.
+Each method and seed is a part of its own on disk, so that ``--resume`` continues a killed run.
 """

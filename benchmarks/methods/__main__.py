@@ -1,183 +1,143 @@
-"""``python -m benchmarks.methods``: train, measure, write results, table and plots."""
+"""``python -m benchmarks.methods``: train every method, measure, write results, table and plots."""
 
 import argparse
+import dataclasses
 import json
-import os
-import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.running import quiet, say
+
 MODELS = ("tiny", "smollm2")
-COMMANDS = ("run", "report", "select", "contexts")
 WORK = Path("~/.cache/fused_sd/methods")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "command",
         nargs="?",
-        choices=COMMANDS,
+        choices=("run", "report", "select"),
         default="run",
         help="run: train and report (default); report: table and plots of the stored results; "
-        "select: learning rates on the validation questions; contexts: what the base model makes "
-        "of each teacher's context",
+        "select: learning rates on the validation questions",
     )
-    parser.add_argument("--model", choices=MODELS, default="tiny")
-    parser.add_argument("--methods", nargs="+", help="default: all")
-    parser.add_argument("--seeds", type=int, help="number of seeds (default: 5; smollm2: 2)")
-    parser.add_argument("--steps", type=int, help="optimiser steps (default: see settings.py)")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
-    parser.add_argument("--resume", action="store_true", help="keep parts that are finished")
-    parser.add_argument("--quick", action="store_true", help="two steps, few questions")
-    parser.add_argument("--work", type=Path, default=WORK, help="base models and finished parts")
-    parser.add_argument("--results", type=Path, help="folder of the results' JSON")
-    parser.add_argument("--docs", type=Path, help="folder of the plots")
-    parser.add_argument("--update-readme", type=Path, metavar="FILE", help="put the table there")
-    chosen = parser.parse_args(arguments)
+    add("--model", choices=MODELS, default="tiny")
+    add("--methods", nargs="+", help="default: all")
+    add("--seeds", type=int, help="number of seeds (default: 5; smollm2: 2)")
+    add("--steps", type=int, help="optimizer steps (default: see settings.py)")
+    add("--jobs", type=int, default=1, help="number of processes, with one thread each")
+    add("--resume", action="store_true", help="keep the parts that are finished")
+    add("--quick", action="store_true", help="two steps and few questions")
+    add("--work", type=Path, default=WORK, help="folder of the base models and finished parts")
+    add("--results", type=Path, help="folder of the results' JSON")
+    add("--docs", type=Path, help="folder of the plots")
+    add("--update-readme", type=Path, metavar="FILE", help="write the table into this file")
+    options = parser.parse_args(arguments)
     for name in ("seeds", "steps", "jobs"):
-        value = getattr(chosen, name)
+        value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
-    return chosen
-
-
-def quiet_and_offline() -> None:
-    """Before the libraries are imported."""
-    from fused_sd.demo.model import quiet_and_offline as quiet
-
-    quiet()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    warnings.filterwarnings("ignore")
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+    options.work = options.work.expanduser().resolve()
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    chosen = parse(arguments)
-    quiet_and_offline()
+    options = parse(arguments)
+    quiet()
     import transformers
 
+    from benchmarks.markdown import Block
     from benchmarks.methods import figures, report, settings
-    from benchmarks.methods.storage import RESULTS, ROOT
+    from benchmarks.storage import RESULTS, ROOT, write_whole
 
     transformers.logging.set_verbosity_error()
     known = list(settings.METHODS)
-    for name in chosen.methods or []:
+    for name in options.methods or []:
         if name not in known:
             raise SystemExit(f"--methods must name some of {', '.join(known)}, got {name}")
-    chosen.work = chosen.work.expanduser().resolve()
-    path = (chosen.results or RESULTS) / f"{chosen.model}.json"
-    if chosen.update_readme:
-        report.check_readme(chosen.update_readme, chosen.model)
-    if chosen.command == "contexts":
-        return contexts(chosen)
-    if chosen.command == "select":
-        return select(chosen)
-    if chosen.command == "run":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run(chosen), indent=1) + "\n", encoding="utf-8")
+    path = (options.results or RESULTS / "methods") / f"{options.model}.json"
+    readme = options.update_readme
+    block = Block(readme, f"methods {options.model}") if readme else None
+    if options.command == "select":
+        return print_rates(options)
+    if options.command == "run":
+        write_whole(path, json.dumps(run(options), indent=1) + "\n")
         say(f"wrote {path}")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    lines = report.markdown_lines(found)
+    results = json.loads(path.read_text(encoding="utf-8"))
+    lines = report.markdown_lines(results)
     print("\n".join(lines))
-    for picture in figures.plots(found, chosen.docs or ROOT / "docs" / "images"):
-        say(f"wrote {picture}")
-    if chosen.update_readme:
-        report.update_readme(chosen.update_readme, lines, chosen.model)
+    for plot in figures.plots(results, options.docs or ROOT / "docs" / "images"):
+        say(f"wrote {plot}")
+    if block is not None:
+        block.fill(lines)
     return None
 
 
-def scale_of(chosen: argparse.Namespace) -> Any:
-    """The experiment's size after the command line's wishes."""
-    import dataclasses
-
+def scale_of(options: argparse.Namespace) -> Any:
+    """Return the experiment's size, with the command line's changes."""
     from benchmarks.methods import settings
 
-    scale = settings.QUICK if chosen.quick else settings.SCALES[chosen.model]
-    return dataclasses.replace(scale, steps=chosen.steps) if chosen.steps else scale
+    scale = settings.QUICK if options.quick else settings.SCALES[options.model]
+    return dataclasses.replace(scale, steps=options.steps) if options.steps else scale
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Every part, and the results."""
-    import dataclasses
-
-    from benchmarks.methods import collect, runs, settings
+def make(options: argparse.Namespace, parts: Sequence[Any], seeds: Sequence[int]) -> dict[Any, Any]:
+    """Make the base models and the missing parts; return the values of all parts."""
+    from benchmarks.methods import runs
     from benchmarks.methods.pretrain import VERSION
-    from benchmarks.methods.storage import Parts, environment
+    from benchmarks.storage import Parts
 
-    scale = scale_of(chosen)
-    seeds = range(chosen.seeds or (5 if chosen.model == "tiny" else 2))
-    methods = chosen.methods or settings.methods_of(chosen.model)
+    runs.prepare(options.model, seeds, options.work)
+    kept = Parts(options.work / f"parts-{VERSION}")
+    return runs.make(parts, kept, options.work, jobs=options.jobs, resume=options.resume)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Train every method with every seed and return the results."""
+    from benchmarks.methods import collect, runs, settings
+    from benchmarks.storage import stamp
+    from fused_sd.measuring.environment import default_device
+
+    model, scale = options.model, scale_of(options)
+    seeds = range(options.seeds or (5 if model == "tiny" else 2))
+    methods = options.methods or settings.methods_of(model)
     parts = [
-        runs.Part(chosen.model, name, settings.learning_rate(chosen.model, name), seed, scale)
+        runs.Part(model, name, settings.learning_rate(model, name), seed, scale)
         for seed in seeds
         for name in methods
     ]
-    if chosen.model == "tiny":
+    if model == "tiny":
         others = ((runs.PLANTED, 0.0), (runs.DISCOVERY, settings.DISCOVERY_RATE))
-        parts += [
-            runs.Part(chosen.model, *other, seed, scale) for seed in seeds for other in others
-        ]
-    runs.prepare(chosen.model, seeds, chosen.work, say)
-    values = runs.make(
-        parts,
-        Parts(chosen.work / f"parts-{VERSION}"),
-        chosen.work,
-        jobs=chosen.jobs,
-        resume=chosen.resume,
-        say=say,
-    )
+        parts += [runs.Part(model, *other, seed, scale) for seed in seeds for other in others]
+    values = make(options, parts, seeds)
     return {
-        "model": chosen.model,
+        "model": model,
         "scale": {**dataclasses.asdict(scale), "generations_per_question": settings.GROUP},
         "seeds": list(seeds),
         "num_questions": len(next(iter(values.values()))["curve"][0]["right"]),
-        "environment": environment(),
+        "environment": stamp(default_device()),
         **collect.results(values),
     }
 
 
-def select(chosen: argparse.Namespace) -> None:
-    """Print the table of learning rates for settings.py."""
+def print_rates(options: argparse.Namespace) -> None:
+    """Measure every learning rate and print the table ``RATES`` for settings.py."""
     from benchmarks.methods import runs, settings
-    from benchmarks.methods.pretrain import VERSION
-    from benchmarks.methods.storage import Parts
 
-    scale, seed = scale_of(chosen), settings.SELECTION_SEED
+    model, scale, seed = options.model, scale_of(options), settings.SELECTION_SEED
     parts = [
-        runs.Part(chosen.model, name, rate, seed, scale, "validation")
-        for name in chosen.methods or settings.methods_of(chosen.model)
-        for rate in settings.GRID[chosen.model]
+        runs.Part(model, name, rate, seed, scale, "validation")
+        for name in options.methods or settings.methods_of(model)
+        for rate in settings.GRID[model]
     ]
-    runs.prepare(chosen.model, [seed], chosen.work, say)
-    values = runs.make(
-        parts,
-        Parts(chosen.work / f"parts-{VERSION}"),
-        chosen.work,
-        jobs=chosen.jobs,
-        resume=chosen.resume,
-        say=say,
-    )
     table: dict[str, dict[float, float]] = {}
-    for part, measured in values.items():
+    for part, measured in make(options, parts, [seed]).items():
         table.setdefault(part.method, {})[part.rate] = round(measured["curve"][-1]["accuracy"], 3)
-    for name, measured in table.items():
-        print(f'        "{name}": {measured},')
-
-
-def contexts(chosen: argparse.Namespace) -> None:
-    """Print the base models' accuracy after each teacher's context."""
-    from benchmarks.methods import teachers
-    from benchmarks.methods.runs import make_task
-
-    for seed in range(chosen.seeds or 1):
-        for name, share in teachers.accuracies(make_task(chosen.model), seed, chosen.work).items():
-            print(f"seed {seed}  {name:40} {share:.1%}")
+    for name, rates in table.items():
+        print(f'        "{name}": {rates},')
 
 
 if __name__ == "__main__":

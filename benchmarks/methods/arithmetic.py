@@ -1,12 +1,11 @@
-"""Two-digit addition with a visible derivation, by a model that learned some of it wrongly.
+"""Two-digit addition with a visible derivation, for a model that learned some of it wrongly.
 
-``47+85=`` is answered by ``12;132``: the units' sum, then the answer.  The text that the model is
-made from errs, always at the same places: some sums of units are misremembered, some sums of tens
-carry where they should not and do not where they should.  Behind a hint or a verdict the text is
-right, so that the model knows better than it answers; that is what self-distillation needs.
-Contexts, each read before the response:
+The answer to ``47+85=`` is ``12;132``: the units' sum, then the answer.  The pre-training text has
+habitual errors: some sums of units are wrong, and some sums of tens have the wrong carry.  After a
+hint or a verdict the text is right.  The model then knows better than it answers, which is what
+self-distillation needs.  A response follows one of these contexts:
 
-    47+85=                       the question alone, what the student reads
+    47+85=                       the question alone, which the student reads
     [12;132]47+85=               with a solution
     [132]47+85=                  with the answer alone
     47+85=13;133 \\n\\n?\\n\\n       after an own attempt and the verdict that it is wrong
@@ -23,17 +22,17 @@ SYMBOLS = "0123456789+=;[]?!\n"
 RIGHT, WRONG = "!", "?"
 VERDICT = "\n\n{}\n\n"
 HINTED = "[{hint}]{question}"
-SPLIT_SEED = 1234  # one split for every seed, so that seeds can be compared
-SIZES = {"held_out": 500, "validation": 300, "train": 2000}  # pre-training has the rest
-MAX_RESPONSE = 7  # tokens, the end included
-HABIT = 0.85  # how often the text errs where it errs at all
+SPLIT_SEED = 1234  # one split for all seeds, so that they can be compared
+SIZES = {"held_out": 500, "validation": 300, "train": 2000}  # the rest is for pre-training
+MAX_RESPONSE = 7  # tokens, the end token included
+HABIT = 0.85  # how often the text has the habitual error
 HABIT_SEED = 5
 HINT_MARKS = re.compile(r"[][?!\n]")
 
 
 @dataclass(frozen=True)
 class Sum:
-    """A question."""
+    """Two numbers to add."""
 
     first: int
     second: int
@@ -51,7 +50,7 @@ class Sum:
         return self.derivation()
 
     def derivation(self, units_shift: int = 0, swap_carry: bool = False) -> str:
-        """The solution, or one with a wrong sum of units or a wrong carry."""
+        """Return the solution, or one with a wrong sum of units or a wrong carry."""
         units = self.first % 10 + self.second % 10 + units_shift
         carry = units // 10 if not swap_carry else 1 - units // 10
         tens = self.first // 10 + self.second // 10 + carry
@@ -59,7 +58,7 @@ class Sum:
 
 
 def _habits() -> tuple[dict[tuple[int, int], int], set[tuple[int, int]]]:
-    """Misremembered sums of units, with what is added to them, and tens whose carry is swapped."""
+    """Return the errors of sums of units, by pair, and the pairs of tens with a swapped carry."""
     rng = random.Random(HABIT_SEED)
     pairs = [(first, second) for first in range(10) for second in range(10)]
     units = {}
@@ -72,16 +71,16 @@ def _habits() -> tuple[dict[tuple[int, int], int], set[tuple[int, int]]]:
 UNITS_HABITS, CARRY_HABITS = _habits()
 
 
-def habitual(asked: Sum, rng: random.Random, habit: float = HABIT) -> str:
-    """What the text answers without a hint."""
-    units = (asked.first % 10, asked.second % 10)
-    tens = (asked.first // 10, asked.second // 10)
+def habitual(question: Sum, rng: random.Random, habit: float = HABIT) -> str:
+    """Return the text's answer to a question without a hint."""
+    units = (question.first % 10, question.second % 10)
+    tens = (question.first // 10, question.second // 10)
     shift = UNITS_HABITS.get(units, 0) if rng.random() < habit else 0
-    return asked.derivation(shift, tens in CARRY_HABITS and rng.random() < habit)
+    return question.derivation(shift, tens in CARRY_HABITS and rng.random() < habit)
 
 
 def splits() -> dict[str, list[Sum]]:
-    """All pairs of two-digit numbers in four disjoint parts."""
+    """Return all pairs of two-digit numbers in four disjoint parts."""
     pairs = [Sum(first, second) for first in range(10, 100) for second in range(10, 100)]
     random.Random(SPLIT_SEED).shuffle(pairs)
     parts, start = {}, 0
@@ -93,44 +92,41 @@ def splits() -> dict[str, list[Sum]]:
 
 
 def is_right(question: str, response: str) -> bool:
-    """The verdict: the response is the derivation, and the answer the sum."""
+    """Return the verdict: the response is the full derivation with the right sum."""
     first, second = question.rstrip("=").split("+")
     return response == Sum(int(first), int(second)).solution
 
 
 def is_leaking(response: str) -> bool:
-    """Whether a response speaks of a hint or a verdict that its question does not have."""
+    """Return whether a response holds marks of a hint or a verdict, as no question does."""
     return HINT_MARKS.search(response) is not None
 
 
 def with_wrong_digit(solution: str, rng: random.Random) -> tuple[str, int]:
-    """The solution with one other digit, and where."""
+    """Return the solution with one digit changed, and the place of that digit."""
     places = [n for n, symbol in enumerate(solution) if symbol.isdigit()]
     place = rng.choice(places)
     digit = rng.choice([d for d in "0123456789" if d != solution[place]])
     return solution[:place] + digit + solution[place + 1 :], place
 
 
-def wrong_attempt(asked: Sum, rng: random.Random) -> str:
-    """A wrong answer: the habitual one where that is wrong, else a slip."""
-    attempt = habitual(asked, rng, 1.0)
-    return attempt if attempt != asked.solution else with_wrong_digit(asked.solution, rng)[0]
+def wrong_attempt(question: Sum, rng: random.Random) -> str:
+    """Return the habitual answer if it is wrong, else the solution with a wrong digit."""
+    attempt, solution = habitual(question, rng, 1.0), question.solution
+    return attempt if attempt != solution else with_wrong_digit(solution, rng)[0]
 
 
-CONTEXTS = ("plain", "solution", "answer", "after wrong", "after right")
-
-
-def context(kind: str, asked: Sum, rng: random.Random) -> str:
-    """What is read before the response, one of ``CONTEXTS``."""
+def context(kind: str, pair: Sum, rng: random.Random) -> str:
+    """Return the context before a response: plain, solution, answer, after wrong or after right."""
     if kind == "plain":
-        return asked.question
+        return pair.question
     if kind == "solution":
-        return HINTED.format(hint=asked.solution, question=asked.question)
+        return HINTED.format(hint=pair.solution, question=pair.question)
     if kind == "answer":
-        return HINTED.format(hint=asked.answer, question=asked.question)
+        return HINTED.format(hint=pair.answer, question=pair.question)
     if kind == "after wrong":
-        return asked.question + wrong_attempt(asked, rng) + VERDICT.format(WRONG)
-    return asked.question + asked.solution + VERDICT.format(RIGHT)
+        return pair.question + wrong_attempt(pair, rng) + VERDICT.format(WRONG)
+    return pair.question + pair.solution + VERDICT.format(RIGHT)
 
 
 TEMPLATES = {
@@ -144,7 +140,7 @@ TEMPLATES = {
 
 
 def addition() -> Task:
-    """The questions of ``splits`` as a task."""
+    """Return the questions of ``splits`` as a task."""
     from benchmarks.methods.pretrain import base_model
 
     return Task(

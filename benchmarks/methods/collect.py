@@ -1,4 +1,4 @@
-"""Parts into results: means over seeds with intervals, and what the methods are compared by."""
+"""Results from parts: means over the seeds with intervals, and the comparison with GRPO."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -13,7 +13,7 @@ REFERENCE = "grpo"
 
 
 def method_results(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One method's curves and ends, from its seeds' runs of equal looks."""
+    """Return one method's mean curve and final accuracies, from one run for each seed."""
     curves = [run["curve"] for run in runs]
     looks = []
     for step in zip(*curves):
@@ -24,7 +24,7 @@ def method_results(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             {"step": first["step"], "generations": first["generations"], **means}
             | {"low": low, "high": high}
         )
-    # each run against its own best look, not the mean curve's
+    # each run is compared with its own best evaluation, not with that of the mean curve
     late = fmean(
         curve[-1]["accuracy"] - max(look["accuracy"] for look in curve) for curve in curves
     )
@@ -37,13 +37,13 @@ def method_results(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def generations_to(curve: Sequence[dict[str, Any]], accuracy: float) -> int | None:
-    """Generations at the first look that has an accuracy; None: no look has."""
+    """Return the generations up to the first evaluation with this accuracy; None: there is none."""
     reached = (look["generations"] for look in curve if look["accuracy"] >= accuracy)
     return next(reached, None)
 
 
 def planted_results(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """By kind of error and teacher: the mean over seeds, and each seed's precision."""
+    """Return the means over the seeds, and each seed's precision, by kind of error and teacher."""
     results: dict[str, Any] = {}
     for kind, teachers in scores[0].items():
         results[kind] = {
@@ -59,7 +59,7 @@ def planted_results(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def discovery_results(runs: Sequence[dict[str, Any]], max_attempts: int) -> dict[str, Any]:
-    """Discovery probability after 16, 32, ... attempts, over all seeds' questions."""
+    """Return the share of all seeds' questions that are solved after 16, 32, ... attempts."""
     counts = [count for count in (16, 32, 64, 128, 256, 512) if count <= max_attempts]
     found: dict[str, Any] = {
         "attempts": counts,
@@ -76,20 +76,22 @@ def discovery_results(runs: Sequence[dict[str, Any]], max_attempts: int) -> dict
 
 
 def results(values: dict[Part, Any]) -> dict[str, Any]:
-    """The parts of one experiment, put together."""
+    """Put the parts of one experiment together."""
     by_method: dict[str, list[Any]] = {}
-    chosen: dict[str, Any] = {}
+    settings_of: dict[str, Any] = {}
     for part, measured in values.items():
         by_method.setdefault(part.method, []).append(measured)
         if part.method in METHODS:
-            chosen[part.method] = {
+            settings_of[part.method] = {
                 "label": METHODS[part.method].label,
                 "learning_rate": part.rate,
                 "settings": method_settings(part.task, part.method),
             }
     planted = by_method.pop(PLANTED, None)
     discovery = by_method.pop(DISCOVERY, None)
-    methods = {name: {**chosen[name], **method_results(runs)} for name, runs in by_method.items()}
+    methods = {
+        name: {**settings_of[name], **method_results(runs)} for name, runs in by_method.items()
+    }
     if REFERENCE in methods:
         goal = methods[REFERENCE]["curve"][-1]["accuracy"]
         ends = {

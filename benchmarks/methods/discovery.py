@@ -1,7 +1,7 @@
-"""Test-time self-distillation on single hard questions, against best-of-k of the frozen base.
+"""Test-time self-distillation on single hard questions, against best-of-k of the base model.
 
-A question is hard where the base model was wrong in every one of a number of samples.  The trainer
-sees the verdict on each attempt and nothing else.
+A question is hard if many samples of the base model are all wrong.  The trainer gets the verdict
+on each attempt and nothing else.
 """
 
 import tempfile
@@ -20,8 +20,9 @@ from benchmarks.methods.task import Question, Task
 from benchmarks.methods.train import device, load
 from fused_sd.integrations.trl import DiscoveryConfig, DiscoveryTrainer
 
-OTHER = 1_000_000  # seed of samples that no other part of the experiment draws
-TEMPLATES: dict[str, Any] = {  # the contexts of SD-Zero's reviser: question, own attempt, verdict
+FRESH_SEED = 1_000_000  # no other part of the experiment samples with seeds from here on
+# the context that pre-training taught: question, own attempt, verdict
+TEMPLATES: dict[str, Any] = {
     "reprompt_template": "{prompt}{solution}{feedback}",
     "attempt_template": "{attempt}",
     "feedback_template": arithmetic.VERDICT.format("{feedback_raw}"),
@@ -29,36 +30,36 @@ TEMPLATES: dict[str, Any] = {  # the contexts of SD-Zero's reviser: question, ow
 
 
 def attempts(
-    model: Any, tokenizer: Any, task: Task, asked: Question, count: int, seed: int
+    model: Any, tokenizer: Any, task: Task, question: Question, count: int, seed: int
 ) -> list[bool]:
-    """Verdicts of responses sampled from a model that does not learn."""
-    prompts = [asked.prompt] * count
-    said = respond(model, tokenizer, prompts, task.max_response, sample=True, seed=seed).texts
-    return [task.is_right(*pair) for pair in zip(prompts, said)]
+    """Return the verdicts on ``count`` responses that are sampled from a fixed model."""
+    prompts = [question.prompt] * count
+    drawn = respond(model, tokenizer, prompts, task.max_response, temperature=1.0, seed=seed)
+    return [task.is_right(*pair) for pair in zip(prompts, drawn.texts)]
 
 
 def first(verdicts: Sequence[bool]) -> int | None:
-    """Number of the first success, from 1."""
+    """Return the number of the first success, counted from 1; None: there is none."""
     return verdicts.index(True) + 1 if True in verdicts else None
 
 
 def hard_questions(
-    model: Any, tokenizer: Any, task: Task, part: str, chosen: Discovery, seed: int
+    model: Any, tokenizer: Any, task: Task, part: str, search: Discovery, seed: int
 ) -> list[Question]:
-    """The first questions of a part that the base model fails in every sample."""
+    """Return the first questions of a part that the base model fails in every sample."""
     found: list[Question] = []
-    for asked in task.questions[part]:
-        if not any(attempts(model, tokenizer, task, asked, chosen.hard_samples, seed)):
-            found.append(asked)
-        if len(found) == chosen.num_questions:
+    for question in task.questions[part]:
+        if not any(attempts(model, tokenizer, task, question, search.hard_samples, seed)):
+            found.append(question)
+        if len(found) == search.num_questions:
             break
     return found
 
 
 def discover(
-    task: Task, asked: Question, rate: float, seed: int, chosen: Discovery, cache: Path
+    task: Task, question: Question, rate: float, seed: int, search: Discovery, cache: Path
 ) -> int | None:
-    """The attempt that passed first while the model learned from its failures."""
+    """Let the model learn from its failures; return the number of the first right attempt."""
     model, tokenizer = load(task, seed, cache)
 
     def verdicts(prompts: list[str], completions: list[str], **_: object) -> list[str | None]:
@@ -71,11 +72,11 @@ def discover(
             reward_funcs=task.reward,
             args=DiscoveryConfig(
                 output_dir=output,
-                max_attempts=chosen.max_attempts,
+                max_attempts=search.max_attempts,
                 learning_rate=rate,
                 lr_scheduler_type="constant",
                 max_completion_length=task.max_response,
-                distillation_topk=chosen.topk,
+                distillation_topk=search.topk,
                 include_own_attempt=True,
                 observe=False,
                 activation_checkpointing=False,
@@ -88,7 +89,7 @@ def discover(
                 diagnostics_warning_interval=0,
                 **TEMPLATES,
             ),
-            train_dataset=Dataset.from_list([{"prompt": asked.prompt}]),
+            train_dataset=Dataset.from_list([{"prompt": question.prompt}]),
             processing_class=tokenizer,
             feedback_func=verdicts,
         )
@@ -98,20 +99,20 @@ def discover(
 
 
 def compare(
-    task: Task, rate: float, seed: int, chosen: Discovery, cache: Path, part: str = "held_out"
+    task: Task, rate: float, seed: int, search: Discovery, cache: Path, part: str = "held_out"
 ) -> dict[str, Any]:
-    """First successes of both on the same hard questions."""
+    """Return the first success of either way on the same hard questions."""
     model, tokenizer = load(task, seed, cache)
-    asked = hard_questions(model, tokenizer, task, part, chosen, seed)
-    # other samples than those that made the questions hard
+    questions = hard_questions(model, tokenizer, task, part, search, seed)
+    # fresh samples: those that made the questions hard are all wrong
     frozen = [
-        first(attempts(model, tokenizer, task, question, chosen.max_attempts, OTHER + number))
-        for number, question in enumerate(asked)
+        first(attempts(model, tokenizer, task, question, search.max_attempts, FRESH_SEED + number))
+        for number, question in enumerate(questions)
     ]
     torch.manual_seed(seed)
-    learning = [discover(task, question, rate, seed, chosen, cache) for question in asked]
+    learning = [discover(task, question, rate, seed, search, cache) for question in questions]
     return {
-        "questions": [question.prompt for question in asked],
+        "questions": [question.prompt for question in questions],
         "best of k": frozen,
         "self-distillation": learning,
     }

@@ -1,4 +1,4 @@
-"""Asking a model: answers, lengths, entropies, leaks.
+"""Evaluation of a model: answers, lengths, entropies and leaks.
 
 Dimension key:  B questions, T response tokens, V vocabulary
 """
@@ -15,17 +15,17 @@ from benchmarks.methods.task import Question, Task
 
 BATCH = 512
 ENTROPY_QUESTIONS = 128
-SAMPLING_SEED = 99  # the same draws at every look, so that looks can be compared
+SAMPLING_SEED = 99  # one seed for all evaluations, so that they can be compared
 
 
 @dataclass(frozen=True)
 class Responses:
-    """What a model answered.
+    """A model's answers, on the CPU.
 
     Attributes:
-        texts: without special tokens.
-        ids: (B, T) as generated, padded after the end.
-        mask: (B, T) 1 up to the end, the end included.
+        texts: The answers without special tokens.
+        ids: The generated tokens (B, T), padded after the end.
+        mask: 1 up to the end token, inclusive, and 0 behind it (B, T).
     """
 
     texts: list[str]
@@ -34,13 +34,13 @@ class Responses:
 
     @property
     def mean_length(self) -> float:
-        """Tokens of a response, its end included."""
+        """Mean tokens of a response, its end token included."""
         return float(self.mask.sum(1).float().mean())
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Without gradient or dropout, and without touching the training's random numbers."""
+    """Switch off gradients and dropout, and leave training's random state as it is."""
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     model.eval()
@@ -50,7 +50,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a response."""
+    """Return the ids of all tokens that end a response."""
     known = model.generation_config.eos_token_id
     listed = known if isinstance(known, list) else [] if known is None else [known]
     return sorted({tokenizer.eos_token_id, *listed})
@@ -62,13 +62,24 @@ def respond(
     prompts: Sequence[str],
     max_tokens: int,
     *,
-    sample: bool = False,
+    temperature: float | None = None,
     seed: int = SAMPLING_SEED,
 ) -> Responses:
-    """Greedy responses, or responses sampled at temperature 1."""
+    """Generate responses.
+
+    Args:
+        model: The model, with or without an adapter.
+        tokenizer: Its tokenizer, which pads on the left.
+        prompts: The texts that precede the responses.
+        max_tokens: The most tokens of a response, its end token included.
+        temperature: The sampling temperature; None: greedy responses.
+        seed: The seed of the sampling.
+    """
     ends = end_ids(model, tokenizer)
     ids = torch.full((len(prompts), max_tokens), tokenizer.pad_token_id)
-    choice = {"do_sample": True, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature is not None:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     with evaluating(model):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), BATCH):
@@ -81,11 +92,11 @@ def respond(
                 max_new_tokens=max_tokens,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=ends,
-                **choice,
+                **sampling,
             )[:, batch["input_ids"].size(1) :].cpu()
             ids[start : start + BATCH, : output.size(1)] = output
     is_end = torch.isin(ids, torch.tensor(ends))
-    mask = (is_end.cumsum(1) - is_end.long() == 0).long()  # an end counts, what follows does not
+    mask = (is_end.cumsum(1) - is_end.long() == 0).long()
     kept = [row[keep.bool()].tolist() for row, keep in zip(ids, mask)]
     return Responses(tokenizer.batch_decode(kept, skip_special_tokens=True), ids, mask)
 
@@ -93,7 +104,7 @@ def respond(
 def response_logits(
     model: Any, tokenizer: Any, prompts: Sequence[str], responses: Responses
 ) -> Tensor:
-    """Logits (B, T, V) of each response's tokens after its prompt."""
+    """Return the fp32 logits (B, T, V) that predict the tokens of each response."""
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True)
     ids = torch.cat([batch["input_ids"], responses.ids], 1).to(model.device)
     mask = torch.cat([batch["attention_mask"], responses.mask], 1).to(model.device)
@@ -104,17 +115,23 @@ def response_logits(
 
 
 def mean_entropy(logits: Tensor, mask: Tensor) -> float:
-    """Mean entropy, in nats, of the distributions that the mask (B, T) counts."""
+    """Return the mean entropy, in nats, of the logits (B, T, V) where the mask (B, T) is 1."""
     log_probs = logits.log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     return float((entropy * mask).sum() / mask.sum())
 
 
 def look(model: Any, tokenizer: Any, task: Task, questions: Sequence[Question]) -> dict[str, Any]:
-    """One look at a student: what the curves hold for a step."""
-    prompts = [asked.prompt for asked in questions]
+    """Evaluate a student: one point of each of its curves.
+
+    Returns:
+        ``right``, a string with "1" or "0" for each question answered greedily; the mean of it,
+        ``accuracy``; and of sampled answers ``sampled_accuracy``, ``length`` in tokens, ``entropy``
+        in nats, and ``leaks``, the share that speaks of a hint.
+    """
+    prompts = [question.prompt for question in questions]
     greedy = respond(model, tokenizer, prompts, task.max_response)
-    drawn = respond(model, tokenizer, prompts, task.max_response, sample=True)
+    drawn = respond(model, tokenizer, prompts, task.max_response, temperature=1.0)
     some = slice(0, ENTROPY_QUESTIONS)
     part = Responses(drawn.texts[some], drawn.ids[some], drawn.mask[some])
     logits = response_logits(model, tokenizer, prompts[some], part)
@@ -128,16 +145,3 @@ def look(model: Any, tokenizer: Any, task: Task, questions: Sequence[Question]) 
         "entropy": mean_entropy(logits, part.mask),
         "leaks": sum(map(task.is_leaking, drawn.texts)) / len(drawn.texts),
     }
-
-
-def accuracy(
-    model: Any,
-    tokenizer: Any,
-    task: Task,
-    questions: Sequence[Question],
-    contexts: Sequence[str] | None = None,
-) -> float:
-    """Share of the questions answered rightly, greedily; contexts stand for the bare prompts."""
-    prompts = [asked.prompt for asked in questions]
-    said = respond(model, tokenizer, contexts or prompts, task.max_response).texts
-    return sum(task.is_right(*pair) for pair in zip(prompts, said)) / len(prompts)

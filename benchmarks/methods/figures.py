@@ -1,43 +1,36 @@
-"""Results as pictures: all methods together, and each against the others."""
+"""Plots of the results: all methods together, and single methods against the others."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.methods.settings import METHODS
+from benchmarks.plotting import GREY, figure_at
 
-GREY = "#808080"  # on nothing: readable on a light page and on a dark one
-STYLE: Any = {
-    "text.color": GREY,
-    "axes.labelcolor": GREY,
-    "axes.edgecolor": GREY,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "font.size": 9,
-}
+# the methods that the README shows a plot of, by model
+SHOWN = {"tiny": ("sdpo", "sd_zero", "rlsd", "opsd_unclipped", "sdft", "grpo")}
 
 
-def plots(found: dict[str, Any], folder: Path) -> list[Path]:
-    """``methods_<model>.png`` with all methods, ``methods_<model>_<method>.png`` with one each."""
+def plots(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Write the plots that the README shows of a model's results; return their paths."""
+    model, methods = results["model"], results["methods"]
+    if model not in SHOWN:
+        return []
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"methods_{found['model']}.png"
-    together(found["methods"], path)
-    paths = [path]
-    for name in found["methods"]:
-        path = folder / f"methods_{found['model']}_{name}.png"
-        alone(name, found["methods"], path)
-        paths.append(path)
+    paths = [folder / f"methods_{model}.png"]
+    together(methods, paths[0])
+    for name in SHOWN[model]:
+        if name in methods:
+            paths.append(folder / f"methods_{model}_{name}.png")
+            alone(name, methods, paths[-1])
     return paths
 
 
 def together(methods: dict[str, Any], path: Path) -> None:
-    """Accuracy with its interval, entropy and length by generations."""
+    """Plot every method's accuracy with its interval, entropy and length, by generations."""
     ranked = sorted(methods.items(), key=lambda m: -m[1]["curve"][-1]["accuracy"])
     shape = {"figsize": (11, 3.8), "width_ratios": (2, 1, 1)}
-    with figure_at(path, 1, 3, **shape) as (figure, axes):
+    with figure_at(path, 3, **shape) as (figure, axes):
         for name, method in ranked:
             _accuracy(axes[0], method, _colour(name))
             curve, colour = method["curve"], _colour(name)
@@ -48,13 +41,13 @@ def together(methods: dict[str, Any], path: Path) -> None:
             axis.set_title(label, fontsize=9, loc="left")
             axis.set_xlabel("generations")
             axis.grid(alpha=0.25)
-            axis.set_ylim(bottom=0)  # a length that does not change shall look like one
+            axis.set_ylim(bottom=0)  # so that a constant length looks constant
         figure.legend(loc="outside right center", frameon=False, labelcolor="linecolor", fontsize=9)
 
 
 def alone(name: str, methods: dict[str, Any], path: Path) -> None:
-    """One method's accuracy with its interval; the others thin and grey."""
-    with figure_at(path, 1, 1, figsize=(4.2, 2.4)) as (_, axis):
+    """Plot one method's accuracy with its interval; the others are thin and grey."""
+    with figure_at(path, 1, figsize=(4.2, 2.4)) as (_, axis):
         for other, method in methods.items():
             if other != name:
                 curve = method["curve"]
@@ -67,21 +60,6 @@ def alone(name: str, methods: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.25)
 
 
-@contextmanager
-def figure_at(path: Path, rows: int, columns: int, **shape: Any) -> Iterator[tuple[Any, Any]]:
-    """A figure that is saved at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(rows, columns, layout="constrained", **shape)
-        yield figure, axes
-        figure.savefig(path, dpi=130, transparent=True, metadata={"Software": None})
-        pyplot.close(figure)
-
-
 def _accuracy(axis: Any, method: dict[str, Any], colour: str) -> None:
     curve = method["curve"]
     x = _column(curve, "generations")
@@ -91,7 +69,7 @@ def _accuracy(axis: Any, method: dict[str, Any], colour: str) -> None:
 
 
 def _colour(name: str) -> str:
-    """The same for a method in every picture."""
+    """Return a method's colour, the same in every plot."""
     return f"C{list(METHODS).index(name)}"
 
 

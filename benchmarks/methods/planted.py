@@ -1,7 +1,7 @@
-"""Does the teacher blame the wrong digit?  Right answers with one digit changed, and the rest kept.
+"""Planted errors: one digit of a right answer is changed.  Does the teacher blame that digit?
 
-A ``slip`` is any other digit, which a student rarely writes; a ``likely`` error is the other digit
-that this student finds likeliest there, as errors on its own responses are.
+A ``slip`` is any other digit, which a student rarely writes.  A ``likely`` error is the wrong digit
+that the student finds most probable there, like the errors in its own responses.
 """
 
 import random
@@ -23,20 +23,20 @@ from fused_sd.credit import CreditRow, credit_map, planted_error_scores
 NUM_QUESTIONS = 300
 KINDS = ("slip", "likely")
 CHANCE, ALONE = "chance", "student alone"
-# what the teacher reads before the attempt, by what it knows
+# the teacher's context before the attempt, by the hint that it holds
 TEACHERS: dict[str, Callable[[Sum, str], str]] = {
-    "verdict": lambda asked, attempt: asked.question + attempt + VERDICT.format(WRONG),
-    "answer": lambda asked, attempt: HINTED.format(hint=asked.answer, question=asked.question),
-    "solution": lambda asked, attempt: HINTED.format(hint=asked.solution, question=asked.question),
+    "verdict": lambda pair, attempt: pair.question + attempt + VERDICT.format(WRONG),
+    "answer": lambda pair, attempt: HINTED.format(hint=pair.answer, question=pair.question),
+    "solution": lambda pair, attempt: HINTED.format(hint=pair.solution, question=pair.question),
 }
 
 
 def states(
     model: Any, tokenizer: Any, contexts: Sequence[str], attempts: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """States (B, T, D) that predict the attempts' tokens, and those tokens (B, T).
+    """Return the hidden states (B, T, D) that predict the attempts' tokens, and the tokens (B, T).
 
-    Contexts are as long as each other, and so are the attempts.
+    All contexts must have one length, and all attempts, too.
     """
     ids = torch.tensor(tokenizer([c + a for c, a in zip(contexts, attempts)])["input_ids"])
     length = len(tokenizer(attempts[0])["input_ids"])
@@ -46,12 +46,12 @@ def states(
 
 
 def plant(
-    model: Any, tokenizer: Any, asked: Sequence[Sum], kind: str, seed: int
+    model: Any, tokenizer: Any, pairs: Sequence[Sum], kind: str, seed: int
 ) -> tuple[list[str], list[list[bool]]]:
-    """Attempts with one wrong digit each, of a kind in ``KINDS``, and masks that mark it."""
+    """Return attempts with one wrong digit each, and masks that are True at the wrong digit."""
     rng = random.Random(seed)
-    right = [question.solution for question in asked]
-    hidden, _ = states(model, tokenizer, [question.question for question in asked], right)
+    right = [pair.solution for pair in pairs]
+    hidden, _ = states(model, tokenizer, [pair.question for pair in pairs], right)
     digits = tokenizer.convert_tokens_to_ids(list("0123456789"))
     likeliness = (hidden @ model.lm_head.weight.detach().T)[..., digits].tolist()
     attempts, masks = [], []
@@ -67,7 +67,7 @@ def plant(
 
 
 def alone(row: CreditRow) -> CreditRow:
-    """A row whose blame is the student's own surprise, -log P_S: what no teacher is needed for."""
+    """Replace a row's blame by the student's own surprise -log P_S, which needs no teacher."""
     tokens = [
         replace(token, teacher_log_prob=token.student_log_prob, student_log_prob=0.0)
         for token in row.tokens
@@ -78,18 +78,18 @@ def alone(row: CreditRow) -> CreditRow:
 def score(
     task: Task, seed: int, cache: Path, num_questions: int = NUM_QUESTIONS
 ) -> dict[str, dict[str, Any]]:
-    """By kind of error and teacher: precision, recall and others of the most blamed token."""
+    """Return the scores of the most blamed token, by kind of error and teacher."""
     model, tokenizer = load(task, seed, cache)
-    asked = arithmetic.splits()["held_out"][:num_questions]
-    bare = [question.question for question in asked]
+    pairs = arithmetic.splits()["held_out"][:num_questions]
+    bare = [pair.question for pair in pairs]
     head = model.lm_head.weight.detach()
     scores: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
-        attempts, masks = plant(model, tokenizer, asked, kind, seed)
+        attempts, masks = plant(model, tokenizer, pairs, kind, seed)
         student, ids = states(model, tokenizer, bare, attempts)
         found: dict[str, Any] = {}
         for name, context in TEACHERS.items():
-            contexts = [context(*pair) for pair in zip(asked, attempts)]
+            contexts = [context(*pair) for pair in zip(pairs, attempts)]
             teacher, _ = states(model, tokenizer, contexts, attempts)
             rows = credit_map(student, head, teacher, head, ids, top=1).rows
             found[name] = asdict(planted_error_scores(rows, masks))

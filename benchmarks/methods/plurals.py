@@ -1,7 +1,7 @@
-"""Plurals with a verdict: ``The plural of "cat" is "`` must be continued by ``cats"``.
+"""Plurals with a verdict: ``The plural of "cat" is "`` is continued by ``cats"``.
 
-SmolLM2 is asked.  Sampled at temperature 1 it is right in about a third of the cases, so that every
-method has something to learn from.
+The model is SmolLM2.  Sampled at temperature 1, about a third of its answers are right, so that
+every method has something to learn from.
 """
 
 import random
@@ -29,23 +29,23 @@ TEMPLATES = {
 
 
 def is_right(prompt: str, response: str) -> bool:
-    """What the response says before it closes the quotation is exactly the plural."""
+    """Return whether the response up to its quotation mark is exactly the plural."""
     word = prompt.split('"')[1]
     return response.split('"')[0] == plural(word)
 
 
 def _examples(word: str, others: Sequence[str], rng: random.Random) -> str:
-    """Four questions answered, none of them about the word."""
+    """Return four other words' questions with their answers."""
     shown = rng.sample([other for other in others if other != word], 4)
     return "".join(f'{PROMPT.format(word=other)}{plural(other)}".\n' for other in shown)
 
 
 def plurals() -> Task:
-    """All words of the demo: its held-out words, and training words of which some validate."""
+    """Return the demo's words as a task; some of its training words are the validation part."""
     split = demo.split_words(NUM_HELD_OUT)
     rng = random.Random(demo.SPLIT_SEED)
 
-    def asked(word: str) -> Question:
+    def make_question(word: str) -> Question:
         bare, right = PROMPT.format(word=word), plural(word)
         examples = _examples(word, split.train, rng)
         return Question(bare, solution=examples, answer=f'{bare}{right}".\n', response=f'{right}"')
@@ -57,7 +57,7 @@ def plurals() -> Task:
     }
     return Task(
         name="smollm2",
-        questions={name: [asked(word) for word in words] for name, words in parts.items()},
+        questions={name: [make_question(word) for word in words] for name, words in parts.items()},
         base_model=_base_model,
         is_right=is_right,
         is_leaking=lambda response: HINT_MARKS.search(response) is not None,

@@ -1,7 +1,8 @@
-"""A tiny Qwen3 that adds badly, and well with a hint: made from nothing in about a minute.
+"""Pre-training of a tiny Qwen3 that adds badly, but well after a hint, in about a minute.
 
-The mix teaches every context that a teacher needs.  Where revisions of wrong answers, the hardest
-of them, are right often enough, the learning rate falls to nothing and training ends.
+The training text contains every context that a teacher reads.  Revising a wrong answer is the
+hardest to learn: when revisions are right often enough, the learning rate falls to zero and
+training ends.
 """
 
 import json
@@ -20,18 +21,18 @@ from benchmarks.methods import arithmetic
 from benchmarks.methods.evaluate import respond
 from benchmarks.methods.tokens import character_tokenizer
 
-# the revision is the hardest to learn
+# shares of the contexts in the text
 MIX = {"plain": 0.3, "solution": 0.08, "answer": 0.1, "after wrong": 0.45, "after right": 0.07}
-ACCURACY = 0.8  # of revised wrong attempts, greedily, on the validation questions
+ACCURACY = 0.8  # greedy accuracy of revisions on the validation questions that ends training
 LEARNING_RATE, BATCH = 5e-3, 96
 WARMUP, COOLING = 30, 75  # steps
 FIRST_LOOK, LOOK_EVERY, MAX_STEPS = 200, 20, 1000
 IGNORED = -100
-VERSION = 3  # of all that decides weights and questions: folders of another are left alone
+VERSION = 3  # raise it with every change of the weights or questions: it names the folders
 
 
 def tiny_model(vocab: int) -> Qwen3ForCausalLM:
-    """Two layers of 64: 0.1 M parameters."""
+    """Return a random model with two layers of width 64: 0.1 M parameters."""
     config = Qwen3Config(
         vocab_size=vocab,
         hidden_size=64,
@@ -52,13 +53,13 @@ def tiny_model(vocab: int) -> Qwen3ForCausalLM:
 def batch_of(
     tokenizer: Any, pool: Sequence[arithmetic.Sum], rng: random.Random, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Sequences (B, L), padded on the right, and their labels: responses alone have a loss."""
+    """Return sequences (B, L), padded on the right, and labels; only responses have a loss."""
     kinds = rng.choices(list(MIX), list(MIX.values()), k=size)
-    asked = rng.choices(pool, k=size)
-    contexts = tokenizer([arithmetic.context(*pair, rng) for pair in zip(kinds, asked)])
+    questions = rng.choices(pool, k=size)
+    contexts = tokenizer([arithmetic.context(*pair, rng) for pair in zip(kinds, questions)])
     wanted = [
         arithmetic.habitual(question, rng) if kind == "plain" else question.solution
-        for kind, question in zip(kinds, asked)
+        for kind, question in zip(kinds, questions)
     ]
     solutions = tokenizer(wanted)
     end = [tokenizer.eos_token_id]
@@ -74,23 +75,23 @@ def batch_of(
 
 
 def context_accuracy(
-    model: Any, tokenizer: Any, kind: str, asked: Sequence[arithmetic.Sum]
+    model: Any, tokenizer: Any, kind: str, questions: Sequence[arithmetic.Sum]
 ) -> float:
-    """Share of the questions answered rightly after a context, one of ``arithmetic.CONTEXTS``."""
+    """Return the greedy accuracy after a context of one kind, a key of ``MIX``."""
     rng = random.Random(0)
-    contexts = [arithmetic.context(kind, question, rng) for question in asked]
+    contexts = [arithmetic.context(kind, question, rng) for question in questions]
     said = respond(model, tokenizer, contexts, arithmetic.MAX_RESPONSE).texts
-    right = [text == question.solution for text, question in zip(said, asked)]
+    right = [text == question.solution for text, question in zip(said, questions)]
     return sum(right) / len(right)
 
 
 def pretrain(
     seed: int, *, accuracy: float = ACCURACY, max_steps: int = MAX_STEPS
 ) -> tuple[Any, Any, dict[str, float]]:
-    """Model, tokenizer, and what was measured.
+    """Return a trained model, its tokenizer, and the steps and seconds of the training.
 
     Raises:
-        RuntimeError: the accuracy was not reached.
+        RuntimeError: The accuracy was not reached in ``max_steps``.
     """
     started = time.perf_counter()
     parts = arithmetic.splits()
@@ -110,7 +111,7 @@ def pretrain(
                 left = (last - step + 1) / COOLING
                 group["lr"] = LEARNING_RATE * min(1.0, step / WARMUP, left)
             ids, labels = batch_of(tokenizer, parts["pretraining"], rng, BATCH)
-            # padding follows what it cannot be seen from: no mask is needed
+            # padding is on the right of a causal model: no mask is needed
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             loss = cross_entropy(
                 logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
@@ -133,13 +134,13 @@ def pretrain(
 
 
 def base_model(seed: int, cache: Path) -> Path:
-    """Folder of the seed's model; trained on the first call."""
+    """Return the folder of the seed's model, which the first call trains."""
     folder = cache / f"tiny-{VERSION}-{seed}"
     measured = folder / "measured.json"
     if not measured.exists():
         model, tokenizer, values = pretrain(seed)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        # written last, so that an interrupted run is done again
+        # written last: without it the next run trains the model again
         measured.write_text(json.dumps(values))
     return folder

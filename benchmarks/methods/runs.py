@@ -1,9 +1,9 @@
-"""All parts of an experiment: which are missing, and making them, on one process or several."""
+"""The parts of an experiment, and making the missing ones in one process or several."""
 
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -12,24 +12,24 @@ from typing import Any
 
 from benchmarks.methods import settings
 from benchmarks.methods.settings import Scale
-from benchmarks.methods.storage import Parts
 from benchmarks.methods.task import Task
+from benchmarks.running import say
+from benchmarks.storage import Parts
 
-Say = Callable[[str], None]
 PLANTED, DISCOVERY = "planted", "discovery"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One thing to measure: a method and a seed, or what is measured beside the training.
+    """One measurement: a method's training with one seed, planted errors, or discovery.
 
     Attributes:
         task: "tiny" or "smollm2".
-        method: a key of ``settings.METHODS``, ``PLANTED`` or ``DISCOVERY``.
-        rate: learning rate.
-        seed: of the base model, where it has one, and of the training.
-        scale: how much is run.
-        asked: part of the questions that is looked at.
+        method: A key of ``settings.METHODS``, ``PLANTED`` or ``DISCOVERY``.
+        rate: The learning rate.
+        seed: The seed of the training and of the tiny base model.
+        scale: The size of the training.
+        questions: The part of the task's questions that is evaluated.
     """
 
     task: str
@@ -37,35 +37,34 @@ class Part:
     rate: float
     seed: int
     scale: Scale
-    asked: str = "held_out"
+    questions: str = "held_out"
 
     @property
     def name(self) -> str:
-        """Of its file."""
-        return (
-            f"{self.task}-{self.method}-{self.seed}-{self.scale.steps}-{self.rate:g}-{self.asked}"
-        )
+        """The name of the part's file."""
+        words = (self.task, self.method, self.seed, self.scale.steps)
+        return "-".join(map(str, (*words, f"{self.rate:g}", self.questions)))
 
     @property
     def decided_by(self) -> dict[str, Any]:
-        """Everything that another part of this name could differ in."""
-        chosen = settings.METHODS.get(self.method)
-        if chosen is None:
+        """Every setting that decides the part's values."""
+        method = settings.METHODS.get(self.method)
+        if method is None:
             return {**dataclasses.asdict(self), "settings": dataclasses.asdict(self.search)}
         return {
             **dataclasses.asdict(self),
-            "trainer": chosen.trainer,
+            "trainer": method.trainer,
             "settings": settings.method_settings(self.task, self.method),
         }
 
     @property
     def search(self) -> settings.Discovery:
-        """How hard questions are found and worked on."""
+        """The size of the discovery experiment."""
         return settings.QUICK_DISCOVERY if self.scale == settings.QUICK else settings.Discovery()
 
 
 def make_task(name: str) -> Task:
-    """The task of a model."""
+    """Return the task that a model is trained on."""
     if name == "tiny":
         from benchmarks.methods.arithmetic import addition
 
@@ -76,7 +75,7 @@ def make_task(name: str) -> Task:
 
 
 def measure(part: Part, cache: Path) -> Any:
-    """Make one part."""
+    """Make one part and return its values."""
     task = make_task(part.task)
     if part.method == PLANTED:
         from benchmarks.methods.planted import NUM_QUESTIONS, score
@@ -88,17 +87,20 @@ def measure(part: Part, cache: Path) -> Any:
         return compare(task, part.rate, part.seed, part.search, cache)
     from benchmarks.methods.train import run
 
-    return run(task, part.method, part.rate, part.seed, part.scale, cache, part=part.asked)
+    return run(task, part.method, part.rate, part.seed, part.scale, cache, part=part.questions)
 
 
 def make(
-    parts: Sequence[Part], kept: Parts, cache: Path, *, jobs: int, resume: bool, say: Say
+    parts: Sequence[Part], kept: Parts, cache: Path, *, jobs: int, resume: bool
 ) -> dict[Part, Any]:
-    """Every part's values, in the order given.
+    """Make the missing parts; return the values of all parts in the order of ``parts``.
 
     Args:
-        resume: take finished parts from the folder; otherwise all are made anew.
-        jobs: processes; each has one thread.
+        parts: The parts.
+        kept: The folder of finished parts.
+        cache: The folder of the base models.
+        jobs: The number of processes, with one thread each.
+        resume: Take finished parts from ``kept``; otherwise every part is made anew.
     """
     done = {part: kept.load(part.name, part.decided_by) for part in parts} if resume else {}
     missing = [part for part in parts if done.get(part) is None]
@@ -112,7 +114,7 @@ def make(
 
 
 def _made(parts: Sequence[Part], cache: Path, jobs: int) -> Iterator[tuple[Part, Any]]:
-    """Parts as they are finished."""
+    """Yield each part with its values as soon as it is finished."""
     if jobs == 1 or len(parts) < 2:
         for part in parts:
             yield part, measure(part, cache)
@@ -124,7 +126,7 @@ def _made(parts: Sequence[Part], cache: Path, jobs: int) -> Iterator[tuple[Part,
 
 
 def _one_thread() -> None:
-    """What a process of its own does not inherit."""
+    """Set what a spawned process does not inherit."""
     warnings.filterwarnings("ignore")
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
@@ -135,7 +137,7 @@ def _one_thread() -> None:
 
 
 def summary(values: dict[str, Any]) -> str:
-    """A part in a few words."""
+    """Return a part's values in a few words."""
     if "questions" in values:
         return f"{len(values['questions'])} hard questions"
     if "curve" not in values:
@@ -144,8 +146,8 @@ def summary(values: dict[str, Any]) -> str:
     return f"{first['accuracy']:.1%} -> {last['accuracy']:.1%} in {values['seconds']:.0f} s"
 
 
-def prepare(task: str, seeds: Sequence[int], cache: Path, say: Say) -> None:
-    """Make the base models first: two processes must not make the same one."""
+def prepare(task: str, seeds: Sequence[int], cache: Path) -> None:
+    """Make the base models before the parts: two processes must not make the same one."""
     base = make_task(task).base_model
     for seed in seeds:
         say(f"base model of seed {seed}: {base(seed, cache)}")

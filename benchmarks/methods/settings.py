@@ -1,9 +1,9 @@
-"""Each method's settings: what its paper or code says, and a learning rate of equal effort.
+"""The methods' settings, from their papers or official code, and their learning rates.
 
-Every method takes the same questions in the same order and as many generations of each.  The
-tiny model's learning rate is the best of three on the validation questions, for one seed that no
-result uses; ``python -m benchmarks.methods select --steps 80`` measures the table again.  SmolLM2's
-is the same for all.
+Every method gets the same questions in the same order and equally many generations.  For the tiny
+model each method's learning rate is the best of three on the validation questions, with one seed
+that no result uses; ``python -m benchmarks.methods select --steps 80`` prints the table anew.
+SmolLM2 uses one rate for all methods.
 """
 
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 SELECTION_SEED = 100
-GROUP = 8  # generations of a question, for every method
+GROUP = 8  # generations for each question
 
 
 @dataclass(frozen=True)
 class Method:
-    """A trainer, what its teacher reads, and what differs from its defaults.
+    """A trainer, the context of its teacher, and the settings beside its defaults.
 
     Attributes:
-        label: name in tables and plots.
-        trainer: class name in ``fused_sd.integrations.trl``.
-        hint: the dataset's ``privileged_context``.
-        template: of the task's templates, the one for this method's teacher; None: no teacher.
-        settings: of the configuration, by task; the rest are its defaults.
+        label: The name in tables and plots.
+        trainer: The class name in ``fused_sd.integrations.trl``.
+        hint: The dataset's ``privileged_context``: "solution" or "answer".
+        template: The name of the task's template for the teacher's context; None: no teacher.
+        settings: Arguments of the configuration, by task; "" stands for every task.
     """
 
     label: str
@@ -34,14 +34,14 @@ class Method:
 
     @property
     def config(self) -> str:
-        """Class name of its configuration."""
+        """The class name of the trainer's configuration."""
         return self.trainer.replace("Trainer", "Config")
 
 
 METHODS = {
     "rft": Method("RFT", "RFTTrainer"),
     "grpo": Method("GRPO", "GRPOTrainer"),
-    # a response of ten tokens has none to skip
+    # the paper skips the first tokens, but these responses have only ten
     "sdft": Method(
         "SDFT", "SDFTTrainer", "solution", "hinted", {"": {"num_loss_tokens_to_skip": 0}}
     ),
@@ -49,14 +49,14 @@ METHODS = {
     "opsd_unclipped": Method(
         "OPSD, no clip", "OPSDTrainer", "solution", "hinted", {"": {"entry_clip": None}}
     ),
-    # 100 entries are more than the tiny vocabulary holds
+    # the default top 100 exceeds the tiny vocabulary
     "sdpo": Method(
         "SDPO",
         "SDPOTrainer",
         template="sibling",
         settings={"tiny": {"distillation_mode": "full_logits"}},
     ),
-    # the paper's interval of the teacher's copies: runs are short
+    # runs are short: the teacher is copied every 10 steps, not every 20
     "rlsd": Method("RLSD", "RLSDTrainer", "answer", "hinted", {"": {"teacher_sync_steps": 10}}),
     "sd_zero": Method(
         "SD-Zero",
@@ -69,13 +69,13 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is run.
+    """The size of a training.
 
     Attributes:
-        steps: optimiser steps, each with its own generations.
-        prompts: questions of a step.
-        look_every: steps between two looks at the held-out questions.
-        num_questions: held-out questions of a look; None: all.
+        steps: Optimizer steps, each with new generations.
+        prompts: Questions of a step.
+        look_every: Steps between two evaluations.
+        num_questions: Questions of an evaluation; None: all.
     """
 
     steps: int
@@ -85,19 +85,19 @@ class Scale:
 
     @property
     def generations(self) -> int:
-        """Of one step."""
+        """Generations of one step."""
         return self.prompts * GROUP
 
 
 @dataclass(frozen=True)
 class Discovery:
-    """How hard questions are found and worked on at test time.
+    """The size of the discovery experiment.
 
     Attributes:
-        num_questions: of each seed.
-        hard_samples: samples of the base model, all wrong, that make a question hard.
-        max_attempts: of each question.
-        topk: entries of the student's support; fewer than the vocabulary.
+        num_questions: Hard questions for each seed.
+        hard_samples: A question is hard if this many samples of the base model are wrong.
+        max_attempts: Attempts at each question.
+        topk: Entries of the student's support; fewer than the vocabulary.
     """
 
     num_questions: int = 10
@@ -114,8 +114,8 @@ QUICK_DISCOVERY = Discovery(num_questions=1, hard_samples=1, max_attempts=32)
 QUICK = Scale(steps=2, prompts=2, look_every=1, num_questions=20)
 
 GRID = {"tiny": (1e-4, 2e-4, 4e-4), "smollm2": (2e-4,)}
-# learning rate: accuracy on the validation questions after 80 steps (tiny); 1e-3 undid most methods
-# in a trial on another base model
+# Learning rate: accuracy on the validation questions after 80 steps (tiny).  The grid leaves out
+# 1e-3: most methods collapsed with it in a trial on another base model.
 RATES: dict[str, dict[str, dict[float, float]]] = {
     "tiny": {
         "rft": {1e-4: 0.773, 2e-4: 0.853, 4e-4: 0.870},
@@ -129,25 +129,24 @@ RATES: dict[str, dict[str, dict[float, float]]] = {
     },
     "smollm2": {name: dict.fromkeys(GRID["smollm2"], 0.0) for name in METHODS},
 }
-DISCOVERY_RATE = 3e-4  # of 1e-4, 3e-4 and 1e-3, by hard questions of the validation part
+DISCOVERY_RATE = 3e-4  # the best of 1e-4, 3e-4 and 1e-3 on hard validation questions
 
-
-# SmolLM2 corrects none of its wrong answers when it is told so: SD-Zero has nothing to start from
+# SmolLM2 corrects none of its wrong answers after a verdict: SD-Zero has nothing to distil
 LEFT_OUT = {"tiny": (), "smollm2": ("sd_zero",)}
 
 
 def methods_of(task: str) -> list[str]:
-    """Methods that are run unless others are asked for."""
+    """Return the methods that run by default."""
     return [name for name in METHODS if name not in LEFT_OUT[task]]
 
 
 def learning_rate(task: str, method: str) -> float:
-    """The best of the measured rates; of equals the smallest."""
+    """Return the best of the measured rates; the smallest of equally good ones."""
     measured = RATES[task][method]
     return min(measured, key=lambda rate: (-measured[rate], rate))
 
 
 def method_settings(task: str, method: str) -> dict[str, Any]:
-    """What differs from the configuration's defaults, beside the templates."""
+    """Return the arguments beside the configuration's defaults and the templates."""
     by_task = METHODS[method].settings or {}
     return {**by_task.get("", {}), **by_task.get(task, {})}

@@ -1,4 +1,4 @@
-"""Intervals for shares of questions."""
+"""Confidence intervals of accuracies."""
 
 import math
 import random
@@ -8,33 +8,35 @@ Z = 1.959963984540054  # two-sided 95 %
 NUM_RESAMPLES = 1000
 
 
-def wilson(right: int, asked: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927), for one run's questions.
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share (Wilson 1927), for one run's questions.
 
     Raises:
-        ValueError: nothing was asked, or more is right than was asked.
+        ValueError: ``total`` is 0, or ``right`` is not between 0 and ``total``.
     """
-    if not 0 <= right <= asked or asked == 0:
-        raise ValueError(f"right must be between 0 and asked, asked above 0, got {right}, {asked}")
-    share, square = right / asked, Z * Z / asked
+    if not 0 <= right <= total or total == 0:
+        raise ValueError(f"right must be between 0 and total, total above 0, got {right}, {total}")
+    share, square = right / total, Z * Z / total
     centre = (share + square / 2) / (1 + square)
-    half = Z * math.sqrt(share * (1 - share) / asked + square / asked / 4) / (1 + square)
+    half = Z * math.sqrt(share * (1 - share) / total + square / total / 4) / (1 + square)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def bootstrap(
     runs: Sequence[str], against: Sequence[str] | None = None, *, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile 95 % interval of the mean accuracy: seeds and questions are drawn anew.
+    """Return the percentile 95 % interval of the mean accuracy; seeds and questions are resampled.
 
     Args:
-        runs: for each seed, "1" for a question answered rightly and "0" for another; the same
-            questions in the same order.  The questions are drawn once for all seeds of a resample.
-        against: another method's runs, from the same seeds.  The interval is that of the mean
-            difference: what a seed or a question has in common for both falls out.
+        runs: For each seed a string with "1" for each question answered rightly and "0" for any
+            other, the questions in the same order.  A resample draws one set of questions for all
+            of its seeds.
+        against: Another method's runs with the same seeds.  The interval is then that of the mean
+            difference, paired by seed and question.
+        seed: The seed of the resampling.
 
     Raises:
-        ValueError: there is no run, or runs were asked different numbers of questions.
+        ValueError: There is no run, or the runs differ in their numbers of questions.
     """
     others = ["0" * len(run) for run in runs] if against is None else against
     lengths = {len(run) for run in (*runs, *others)}
@@ -57,7 +59,7 @@ def bootstrap(
 
 
 def interval(runs: Sequence[str]) -> tuple[float, float]:
-    """Wilson's interval for one run, the bootstrap's for several."""
+    """Return Wilson's interval for one run, the bootstrap's for several."""
     if len(runs) == 1:
         return wilson(runs[0].count("1"), len(runs[0]))
     return bootstrap(runs)

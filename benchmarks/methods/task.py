@@ -1,22 +1,20 @@
-"""What an experiment asks: questions, hints, verdicts, and how teachers read them."""
+"""The interface between an experiment and its task: questions, verdicts, teachers' contexts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PARTS = ("train", "validation", "held_out")
-
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and what only a teacher may see.
+    """A prompt with the hints that only a teacher may read.
 
     Attributes:
-        prompt: all that the student reads.
-        solution: a full response, or a demonstration.
-        answer: the reference answer alone.
-        response: a right response, as it is written after the prompt.
+        prompt: All that the student reads.
+        solution: A full response, or demonstrations.
+        answer: The reference answer alone.
+        response: A right response to the prompt.
     """
 
     prompt: str
@@ -27,16 +25,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """A model and its questions.
+    """A model, its questions and their verifier.
 
     Attributes:
-        name: of the experiment and its files.
-        questions: by part, one of ``PARTS``; the parts share no question.
-        base_model: folder of the model that every method starts from: (seed, cache) -> path.
-        is_right: the verdict: (prompt, response) -> bool.
-        is_leaking: whether a response speaks of a hint that its prompt does not hold.
-        max_response: tokens of a response, its end included.
-        templates: settings of the methods' configurations that shape the teacher's prompts.
+        name: The name of the experiment and of its files.
+        questions: Disjoint questions, by part ("train", "validation", "held_out").
+        base_model: Returns the folder of the model that every method starts from, given a seed and
+            the cache folder.
+        is_right: The verdict on a response, given prompt and response.
+        is_leaking: Says whether a response mentions a hint that its prompt does not hold.
+        max_response: The most tokens of a response, its end token included.
+        templates: Arguments of the methods' configurations that shape the teacher's prompts.
     """
 
     name: str
@@ -48,12 +47,12 @@ class Task:
     templates: dict[str, dict[str, Any]]
 
     def rows(self, hint: str) -> list[dict[str, str]]:
-        """Rows to train on; ``privileged_context`` is the hint: "solution" or "answer"."""
+        """Return the training rows, whose privileged context is "solution" or "answer"."""
         return [
-            {"prompt": asked.prompt, "privileged_context": getattr(asked, hint)}
-            for asked in self.questions["train"]
+            {"prompt": question.prompt, "privileged_context": getattr(question, hint)}
+            for question in self.questions["train"]
         ]
 
     def reward(self, prompts: list[str], completions: list[str], **_: object) -> list[float]:
-        """The verdicts, as TRL asks for them."""
+        """Return the verdicts as rewards: TRL's ``reward_funcs``."""
         return [float(self.is_right(*pair)) for pair in zip(prompts, completions)]

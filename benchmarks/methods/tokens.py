@@ -1,4 +1,4 @@
-"""A tokenizer whose tokens are characters."""
+"""A tokenizer with one token for each character."""
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -7,7 +7,7 @@ PAD, END = "<pad>", "<end>"
 
 
 def character_tokenizer(symbols: str) -> PreTrainedTokenizerFast:
-    """One token for each symbol; padding and end come first."""
+    """Return a tokenizer for these symbols; padding is token 0, the end token 1."""
     vocabulary = {token: index for index, token in enumerate([PAD, END, *symbols])}
     whole = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     whole.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")

@@ -1,4 +1,4 @@
-"""One method, one seed: train by the trainers' public interface and look at regular steps."""
+"""Training of one method with one seed, by the trainer's public interface, with evaluations."""
 
 import tempfile
 import time
@@ -15,12 +15,11 @@ from benchmarks.methods.settings import GROUP, METHODS, Scale, method_settings
 from benchmarks.methods.task import Task
 from fused_sd.integrations import trl
 
-Progress = Callable[[int, float], None]
-LORA_RANK = 16  # of SmolLM2; the tiny model is trained whole
+LORA_RANK = 16  # for SmolLM2; the tiny model is trained whole
 
 
 def load(task: Task, seed: int, cache: Path) -> tuple[Any, Any]:
-    """Base model in float32 and its tokenizer."""
+    """Return the base model in fp32 and its tokenizer."""
     folder = task.base_model(seed, cache)
     if task.name == "smollm2":
         from fused_sd.demo import model as demo
@@ -31,17 +30,17 @@ def load(task: Task, seed: int, cache: Path) -> tuple[Any, Any]:
 
 
 def device() -> str:
-    """The GPU where there is one."""
+    """Return "cuda" if there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(
     task: Task, method: str, rate: float, seed: int, scale: Scale, cache: Path, output: str
 ) -> Any:
-    """The method's trainer, as a user would make it."""
-    chosen = METHODS[method]
+    """Build the method's trainer as a user would."""
+    settings = METHODS[method]
     model, tokenizer = load(task, seed, cache)
-    config = getattr(trl, chosen.config)(
+    config = getattr(trl, settings.config)(
         output_dir=output,
         max_steps=scale.steps,
         learning_rate=rate,
@@ -60,7 +59,7 @@ def build(
         report_to="none",
         disable_tqdm=True,
         diagnostics_warning_interval=0,
-        **(task.templates[chosen.template] if chosen.template else {}),
+        **(task.templates[settings.template] if settings.template else {}),
         **method_settings(task.name, method),
     )
     adapter = None
@@ -73,18 +72,18 @@ def build(
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-    return getattr(trl, chosen.trainer)(
+    return getattr(trl, settings.trainer)(
         model=model,
         reward_funcs=task.reward,
         args=config,
-        train_dataset=Dataset.from_list(task.rows(chosen.hint)),
+        train_dataset=Dataset.from_list(task.rows(settings.hint)),
         processing_class=tokenizer,
         peft_config=adapter,
     )
 
 
 class Looks(TrainerCallback):
-    """Looks at the student every few steps."""
+    """Evaluates the student every few steps."""
 
     def __init__(self, every: int, take: Callable[[int], dict[str, Any]]) -> None:
         self.every, self.take = every, take
@@ -104,13 +103,15 @@ def run(
     cache: Path,
     *,
     part: str = "held_out",
-    progress: Progress = lambda step, accuracy: None,
 ) -> dict[str, Any]:
-    """Train once and measure before, during and after.
+    """Train once, and evaluate before, during and after.
+
+    Args:
+        part: The part of the task's questions that is evaluated.
 
     Returns:
-        ``curve``: looks at the part's questions, each with its step and the generations so far;
-        ``seconds`` of training without the looks.
+        ``curve``: evaluations, each with its step and the number of generations so far;
+        ``seconds``: the time of training without the evaluations.
     """
     questions = task.questions[part][: scale.num_questions]
     started, looking = time.perf_counter(), 0.0
@@ -122,7 +123,6 @@ def run(
             nonlocal looking
             begun = time.perf_counter()
             taken = look(trainer.model, trainer.processing_class, task, questions)
-            progress(step, taken["accuracy"])
             looking += time.perf_counter() - begun
             return {"step": step, "generations": step * scale.generations, **taken}
 

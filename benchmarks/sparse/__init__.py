@@ -1,7 +1,7 @@
-"""Does training with certified sparse gradients go as with dense ones?
+"""Does training with certified sparse gradients give the same model as with dense ones?
 
-``online``: the demo's task, on-policy, with an adapter: its curves over several seeds.
-``replay``: the whole model with its tied head on the same responses: how far the weights are apart.
+``online`` trains an adapter on the demo's task and compares learning curves over several seeds.
+``replay`` trains the whole model, its tied head included, on fixed responses and compares weights.
 
     python -m benchmarks.sparse --seeds 0,1,2,3
 """

@@ -1,4 +1,4 @@
-"""What the runs say: sparse arms against the dense one, by the dense seeds' spread."""
+"""Comparison of the sparse arm with the dense one, measured by the spread of the dense seeds."""
 
 import math
 from collections.abc import Sequence
@@ -8,40 +8,40 @@ from typing import Any
 from benchmarks.sparse.arms import DENSE
 from benchmarks.sparse.replay import OTHER
 
-Curve = Sequence[Sequence[float]]  # (step, value)
+Curve = Sequence[Sequence[float]]  # (step, value) points
 
 
 def compare_curves(dense: Sequence[Curve], other: Sequence[Curve]) -> list[dict[str, float]]:
-    """Of each look: both means, the dense seeds' spread and the difference, paired by seed.
+    """Return for each evaluation both means, their difference, and the spreads over the seeds.
 
-    ``distance`` is the difference of the means over the standard error that two independent sets of
-    dense seeds would have: about 1 where nothing but chance tells the arms apart.
+    ``distance`` is the difference of the means over the standard error of the difference between
+    two independent sets of dense seeds: it is about 1 if only chance separates the arms.
     """
     looks = []
-    for points, others in zip(zip(*dense), zip(*other), strict=True):
-        one, two = [value for _, value in points], [value for _, value in others]
-        spread = stdev(one)
-        difference = fmean(two) - fmean(one)
-        chance = spread * math.sqrt(1 / len(one) + 1 / len(two))
+    for points, other_points in zip(zip(*dense), zip(*other), strict=True):
+        values, others = ([value for _, value in some] for some in (points, other_points))
+        spread = stdev(values)
+        difference = fmean(others) - fmean(values)
+        standard_error = spread * math.sqrt(1 / len(values) + 1 / len(others))
         looks.append(
             {
                 "step": points[0][0],
-                "dense": fmean(one),
-                "other": fmean(two),
+                "dense": fmean(values),
+                "other": fmean(others),
                 "spread": spread,
                 "difference": difference,
-                "paired_spread": stdev([b - a for a, b in zip(one, two)]),
-                "distance": difference / chance if chance else 0.0,
+                "paired_spread": stdev([b - a for a, b in zip(values, others)]),
+                "distance": difference / standard_error if standard_error else 0.0,
             }
         )
     return looks
 
 
 def compare_online(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Arm -> curves' names -> looks, and what its certificates said.
+    """Return for each sparse arm the compared curves, by name, and its certificates.
 
     Args:
-        runs: by arm, one a seed, the seeds in the same order.
+        runs: For each arm one run a seed, the seeds in the same order.
     """
     dense = runs[DENSE.name]
     found: dict[str, Any] = {}
@@ -59,7 +59,7 @@ def compare_online(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def certificates(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over the steps of all runs."""
+    """Return the certificates of all runs' steps as one: sums, shares and means."""
     steps = [step for run in runs for step in run["steps"]]
     tokens, dense = sum(step["tokens"] for step in steps), sum(step["dense"] for step in steps)
     entries = sum(step["entries"] * (step["tokens"] - step["dense"]) for step in steps)
@@ -73,10 +73,10 @@ def certificates(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def compare_replay(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Arm -> means over the draws: distances from the dense arm, and of the losses' curves.
+    """Return for each arm its distances from the dense arm, averaged over the draws.
 
-    ``loss gap`` is the root mean square of the difference of a step's losses, over the fall of the
-    dense arm's loss from the first to the lowest step.
+    ``loss gap`` is the root mean square of the difference of the steps' losses, over the dense
+    loss's fall from the first step to the lowest.
     """
     found: dict[str, dict[str, float]] = {}
     for name in runs[0]["arms"]:
@@ -88,7 +88,7 @@ def compare_replay(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]
         row["held-out gap"] = fmean(
             abs(arm["held-out loss"] - dense["held-out loss"]) for dense, arm in arms
         )
-        if name != OTHER:  # another draw's losses are those of other tokens
+        if name != OTHER:  # another draw has other tokens, so its losses do not compare
             row["loss gap"] = fmean(_gap(dense["steps"], arm["steps"]) for dense, arm in arms)
             row |= certificates([arm for _, arm in arms])
         found[name] = row

@@ -1,12 +1,11 @@
-"""The demo's task, on-policy: a seed's curves with dense or with sparse gradients.
+"""The demo's task, on-policy: one seed's learning curves with a dense or a sparse gradient.
 
 Questions, feedback, adapter, direction of the KL and measurements are the demo's.  Sampling and
-loss have temperature 0.6: at 1 the model, which was never trained to continue ``cat ->``, spreads
-over so many tokens that no row of its gradient is sparse, and there is nothing to compare.
+loss use temperature 0.6.  At 1 the model, which was never trained to continue ``cat ->``, is so
+uncertain that no row of its gradient is sparse, and there is nothing to compare.
 """
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from benchmarks.sparse.arms import Arm, step_record
 from fused_sd.demo import task
 from fused_sd.demo.train import Run, Settings, train
 
-Say = Callable[[str], None]
 TEMPERATURE = 0.6
 CURVES = ("held-out accuracy", "held-out KL", "held-out entropy")
 SETTINGS = Settings(steps=40, prompts_per_step=4, generations_per_prompt=2)
@@ -26,9 +24,9 @@ class Part:
     """One run.
 
     Attributes:
-        arm: dense or sparse.
-        seed: of the data's order, the adapter and the sampling.
-        settings: of the demo; its seed is not read.
+        arm: The form of the gradient.
+        seed: The seed of the data's order, the adapter and the sampling.
+        settings: The demo's settings; their seed and device are not read.
         device: "cpu" or "cuda".
     """
 
@@ -43,7 +41,7 @@ class Part:
 
     @property
     def decided_by(self) -> dict[str, Any]:
-        """Everything that another part of this name could differ in."""
+        """Every setting that decides the run's results."""
         return {**asdict(self), "temperature": TEMPERATURE}
 
 
@@ -51,8 +49,8 @@ def run(part: Part, directory: Path) -> dict[str, Any]:
     """Train once.
 
     Returns:
-        ``curves``: name -> (step, value) points of the held-out words; ``steps``: a record of each
-        step's loss; ``seconds`` of training, the looks included.
+        ``curves``, which maps a name to (step, value) points of the held-out words, and ``steps``,
+        one ``step_record`` for each step.
     """
     settings = Settings(**{**asdict(part.settings), "seed": part.seed, "device": part.device})
     steps: list[dict[str, float]] = []
@@ -62,9 +60,7 @@ def run(part: Part, directory: Path) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as output:
         found: Run = train(directory, Path(output), settings, build=build)
-    curves = {name: found.curves[name] for name in CURVES}
-    teacher = found.first("teacher accuracy")
-    return {"curves": curves, "teacher": teacher, "steps": steps, "seconds": found.training_seconds}
+    return {"curves": {name: found.curves[name] for name in CURVES}, "steps": steps}
 
 
 def build_trainer(
@@ -77,7 +73,7 @@ def build_trainer(
     output_directory: Path,
     callbacks: list[Any],
 ) -> Any:
-    """The demo's trainer from this library's own class, which can form the arm's gradient."""
+    """Build the demo's trainer from this library's own class, which supports sparse gradients."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import PrinterCallback
@@ -85,7 +81,7 @@ def build_trainer(
     from fused_sd.integrations.trl import SDPOConfig, SDPOTrainer
 
     class Trainer(SDPOTrainer):
-        """Keeps what each loss says."""
+        """Records every step's loss and certificate."""
 
         def method_loss(self, *arguments: Any) -> Any:
             output = super().method_loss(*arguments)
@@ -102,7 +98,7 @@ def build_trainer(
         num_generations=settings.generations_per_prompt,
         max_completion_length=settings.max_completion_length,
         temperature=TEMPERATURE,
-        gradient=arm.choice["gradient"],
+        gradient=arm.loss_options["gradient"],
         gradient_tolerance=arm.tolerance,
         distillation_mode="full_logits",
         distillation_alpha=settings.distillation_alpha,

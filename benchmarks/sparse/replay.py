@@ -1,38 +1,39 @@
-"""The same responses for every arm: losses and weights are compared without sampling's chance.
+"""Training on fixed responses: both arms see the same tokens, so that sampling adds no noise.
 
-The whole model is trained, its tied head included, by AdamW, whose steps do not shrink with the
-gradient: small errors of small entries count in full.  The loss is SDPO's default, over the
-student's top 100 and a tail.  The yardstick is a dense run on another draw of the same questions.
+The whole model is trained, its tied head included, with SDPO's default loss over the student's top
+100 and a tail.  AdamW's steps do not shrink with the gradient, so that errors of small entries
+count in full.  For scale, another dense run trains on another draw of responses.
 
 Dimension key:  B sequences, T response tokens, D hidden size
 """
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.sparse.arms import DENSE, Arm, step_record
+from benchmarks.methods.evaluate import evaluating, respond
+from benchmarks.sparse.arms import DENSE, SPARSE, Arm, step_record
 from fused_sd import divergence_loss, sdpo_loss
 from fused_sd.demo import task
-from fused_sd.demo.answers import evaluating
 from fused_sd.integrations.shared.completion_scores import CompletionForward, with_head
 from fused_sd.integrations.transformers import attach
 
 TEMPERATURE = 0.6
 HEAD = "lm_head"
 OTHER = "dense, other draw"
+STEPS_AT_MOST = 10_000  # keeps the sampling seeds of different draws apart
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is run."""
+    """The size of the experiment."""
 
     steps: int = 20
-    words: int = 8  # of a step
+    words: int = 8  # questions of a step
     held_out: int = 24
     max_length: int = 3
     num_examples: int = 4
@@ -40,7 +41,7 @@ class Scale:
 
 
 class Batch(NamedTuple):
-    """Responses after the bare questions, and what the teacher makes of them."""
+    """Questions with sampled responses, and the teacher's hidden states of the responses."""
 
     ids: Tensor  # (B, L)
     mask: Tensor  # (B, L)
@@ -48,16 +49,18 @@ class Batch(NamedTuple):
     teacher: Tensor  # (B, T, D)
 
 
-def run(model: Any, tokenizer: Any, arms: Sequence[Arm], seed: int, scale: Scale) -> dict[str, Any]:
-    """Train a copy for each arm on one draw, and a dense one on another.
+def run(model: Any, tokenizer: Any, seed: int, scale: Scale) -> dict[str, Any]:
+    """Train dense and sparse on one draw of responses, and dense on another.
 
     Args:
-        model: the start, in fp32; it is not changed.
+        model: The start of every run, in fp32; it is restored at the end.
+        tokenizer: The model's tokenizer.
+        seed: The seed of the words and responses.
+        scale: The size of the experiment.
 
     Returns:
-        ``arms``: name -> records of the steps, loss on held-out words, KL from the dense arm's
-        distributions there, and the distances ``|w - w_dense| / |w_dense - w_start|`` of the
-        weights, of all and of the head.
+        ``arms``: for each arm ``steps``, one ``step_record`` for each step; ``held-out loss``;
+        ``KL from dense``, of the held-out distributions; and the distances of ``distances``.
     """
     attach(model)
     split = task.split_words()
@@ -66,12 +69,12 @@ def run(model: Any, tokenizer: Any, arms: Sequence[Arm], seed: int, scale: Scale
     (held_out,) = draws(model, tokenizer, split.held_out, seed, scale, 1, scale.held_out)
     head = model.get_output_embeddings().weight.detach().clone()
     start = _weights(model)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     dense: dict[str, Tensor] = {}
     reference: tuple[Tensor, Tensor] | None = None
     for name, arm, batches in [
         (DENSE.name, DENSE, draw),
-        *((arm.name, arm, draw) for arm in arms if arm != DENSE),
+        (SPARSE.name, SPARSE, draw),
         (OTHER, DENSE, other),
     ]:
         _restore(model, start)
@@ -82,20 +85,20 @@ def run(model: Any, tokenizer: Any, arms: Sequence[Arm], seed: int, scale: Scale
             loss = _loss(model, head, held_out, DENSE).loss.item()
             states = _forward(model, held_out)(lambda hidden, _: hidden), weights[HEAD]
         reference = reference or states
-        found[name] = {
+        results[name] = {
             "steps": steps,
             "held-out loss": loss,
             "KL from dense": _divergence(states, reference, held_out),
             **distances(weights, dense, start),
         }
     _restore(model, start)
-    return {"arms": found, "scale": asdict(scale)}
+    return {"arms": results}
 
 
 def train(
     model: Any, head: Tensor, batches: Sequence[Batch], arm: Arm, scale: Scale
 ) -> list[dict[str, float]]:
-    """One step a batch: a record of each step's loss."""
+    """Train one step on each batch; return the steps' records."""
     optimizer = torch.optim.AdamW(model.parameters(), scale.learning_rate, weight_decay=0.0)
     steps = []
     for batch in batches:
@@ -116,19 +119,26 @@ def draws(
     steps: int | None = None,
     size: int | None = None,
 ) -> list[Batch]:
-    """Batches of words, responses sampled from the start model, and its states as the teacher."""
+    """Return batches of words with responses and teacher states, both of the start model."""
     rng, split = random.Random(seed), task.split_words()
-    torch.manual_seed(seed)
     batches = []
     with evaluating(model):
-        for _ in range(steps or scale.steps):
+        for step in range(steps or scale.steps):
             some = rng.sample(list(words), size or scale.words)
             bare = [task.question(word) for word in some]
             informed = [
                 task.feedback(word, split, rng, scale.num_examples) + question
                 for word, question in zip(some, bare)
             ]
-            responses, loss_mask = _sample(model, tokenizer, bare, scale.max_length)
+            drawn = respond(
+                model,
+                tokenizer,
+                bare,
+                scale.max_length,
+                temperature=TEMPERATURE,
+                seed=STEPS_AT_MOST * seed + step,
+            )
+            responses, loss_mask = drawn.ids.to(model.device), drawn.mask.to(model.device)
             teacher_ids, teacher_mask = _with(tokenizer, informed, responses, loss_mask)
             forward = CompletionForward(model, teacher_ids, teacher_mask, responses.shape[1])
             hidden, _ = forward(with_head(outlives_forward=False))
@@ -140,18 +150,18 @@ def draws(
 def distances(
     weights: dict[str, Tensor], dense: dict[str, Tensor], start: dict[str, Tensor]
 ) -> dict[str, float]:
-    """How far weights are from the dense arm's, as a share of how far that one went."""
+    """Return ``|w - w_dense| / |w_dense - w_start|`` over all weights and over the head's."""
 
     def share(names: Sequence[str]) -> float:
-        off = sum((weights[name] - dense[name]).square().sum().item() for name in names)
-        went = sum((dense[name] - start[name]).square().sum().item() for name in names)
-        return float((off / went) ** 0.5)
+        apart = sum((weights[name] - dense[name]).square().sum().item() for name in names)
+        moved = sum((dense[name] - start[name]).square().sum().item() for name in names)
+        return float((apart / moved) ** 0.5)
 
     return {"distance": share(list(start)), "head distance": share([HEAD])}
 
 
 def _loss(model: Any, head: Tensor, batch: Batch, arm: Arm) -> Any:
-    """SDPO's loss against the start model, whose head is a copy."""
+    """Return SDPO's loss against the start model; ``head`` is a copy of its head."""
     return _forward(model, batch)(
         lambda hidden, student_head: sdpo_loss(
             hidden,
@@ -161,8 +171,7 @@ def _loss(model: Any, head: Tensor, batch: Batch, arm: Arm) -> Any:
             token_weights=batch.loss_mask.to(hidden.dtype),
             temperature=TEMPERATURE,
             reduction="mean",
-            metrics=("student_entropy",),
-            **arm.choice,
+            **arm.loss_options,
         )
     )
 
@@ -174,7 +183,7 @@ def _forward(model: Any, batch: Batch) -> CompletionForward:
 def _divergence(
     states: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], batch: Batch
 ) -> float:
-    """Mean KL of the reference's distributions from those of states (B, T, D) and head (V, D)."""
+    """Return the mean KL(reference || states), both given as hidden states and head."""
     weights = batch.loss_mask.to(states[0].dtype)
     return divergence_loss(
         *states,
@@ -186,37 +195,17 @@ def _divergence(
     ).loss.item()
 
 
-def _sample(
-    model: Any, tokenizer: Any, prompts: Sequence[str], length: int
-) -> tuple[Tensor, Tensor]:
-    """Sampled responses (B, T), and a mask up to their ends, the ends included."""
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
-    ends = model.generation_config.eos_token_id
-    generated = model.generate(
-        **batch,
-        do_sample=True,
-        temperature=TEMPERATURE,
-        top_k=0,
-        max_new_tokens=length,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    ids = generated[:, batch["input_ids"].shape[1] :]
-    is_end = torch.isin(ids, torch.tensor(ends, device=ids.device))
-    return ids, (is_end.cumsum(1) - is_end.long() == 0).long()
-
-
 def _with(
     tokenizer: Any, prompts: Sequence[str], responses: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Prompts, padded on the left, before the responses: ids and mask (B, L)."""
+    """Return ids and mask (B, L) of prompts, padded on the left, followed by the responses."""
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(responses.device)
     ids = torch.cat([batch["input_ids"], responses], 1)
     return ids, torch.cat([batch["attention_mask"], mask], 1)
 
 
 def _weights(model: Any) -> dict[str, Tensor]:
-    """Copies of all weights by name; a tied head goes by the head's."""
+    """Return copies of all weights by name; a tied head has the name ``HEAD``."""
     head = model.get_output_embeddings().weight
     return {
         HEAD if parameter is head else name: parameter.detach().clone()

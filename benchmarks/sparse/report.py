@@ -1,11 +1,11 @@
-"""Results as a Markdown page and a figure."""
+"""``report.md``: the results of both experiments as tables."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods.figures import GREY, figure_at
-from benchmarks.sparse.arms import DENSE
+from benchmarks.markdown import environment_line, table
 
 LABELS = {
     "held-out accuracy": "accuracy",
@@ -14,66 +14,65 @@ LABELS = {
 }
 
 
-def write(folder: Path) -> list[Path]:
-    """``report.md`` and ``curves.png`` of what lies in the folder."""
-    pages, paths = ["# Dense against certified sparse gradients", ""], []
-    for name, lines in (("online", online_lines), ("replay", replay_lines)):
+def write(folder: Path) -> Path:
+    """Write the report on the results in a folder; return its path."""
+    lines = ["# Dense against certified sparse gradients", ""]
+    for name, section in (("online", online_lines), ("replay", replay_lines)):
         source = folder / f"{name}.json"
         if source.exists():
-            found = json.loads(source.read_text(encoding="utf-8"))
-            pages += [*lines(found), *environment_lines(found), ""]
-            if name == "online":
-                paths.append(folder / "curves.png")
-                curves(found, paths[-1])
+            results = json.loads(source.read_text(encoding="utf-8"))
+            seeds = ", ".join(map(str, results["seeds"]))
+            where = environment_line(results["environment"])
+            lines += [*section(results), "", f"Seeds {seeds}; {where}.", ""]
     page = folder / "report.md"
-    page.write_text("\n".join(pages), encoding="utf-8")
-    return [page, *paths]
+    page.write_text("\n".join(lines), encoding="utf-8")
+    return page
 
 
-def environment_lines(found: dict[str, Any]) -> list[str]:
-    facts = ", ".join(f"{name} {value}" for name, value in found["environment"].items())
-    return [f"Seeds {', '.join(map(str, found['seeds']))}; {facts}."]
-
-
-def online_lines(found: dict[str, Any]) -> list[str]:
-    """Every look of every arm, and each arm's certificates."""
-    settings = found["settings"]
+def online_lines(results: dict[str, Any]) -> list[str]:
+    """Return every evaluation of the sparse arm beside the dense one, and the certificates."""
+    settings, compared = results["settings"], results["compared"]
     batch = settings["prompts_per_step"] * settings["generations_per_prompt"]
-    lines = [
+    headings = ("arm", "curve", "step", "dense", "sparse", "spread", "difference", "paired spread")
+    names = ("dense", "other", "spread", "difference", "paired_spread", "distance")
+    rows = [
+        [arm, LABELS[curve], str(look["step"]), *(f"{look[name]:.3f}" for name in names)]
+        for arm, values in compared.items()
+        for curve, looks in values["curves"].items()
+        for look in looks
+    ]
+    return [
         "## The demo's task, on-policy",
         "",
         f"SmolLM2-135M-Instruct with an adapter, {settings['steps']} steps of {batch} responses, "
         "KL(teacher, student) over all 49152 tokens at temperature 0.6.  Spread: standard "
-        "deviation of the dense seeds.  Distance: difference of the means by the standard error "
-        "that two sets of dense seeds would have.",
+        "deviation over the dense seeds.  Distance: the difference of the means, in standard "
+        "errors of the difference between two sets of dense seeds.",
         "",
-        "| arm | curve | step | dense | sparse | spread | difference | paired spread | distance |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *table((*headings, "distance"), rows, texts=2),
+        "",
+        *certificate_lines(compared),
+        "",
+        *(verdict(arm, values["curves"], results["seeds"]) for arm, values in compared.items()),
     ]
-    for arm, compared in found["compared"].items():
-        for curve, looks in compared["curves"].items():
-            for look in looks:
-                names = ("dense", "other", "spread", "difference", "paired_spread", "distance")
-                cells = [f"{look[name]:.3f}" for name in names]
-                lines.append(f"| {arm} | {LABELS[curve]} | {look['step']} | {' | '.join(cells)} |")
-    lines += ["", *certificate_lines(found["compared"]), ""]
-    for arm, compared in found["compared"].items():
-        looks = [look for curve in compared["curves"].values() for look in curve if look["spread"]]
-        worst = max(abs(look["distance"]) for look in looks)
-        inside = sum(abs(look["difference"]) <= look["spread"] for look in looks)
-        lines.append(
-            f"{arm}: {inside} of {len(looks)} differences are within the spread of the dense "
-            f"seeds, the largest distance is {worst:.2f}.  {paired_line(found, arm)}"
-        )
-    return [*lines, ""]
 
 
-def paired_line(found: dict[str, Any], arm: str) -> str:
-    """The look whose difference stands out most from its own spread over the seeds."""
-    count = len(found["seeds"])
+def verdict(arm: str, curves: dict[str, Any], seeds: Sequence[int]) -> str:
+    """Return a sentence on how many differences are within the dense seeds' spread."""
+    looks = [look for curve in curves.values() for look in curve if look["spread"]]
+    worst = max(abs(look["distance"]) for look in looks)
+    inside = sum(abs(look["difference"]) <= look["spread"] for look in looks)
+    return (
+        f"{arm}: {inside} of {len(looks)} differences are within the spread of the dense seeds, "
+        f"the largest distance is {worst:.2f}.  {paired_verdict(curves, len(seeds))}"
+    )
+
+
+def paired_verdict(curves: dict[str, Any], num_seeds: int) -> str:
+    """Return a sentence on the evaluation that differs most from the dense arm, seed by seed."""
     sizes = {
-        (LABELS[curve], look["step"]): look["difference"] / look["paired_spread"] * count**0.5
-        for curve, looks in found["compared"][arm]["curves"].items()
+        (LABELS[curve], look["step"]): look["difference"] / look["paired_spread"] * num_seeds**0.5
+        for curve, looks in curves.items()
         for look in looks
         if look["paired_spread"]
     }
@@ -87,78 +86,49 @@ def paired_line(found: dict[str, Any], arm: str) -> str:
 
 
 def certificate_lines(compared: dict[str, Any]) -> list[str]:
-    lines = [
-        "| arm | tokens | dense rows | entries of the others | dropped, mean | dropped, largest |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    headings = ("arm", "tokens", "dense rows", "entries of the others", "dropped, mean")
+    rows = [
+        [
+            arm,
+            f"{values['certificates']['tokens']:.0f}",
+            f"{values['certificates']['dense_share']:.1%}",
+            f"{values['certificates']['entries']:.0f}",
+            f"{values['certificates']['dropped']:.5f}",
+            f"{values['certificates']['largest_dropped']:.5f}",
+        ]
+        for arm, values in compared.items()
     ]
-    for arm, values in compared.items():
-        said = values["certificates"]
-        lines.append(
-            f"| {arm} | {said['tokens']:.0f} | {said['dense_share']:.1%} | {said['entries']:.0f} "
-            f"| {said['dropped']:.5f} | {said['largest_dropped']:.5f} |"
+    return table((*headings, "dropped, largest"), rows)
+
+
+def replay_lines(results: dict[str, Any]) -> list[str]:
+    """Return the distances of each arm from the dense one."""
+    scale = results["scale"]
+    headings = ("arm", "loss gap", "held-out loss gap", "KL from dense", "weights", "head")
+    rows = []
+    for arm, values in results["compared"].items():
+        has_gap = "loss gap" in values  # another draw has other losses
+        rows.append(
+            [
+                arm,
+                f"{values['loss gap']:.2g}" if has_gap else "",
+                f"{values['held-out gap']:.2g}",
+                f"{values['KL from dense']:.2g}",
+                f"{values['distance']:.3f}",
+                f"{values['head distance']:.3f}",
+                f"{values['dense_share']:.1%}" if has_gap else "",
+                f"{values['entries']:.0f}" if has_gap else "",
+                f"{values['largest_dropped']:.5f}" if has_gap else "",
+            ]
         )
-    return lines
-
-
-def replay_lines(found: dict[str, Any]) -> list[str]:
-    """Distances of each arm from the dense one."""
-    scale = found["scale"]
-    lines = [
+    return [
         "## The same responses, the whole model",
         "",
         f"SmolLM2-135M-Instruct, all weights with the tied head, AdamW {scale['learning_rate']:g}, "
         f"{scale['steps']} steps of {scale['words']} responses; SDPO's default loss, top 100 and "
-        "tail, at temperature 0.6.  Distances are shares of the dense arm's way.  AdamW moves a "
-        "weight by a whole step however small its gradient is: weights may differ where losses "
-        "and distributions do not.",
+        "tail, at temperature 0.6.  Distances of weights and head are shares of the distance that "
+        "the dense arm moved.  AdamW moves a weight by a whole step however small its gradient is: "
+        "weights may differ where losses and distributions do not.",
         "",
-        "| arm | loss gap | held-out loss gap | KL from dense | weights | head | dense rows "
-        "| entries | dropped, largest |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *table((*headings, "dense rows", "entries", "dropped, largest"), rows),
     ]
-    for arm, row in found["compared"].items():
-        cells = [f"{row['held-out gap']:.2g}", f"{row['KL from dense']:.2g}"]
-        cells += [f"{row['distance']:.3f}", f"{row['head distance']:.3f}"]
-        if "loss gap" in row:
-            cells.insert(0, f"{row['loss gap']:.2g}")
-            cells += [f"{row['dense_share']:.1%}", f"{row['entries']:.0f}"]
-            cells.append(f"{row['largest_dropped']:.5f}")
-        else:
-            cells = ["", *cells, "", "", ""]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
-def curves(found: dict[str, Any], path: Path) -> None:
-    """All seeds thin, means thick, an arm a colour; and the certificates by step."""
-    colours = {name: f"C{place}" for place, name in enumerate(found["runs"])}
-    with figure_at(path, 1, len(LABELS) + 1, figsize=(13, 3.2)) as (figure, axes):
-        for axis, (curve, label) in zip(axes, LABELS.items()):
-            for arm, runs in found["runs"].items():
-                points = [run["curves"][curve] for run in runs]
-                for point in points:
-                    axis.plot(*zip(*point), color=colours[arm], alpha=0.35, lw=0.7)
-                steps = [step for step, _ in points[0]]
-                means = [sum(v for _, v in look) / len(look) for look in zip(*points)]
-                axis.plot(steps, means, color=colours[arm], label=arm, lw=1.8)
-            axis.set_title(f"held-out {label}", fontsize=9, loc="left")
-        for arm, runs in found["runs"].items():
-            if arm != DENSE.name:
-                shares = [
-                    sum(s["dense"] for s in step) / sum(s["tokens"] for s in step)
-                    for step in zip(*(run["steps"] for run in runs))
-                ]
-                places = range(1, len(shares) + 1)
-                axes[-1].plot(places, shares, color=colours[arm], lw=1.2)
-        axes[-1].set_title("share of dense rows", fontsize=9, loc="left")
-        axes[-1].set_ylim(0, 1)
-        for axis in axes:
-            axis.set_xlabel("step", color=GREY)
-            axis.grid(alpha=0.25)
-        figure.legend(
-            *axes[0].get_legend_handles_labels(),
-            loc="outside right center",
-            frameon=False,
-            labelcolor="linecolor",
-            fontsize=9,
-        )

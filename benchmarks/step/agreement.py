@@ -1,7 +1,7 @@
-"""Whether a provider's step is the right one: its loss and gradients against float64 logits.
+"""The check before timing: a trainer's loss and gradients against a float64 reference.
 
-Both see the same bf16 (or fp32) hidden states, made by the same backbone; what differs is the head
-and the loss, which here is ``fused_sd.reference`` in float64 from whole logits.
+Both losses start from the same bf16 (or fp32) hidden states of the same backbone.  The
+reference, ``fused_sd.reference``, forms whole logits in float64.
 
 Dimension key:  B sequences, T response tokens, V vocabulary
 """
@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.step.providers import EVIDENCE_MIX, JSD, TOP_K, Provider
+from benchmarks.step.providers import JSD, TOP_K, Provider
 from fused_sd import reference
 
-NUM_TOKENS = 64  # of the batch that is compared: float64 logits of both sides are held
-# of the loss, in units of the mean size of a token's; and of the gradient's norm.  bf16 weights
-# have bf16 gradients, whose rounding alone is some tenths of a per cent
+NUM_TOKENS = 64  # few: float64 logits of both sides are held
+# Largest errors of the loss (over the mean absolute loss of a token) and of the gradient (over its
+# norm).  bf16 weights have bf16 gradients, whose rounding alone is some tenths of a per cent.
 BOUNDS = {
     "float32": (1e-4, 1e-3),
     "bfloat16": (1e-2, 3e-2),
-    # 16-bit logits lose much of a divergence of near equals: nonsense is refused, and no gradient
+    # 16-bit logits round away much of a small divergence: only nonsense and a missing gradient fail
     "bfloat16, 16-bit logits": (0.5, 0.7),
 }
 
@@ -30,11 +30,10 @@ class Agreement(NamedTuple):
     """How far one provider is from float64 on one batch.
 
     Attributes:
-        loss, reference: means over the tokens.
-        loss_error: their distance, in units of the mean absolute loss of a token.
-        gradient_error: norm of the difference of all parameters' gradients over their norm.
-        bounds: of the two errors.
-        top_logit, forward_kl: of the batch: means over the tokens, KL(teacher || student) in nats.
+        loss, reference: The provider's and the reference's mean loss of a token.
+        loss_error: Their distance over the mean absolute loss of a token.
+        gradient_error: The norm of the error of all parameters' gradients over the gradients' norm.
+        bounds: The largest ``loss_error`` and ``gradient_error`` that pass.
     """
 
     loss: float
@@ -42,12 +41,10 @@ class Agreement(NamedTuple):
     loss_error: float
     gradient_error: float
     bounds: tuple[float, float]
-    top_logit: float
-    forward_kl: float
 
     @property
     def agrees(self) -> bool:
-        # written so that NaN does not agree
+        # NaN compares false, so it does not pass
         return self.loss_error <= self.bounds[0] and self.gradient_error <= self.bounds[1]
 
 
@@ -56,18 +53,10 @@ def _sampled(student: Tensor, teacher: Tensor, batch: dict[str, Any]) -> Tensor:
     return reference.sampled_k1(*(reference.token_log_prob(z, ids) for z in (student, teacher)))
 
 
-def _rlsd(student: Tensor, teacher: Tensor, batch: dict[str, Any]) -> Tensor:
-    ids = batch["completion_ids"]
-    own, known = (reference.token_log_prob(z, ids) for z in (student, teacher))
-    advantages = batch["advantages"][:, None].expand(ids.shape)
-    return reference.rlsd(own, known, advantages, mix=EVIDENCE_MIX)
-
-
 OBJECTIVES: dict[str, Callable[[Tensor, Tensor, dict[str, Any]], Tensor]] = {
     "topk": lambda student, teacher, _: reference.sdpo(student, teacher, alpha=JSD, k=TOP_K),
     "full": lambda student, teacher, _: reference.gkd(student, teacher, beta=JSD),
     "sampled": _sampled,
-    "rlsd": _rlsd,
 }
 
 
@@ -80,9 +69,12 @@ def bounds(provider: Provider, dtype: torch.dtype) -> tuple[float, float]:
 def compare(
     trainer: Any, model: Any, batch: dict[str, Any], loss: Tensor, provider: Provider
 ) -> Agreement:
-    """Called between a trainer's backward and its optimiser; leaves the gradients as they were."""
+    """Compare a trainer's loss and gradients with float64; the gradients stay as they were.
+
+    Call it between the trainer's backward and its optimizer step.
+    """
     named = dict(model.named_parameters())
-    own = {name: parameter.grad for name, parameter in named.items()}
+    measured = {name: parameter.grad for name, parameter in named.items()}
     model.zero_grad(set_to_none=True)
     student, teacher = _logits(trainer, model, batch)
     token_loss = OBJECTIVES[provider.objective](student, teacher, batch)
@@ -91,25 +83,23 @@ def compare(
     expected, token_loss = expected.detach(), token_loss.detach()
     difference = size = 0.0
     for name, parameter in named.items():
-        exact, ours = parameter.grad, own[name]
+        exact, ours = parameter.grad, measured[name]
         assert exact is not None
         size += float(exact.double().square().sum())
         ours = torch.zeros_like(exact) if ours is None else ours
         difference += float((ours.double() - exact.double()).square().sum())
-        parameter.grad = own[name]
+        parameter.grad = measured[name]
     return Agreement(
         loss=float(loss),
         reference=float(expected),
         loss_error=abs(float(loss) - float(expected)) / float(token_loss.abs().mean()),
         gradient_error=(difference / size) ** 0.5,
         bounds=bounds(provider, model.dtype),
-        top_logit=float(student.detach().amax(-1).mean()),
-        forward_kl=float(reference.gkd(student, teacher, beta=0.0).detach().mean()),
     )
 
 
 def _logits(trainer: Any, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Student's and teacher's (B, T, V), float64, from the backbone as the trainer runs it."""
+    """Return the student's and the teacher's float64 logits (B, T, V), as the trainer autocasts."""
     length = batch["completion_ids"].size(1)
 
     def logits(input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The batch that every provider gets, in the keys of TRL's rollouts.
+"""The batch that every trainer gets, with the keys of TRL's rollouts.
 
 Dimension key:  B sequences, T response tokens of each
 """
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 PROMPT_TOKENS = 256
-FEEDBACK_TOKENS = 512  # what the teacher reads besides
-FIRST_WORD = 2  # after padding and end
+FEEDBACK_TOKENS = 512  # the teacher reads them before the prompt
+FIRST_WORD = 2  # the ids 0 and 1 are padding and end
 
 
 def shape(num_tokens: int, row_tokens: int) -> tuple[int, int]:
-    """Rows and their length for a number of response tokens; rounded up to equal rows."""
+    """Return the number of rows and their length; tokens are rounded up to fill equal rows."""
     rows = max(1, math.ceil(num_tokens / row_tokens))
     return rows, math.ceil(num_tokens / rows)
 
@@ -23,11 +23,14 @@ def shape(num_tokens: int, row_tokens: int) -> tuple[int, int]:
 def make_batch(
     num_tokens: int, row_tokens: int, vocab: int, device: str, seed: int = 0
 ) -> dict[str, Any]:
-    """A prompt, the same behind feedback, and responses of equal length: no padding, all count.
+    """Return prompts, the same prompts after feedback, and responses of one length without padding.
 
     Args:
-        num_tokens: of all responses.
-        row_tokens: the longest response.
+        num_tokens: Tokens of all responses together.
+        row_tokens: Tokens of the longest response that a row may hold.
+        vocab: Size of the vocabulary.
+        device: Device of all tensors.
+        seed: Seed of the token ids.
     """
     rows, length = shape(num_tokens, row_tokens)
     generator = torch.Generator().manual_seed(seed)
@@ -39,8 +42,6 @@ def make_batch(
 
     prompt, feedback, completion = ids(PROMPT_TOKENS), ids(FEEDBACK_TOKENS), ids(length)
     teacher = torch.cat([feedback, prompt, completion], 1)
-    counted = torch.ones(rows, length, device=device)
-    count = torch.tensor(float(rows * length), device=device)
     return {
         "prompt_ids": prompt,
         "prompt_mask": torch.ones_like(prompt),
@@ -49,10 +50,4 @@ def make_batch(
         "teacher_input_ids": teacher,
         "teacher_attention_mask": torch.ones_like(teacher),
         "self_distillation_mask": torch.ones(rows, device=device),
-        # RLSD's policy loss reads these besides
-        "loss_mask": counted,
-        "num_loss_tokens": count,
-        "num_tokens": count,
-        "advantages": torch.randn(rows, generator=generator).to(device),
-        "rewards": torch.zeros(rows, device=device),
     }

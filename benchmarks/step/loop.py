@@ -1,7 +1,7 @@
-"""A trainer's own ``train()``, fed with batches of ours and measured step by step.
+"""A trainer's own ``train()`` on our batches, measured step by step.
 
-What to run next is decided by a schedule, a generator that yields a batch and is sent what its step
-took.  The training ends with the schedule.
+A schedule decides the batches: a generator that yields a batch and receives the ``Step`` that it
+took.  Training ends when the schedule ends.
 """
 
 import ctypes
@@ -17,18 +17,18 @@ from fused_sd.bench.measure import is_out_of_memory
 from fused_sd.demo.memory import Peak
 
 Batch = dict[str, Any]
-NO_WORKSPACE = "CUBLAS_STATUS_ALLOC_FAILED"  # how cuBLAS says it
+NO_WORKSPACE = "CUBLAS_STATUS_ALLOC_FAILED"  # cuBLAS's message when memory runs out
 
 
 class Step(NamedTuple):
-    """What one step took, from its batch to the cleared gradients.
+    """Time and memory of one step, from its batch to the cleared gradients.
 
     Attributes:
-        seconds: wall clock.
-        held_bytes: before the step: weights and the optimiser's state.
-        peak_bytes: the most that was held at once, ``held_bytes`` included.
-        out_of_memory: it did not end; the other numbers then mean nothing.
-        kept_bytes: after running out of memory, what was not given back.
+        seconds: Wall-clock time.
+        held_bytes: Bytes held before the step: weights and the optimizer's state.
+        peak_bytes: The most bytes held at once, ``held_bytes`` included.
+        out_of_memory: Whether the step ran out of memory; the other numbers then mean nothing.
+        kept_bytes: Bytes that were still held after a step ran out of memory.
     """
 
     seconds: float
@@ -45,10 +45,10 @@ class StepLoop(TrainerCallback):
     """Runs a schedule inside ``trainer.train()``.
 
     Args:
-        trainer: built and not yet trained.
-        schedule: yields batches.
+        trainer: A trainer that has not been trained.
+        schedule: Yields batches and receives steps.
         device: "cpu" or "cuda".
-        inspect: called once, with model, batch and loss, after the first backward.
+        inspect: Called once, after the first backward, with model, batch and loss.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class StepLoop(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.failed = False
-        if self.device == "cpu":  # else what the last step freed would count as held
+        if self.device == "cpu":  # or memory that the last step freed would count as held
             _trim()
         self.peak = Peak(self.device).start()
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.peak.stop()  # on a GPU it waits for the work that is queued
+        self.peak.stop()  # on a GPU this waits for the queued work
         seconds = time.perf_counter() - self.started
         kept = 0
         if self.failed:
@@ -91,14 +91,14 @@ class StepLoop(TrainerCallback):
             control.should_training_stop = True
 
     def _guarded_step(self, model: Any, rows: Any, num_items: Any = None) -> torch.Tensor:
-        """The trainer's step; one that runs out of memory leaves the optimiser nothing to do."""
+        """Run the trainer's step; out of memory, leave the optimizer no gradients to apply."""
         try:
             loss: torch.Tensor = self.training_step(model, rows, num_items)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) and NO_WORKSPACE not in str(error):
                 raise
             self.failed = True
-        if self.failed:  # outside of the except, which keeps the step's frames and tensors alive
+        if self.failed:  # not in the except block: it keeps the step's tensors alive
             model.zero_grad(set_to_none=True)
             return torch.zeros((), device=self.trainer.args.device)
         if self.inspect is not None:
@@ -108,7 +108,7 @@ class StepLoop(TrainerCallback):
 
 
 def release(device: str) -> None:
-    """Give back what the allocators hold in reserve, so that lengths do not blur each other."""
+    """Return the allocators' cached memory, so that one length does not affect the next."""
     gc.collect()
     if device == "cpu":
         _trim()

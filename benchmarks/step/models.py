@@ -1,4 +1,4 @@
-"""Qwen3 in the sizes of its public configurations, with random weights; nothing is downloaded."""
+"""Qwen3 models with random weights, in the sizes of their public configurations."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.step.sizes import Size
 
-# standard deviation of the logits: with it the top ones are 20 to 30, as a trained model's
+# Standard deviation of the logits.  The largest ones are then 20 to 30, as in a trained model.
 LOGIT_SPREAD = 5.0
-# of what attention adds to the states, shared among the layers: with it feedback moves the teacher
-# from the student by a KL of about 0.01 to 0.1 nat, as in self-distillation
+# Scale of what all attention layers together add to the states.  The feedback then moves the
+# teacher from the student by a KL of about 0.01 to 0.1 nat, as in self-distillation.
 CONTEXT_SHARE = 0.1
 
 
 def configuration(size: Size) -> Qwen3Config:
-    """The public configuration; embeddings are tied, as in all three sizes."""
+    """Return the public configuration; all three public sizes tie their embeddings."""
     config = Qwen3Config(
         vocab_size=size.vocab,
         hidden_size=size.hidden,
@@ -27,7 +27,7 @@ def configuration(size: Size) -> Qwen3Config:
         max_position_embeddings=40960,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
-        # every product keeps the size of what enters it, at all sizes; 0.02 does so at 2500
+        # every GEMM keeps the scale of its input at any width; the usual 0.02 does so at 2500
         initializer_range=size.hidden**-0.5,
     )
     config._attn_implementation = "sdpa"
@@ -35,7 +35,7 @@ def configuration(size: Size) -> Qwen3Config:
 
 
 def random_model(size: Size, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
-    """The same weights in every process of a kind of machine."""
+    """Return a model whose weights are the same in every process on one kind of machine."""
     torch.manual_seed(seed)
     config = configuration(size)
     previous = torch.get_default_dtype()
@@ -53,7 +53,7 @@ def random_model(size: Size, device: str, dtype: torch.dtype, seed: int = 0) -> 
 
 
 def tokenizer() -> Any:
-    """What the trainers ask of one: a padding and an end token."""
+    """Return a tokenizer with the padding and end tokens that the trainers need, and no others."""
     from tokenizers import Tokenizer, models
 
     words = models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")

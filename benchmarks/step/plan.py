@@ -1,4 +1,4 @@
-"""What is to be measured, in which order, and about how long it takes."""
+"""The jobs that are to be measured, their order, and estimates of their time."""
 
 import json
 from collections.abc import Sequence
@@ -9,24 +9,26 @@ from benchmarks.step import batch
 from benchmarks.step.providers import PROVIDERS
 from benchmarks.step.sizes import SIZES, Size
 
-# rough, for planning alone: what bf16 training reaches on a large GPU, and one CPU core
+# rough rates for planning alone: bf16 training on a large GPU, and one CPU core
 FLOPS = {"cuda": 350e12, "cpu": 25e9}
-STARTUP_SECONDS = {"cuda": 15.0, "cpu": 12.0}  # imports, weights, trainer, the compared batch
-STEP_SECONDS = {"cuda": 0.15, "cpu": 0.1}  # what a step of few tokens takes
-FORWARDS = 5  # student, its recomputation, its backward (twice a forward) and the teacher's
+STARTUP_SECONDS = {"cuda": 15.0, "cpu": 12.0}  # imports, weights, trainer, comparison
+STEP_SECONDS = {"cuda": 0.15, "cpu": 0.1}  # a step of few tokens
+FORWARDS = 5  # student, recomputation, backward (as long as two forwards), teacher
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the numbers: results of other settings are not mixed with these.
+    """Everything that decides the numbers; one file holds results of one ``Settings`` only.
 
     Attributes:
-        lengths: response tokens of a batch, ascending.
-        steps: timed for each length, after one that is not.
-        row_tokens: the longest response; longer batches have more rows.
-        longest_cap: how far the longest response is searched; 0: not at all.
-        precision: of that search, as a share.
-        memory_limit: bytes that a step may hold, weights included; None: what the device has.
+        device: "cpu" or "cuda".
+        dtype: "bfloat16" or "float32", the weights' type.
+        lengths: Response tokens of a batch, ascending.
+        steps: Timed steps for each length, after one step that is not timed.
+        row_tokens: The longest response; batches with more tokens have more rows.
+        longest_cap: The largest length that the search for the longest batch tries; 0: no search.
+        precision: The search's relative precision.
+        memory_limit: Bytes that a step may hold, weights included; None: the device's memory.
     """
 
     device: str
@@ -44,9 +46,13 @@ class Job:
     """One process: a provider on a model, at every length that is still to be measured.
 
     Attributes:
-        lengths: a part of the settings' where others are known.
-        fits, fails: the longest that is known to, and the shortest; 0 and None: nothing is known.
-        seconds: left for it; None: as long as it takes.
+        model: A key of ``SIZES``.
+        provider: A key of ``PROVIDERS``.
+        settings: The settings of the whole run.
+        lengths: The lengths that are still to be measured.
+        fits: The longest length that is known to fit; 0: none is.
+        fails: The shortest length that is known not to fit; None: none is.
+        seconds: The time that the job may take; None: no limit.
     """
 
     model: str
@@ -80,9 +86,10 @@ class Job:
 def jobs(
     models: Sequence[str], providers: Sequence[str], settings: Settings, known: dict[str, Any]
 ) -> list[Job]:
-    """What is not in ``known``, the lanes of an earlier run.
+    """Return the jobs that ``known``, the lanes of an earlier run, does not hold.
 
-    Objective by objective, model by model: whom we compare comes one after the other.
+    Providers of one objective on one model follow each other, so that a run that is cut short
+    still has pairs to compare.
     """
     objectives = dict.fromkeys(PROVIDERS[name].objective for name in providers)
     planned = [
@@ -96,7 +103,7 @@ def jobs(
 
 
 def _job(model: str, provider: str, settings: Settings, lane: dict[str, Any]) -> Job | None:
-    """What is left of a lane; None: nothing."""
+    """Return the unfinished part of a lane, or None if the lane is finished."""
     cells = lane.get("cells", {})
     missing = tuple(n for n in settings.lengths if str(n) not in cells)
     searched = not settings.longest_cap or lane.get("longest", {}).get("complete", False)
@@ -112,11 +119,11 @@ def _job(model: str, provider: str, settings: Settings, lane: dict[str, Any]) ->
 
 
 def step_seconds(size: Size, num_tokens: int, settings: Settings) -> float:
-    """About how long one step of a number of response tokens takes."""
+    """Estimate the time of one step with this many response tokens."""
     rows, length = batch.shape(num_tokens, settings.row_tokens)
     width = length + batch.PROMPT_TOKENS
     backbone = 2 * size.backbone_parameters * width
-    # scores and values, half of them masked
+    # the causal mask halves the two GEMMs of scores and values
     attention = 2 * size.layers * size.heads * size.head_dim * width**2
     head = 2 * size.vocab * size.hidden * length
     flops = rows * FORWARDS * (backbone + attention + head)
@@ -124,16 +131,16 @@ def step_seconds(size: Size, num_tokens: int, settings: Settings) -> float:
 
 
 def job_seconds(job: Job) -> float:
-    """About how long a process takes if everything fits."""
+    """Estimate a job's time if every length fits into memory."""
     size, settings = SIZES[job.model], job.settings
     timed = sum(step_seconds(size, n, settings) for n in job.lengths) * (1 + settings.steps)
-    # the doublings cost twice the last of them
+    # lengths double: all tries together take twice as long as the last
     search = 2 * step_seconds(size, settings.longest_cap, settings) if settings.longest_cap else 0.0
     return STARTUP_SECONDS[settings.device] + timed + search
 
 
 def least_seconds(job: Job) -> float:
-    """About how long the first of its lengths takes: with less there is no use in starting."""
+    """Estimate the time up to the first length's result; a job with less time is not started."""
     first = (job.lengths or job.settings.lengths)[0]
     step = step_seconds(SIZES[job.model], first, job.settings)
     return STARTUP_SECONDS[job.settings.device] + step * (1 + job.settings.steps)

@@ -1,8 +1,8 @@
-"""One provider on one model, in a process of its own; started by ``run``.
+"""One job in a process of its own; ``run`` starts it.
 
     python -m benchmarks.step.process '<a job as JSON>'
 
-prints a marked line of JSON as soon as something is known: an agreement, a cell, the longest
+The process prints each finding as a marked line of JSON: an agreement, a cell, the longest
 response, or that the provider is wrong.
 """
 
@@ -13,20 +13,19 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from benchmarks.step.plan import Job
+from benchmarks.storage import ROOT
 from fused_sd.demo.model import quiet_and_offline
 
-MARK = "RESULT "  # libraries print as well
-ROOT = Path(__file__).parents[2]
-GRACE_SECONDS = 60.0  # beyond what a job was given: its own estimates are rough
+MARK = "RESULT "  # libraries print to stdout, too
+GRACE_SECONDS = 60.0  # a job may exceed its time by this: its own estimates are rough
 Finding = dict[str, Any]
 
 
 def run(job: Job, found: Callable[[Finding], None]) -> None:
-    """Start the job, pass on what it finds, and wait for its end."""
+    """Start the job, pass each finding to ``found``, and wait for the job's end."""
     command = [sys.executable, "-m", "benchmarks.step.process", job.to_json()]
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(
@@ -54,7 +53,7 @@ def say(finding: Finding) -> None:
 
 def main(text: str) -> None:
     quiet_and_offline()  # before the libraries are imported
-    warnings.filterwarnings("ignore")  # their deprecations are not the reader's concern
+    warnings.filterwarnings("ignore")  # deprecations in the libraries
     from benchmarks.step.schedule import measure
 
     measure(Job.from_json(text), say)

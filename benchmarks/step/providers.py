@@ -1,20 +1,20 @@
-"""What is compared, as plan and tables need it; ``trainers`` builds them."""
+"""The trainers that are compared, as plan and tables need them; ``trainers`` builds them."""
 
 from typing import NamedTuple
 
 TOP_K = 100
 JSD = 0.5
-EVIDENCE_MIX = 0.5
 
 
 class Provider(NamedTuple):
-    """One line of the tables.
+    """A trainer and its line in the tables.
 
     Attributes:
-        objective: providers of one objective are compared.
-        ours: whether it is fused_sd.
-        logits_bits: of the logits its loss is formed from, where the model is bf16.
-        title: in the tables.
+        name: The name on the command line and in the results.
+        objective: Providers of one objective are compared with each other.
+        ours: Whether this is fused_sd.
+        logits_bits: Bits of a logit that the loss reads, if the model is bf16.
+        title: The name in the tables.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Provider(NamedTuple):
     title: str
 
 
-# the most important pair first: what is left out where time is short comes last
+# the most important pair comes first: a run without enough time leaves out the last ones
 PROVIDERS = {
     provider.name: provider
     for provider in (
@@ -35,6 +35,5 @@ PROVIDERS = {
         Provider("fused-full", "full", True, 32, "fused_sd, full"),
         Provider("trl-sampled", "sampled", False, 16, "TRL SDPO, sampled"),
         Provider("fused-sampled", "sampled", True, 32, "fused_sd, sampled"),
-        Provider("fused-rlsd", "rlsd", True, 32, "fused_sd, RLSD (TRL has none)"),
     )
 }

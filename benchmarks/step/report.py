@@ -1,17 +1,18 @@
-"""Tables and verdicts from the findings."""
+"""Tables and verdicts from the results of ``benchmarks.step``."""
 
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.markdown import environment_line, table
 from benchmarks.step.providers import PROVIDERS
 
 GIB = 2**30
-TOKENS_TARGET = 2.0  # as many as TRL before memory runs out
+TOKENS_TARGET = 2.0  # times the longest batch that TRL fits into memory
 NOT_SLOWER = "never slower at any length"
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """Everything that was found, as text."""
+    """Return a document of ``Results`` as a section: a table for each model, and the targets."""
     settings, lanes = document["settings"], document["lanes"]
     lengths = [str(length) for length in settings["lengths"]]
     parts = [
@@ -25,15 +26,16 @@ def markdown(document: dict[str, Any]) -> str:
             if f"{model}/{name}" in lanes
         ]
         columns = [f"{int(length):,} tokens" for length in lengths]
-        head = ["", *columns, "longest", "loss off by", "gradient off by"]
-        parts.append(f"### {model}\n\n{_table(head, rows)}")
+        head = ["", *columns, "longest", "loss error", "gradient error"]
+        lines = table(head, rows, texts=len(head))
+        parts.append("\n".join([f"### {model}", "", *lines]))
     parts.append("### Targets\n\n" + "\n".join(f"* {line}" for line in verdicts(document)))
-    stamp = ", ".join(f"{name} {value}" for name, value in document["environment"].items())
-    return "\n\n".join([*parts, stamp]) + "\n"
+    facts = {"device": settings["device"], **document["environment"]}
+    return "\n\n".join([*parts, f"{environment_line(facts)}."]) + "\n"
 
 
 def verdicts(document: dict[str, Any]) -> list[str]:
-    """Both targets against every trainer of TRL's, each on every model."""
+    """Return a line for each model and pair of trainers: is ours as fast, and does twice fit?"""
     lines = []
     for model, theirs, ours in _pairs(document["lanes"]):
         against = f"{model}, {PROVIDERS[ours].title} against {PROVIDERS[theirs].title}"
@@ -43,7 +45,7 @@ def verdicts(document: dict[str, Any]) -> list[str]:
 
 
 def _pairs(lanes: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Model, TRL's provider and ours of the same objective, where both were run."""
+    """Yield model, TRL's and our provider for every objective that both have results of."""
     for model in dict.fromkeys(name.split("/")[0] for name in lanes):
         for theirs in PROVIDERS.values():
             for ours in PROVIDERS.values():
@@ -73,7 +75,7 @@ def _twice_the_tokens(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
         return f"{target}: not measured"
     if stock["fails"] is None:
         return f"{target}: not decided, TRL's still fits at {stock['fits']:,}"
-    # the least that is certain: TRL's may fit up to where it is known not to
+    # a lower bound: TRL's longest batch is shorter than the length that failed
     ratio = fused["fits"] / stock["fails"]
     if ratio >= TOKENS_TARGET:
         return f"{target}: met (at least {ratio:.1f} x)"
@@ -121,18 +123,13 @@ def _longest(lane: dict[str, Any]) -> str:
 
 def _explanation(settings: dict[str, Any]) -> str:
     limit = settings["memory_limit"]
-    memory = "" if limit is None else f"  A step may hold {limit / GIB:.2f} GiB at most."
+    memory = "" if limit is None else f"  No step may hold more than {limit / GIB:.2f} GiB."
     return (
         f"The trainers' own `train()` on {settings['device']}, {settings['dtype']} random weights "
         "and AdamW states, activation checkpointing, sdpa attention, responses of up to "
         f"{settings['row_tokens']:,} tokens in one batch.  The teacher is the student after 512 "
-        f"tokens of feedback.  Median of {settings['steps']} steps (20th to 80th percentile) and "
-        "the most memory held at once, weights and optimiser included; the longest batch, in "
-        "response tokens, that fits; errors of loss and gradient against float64 logits of the "
-        f"same states.{memory}"
+        f"tokens of feedback.  Cells: median of {settings['steps']} steps (20th to 80th "
+        "percentile), and the most memory held at once, weights and optimizer included.  Longest: "
+        "the longest batch that fits, in response tokens.  Errors: loss and gradient against "
+        f"float64 logits of the same hidden states.{memory}"
     )
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,60 +1,44 @@
-"""What is on disk: the findings of all processes, and the tables made of them."""
+"""The results file: one lane for each pair of model and provider."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods.storage import commit
+import torch
+
 from benchmarks.step.plan import Settings
-from benchmarks.step.report import markdown
-from fused_sd import checks
-from fused_sd.measuring.environment import environment
-
-RESULTS, TABLES = "step.json", "step.md"
+from benchmarks.storage import Document, stamp
 
 
-class Results:
-    """One document, whole on disk after every finding.
+class Results(Document):
+    """``step.json``, written again after every finding.
 
     Args:
-        folder: where it is.
-        settings: of what is going to be added.
-        resume: keep what is there.
-        at_commit: of a copy without its history; None: the checkout's.
+        folder: Where the file is.
+        settings: The settings of the jobs that will be added.
+        resume: Continue the file that exists.
+        at_commit: The commit of a copy without its git history; None: read it from the checkout.
 
     Raises:
-        ValueError: what was to be kept was measured with other settings, or elsewhere.
+        ValueError: The existing file has other settings, or another device, version or commit.
     """
 
     def __init__(
         self, folder: Path, settings: Settings, *, resume: bool, at_commit: str | None = None
     ) -> None:
-        self.folder = folder
-        where = environment() | {"commit": at_commit or commit()}
-        new = {"settings": asdict(settings), "environment": where, "lanes": {}}
-        self.document: dict[str, Any] = json.loads(json.dumps(new))  # as it is read back
-        path = folder / RESULTS
-        if resume and path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            for kind in ("settings", "environment"):
-                differing = _differing(kept[kind], self.document[kind])
-                if differing:
-                    checks.fail(
-                        "--resume",
-                        f"find results of the same {kind} in {path}",
-                        f"another {', '.join(differing)}",
-                        "leave it out to measure everything again, or name another --out",
-                    )
-            self.document = kept
+        environment = stamp(torch.device(settings.device), at_commit)
+        empty = {"settings": asdict(settings), "environment": environment, "lanes": {}}
+        fixed = ("settings", "environment")
+        super().__init__(folder / "step.json", empty, fixed=fixed, resume=resume)
 
     @property
     def lanes(self) -> dict[str, Any]:
-        lanes: dict[str, Any] = self.document["lanes"]
+        lanes: dict[str, Any] = self.values["lanes"]
         return lanes
 
     def add(self, name: str, finding: dict[str, Any]) -> None:
-        """Keep it and write everything; a kill leaves the old files or the new ones."""
+        """Store and print a finding of a job, and write the file."""
         lane = self.lanes.setdefault(name, {"cells": {}})
         for earlier in ("failed", "left_out"):
             lane.pop(earlier, None)
@@ -63,17 +47,5 @@ class Results:
             lane["cells"][str(cell["tokens"])] = cell
         else:
             lane.update(finding)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / RESULTS, json.dumps(self.document, indent=1) + "\n")
-        _write(self.folder / TABLES, markdown(self.document))
+        self.write()
         print(f"  {name} {json.dumps(finding)}", flush=True)
-
-
-def _differing(kept: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return sorted(name for name in kept.keys() | new.keys() if kept.get(name) != new.get(name))
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_suffix(".draft")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

@@ -1,4 +1,4 @@
-"""Which batches one process runs, and what it says of them."""
+"""The batches that one process runs, and the findings that it reports."""
 
 import tempfile
 import time
@@ -22,11 +22,11 @@ from fused_sd.bench.measure import quantile
 from fused_sd.demo.memory import Peak
 
 Say = Callable[[dict[str, Any]], None]
-KEPT_BYTES = 2**28  # still held after running out of memory: what follows would be too short
+KEPT_BYTES = 2**28  # more than this held after running out of memory would spoil the search
 
 
 def measure(job: Job, say: Say) -> None:
-    """Everything the job asks for, said part by part."""
+    """Run a job and report each finding through ``say``."""
     transformers.logging.set_verbosity_error()
     settings, provider = job.settings, PROVIDERS[job.provider]
     schedule = Schedule(job, say, base=Peak(settings.device).held_now())
@@ -43,25 +43,25 @@ def measure(job: Job, say: Say) -> None:
 
 
 class Schedule:
-    """The steps of a job: one to compare, some at every length, and the search.
+    """The steps of a job: one to compare, some at every length, then the search.
 
     Args:
-        job: what to measure.
-        say: called with each finding.
-        base: bytes held before there was a model.
+        job: The job.
+        say: Called with each finding.
+        base: Bytes that the process held before it built the model.
     """
 
-    agreement: Agreement  # set after the first backward
+    agreement: Agreement  # set by ``inspect`` after the first backward
 
     def __init__(self, job: Job, say: Say, base: int) -> None:
         self.job, self.settings, self.say, self.base = job, job.settings, say, base
         self.size = SIZES[job.model]
         self.started = time.perf_counter()
-        self.pace = 1.0  # measured seconds over estimated ones
+        self.pace = 1.0  # measured over estimated seconds
         self.kept_bytes = 0
 
     def run(self) -> Generator[Batch, Step, None]:
-        yield self.batch(NUM_TOKENS)  # besides comparing, it allocates the optimiser's state
+        yield self.batch(NUM_TOKENS)  # to compare; it also allocates the optimizer's state
         found = self.agreement
         self.say({"agreement": found._asdict()})
         if not found.agrees:
@@ -82,9 +82,13 @@ class Schedule:
             self.say({"longest": known._asdict()})
 
     def cell(self, length: int, fails: int | None) -> Generator[Batch, Step, dict[str, Any]]:
-        """Time and memory at one length, longer than all before."""
+        """Measure time and memory at one length; lengths come in ascending order."""
         if fails is not None:
-            return {"tokens": length, "outcome": "out of memory", "reason": f"so are {fails}"}
+            return {
+                "tokens": length,
+                "outcome": "out of memory",
+                "reason": f"{fails} tokens do not fit",
+            }
         release(self.settings.device)
         batch, steps = self.batch(length), []
         for _ in range(1 + self.settings.steps):
@@ -103,7 +107,7 @@ class Schedule:
         }
 
     def search(self, known: Bracket) -> Generator[Batch, Step, Bracket]:
-        """The longest response, with one step for each length that is tried."""
+        """Search the longest response, with one step for each length that is tried."""
         probe = longest(
             known,
             first=self.settings.lengths[0],

@@ -1,4 +1,4 @@
-"""The longest response that fits: doubling, then bisection."""
+"""A search for the longest response that fits into memory: doubling, then bisection."""
 
 import math
 from collections.abc import Callable, Generator
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 
 class Bracket(NamedTuple):
-    """What is known of the longest response, in tokens.
+    """Lengths between which the longest response that fits must lie, in tokens.
 
     Attributes:
-        fits: the longest that did; 0: none.
-        fails: the shortest that did not; None: none was too long.
-        complete: whether the two are as close as asked for, or ``fits`` is as far as was asked.
+        fits: The longest length that did fit; 0: none did.
+        fails: The shortest length that did not fit; None: every length did.
+        complete: Whether ``fits`` and ``fails`` are close enough, or ``fits`` has reached the cap.
     """
 
     fits: int
@@ -27,14 +27,17 @@ def longest(
     precision: float,
     may_try: Callable[[int], bool],
 ) -> Generator[int, bool, Bracket]:
-    """Yields lengths and is sent whether they fit.
+    """Yield the lengths to try; the caller sends back whether each one fits.
 
     Args:
-        known: from lengths that were measured already.
-        first: where to start if nothing is known.
-        cap: no longer one is tried.
-        precision: the bracket's ends differ by at most this share of the lower one.
-        may_try: whether there is time for a length; the search ends where there is not.
+        known: The bracket from earlier measurements.
+        first: The first length, if nothing is known.
+        cap: The largest length to try.
+        precision: The search ends when ``fails - fits`` is at most this share of ``fits``.
+        may_try: Says whether there is time for a length; the search ends if there is not.
+
+    Returns:
+        The bracket at the end.
     """
     fits, fails = known.fits, known.fails
     while True:

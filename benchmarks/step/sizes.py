@@ -1,10 +1,10 @@
-"""The sizes of the models, as their public configurations have them."""
+"""The sizes of the models, from their public configurations."""
 
 from typing import NamedTuple
 
 
 class Size(NamedTuple):
-    """What differs between the models of the family."""
+    """The settings in which the models of the family differ."""
 
     hidden: int
     intermediate: int
@@ -16,7 +16,7 @@ class Size(NamedTuple):
 
     @property
     def backbone_parameters(self) -> int:
-        """Weights of the layers' products, which every token passes."""
+        """Number of weights in the layers' GEMMs, without norms and embeddings."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.key_value_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
@@ -25,7 +25,7 @@ SIZES = {
     "qwen3-0.6b": Size(1024, 3072, 28, 16, 8, 128, 151936),
     "qwen3-1.7b": Size(2048, 6144, 28, 16, 8, 128, 151936),
     "qwen3-4b": Size(2560, 9728, 36, 32, 8, 128, 151936),
-    # for trying everything on a CPU
+    # for the CPU
     "small": Size(256, 512, 4, 4, 2, 64, 32003),
     "tiny": Size(64, 128, 2, 4, 2, 16, 4099),
 }

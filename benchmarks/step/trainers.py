@@ -1,7 +1,7 @@
-"""The providers' trainers, each built as its users build it.
+"""The trainers of all providers, each built as its users build it.
 
-The teacher is the student itself in a longer context (TRL's ``teacher_model_kind="live"``): one set
-of weights, for everybody.
+Every teacher is the student itself in a longer context (TRL's ``teacher_model_kind="live"``), so
+that every trainer holds one set of weights.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from datasets import Dataset
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-from benchmarks.step.providers import EVIDENCE_MIX, JSD, TOP_K
-from fused_sd.integrations.trl import FusedSDPOTrainer, RLSDConfig, RLSDTrainer
+from benchmarks.step.providers import JSD, TOP_K
+from fused_sd.integrations.trl import FusedSDPOTrainer
 
 Mode = Literal["topk_logits", "full_logits", "sampled_token"]
 
 
 class Setup(NamedTuple):
-    """What every trainer is built from."""
+    """The model, tokenizer and settings that every trainer is built from."""
 
     model: Any
     tokenizer: Any
@@ -30,13 +30,13 @@ class Setup(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """TRL's defaults (bf16, activation checkpointing, AdamW), and nothing written or logged."""
+        """Arguments beside TRL's defaults (activation checkpointing, AdamW): nothing is written."""
         return {
             "output_dir": str(self.folder),
-            "max_steps": 10**6,  # the schedule ends the training
+            "max_steps": 10**6,  # the schedule ends training
             "learning_rate": 1e-6,
             "lr_scheduler_type": "constant",
-            "per_device_train_batch_size": 2,  # of the data set, which is not read
+            "per_device_train_batch_size": 2,  # rows of the data set, which the loop replaces
             "save_strategy": "no",
             "logging_strategy": "no",
             "report_to": "none",
@@ -50,7 +50,11 @@ class Setup(NamedTuple):
 
 
 class TeacherContextDistillation(DistillationTrainer):
-    """TRL's trainer, whose teacher reads what the student reads, with SDPO's teacher context."""
+    """TRL's trainer with SDPO's teacher context.
+
+    TRL's own teacher reads the student's tokens; here it reads the feedback before them, as SDPO's
+    teacher does, so that all trainers run the same forward passes.
+    """
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.teacher_inputs = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
@@ -59,7 +63,7 @@ class TeacherContextDistillation(DistillationTrainer):
     def _get_last_hidden_state(
         self, model: Any, input_ids: Any, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if not torch.is_grad_enabled():  # TRL's teacher
+        if not torch.is_grad_enabled():  # TRL calls this for the teacher, too
             input_ids, attention_mask = self.teacher_inputs
         return super()._get_last_hidden_state(model, input_ids, attention_mask, *args, **kwargs)
 
@@ -102,23 +106,6 @@ def _distillation(setup: Setup) -> Any:
     )
 
 
-def _rlsd(setup: Setup) -> Any:
-    arguments = RLSDConfig(
-        **setup.arguments,
-        num_generations=2,
-        teacher_model_kind="live",
-        evidence_mix=EVIDENCE_MIX,
-        evidence_decay_steps=0,
-    )
-    return RLSDTrainer(
-        setup.model,
-        reward_funcs=_rewards,
-        args=arguments,
-        train_dataset=setup.data(prompt="x", privileged_context="x"),
-        processing_class=setup.tokenizer,
-    )
-
-
 # by the provider's name
 BUILDERS: dict[str, Callable[[Setup], Any]] = {
     "trl-topk": _sdpo(SDPOTrainer, "topk_logits", JSD),
@@ -128,5 +115,4 @@ BUILDERS: dict[str, Callable[[Setup], Any]] = {
     "fused-full": _sdpo(FusedSDPOTrainer, "full_logits", JSD),
     "trl-sampled": _sdpo(SDPOTrainer, "sampled_token", 1.0),
     "fused-sampled": _sdpo(FusedSDPOTrainer, "sampled_token", 1.0),
-    "fused-rlsd": _rlsd,
 }

@@ -1,4 +1,4 @@
-"""The experiment's parts: the task, the statistics, what is kept on disk, and a small run."""
+"""The experiment's parts: the task, the statistics, the stored parts, and a small run."""
 
 import json
 import os
@@ -10,16 +10,16 @@ import torch
 for _name in ("trl", "tokenizers", "datasets"):
     pytest.importorskip(_name)
 
-from benchmarks.methods import arithmetic, collect, planted, pretrain, report, runs, settings
+from benchmarks.markdown import Block
+from benchmarks.methods import arithmetic, collect, planted, pretrain, runs, settings
 from benchmarks.methods.__main__ import main
 from benchmarks.methods.arithmetic import Sum
 from benchmarks.methods.discovery import TEMPLATES, first
 from benchmarks.methods.evaluate import look, mean_entropy, respond
 from benchmarks.methods.plurals import plurals
 from benchmarks.methods.statistics import bootstrap, interval, wilson
-from benchmarks.methods.storage import Parts
-from benchmarks.methods.teachers import contexts
 from benchmarks.methods.tokens import character_tokenizer
+from benchmarks.storage import Parts
 from fused_sd.credit import credit_map, planted_error_scores
 from fused_sd.integrations import trl
 from fused_sd.integrations.shared.verdicts import DELIMITER
@@ -40,7 +40,7 @@ def work(tmp_path_factory):
 
 
 def parrot(texts):
-    """A model that answers prompts by what they are mapped to, then ends."""
+    """A model that answers each prompt by its value in ``texts``, then ends."""
     model = pretrain.tiny_model(len(TOKENIZER))
 
     def generate(input_ids, attention_mask, max_new_tokens, **_):
@@ -95,7 +95,7 @@ def test_the_text_errs_at_its_habits_alone():
     assert 300 < num_wrong < 430
 
 
-def test_a_misremembered_sum_of_units_is_carried_on():
+def test_a_wrong_sum_of_units_carries_into_the_tens():
     units, shift = next(iter(arithmetic.UNITS_HABITS.items()))
     wrong = Sum(10 + units[0], 20 + units[1]).derivation(shift)
     assert int(wrong[:2]) == sum(units) + shift
@@ -121,7 +121,7 @@ def test_a_token_is_a_character():
 
 @pytest.mark.parametrize("method", settings.METHODS)
 def test_teachers_read_what_pretraining_taught(method):
-    """The templates that the trainers fill in make the texts that the model was made from."""
+    """The trainers' templates give the contexts of the pre-training text."""
     task, chosen = arithmetic.addition(), settings.METHODS[method]
     if chosen.template is None:
         return
@@ -135,11 +135,14 @@ def test_teachers_read_what_pretraining_taught(method):
             end = f"{DELIMITER}{phrase}{DELIMITER}"
             assert arithmetic.context(kind, asked, rng).endswith(end)
         return
-    question = next(q for q in task.questions["validation"] if q.prompt == asked.question)
-    found = {name.split()[0]: make(question) for name, make in contexts(task).items()}
-    assert found["answer"] == arithmetic.context("answer", asked, rng)
-    assert found["solution"] == arithmetic.context("solution", asked, rng)
-    assert found["successful"] == found["solution"]
+    for hint in ("answer", "solution"):
+        shown = {"prompt": asked.question, "privileged": getattr(asked, hint), "feedback": ""}
+        if chosen.template == "sibling":  # a sibling's response is a whole solution
+            own = templates["solution_template"]
+            shown["solution"] = own.format(successful_previous_attempt=asked.solution)
+            hint = "solution"
+        made = templates["reprompt_template"].format(**shown)
+        assert made == arithmetic.context(hint, asked, rng)
 
 
 def test_discovery_shows_the_revisers_context():
@@ -187,10 +190,10 @@ def test_sampled_looks_repeat_and_leave_the_random_numbers_alone(work):
     prompts = [question.prompt for question in task.questions["validation"][:8]]
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    one, two = (respond(model, tokenizer, prompts, 7, sample=True) for _ in range(2))
+    one, two = (respond(model, tokenizer, prompts, 7, temperature=1.0) for _ in range(2))
     assert torch.equal(before, torch.random.get_rng_state())
     assert one.texts == two.texts
-    other = respond(model, tokenizer, prompts, 7, sample=True, seed=5)
+    other = respond(model, tokenizer, prompts, 7, temperature=1.0, seed=5)
     assert other.texts != one.texts
 
 
@@ -239,7 +242,7 @@ def test_the_bootstrap_sees_both_questions_and_seeds():
 
 
 def test_a_difference_between_methods_is_paired():
-    """Seeds that differ more than the methods do leave the difference as narrow as it is."""
+    """A spread between the seeds does not widen the interval of the paired difference."""
     weak = ["1" * 20 + "0" * 180, "1" * 160 + "0" * 40]
     strong = [run.replace("10", "11", 1) for run in weak]  # one question more in every seed
     low, high = bootstrap(strong, weak)
@@ -262,7 +265,7 @@ def test_a_part_is_kept_for_what_decided_it(tmp_path):
 
 
 def run_of(accuracies):
-    """A run whose looks answer this many of ten questions."""
+    """A run whose evaluations answer these numbers of ten questions."""
     curve = [
         {
             "step": n,
@@ -319,7 +322,7 @@ def test_a_planted_error_is_one_other_digit():
 
 
 def test_a_likely_error_is_the_students_own_choice():
-    """The student writes 7 wherever it may: 7 is planted, and its surprise finds nothing."""
+    """A student that always writes 7 is not surprised by the planted 7."""
     asked = [Sum(47, 85), Sum(61, 22)]
     model, tokenizer, _ = pretrain.pretrain(0, accuracy=0.0, max_steps=1)
     seven = tokenizer.convert_tokens_to_ids("7")
@@ -351,7 +354,7 @@ def test_states_are_those_that_predict_the_attempt():
 
 @pytest.fixture(scope="module")
 def quick(work, tmp_path_factory):
-    """The whole command at its smallest, of four methods."""
+    """The results of the whole command at its smallest, with four methods."""
     folder = tmp_path_factory.mktemp("quick")
     readme = folder / "README.md"
     readme.write_text("above\n<!-- methods tiny: x -->\n<!-- end -->\nbelow\n")
@@ -376,6 +379,8 @@ def test_a_quick_run_writes_results_table_and_plot(quick):
     assert found["discovery"]["num_questions"] == 1
     assert found["environment"]["torch"] == torch.__version__
     assert (folder / "methods_tiny.png").stat().st_size > 10_000
+    pictured = {path.name for path in folder.glob("*_*_*.png")}
+    assert pictured == {f"methods_tiny_{name}.png" for name in ("grpo", "sdft", "sdpo", "sd_zero")}
     text = (folder / "README.md").read_text()
     assert text.startswith("above\n")
     assert text.endswith("<!-- end -->\nbelow\n")
@@ -399,10 +404,10 @@ def test_a_resumed_run_makes_no_part_again(quick, monkeypatch, capsys):
 def test_the_table_replaces_what_was_between_the_markers(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- methods tiny: x -->\nold\n<!-- end -->\nb\n<!-- end -->\n")
-    report.update_readme(readme, ["new"], "tiny")
+    Block(readme, "methods tiny").fill(["new"])
     assert readme.read_text() == (
         "a\n<!-- methods tiny: x -->\n\nnew\n\n<!-- end -->\nb\n<!-- end -->\n"
     )
     readme.write_text("no place")
     with pytest.raises(ValueError, match="methods"):
-        report.check_readme(readme, "tiny")
+        Block(readme, "methods tiny")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-for _name in ("trl", "peft", "datasets", "matplotlib"):
+for _name in ("trl", "peft", "datasets"):
     pytest.importorskip(_name)
 
 from tiny_models import tiny_model
@@ -15,7 +15,7 @@ from trl_pairs import TOKENIZER, VOCAB
 
 from benchmarks.sparse import online, replay
 from benchmarks.sparse.__main__ import main, parse
-from benchmarks.sparse.arms import ARMS, DENSE
+from benchmarks.sparse.arms import DENSE, SPARSE
 from benchmarks.sparse.comparison import certificates, compare_curves, compare_replay
 from fused_sd.demo import model as demo_model
 
@@ -25,7 +25,7 @@ SCALE = replay.Scale(steps=STEPS, words=2, held_out=2, num_examples=1, learning_
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """The demo's model is a tiny one, whose end is the end of its tokenizer."""
+    """Replace the demo's model by a tiny one with the tokenizer's end token."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
     model = tiny_model(vocab=VOCAB, max_position_embeddings=512)
     model.generation_config.eos_token_id = [TOKENIZER.eos_token_id]
@@ -69,15 +69,13 @@ def test_certificates_are_weighted_by_their_tokens():
 def test_replay_changes_nothing_but_the_gradient(tiny):
     model, tokenizer = tiny, TOKENIZER
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    found = replay.run(model, tokenizer, list(ARMS.values()), 0, SCALE)["arms"]
-    assert list(found) == [DENSE.name, "2^-8", "2^-6", replay.OTHER]
+    found = replay.run(model, tokenizer, 0, SCALE)["arms"]
+    assert list(found) == [DENSE.name, SPARSE.name, replay.OTHER]
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters()))
     assert found[DENSE.name]["distance"] == 0
     assert found[DENSE.name]["KL from dense"] == pytest.approx(0, abs=1e-7)
     assert found["2^-8"]["steps"][0]["loss"] == found[DENSE.name]["steps"][0]["loss"]
-    for name in ("2^-8", "2^-6"):
-        shares = [step["dropped"] for step in found[name]["steps"]]
-        assert 0 < max(shares) <= ARMS[name].tolerance
+    assert 0 < max(step["dropped"] for step in found["2^-8"]["steps"]) <= SPARSE.tolerance
     compared = compare_replay([{"arms": found}])
     assert 0 < compared["2^-8"]["KL from dense"] < compared[replay.OTHER]["KL from dense"]
     assert compared["2^-8"]["loss gap"] < 0.01
@@ -85,22 +83,22 @@ def test_replay_changes_nothing_but_the_gradient(tiny):
 
 def test_the_command_runs_resumes_and_reports(tiny, tmp_path, capsys):
     where = ["--work", f"{tmp_path}/work", "--results", f"{tmp_path}/results"]
-    main(["--seeds", "0,1", "--steps", f"{STEPS}", "--arms", "2^-8", "--device", "cpu", *where])
+    arguments = ["--seeds", "0,1", "--steps", f"{STEPS}", "--device", "cpu", *where]
+    main(arguments)
     found = json.loads((tmp_path / "results" / "online.json").read_text())
     assert found["seeds"] == [0, 1]
-    for run in found["runs"]["2^-8"]:
-        assert len(run["steps"]) == STEPS
-        assert [step for step, _ in run["curves"]["held-out KL"]] == [0, STEPS]
-        assert all(step["dropped"] <= 2**-8 for step in run["steps"])
-    assert "dropped" not in found["runs"]["dense"][0]["steps"][0]
+    compared = found["compared"]["2^-8"]
+    assert [look["step"] for look in compared["curves"]["held-out KL"]] == [0, STEPS]
+    assert 0 < compared["certificates"]["largest_dropped"] <= 2**-8
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "work").glob("online-*.json")]
+    assert len(runs) == 4
+    assert all(len(run["values"]["steps"]) == STEPS for run in runs)
     page = (tmp_path / "results" / "report.md").read_text()
     assert "| 2^-8 | accuracy | 0 |" in page
     assert "| dense, other draw |" in page
-    assert (tmp_path / "results" / "curves.png").stat().st_size > 0
 
     capsys.readouterr()
-    again = ["--seeds", "0,1", "--steps", f"{STEPS}", "--arms", "2^-8", "--device", "cpu"]
-    main([*again, "--resume", *where])
+    main([*arguments, "--resume"])
     assert "online-" not in capsys.readouterr().out
 
 
@@ -112,8 +110,3 @@ def test_too_little_is_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         parse(arguments)
     assert message in capsys.readouterr().err
-
-
-def test_an_unknown_arm_is_named():
-    with pytest.raises(SystemExit, match=r"--arms must name some of dense, 2\^-8"):
-        main(["--arms", "none"])

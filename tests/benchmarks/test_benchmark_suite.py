@@ -1,4 +1,4 @@
-"""The benchmark's suites: that they fit their time, resume, and become tables and plots."""
+"""The benchmark's suites fit their time, resume, and become tables and plots."""
 
 import json
 import re
@@ -7,31 +7,33 @@ import pytest
 import torch
 
 from benchmarks import report, run, sparse_table, suites
-from benchmarks.results_store import Store, file_slug, stored
-from benchmarks.suites import SUITES, Asked, Suite, expected_seconds
+from benchmarks.markdown import END
+from benchmarks.storage import SuiteResults, file_slug, suite_documents
+from benchmarks.suites import SUITES, CellRequest, Suite, expected_seconds
 from fused_sd.bench.measure import Effort
 from fused_sd.bench.problem import OBJECTIVES, SHAPES
 from fused_sd.bench.providers import PROVIDERS
 
 PAIR = ("fused_sd", "eager")
+MARKER = "<!-- speed: a command -->"
 
 
 def cells(name):
-    return [asked for part in SUITES[name].parts.values() for asked in part]
+    return [request for part in SUITES[name].parts.values() for request in part]
 
 
 @pytest.mark.parametrize("name", SUITES, ids="suite-{}".format)
 def test_a_suite_is_whole_and_fits_its_time(name):
     providers = {provider.name for provider in PROVIDERS}
-    for asked in cells(name):
-        assert set(asked.providers) <= providers, asked.key
-        assert asked.providers[0] == "fused_sd"
-        assert asked.shape in SHAPES
-    assert {asked.objective for asked in cells(name)} == set(OBJECTIVES)
-    keys = [(part, asked.key) for part, found in SUITES[name].parts.items() for asked in found]
+    for request in cells(name):
+        assert set(request.providers) <= providers, request.key
+        assert request.providers[0] == "fused_sd"
+        assert request.shape in SHAPES
+    assert {request.objective for request in cells(name)} == set(OBJECTIVES)
+    keys = [(part, request.key) for part, found in SUITES[name].parts.items() for request in found]
     assert len(keys) == len(set(keys))
     assert set(suites.FACTORS) <= providers
-    seconds = sum(expected_seconds(asked, name) for asked in cells(name))
+    seconds = sum(expected_seconds(request, name) for request in cells(name))
     assert seconds < 60 * SUITES[name].minutes
 
 
@@ -61,10 +63,10 @@ def test_the_gpu_suite_covers_what_is_claimed():
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """A CPU suite of seconds, and the folder of its results."""
+    """Replace the CPU suite by one that takes seconds; return a folder for its results."""
 
     def cell(objective, **others):
-        return Asked("tiny", 40, objective, PAIR, dtype="float32")._replace(**others)
+        return CellRequest("tiny", 40, objective, PAIR, dtype="float32")._replace(**others)
 
     parts = {
         "main": [cell("reverse_kl"), cell("grpo", trainable=False)],
@@ -86,7 +88,7 @@ def measure(folder, *arguments):
 
 
 def document(folder):
-    (found,) = stored(folder)
+    (found,) = suite_documents(folder)
     return found
 
 
@@ -103,11 +105,16 @@ def test_a_suite_is_measured_kept_and_resumed(tiny, capsys, monkeypatch):
     assert second["floor"]["u"] == 2
     assert second["rows"][0]["errors"]["dweight"] is None
 
-    asked = []
-    exact = run.measure_asked
-    monkeypatch.setattr(run, "measure_asked", lambda a, *rest: asked.append(a) or exact(a, *rest))
+    requests = []
+    measure_request = run.measure_request
+
+    def recorded(request, *arguments):
+        requests.append(request)
+        return measure_request(request, *arguments)
+
+    monkeypatch.setattr(run, "measure_request", recorded)
     assert measure(tiny, "--resume") == 0
-    assert [(a.tokens, a.entropy) for a in asked] == [
+    assert [(request.tokens, request.entropy) for request in requests] == [
         (40, 0.3),
         (40, 1.0),
         (20, None),
@@ -122,7 +129,7 @@ def test_a_suite_is_measured_kept_and_resumed(tiny, capsys, monkeypatch):
     assert [row["status"] for row in errors_only["rows"]] == ["checked"] * 2
     assert errors_only["rows"][0]["times"] is None
     assert measure(tiny, "--resume") == 0
-    assert len(asked) == 5
+    assert len(requests) == 5
 
 
 def test_what_does_not_fit_is_left_for_the_next_run(tiny, capsys):
@@ -130,7 +137,7 @@ def test_what_does_not_fit_is_left_for_the_next_run(tiny, capsys):
     out = capsys.readouterr().out
     assert "The time is up before main: tiny, 40, reverse_kl" in out
     assert "--resume" in out
-    assert not stored(tiny)
+    assert not suite_documents(tiny)
 
 
 def test_results_of_another_environment_are_not_mixed_in(tiny, capsys):
@@ -147,10 +154,8 @@ def test_wrong_use_says_what_to_do(tiny, capsys, monkeypatch):
     assert run.main(["--suite", "gpu", "--out", str(tiny)]) == 2
     assert "pass --suite cpu" in capsys.readouterr().err
     assert measure(tiny, "--parts", "shapes") == 2
-    assert (
-        "--parts must be one of 'main', 'sparse', 'scaling', 'accuracy', 'step'"
-        in capsys.readouterr().err
-    )
+    message = "--parts must be one of 'main', 'sparse', 'scaling', 'accuracy', got"
+    assert message in capsys.readouterr().err
     assert run.main(["--suite", "gpu", "--plan"]) == 0
     assert re.search(r"in all \d+ s, of 540", capsys.readouterr().out)
 
@@ -165,22 +170,6 @@ def test_a_lost_device_ends_the_run_with_what_was_measured(tiny, capsys, monkeyp
     assert len(document(tiny)["parts"]["main"]) == 1
 
 
-def test_the_whole_step_gets_the_time_that_is_left(tiny, monkeypatch):
-    commands = []
-
-    class Done:
-        returncode = 0
-
-    monkeypatch.setattr(run.subprocess, "run", lambda command: commands.append(command) or Done())
-    assert measure(tiny, "--parts", "step", "--minutes", "2", "--resume") == 0
-    ((_, _, module, *arguments),) = commands
-    assert module == "benchmarks.step"
-    assert 100 <= float(arguments[arguments.index("--budget-seconds") + 1]) <= 120
-    assert arguments[arguments.index("--commit") + 1] == "abc"
-    assert arguments[arguments.index("--device") + 1] == "cpu"
-    assert arguments[-1] == "--resume"
-
-
 def test_a_device_has_one_folder():
     assert file_slug("CPU (x86_64, 1 thread)") == file_slug("CPU (x86_64, 8 threads)")
     assert file_slug("NVIDIA H200") == "nvidia-h200"
@@ -190,21 +179,21 @@ def test_results_become_tables_and_plots_again_and_again(tiny, tmp_path, capsys)
     pytest.importorskip("matplotlib")
     assert measure(tiny) == 0
     readme, docs = tmp_path / "README.md", tmp_path / "docs"
-    readme.write_text(f"before\n\n{report.MARKER}\n{report.END}\n\nafter\n")
+    readme.write_text(f"before\n\n{MARKER}\n{END}\n\nafter\n")
     arguments = ["--results", str(tiny), "--docs", str(docs), "--update-readme", str(readme)]
     assert report.main(arguments) == 0
     text = readme.read_text()
     assert report.main(arguments) == 0
     assert readme.read_text() == text
     assert text.startswith("before\n\n")
-    assert text.endswith(f"{report.END}\n\nafter\n")
+    assert text.endswith(f"{END}\n\nafter\n")
     assert "GPU figures are still to be measured" in text
     assert "| **fused_sd** |" in text
     assert "| the bare GEMMs (4u) |" in text
     assert "| reverse_kl | tiny | 80 | trained |" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in tables} == {11, 12, 13}
-    pictures = re.findall(r"\(docs/(\S+\.png)\)", text)
+    pictures = re.findall(r"\(docs/images/(\S+\.png)\)", text)
     assert sorted(pictures) == sorted(path.name for path in docs.iterdir())
     assert len(pictures) == 3
     capsys.readouterr()
@@ -247,9 +236,9 @@ def test_who_has_no_time_is_named_with_the_reason(tmp_path):
         "rows": [row],
     }
     where = {"device": "NVIDIA H200", "torch": "2.11", "trl": "not installed", "commit": "abc"}
-    store = Store(tmp_path / "nvidia-h200", "gpu", where, resume=False)
+    store = SuiteResults(tmp_path / "nvidia-h200", "gpu", where, resume=False)
     store.add("main", "a cell", cell)
-    text = "\n".join(report.markdown_lines(stored(tmp_path), {}))
+    text = "\n".join(report.markdown_lines(suite_documents(tmp_path), {}))
     assert "still to be measured" not in text
     assert "NVIDIA H200; torch 2.11; commit abc:" in text
     assert "Without a time: theirs: out of memory (9 GiB)." in text
@@ -259,9 +248,9 @@ def test_who_has_no_time_is_named_with_the_reason(tmp_path):
 
 def test_the_whole_step_stands_below_the_readmes_section(tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
-    readme.write_text("## Speed\n\n" + report.MARKER + "\nold\n" + report.END + "\n\n## Next\n")
-    monkeypatch.setattr(report, "stored", lambda folder: [])
-    monkeypatch.setattr(report, "stored_steps", lambda folder: [{}])
+    readme.write_text("## Speed\n\n" + MARKER + "\nold\n" + END + "\n\n## Next\n")
+    monkeypatch.setattr(report, "suite_documents", lambda folder: [])
+    monkeypatch.setattr(report, "step_documents", lambda folder: [{}])
     monkeypatch.setattr(report, "step_markdown", lambda step: "## One step\n\n### small\n")
     assert report.main(["--update-readme", str(readme)]) == 0
     headings = [line for line in readme.read_text().splitlines() if line.startswith("#")]
