@@ -1,7 +1,7 @@
-"""``docs/scale.md``: memory, wire and time of the losses where ranks share the head.
+"""``docs/scale.md``: memory, traffic and predicted time of the losses on ranks that share the head.
 
-python -m benchmarks.scale --count    run small cases on 2, 4 and 8 ranks, and keep the counts
-python -m benchmarks.scale --write    write the page: plans, and the kept counts beside theirs
+python -m benchmarks.scale --count    runs small cases on 2, 4 and 8 ranks and stores the counts
+python -m benchmarks.scale --write    writes the page from plans and the stored counts
 """
 
 import argparse
@@ -16,17 +16,18 @@ from typing import Any
 import torch
 
 from benchmarks.scale import cases, tables
+from benchmarks.storage import RESULTS, ROOT
 from fused_sd.measuring.head_sizes import head_size
 from fused_sd.planning.devices import CARDS, LATENCY
 
-FOLDER = Path(__file__).parent
-PAGE = FOLDER.parents[1] / "docs" / "scale.md"
-TEMPLATE = FOLDER / "template.md"  # the page with <<names>> of tables and <names> of numbers
-COUNTS = FOLDER.parent / "results" / "scale.json"
+PAGE = ROOT / "docs" / "scale.md"
+# the page with <<names>> of tables and <names> of numbers
+TEMPLATE = Path(__file__).with_name("template.md")
+COUNTS = RESULTS / "scale.json"
 
 
 def count() -> dict[str, Any]:
-    """Run the small cases: the ranks' median peak, and what each of them hands over."""
+    """Run the small cases; return the ranks' median peak and what each rank sends."""
     rows = []
     for ranks in tables.SHARING:
         with tempfile.TemporaryDirectory() as folder:
@@ -42,13 +43,13 @@ def count() -> dict[str, Any]:
 
 
 def kept_counts() -> dict[str, Any]:
-    """What ``count`` found when it was last run."""
+    """Return the stored results of ``count``."""
     counts: dict[str, Any] = json.loads(COUNTS.read_text(encoding="utf-8"))
     return counts
 
 
 def page() -> str:
-    """The page, with its tables and numbers in their places."""
+    """Return the template with its tables and numbers filled in."""
     counts = kept_counts()
     text = TEMPLATE.read_text(encoding="utf-8")
     for name, lines in {
@@ -70,7 +71,7 @@ def page() -> str:
 
 
 def numbers(counts: Mapping[str, Any]) -> dict[str, str]:
-    """What the page's sentences say of the rates and the cases."""
+    """Return the numbers in the page's sentences, by their names in the template."""
     card, head = CARDS[tables.CARD], head_size(tables.MODELS[0])
     assert card.rate is not None
     assert card.bandwidth is not None
@@ -92,25 +93,27 @@ def numbers(counts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def worst(counts: Mapping[str, Any]) -> float:
-    """The largest share of a counted peak that a plan is off by."""
+    """Return the plans' largest relative error of a counted peak."""
     return max(
         abs(tables.planned_again(row).peak_bytes / row["peak"] - 1) for row in counts["cases"]
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Count, write or print."""
+    """Count, and write or print the page; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scale",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--count", action="store_true", help="run the small cases first: minutes")
-    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}, else print it")
-    chosen = parser.parse_args(arguments)
-    if chosen.count:
+    parser.add_argument("--count", action="store_true", help="run the small cases first (minutes)")
+    parser.add_argument(
+        "--write", action="store_true", help="write the page instead of printing it"
+    )
+    options = parser.parse_args(arguments)
+    if options.count:
         COUNTS.write_text(json.dumps(count(), indent=1) + "\n", encoding="utf-8")
-    if chosen.write:
+    if options.write:
         PAGE.write_text(page(), encoding="utf-8")
     else:
         print(page())

@@ -1,8 +1,8 @@
-"""Small losses on real ranks that share a head, counted: what they hold, and what they send.
+"""Small losses on real ranks that share a head, with their memory and their collectives counted.
 
-Every case runs in processes of a gloo group on a CPU; PyTorch's allocations are counted as
-``fused_sd.bench`` counts them, the collectives as they are called.  gloo's own buffers are at times
-among the allocations, on this rank or that: the ranks' median is what a loss holds.
+Every case runs in processes of a gloo group on a CPU.  Memory is PyTorch's allocations, counted as
+in ``fused_sd.bench``.  On some ranks they include gloo's own buffers, which the median of the ranks
+leaves out.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,13 +26,13 @@ from fused_sd.planning import Plan
 from fused_sd.planning.wire import GATHER, MAX, SUM, SUM_OF_DHIDDEN
 
 WIDE = Shape("wide", 32, 12000)
-DEEP = Shape("deep", 256, 3001)  # the head's gradient is most of it, and a shard has a row less
+DEEP = Shape("deep", 256, 3001)  # dW is most of its memory, and one shard has a row less
 NUM_TOKENS = 96
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Case(NamedTuple):
-    """A loss, named as a plan names it."""
+    """A loss and its settings, by the names that ``fused_sd.plan`` uses."""
 
     objective: str
     shape: Shape = WIDE
@@ -44,7 +44,7 @@ class Case(NamedTuple):
     gradient: str = "dense"
 
     def __str__(self) -> str:
-        """What is not the default, behind the loss and the head."""
+        """Name the loss and the head, then every setting that is not the default."""
         words = [self.objective, self.shape.name, self.dtype]
         words += [] if self.trained else ["frozen"]
         words += [] if self.reduction == "mean" else [self.reduction]
@@ -71,27 +71,33 @@ CASES = (
     Case("reverse_kl", gradient="sparse"),
     Case("sdpo", dtype="fp32", reduction="none", masked=0.5, gradient="sparse"),
 )
-ENTROPY, TOLERANCE = 0.6, 2**-8  # of sparse gradients, of which no row is dense then
+ENTROPY, TOLERANCE = 0.6, 2**-8  # of the sparse cases: with them no row is dense
 
 
 class Counted(NamedTuple):
-    """What one rank held and sent."""
+    """One rank's memory and traffic in one case."""
 
     peak_bytes: int
-    sent: dict[str, int]  # bytes handed over, by the collective's name; the sum of dH is a SUM
+    sent: dict[str, int]  # bytes by collective; dH's sum counts as a SUM
     num_collectives: int
-    kept: float | None  # entries of a token's sparse gradient
+    kept: float | None  # sparse values of a token
 
 
 def count(ranks: int, folder: Path, cases: Sequence[Case] = CASES) -> list[list[Counted]]:
-    """Of every case, what each rank counted."""
+    """Run the cases; return for each case the counts of all ranks."""
     torch.multiprocessing.spawn(_rank, (ranks, folder, tuple(cases)), nprocs=ranks)
     by_rank = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
     return [list(found) for found in zip(*by_rank, strict=True)]
 
 
 def planned(case: Case, ranks: int, kept: int | None = None) -> Plan:
-    """The same, as a plan sees it, told how many entries all ranks keep of a token."""
+    """Plan a case.
+
+    Args:
+        case: The case.
+        ranks: The number of ranks that share the head.
+        kept: Sparse values of a token on all ranks together.
+    """
     return fused_sd.plan(
         tokens=NUM_TOKENS,
         hidden_size=case.shape.hidden_size,
@@ -110,7 +116,7 @@ def planned(case: Case, ranks: int, kept: int | None = None) -> Plan:
 
 
 def planned_sums(plan: Plan) -> dict[str, int]:
-    """Bytes handed over, by the collectives that are called."""
+    """Return the planned bytes by the collective that is called."""
     assert plan.traffic is not None
     payload = dict(plan.traffic.payload)
     payload[SUM] += payload.pop(SUM_OF_DHIDDEN)
@@ -118,7 +124,7 @@ def planned_sums(plan: Plan) -> dict[str, int]:
 
 
 def kept_together(by_rank: Sequence[Counted]) -> int | None:
-    """Entries of a token's sparse gradient on all ranks."""
+    """Return the sparse values of a token on all ranks together."""
     kept = [counted.kept for counted in by_rank if counted.kept is not None]
     return round(sum(kept)) if kept else None
 
@@ -126,7 +132,7 @@ def kept_together(by_rank: Sequence[Counted]) -> int | None:
 def loss_of(
     case: Case, problem: Problem, head: LMHead, group: dist.ProcessGroup
 ) -> Callable[[], LossOutput | TokenLogProbs]:
-    """A case's loss on a rank's rows of the head."""
+    """Return a function that computes a case's loss on one rank's rows of the head."""
     run: dict[str, Any] = {"process_group": group, "chunk_size": case.chunk_size}
     run |= {"token_weights": problem.mask.float()}
     if case.objective != "token_log_probs":
@@ -137,8 +143,8 @@ def loss_of(
     frozen = LMHead(head.weight.detach(), shard_sizes=head.shard_sizes)
     teacher = problem.teacher_hidden, frozen
     sides = problem.hidden, head, *teacher
-    given = torch.arange(NUM_TOKENS * 32).view(NUM_TOKENS, 32) % case.shape.vocab
-    of_server = torch.full(given.shape, 1 / 40).log()
+    entries = torch.arange(NUM_TOKENS * 32).view(NUM_TOKENS, 32) % case.shape.vocab
+    entry_log_probs = torch.full(entries.shape, 1 / 40).log()
     old = {"old_log_probs": problem.old_log_probs}
     losses: dict[str, Callable[[], LossOutput | TokenLogProbs]] = {
         "reverse_kl": lambda: fused_sd.divergence_loss(*sides, **run),
@@ -146,7 +152,7 @@ def loss_of(
         "sdpo": lambda: fused_sd.sdpo_loss(*sides, **run),
         "sd_zero": lambda: fused_sd.sd_zero_loss(*sides, **run),
         "topk_divergence": lambda: fused_sd.topk_divergence_loss(
-            problem.hidden, head, given, of_server, **run
+            problem.hidden, head, entries, entry_log_probs, **run
         ),
         "rlsd": lambda: fused_sd.rlsd_loss(
             *tokens, problem.advantages, teacher=teacher, **old, **run
@@ -158,13 +164,13 @@ def loss_of(
 
 
 def _rank(rank: int, ranks: int, folder: Path, cases: Sequence[Case]) -> None:
-    """Count every case as one of the ranks."""
+    """Run and count every case as one of the ranks."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
     group = dist.group.WORLD
     assert group is not None
-    found = []
+    counts = []
     for case in cases:
         problem = variant(
             _drawn(case.shape, case.dtype, case.gradient),
@@ -182,9 +188,9 @@ def _rank(rank: int, ranks: int, folder: Path, cases: Sequence[Case]) -> None:
         sent = dict.fromkeys((MAX, SUM, GATHER), 0)
         for name, size in calls:
             sent[name] += size
-        found.append(Counted(peak, sent, len(calls), kept))
-    torch.save(found, folder / f"{rank}.pt")
-    dist.barrier()  # nobody leaves while others talk
+        counts.append(Counted(peak, sent, len(calls), kept))
+    torch.save(counts, folder / f"{rank}.pt")
+    dist.barrier()  # a rank that leaves early breaks the others' collectives
     dist.destroy_process_group()
 
 
@@ -195,14 +201,14 @@ def _drawn(shape: Shape, dtype: str, gradient: str) -> Problem:
 
 
 def _kept(output: Any, mask: Tensor) -> float:
-    """Entries of a counting token, none of which is dense."""
+    """Return the mean sparse values of a kept token; no row may be dense."""
     assert not output.certificate.dense.any()
     return float(output.certificate.kept[mask].double().mean())
 
 
 @contextmanager
 def _collectives() -> Iterator[list[tuple[str, int]]]:
-    """Every collective's name, and the bytes that this rank hands over."""
+    """Record the name and the bytes of every collective that this rank calls."""
     calls: list[tuple[str, int]] = []
     reduce, gather = dist.all_reduce, dist.all_gather
 

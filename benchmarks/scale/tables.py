@@ -1,4 +1,4 @@
-"""The tables of ``docs/scale.md``: every number of a large head is ``fused_sd.plan``'s."""
+"""The tables of ``docs/scale.md``: ``fused_sd.plan`` gives every number of a large head."""
 
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -29,8 +29,8 @@ LOSSES = {
     "rlsd": "RLSD: policy with a teacher's states",
     "cross_entropy": "cross entropy, GRPO",
 }
-ONE = (MODELS[0], "reverse_kl")  # what is taken apart
-HOLDERS = {"topk_divergence": "verl Megatron top-k"}  # who holds all logits; else eager
+DETAILED = (MODELS[0], "reverse_kl")  # the model and loss of the detailed tables
+HOLDERS = {"topk_divergence": "verl Megatron top-k"}  # the peer that holds all logits; else eager
 LINKS = {"NVLink 4": 370e9, "NVLink 3": 208e9, "PCIe 5": 40e9}
 GIB, MIB = 2**30, 2**20
 
@@ -44,7 +44,7 @@ def planned(
     batches: int = 1,
     reduction: str = "mean",
 ) -> Plan:
-    """One case on the card."""
+    """Plan a loss of a model on ``CARD``."""
     return fused_sd.plan(
         model,
         tokens=TOKENS,
@@ -60,7 +60,7 @@ def planned(
 def predicted(
     model: str, loss: str, ranks: int, link: float | None = None, batches: int = 1
 ) -> Prediction:
-    """Its time."""
+    """Return the plan's predicted time."""
     found = planned(model, loss, ranks, link, batches).prediction
     assert found is not None
     return found
@@ -80,7 +80,7 @@ def _by_ranks(name: str) -> Iterator[str]:
 
 
 def head_lines() -> Iterator[str]:
-    """The heads, and what every rank has whatever the loss."""
+    """Sizes of the heads and of the inputs that every rank holds."""
     rows = [f"rows at {ranks}" for ranks in SHARING]
     yield from _headings("model", "hidden", "vocabulary", *rows, "head", "at 8", "states")
     for model in MODELS:
@@ -93,7 +93,7 @@ def head_lines() -> Iterator[str]:
 
 
 def memory_lines() -> Iterator[str]:
-    """Peaks by loss and ranks, and of those who hold the logits."""
+    """Peak memory by loss and ranks, and that of peers that hold the logits."""
     for model, name in HEADS.items():
         holding = [f"holding logits, at {ranks}" for ranks in (RANKS[0], RANKS[-1])]
         yield from _headings(f"{name}: peak in GiB", *map(str, RANKS), *holding)
@@ -107,10 +107,10 @@ def memory_lines() -> Iterator[str]:
 
 
 def part_lines() -> Iterator[str]:
-    """What the peak of one loss is made of."""
-    plans = [planned(*ONE, ranks) for ranks in RANKS]
+    """The parts of one loss's peak memory."""
+    plans = [planned(*DETAILED, ranks) for ranks in RANKS]
     names = {name: None for plan in plans for name in plan.estimates[0].parts}
-    yield from _by_ranks(f"{HEADS[ONE[0]]}, {LOSSES[ONE[1]]}: GiB at the peak")
+    yield from _by_ranks(f"{HEADS[DETAILED[0]]}, {LOSSES[DETAILED[1]]}: GiB at the peak")
     for name in names:
         parts = [plan.estimates[0].parts.get(name, 0) for plan in plans]
         yield line([name, *(f"{size / GIB:.2f}" if size else "" for size in parts)])
@@ -122,7 +122,7 @@ def part_lines() -> Iterator[str]:
 
 
 def number_lines() -> Iterator[str]:
-    """fp32 numbers of a token, by loss."""
+    """fp32 numbers that a rank sends for a token, by loss."""
     kinds = ("MAX", "SUM", "all-gather", "collectives of a chunk")
     yield from _headings("numbers of a token", *kinds)
     shard = -(-head_size(MODELS[0]).vocab // RANKS[-1])
@@ -133,11 +133,11 @@ def number_lines() -> Iterator[str]:
 
 
 def wire_lines() -> Iterator[str]:
-    """Bytes of a step, by loss and ranks."""
+    """Bytes that a rank sends in a step, by loss and ranks."""
     for model, name in HEADS.items():
         kinds = ("MAX", "SUM", "all-gather", "SUM of dH")
         sent = [f"sent at {ranks}" for ranks in SHARING]
-        yield from _headings(f"{name}: MiB handed over", *kinds, *sent)
+        yield from _headings(f"{name}: MiB in collectives", *kinds, *sent)
         for loss, title in LOSSES.items():
             found = [planned(model, loss, ranks).traffic for ranks in SHARING]
             sends = [each for each in found if each is not None]
@@ -147,9 +147,9 @@ def wire_lines() -> Iterator[str]:
 
 
 def time_lines() -> Iterator[str]:
-    """Predicted milliseconds, by loss and ranks."""
+    """Predicted milliseconds by loss and ranks."""
     for model, name in HEADS.items():
-        texts = ("8 ranks gain", "of it told and waited, at 8")
+        texts = ("speedup of 8 ranks", "communication at 8")
         yield from _headings(f"{name}: ms predicted", *map(str, RANKS), *texts)
         for loss, title in LOSSES.items():
             times = [predicted(model, loss, ranks) for ranks in RANKS]
@@ -160,24 +160,26 @@ def time_lines() -> Iterator[str]:
 
 
 def time_part_lines() -> Iterator[str]:
-    """What the time of one loss is made of."""
-    times = [predicted(*ONE, ranks) for ranks in RANKS]
-    yield from _by_ranks(f"{HEADS[ONE[0]]}, {LOSSES[ONE[1]]}: ms predicted")
+    """The parts of one loss's predicted time."""
+    times = [predicted(*DETAILED, ranks) for ranks in RANKS]
+    yield from _by_ranks(f"{HEADS[DETAILED[0]]}, {LOSSES[DETAILED[1]]}: ms predicted")
     for name, title in {
         "gemms": "GEMMs",
         "rows": "passes over the logits",
         "rounding": "rounding dH and dW",
-        "wire": "wire",
+        "wire": "transfer",
         "latency": "latency of the collectives",
     }.items():
         yield line([title, *(f"{1e3 * getattr(time, name):.1f}" for time in times)])
     yield line(["all", *(f"{1e3 * time.total:.1f}" for time in times)])
-    plans = [planned(*ONE, ranks) for ranks in RANKS]
-    yield line(["left out: dW's sum, if none of it hides", *(f"{_sum_ms(p):.1f}" for p in plans)])
+    plans = [planned(*DETAILED, ranks) for ranks in RANKS]
+    yield line(
+        ["not included: dW's sum, if nothing hides it", *(f"{_sum_ms(p):.1f}" for p in plans)]
+    )
 
 
 def _sum_ms(plan: Plan) -> float:
-    """Of reading and writing the fp32 sum of the head's gradient, for each group of tokens."""
+    """Milliseconds to read and write the fp32 sum of dW once for each group of chunks."""
     copies = CARDS[CARD].bandwidth
     assert copies is not None
     groups = -(-plan.active_per_rank // plan.group)
@@ -185,8 +187,8 @@ def _sum_ms(plan: Plan) -> float:
 
 
 def link_lines() -> Iterator[str]:
-    """The same at other links."""
-    texts = ("GB/s", *map(str, RANKS), "told and waited, at 8")
+    """Predicted milliseconds over slower links."""
+    texts = ("GB/s", *map(str, RANKS), "communication at 8")
     yield from _headings(f"{HEADS[MODELS[0]]}: ms predicted, by link", *texts)
     for loss in ("reverse_kl", "sd_zero"):
         for name, link in LINKS.items():
@@ -197,14 +199,14 @@ def link_lines() -> Iterator[str]:
 
 
 def way_lines() -> Iterator[str]:
-    """Eight ranks used in each way."""
+    """Memory, time and traffic of eight ranks that share a head or split the batch."""
     texts = ("tokens of a rank", "head and peak, GiB", "ms predicted", "MiB sent")
     yield from _headings("8 ranks, one loss", *texts)
     for ranks in RANKS:
         batches = RANKS[-1] // ranks
-        plan = planned(*ONE, ranks, batches=batches)
+        plan = planned(*DETAILED, ranks, batches=batches)
         held = (plan.peak_bytes + 2 * plan.shard_rows * plan.hidden_size) / GIB
-        time = predicted(*ONE, ranks, batches=batches)
+        time = predicted(*DETAILED, ranks, batches=batches)
         sent = plan.traffic.sent_bytes / MIB if plan.traffic else 0
         name = f"{batches} x {ranks}: a head on {ranks}"
         texts = (str(plan.tokens_per_rank), f"{held:.2f}", f"{1e3 * time.total:.0f}", f"{sent:.0f}")
@@ -212,8 +214,8 @@ def way_lines() -> Iterator[str]:
 
 
 def counted_lines(counts: Mapping[str, Any]) -> Iterator[str]:
-    """Plans beside counts."""
-    peaks = ("peak planned", "peak counted", "off by")
+    """Planned beside counted memory and traffic, by case and ranks."""
+    peaks = ("peak planned", "peak counted", "error")
     sent = ("bytes planned", "bytes counted", "collectives")
     yield from _headings("case", "ranks", *peaks, *sent)
     for row in counts["cases"]:
@@ -221,14 +223,14 @@ def counted_lines(counts: Mapping[str, Any]) -> Iterator[str]:
         assert plan.traffic is not None
         gap = f"{plan.peak_bytes / row['peak'] - 1:+.1%}"
         peaks = (str(plan.peak_bytes), str(row["peak"]), gap)
-        told = plan.traffic.num_collectives, row["collectives"]
-        calls = str(told[0]) if told[0] == told[1] else f"{told[0]} planned, {told[1]} counted"
-        sent = (str(plan.traffic.payload_bytes), str(sum(row["sent"].values())), calls)
+        calls = plan.traffic.num_collectives, row["collectives"]
+        text = str(calls[0]) if calls[0] == calls[1] else "{} planned, {} counted".format(*calls)
+        sent = (str(plan.traffic.payload_bytes), str(sum(row["sent"].values())), text)
         yield line([row["case"], str(row["ranks"]), *peaks, *sent])
 
 
 def planned_again(row: Mapping[str, Any]) -> Plan:
-    """What a plan says of a case that was counted."""
+    """Return the plan of a counted case."""
     return _planned_again(row["case"], row["ranks"], row["kept"])
 
 

@@ -1,4 +1,4 @@
-"""Ranks that share a head: what a plan says they hold and send is what real ones do."""
+"""Plans of ranks that share a head: memory and traffic equal those of real ranks."""
 
 import statistics
 
@@ -26,7 +26,7 @@ CARD = CARDS["H200"]
 
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory):
-    """What two ranks count, by case."""
+    """The counts of two real ranks, by case."""
     found = cases.count(RANKS, tmp_path_factory.mktemp("ranks"))
     return dict(zip(cases.CASES, found, strict=True))
 
@@ -43,8 +43,8 @@ def test_ranks_hold_and_send_what_is_planned(counts, case):
     assert plan.peak_bytes == pytest.approx(peak, rel=CLOSE), plan.estimates[0].parts
 
 
-class Told(VocabShard):
-    """A shard whose rank counts what it would tell the others, and is told nothing."""
+class CountingShard(VocabShard):
+    """A shard without other ranks that counts the numbers it would send."""
 
     def __init__(self, vocab):
         super().__init__(None, vocab)
@@ -62,7 +62,7 @@ class Told(VocabShard):
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "gkd", "opsd"])
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-def test_row_functions_of_either_backend_tell_what_is_counted(name, backend, has_gradient):
+def test_row_functions_of_either_backend_send_what_is_planned(name, backend, has_gradient):
     if backend == "cuda":
         pytest.importorskip("triton")
         from fused_sd.kernels import rows  # interpreted where there is no GPU
@@ -71,14 +71,14 @@ def test_row_functions_of_either_backend_tell_what_is_counted(name, backend, has
     device = "cuda" if torch.cuda.is_available() else "cpu"
     count, vocab = 5, 300
     student, teacher = torch.randn(2, count, vocab, device=device)
-    objective, shard = OBJECTIVES[name], Told(vocab)
+    objective, shard = OBJECTIVES[name], CountingShard(vocab)
     divergence = fused_sd.Jsd(0.5) if objective.divergence == "jsd" else objective.divergence
     clip = 0.05 if objective.entry_clip else None
-    upstream = torch.ones(count, device=device) if has_gradient else None
+    row_weights = torch.ones(count, device=device) if has_gradient else None
     out = torch.empty_like(student) if has_gradient else None
     normalizers = rows.normalizers(student, teacher, shard)
     given = student, teacher, normalizers, divergence_term(divergence), clip
-    rows.divergence_(*given, upstream, None, out, shard)
+    rows.divergence_(*given, row_weights, None, out, shard)
     sends = wire(objective, 0, vocab, backend, has_gradient)
     assert (len(shard.maxes), sum(shard.maxes)) == (sends.maxes, count * sends.max_numbers)
     assert (len(shard.sums), sum(shard.sums)) == (sends.sums, count * sends.sum_numbers)
@@ -189,7 +189,7 @@ def test_the_page_counts_every_case_on_every_number_of_ranks():
         assert plan.traffic.num_collectives == row["collectives"]
 
 
-def test_the_command_tells_what_is_sent_and_predicted(capsys):
+def test_the_command_prints_what_is_sent_and_predicted(capsys):
     assert main([*COMMAND, "--tensor-parallel", "8", "--link", "40", "--objective", "gkd"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100
