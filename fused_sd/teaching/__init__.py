@@ -1,0 +1,1 @@
+"""Who teaches, and on which tokens: teacher weights, the trust region, and aligned responses."""

@@ -1,4 +1,4 @@
-"""Where one response sits in two sequences, the student's prompt before it and the teacher's.
+"""Find a response in two sequences: behind the student's prompt and behind the teacher's.
 
     places = align_responses(student_ids, student_mask, teacher_ids, teacher_mask,
                              student_response_mask=response_mask)
@@ -6,10 +6,11 @@
     teacher = teacher_hidden.flatten(0, 1)[places.teacher_positions]
     loss = sdpo_loss(student, head, teacher, head, token_weights=places.weights)
 
-Rows are padded on any side, ragged, or one row packs several sequences that ``sequence_ids`` tell
-apart.  Values are read: call these where batches are made, on the CPU.
+Rows may be padded on either side, or hold several packed sequences that ``sequence_ids`` number.
+These functions read values of tensors: call them where batches are made, on the CPU.
 
-Dimension key:  B rows, L positions, N response tokens of all sequences, D hidden size
+Dimension key:  B rows, L the student's positions (L' the teacher's), N response tokens of all
+    sequences, D hidden size
 """
 
 from dataclasses import dataclass
@@ -18,18 +19,18 @@ import torch
 from torch import Tensor
 
 from fused_sd.checks import fail
-from fused_sd.teaching.sequences import Side
+from fused_sd.teaching.sequences import Sequences
 
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """The response tokens in order of sequences, and the states that predict them.
+    """List the N response tokens of a batch with the states of both sides that predict them.
 
     Attributes:
-        student_positions: (N,) int64, into the student's ``hidden.flatten(0, 1)``.
-        teacher_positions: (N,) int64, into the teacher's.
-        token_ids: (N,) int64, the token that both predict.
-        weights: (N,) float32, the response mask's values.
+        student_positions: (N,) int64, rows of the student's ``hidden.flatten(0, 1)``.
+        teacher_positions: (N,) int64, rows of the teacher's ``hidden.flatten(0, 1)``.
+        token_ids: (N,) int64, the token that both states predict.
+        weights: (N,) float32, the student's response mask at the token.
     """
 
     student_positions: Tensor
@@ -49,29 +50,36 @@ def align_responses(
     student_sequence_ids: Tensor | None = None,  # (B, L)
     teacher_sequence_ids: Tensor | None = None,  # (B, L')
 ) -> Alignment:
-    """Find the response tokens of both sides, and the states that predict them.
+    """Find the response tokens in both sides' sequences, and the states that predict them.
+
+    The state that predicts a token is the one before it, wherever the padding is.
 
     Args:
-        student_ids, teacher_ids: token ids.
+        student_ids, teacher_ids: token ids, integers.
         student_mask, teacher_mask: attention masks, 0 for padding.
-        student_response_mask: not 0 where a token is the student's own; tool outputs between turns
-            are 0.  Its values become the weights.
-        teacher_response_mask: the same for the teacher; None: each teacher's sequence has to end as
-            the student's does from the first response token on.
-        student_sequence_ids, teacher_sequence_ids: for packed rows, the number of the sequence
-            that a token belongs to, ascending; None: each row is one.  The numbers pair both sides.
+        student_response_mask: 0 where a token is not the student's own, as in tool outputs between
+            turns.  The other values become the weights.
+        teacher_response_mask: marks the same tokens in the teacher's sequences.  None: the
+            teacher's sequence must end with everything from the student's first response token on.
+        student_sequence_ids, teacher_sequence_ids: for packed rows, the number of each token's
+            sequence, ascending.  Sequences of one number belong together.  None: one sequence a
+            row, numbered by row.
+
+    Returns:
+        The response tokens in order of their sequences, on the device of the ids.
 
     Raises:
-        ValueError: shapes differ, or the responses do; the first bad token is named.
+        ValueError: shapes differ, a response has no token before it, or the responses differ; the
+            message names the first such token.
     """
-    student = Side.of("student", student_ids, student_mask, student_sequence_ids)
-    teacher = Side.of("teacher", teacher_ids, teacher_mask, teacher_sequence_ids)
+    student = Sequences.of("student", student_ids, student_mask, student_sequence_ids)
+    teacher = Sequences.of("teacher", teacher_ids, teacher_mask, teacher_sequence_ids)
     response = student.response(student_response_mask)
     if teacher_response_mask is None:
-        found = _suffix(student, response, teacher)
+        found = _find_suffix(student, response, teacher)
     else:
         found = teacher.response(teacher_response_mask)
-    _check_pairs(student, response, teacher, found)
+    _check_same_response(student, response, teacher, found)
     return Alignment(
         student.predecessors(response),
         teacher.predecessors(found),
@@ -92,14 +100,19 @@ def check_alignment(
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
 ) -> None:
-    """Make sure that positions made elsewhere predict the same tokens on both sides.
+    """Check that positions computed elsewhere predict the same tokens on both sides.
 
     Args:
-        temperature, teacher_temperature: what the two sides' logits are divided by; None: the same.
+        alignment: the positions and token ids to check.
+        student_ids, teacher_ids, student_mask, teacher_mask: as in ``align_responses``.
+        student_sequence_ids, teacher_sequence_ids: as in ``align_responses``.
+        temperature, teacher_temperature: the divisors of the two sides' logits.  None: the
+            teacher's is the student's.
 
     Raises:
-        ValueError: a position is padding or the token after it is not the alignment's, which is
-            named with its sequence and position; or the temperatures differ.
+        ValueError: a position is padding, is followed by another token than the alignment's, or
+            lies in another sequence than the student's; the message names it.  Or the
+            temperatures differ.
     """
     if teacher_temperature is not None and teacher_temperature != temperature:
         fail(
@@ -111,12 +124,12 @@ def check_alignment(
     counts = {tuple(value.shape) for value in vars(alignment).values()}
     if len(counts) != 1:
         fail("alignment", "hold N values in each field", counts, "select the same tokens on both")
-    student = Side.of("student", student_ids, student_mask, student_sequence_ids)
-    teacher = Side.of("teacher", teacher_ids, teacher_mask, teacher_sequence_ids)
+    student = Sequences.of("student", student_ids, student_mask, student_sequence_ids)
+    teacher = Sequences.of("teacher", teacher_ids, teacher_mask, teacher_sequence_ids)
     student.check_predictions(alignment.student_positions, alignment.token_ids)
     teacher.check_predictions(alignment.teacher_positions, alignment.token_ids)
-    here = student.sequences[student.order(alignment.student_positions)]
-    there = teacher.sequences[teacher.order(alignment.teacher_positions)]
+    here = student.numbers[student.tokens_at(alignment.student_positions)]
+    there = teacher.numbers[teacher.tokens_at(alignment.teacher_positions)]
     if (here != there).any():
         first = int((here != there).nonzero()[0])
         fail(
@@ -127,31 +140,33 @@ def check_alignment(
         )
 
 
-def _suffix(student: Side, response: Tensor, teacher: Side) -> Tensor:
-    """The teacher's tokens as far from the end of their sequence as the student's response."""
-    every = torch.arange(student.ids.numel(), device=student.ids.device)
-    from_end = torch.searchsorted(student.sequences, student.sequences, right=True) - every
-    ends = torch.searchsorted(teacher.sequences, student.sequences, right=True)
-    starts = torch.searchsorted(teacher.sequences, student.sequences)
+def _find_suffix(student: Sequences, response: Tensor, teacher: Sequences) -> Tensor:
+    """Find the teacher's tokens that are as far from their sequence's end as the response's."""
+    tokens = torch.arange(student.ids.numel(), device=student.ids.device)
+    from_end = torch.searchsorted(student.numbers, student.numbers, right=True) - tokens
+    ends = torch.searchsorted(teacher.numbers, student.numbers, right=True)
+    starts = torch.searchsorted(teacher.numbers, student.numbers)
     counterparts = ends - from_end
-    # from the first response token of a sequence to its end, turns of others included
-    marked = torch.zeros_like(every).index_fill_(0, response, 1).cumsum(0)
-    first = torch.searchsorted(student.sequences, student.sequences)
+    # compare all tokens behind a sequence's first response token, tool outputs included
+    marked = torch.zeros_like(tokens).index_fill_(0, response, 1).cumsum(0)
+    first = torch.searchsorted(student.numbers, student.numbers)
     before = torch.where(first > 0, marked[(first - 1).clamp(min=0)], 0)
     tail = (marked > before).nonzero()[:, 0]
     short = counterparts[tail] < starts[tail]
     if short.any():
         token = int(tail[short][0])
         length = int((ends - starts)[token])
-        got = f"{length} tokens in sequence {int(student.sequences[token])}"
+        got = f"{length} tokens in sequence {int(student.numbers[token])}"
         fail("teacher_ids", "end with the student's response", got, "do not cut the response")
-    _check_ids(student, tail, teacher, counterparts[tail])
+    _check_same_ids(student, tail, teacher, counterparts[tail])
     return counterparts[response]
 
 
-def _check_pairs(student: Side, response: Tensor, teacher: Side, found: Tensor) -> None:
-    """As many response tokens in each sequence, and the same ones."""
-    here, there = student.sequences[response], teacher.sequences[found]
+def _check_same_response(
+    student: Sequences, response: Tensor, teacher: Sequences, found: Tensor
+) -> None:
+    """Check that each sequence has the same response tokens on both sides."""
+    here, there = student.numbers[response], teacher.numbers[found]
     if not torch.equal(here, there):
         size = int(torch.cat([here, there]).max()) + 1
         counts = torch.stack([side.bincount(minlength=size) for side in (here, there)])
@@ -162,10 +177,11 @@ def _check_pairs(student: Side, response: Tensor, teacher: Side, found: Tensor) 
             int(counts[1, sequence]),
             "mark the same response on both sides, and cut neither",
         )
-    _check_ids(student, response, teacher, found)
+    _check_same_ids(student, response, teacher, found)
 
 
-def _check_ids(student: Side, tokens: Tensor, teacher: Side, found: Tensor) -> None:
+def _check_same_ids(student: Sequences, tokens: Tensor, teacher: Sequences, found: Tensor) -> None:
+    """Check that paired tokens have the same id."""
     wrong = student.ids[tokens] != teacher.ids[found]
     if wrong.any():
         first = int(wrong.nonzero()[0])

@@ -1,4 +1,7 @@
-"""The tokens of ragged, padded or packed rows, without the padding.
+"""Sequences of padded or packed rows, flattened to one list of tokens without padding.
+
+A *token* here is an index into that list, from 0 to M - 1.  A *place* is an index into the
+flattened (B, L) tensors, where hidden states are looked up.
 
 Dimension key:  B rows, L positions, M tokens that are not padding
 """
@@ -12,17 +15,18 @@ from fused_sd.checks import fail
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
-    """One side's tokens in order.  A token is named by its number among them."""
+class Sequences:
+    """The student's or the teacher's sequences of a batch."""
 
-    name: str
+    name: str  # "student" or "teacher", for messages
     shape: tuple[int, int]  # (B, L)
-    places: Tensor  # (M,) ascending, into the flattened (B, L)
-    ids: Tensor  # (M,)
-    sequences: Tensor  # (M,) ascending
+    places: Tensor  # (M,) int64, ascending
+    ids: Tensor  # (M,) int64
+    numbers: Tensor  # (M,) int64, the sequence of each token, ascending
 
     @classmethod
-    def of(cls, name: str, ids: Tensor, mask: Tensor, sequence_ids: Tensor | None) -> "Side":
+    def of(cls, name: str, ids: Tensor, mask: Tensor, sequence_ids: Tensor | None) -> "Sequences":
+        """Flatten a batch (B, L); without ``sequence_ids`` each row is one sequence."""
         if ids.dim() != 2:
             fail(f"{name}_ids", "be (B, L)", tuple(ids.shape), "give one row for one sequence")
         if sequence_ids is None:
@@ -32,21 +36,21 @@ class Side:
                 rule = f"be {tuple(ids.shape)} as {name}_ids"
                 fail(f"{name}_{what}", rule, tuple(value.shape), "pass one value for each id")
         places = mask.flatten().nonzero()[:, 0]
-        sequences = sequence_ids.flatten()[places].long()
-        if (sequences.diff() < 0).any():
+        numbers = sequence_ids.flatten()[places].long()
+        if (numbers.diff() < 0).any():
             remedy = "number them from left to right"
-            fail(f"{name}_sequence_ids", "ascend", sequences.unique_consecutive().tolist(), remedy)
+            fail(f"{name}_sequence_ids", "ascend", numbers.unique_consecutive().tolist(), remedy)
         return cls(
-            name, (ids.shape[0], ids.shape[1]), places, ids.flatten()[places].long(), sequences
+            name, (ids.shape[0], ids.shape[1]), places, ids.flatten()[places].long(), numbers
         )
 
     def where(self, token: int) -> str:
-        """A token's place, for messages."""
+        """Describe where a token is, for messages."""
         column = int(self.places[token]) % self.shape[1]
-        return f"sequence {int(self.sequences[token])}, position {column}"
+        return f"sequence {int(self.numbers[token])}, position {column}"
 
     def response(self, mask: Tensor) -> Tensor:
-        """Which tokens a response mask marks."""
+        """Return the tokens that a response mask (B, L) marks."""
         if mask.shape != self.shape:
             got = tuple(mask.shape)
             fail(f"{self.name}_response_mask", f"be {self.shape} as ids", got, "mark each id")
@@ -62,17 +66,17 @@ class Side:
         return tokens
 
     def predecessors(self, tokens: Tensor) -> Tensor:
-        """Places of the tokens whose states predict these."""
+        """Return the places of the states that predict these tokens."""
         before = (tokens - 1).clamp(min=0)
-        alone = (tokens == 0) | (self.sequences[before] != self.sequences[tokens])
+        alone = (tokens == 0) | (self.numbers[before] != self.numbers[tokens])
         if alone.any():
             first = int(tokens[alone][0])
             got = f"a response from the first token on ({self.where(first)})"
             fail(f"{self.name}_ids", "hold a prompt before the response", got, "keep one token")
         return self.places[before]
 
-    def order(self, places: Tensor) -> Tensor:
-        """Which tokens lie at these places."""
+    def tokens_at(self, places: Tensor) -> Tensor:
+        """Return the tokens at these places; a place of padding is an error."""
         if self.places.numel() == 0 and places.numel() == 0:
             return places
         found = torch.searchsorted(self.places, places)
@@ -86,17 +90,18 @@ class Side:
         return found
 
     def check_predictions(self, places: Tensor, token_ids: Tensor) -> None:
-        """Each place's next token has to be the one given."""
-        tokens = self.order(places)
-        wrong = self._ahead(tokens, 1) != token_ids
+        """Check that the token after each place has the given id."""
+        tokens = self.tokens_at(places)
+        wrong = self._ids_ahead(tokens, 1) != token_ids
         if not wrong.any():
             return
         remedy = "build them with align_responses"
+        # the usual mistakes are positions of the tokens themselves, and one too early
         for ahead, advice in ((0, "one late: subtract 1"), (2, "one early: add 1")):
-            if torch.equal(self._ahead(tokens, ahead), token_ids):
+            if torch.equal(self._ids_ahead(tokens, ahead), token_ids):
                 remedy = f"all of them are {advice}"
         first = int(wrong.nonzero()[0])
-        follower = int(self._ahead(tokens, 1)[first])
+        follower = int(self._ids_ahead(tokens, 1)[first])
         fail(
             f"alignment.{self.name}_positions[{first}]",
             f"be followed by token {int(token_ids[first])}",
@@ -105,8 +110,8 @@ class Side:
             remedy,
         )
 
-    def _ahead(self, tokens: Tensor, count: int) -> Tensor:
-        """Ids of the tokens ``count`` later in the same sequence, -1 behind its end."""
+    def _ids_ahead(self, tokens: Tensor, count: int) -> Tensor:
+        """Return the ids ``count`` tokens later in the same sequence, -1 behind its end."""
         later = (tokens + count).clamp(max=max(self.ids.numel() - 1, 0))
-        same = (later == tokens + count) & (self.sequences[later] == self.sequences[tokens])
+        same = (later == tokens + count) & (self.numbers[later] == self.numbers[tokens])
         return torch.where(same, self.ids[later], -1)

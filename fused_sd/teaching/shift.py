@@ -1,4 +1,4 @@
-"""Whether a teacher's states are those of the tokens before or after.
+"""Detect teacher states that were taken one position too early or too late.
 
 Dimension key:  N response tokens, D hidden size, V vocabulary
 """
@@ -15,19 +15,23 @@ from fused_sd.teaching.align import Alignment
 
 
 class ShiftEvidence(NamedTuple):
-    """How well the teacher's states fit the tokens that they are to predict, and the neighbours.
+    """How close the teacher is to the student under three assumptions about its positions.
 
     Attributes:
-        shift: of the three, the one that fits best.  +1: the states lie one position late.
-        gaps: mean |log t - log s| of response tokens, nats, if the states were 1 early, right or 1
-            late; NaN where no response has three tokens.
+        shift: the assumption that fits best: -1 one position early, 0 right, +1 one position late.
+        gaps: mean ``|log t - log s|`` in nats of the response tokens if the states are early,
+            right or late, in this order.  NaN if no response has three tokens; ``shift`` is 0 then.
     """
 
     shift: int
     gaps: tuple[float, float, float]
 
     def require(self) -> None:
-        """Raise a ValueError unless the claimed positions fit best."""
+        """Check that the states fit best at the claimed positions.
+
+        Raises:
+            ValueError: they fit better one position earlier or later.
+        """
         if self.shift:
             gaps = ", ".join(f"{gap:.3g}" for gap in self.gaps)
             fail(
@@ -49,19 +53,27 @@ def detect_shift(
     *,
     temperature: float = 1.0,
 ) -> ShiftEvidence:
-    """Look for teacher states that are off by one.
+    """Find out from the states whether the teacher's are off by one position.
 
-    Ids and masks cannot show that: the states do.  A teacher is close to the student on the token
-    that its state predicts, and far off on the tokens before and after.
+    Token ids and masks cannot show this, since they do not say which states were selected.  The
+    test is that a teacher's probability of a token is close to the student's if its state predicts
+    that token, and far from it if the state predicts the token before or after.
 
     Args:
-        student_hidden, teacher_hidden: the states that were taken, supposedly at the alignment's
-            positions.
-        alignment: its token ids, and which of them are neighbours.
-        temperature: divides the logits of both.
+        student_hidden, teacher_hidden: states that were taken at the alignment's positions,
+            floating point.
+        student_head, teacher_head: heads of the two sides, as weights or ``LMHead``.
+        alignment: the response tokens, as ``align_responses`` returns them.
+        temperature: divides both sides' logits.
+
+    Returns:
+        The best-fitting shift and the three gaps.  This reads values, so it waits for a GPU.
+
+    Raises:
+        ValueError: shapes, dtypes or devices of states and head disagree.
     """
     adjacent = alignment.student_positions.diff() == 1
-    # the same tokens for all three: those with a neighbour on either side
+    # compare the three on the same tokens: those with a response token on either side
     middle = (adjacent[:-1] & adjacent[1:]).nonzero()[:, 0] + 1
     ids = alignment.token_ids[middle].to(student_hidden.device)
     student = _log_probs(student_hidden, student_head, middle, ids, temperature)

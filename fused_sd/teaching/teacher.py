@@ -1,4 +1,4 @@
-"""Which weights teach: the student's own, a frozen copy, a moving average, a copy now and then.
+"""The teacher's weights: the student's own, a frozen copy, a moving average or a periodic copy.
 
 teacher = Teacher(model, kind="ema", rate=0.05)
 with teacher.acting() as module:  # no gradient, no dropout
@@ -10,37 +10,50 @@ teacher.update(finite=gradients_were_finite)
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fused_sd import checks
 from fused_sd.checks import fail
+from fused_sd.teaching.parameters import (
+    check_copyable,
+    check_same_layout,
+    local_shard,
+    named_tensors,
+    reshard,
+    unwrap,
+)
 
-KINDS = ("live", "frozen", "ema", "synced")
 Kind = Literal["live", "frozen", "ema", "synced"]
 
 
 class Teacher:
-    """The weights that teach, and when they follow the student's.
+    """Hold the weights that teach, and let them follow the student's.
 
-    Averages are kept in fp32 where the teacher's parameters are of 16 bits: those alone would not
-    move at small rates.  DTensors (FSDP2) are averaged shard by shard.
+    An average of 16-bit parameters is kept in fp32 beside them: in 16 bits a small ``rate`` rounds
+    to no change at all.  Parameters that the student does not train have no average; buffers are
+    copied at every update.
 
     Args:
-        student: the module that is trained.
-        kind: ``"live"``: the student itself.  ``"frozen"``: as it was at construction.  ``"ema"``:
-            teacher <- (1 - rate) teacher + rate student.  ``"synced"``: a copy, made anew.
-        rate: the student's share in an average.
-        every: optimiser steps from one average or copy to the next.
-        weights: the module that becomes the teacher, sharded as the student is; None: a deep copy
-            of the student.  Hooks and wrapped forwards are copied with it, and belong to the copy
-            unless they are closures over the student.
+        student: the module that is trained, possibly inside DDP, FSDP2 or ``torch.compile``.
+        kind: ``"live"``: the student itself.  ``"frozen"``: the student at construction.
+            ``"ema"``: ``teacher <- (1 - rate) teacher + rate student``.  ``"synced"``: a copy that
+            is renewed.
+        rate: the student's share in an average, in [0, 1].
+        every: number of optimiser steps between two averages or copies, at least 1.
+        weights: the module to use as the teacher, of the student's structure and sharded as the
+            student is.  It stops requiring gradients.  None: a deep copy of the student.  Hooks and
+            wrapped forwards come along and use the copy, unless they are closures over the student.
 
     Raises:
-        ValueError: a setting is out of range, or the student cannot be copied.
+        ValueError: a setting is out of range, ``weights`` does not match the student, or the
+            student cannot be copied.
+
+    Reference:
+        ``"ema"``: https://arxiv.org/abs/2601.20802 (SDPO) and https://arxiv.org/abs/2601.19897
+        (SDFT).
     """
 
     def __init__(
@@ -52,41 +65,44 @@ class Teacher:
         every: int = 1,
         weights: nn.Module | None = None,
     ) -> None:
-        checks.check_one_of("kind", kind, KINDS)
+        checks.check_one_of("kind", kind, get_args(Kind))
         checks.check_unit_interval("rate", rate)
         checks.check_positive_int("every", every)
         self.kind, self.rate, self.every = kind, rate, every
         self.age = 0
-        """Optimiser steps since the teacher last took the student's weights or a part of them."""
+        """Optimiser steps since the teacher's weights last changed."""
         self._student = student
-        # fp32 averages by name, made when they are first needed: the teacher may be sharded later
+        # fp32 averages by name; made on first use, since the teacher may be sharded until then
         self._masters: dict[str, Tensor] = {}
         self._module = self._prepare(weights)
 
     def _prepare(self, weights: nn.Module | None) -> nn.Module:
-        """The module that teaches."""
+        """Return the module that teaches, checked against the student and frozen."""
         if self.kind == "live":
             if weights is not None:
                 fail("weights", 'be None for kind="live"', "a module", "the student teaches itself")
             return self._student
-        student = _inner(self._student)
+        student = unwrap(self._student)
         if weights is None:
-            _check_whole(student)
+            check_copyable(student)
             weights = copy.deepcopy(student)
         own = {id(parameter) for parameter in student.parameters()}
         if any(id(parameter) in own for parameter in weights.parameters()):
             fail("weights", "share no parameter with the student", "one that does", "pass a copy")
-        _match(dict(_tensors(student)), dict(_tensors(_inner(weights))))
+        check_same_layout(dict(named_tensors(student)), dict(named_tensors(unwrap(weights))))
         return weights.requires_grad_(False).eval()
 
     @property
     def module(self) -> nn.Module:
-        """What to run forward on."""
+        """The module whose forward is the teacher's; use it through ``acting``."""
         return self._module
 
     @contextmanager
     def acting(self) -> Iterator[nn.Module]:
-        """Run the teacher: its weights in place, no gradient, no dropout.  Yields the module."""
+        """Yield the teacher's module with gradients and dropout off; restore its modes afterwards.
+
+        Each submodule's mode is restored on its own: part of a live teacher may be in ``eval``.
+        """
         modes = [(part, part.training) for part in self._module.modules()]
         self._module.eval()
         try:
@@ -97,13 +113,19 @@ class Teacher:
                 part.training = training
 
     def update(self, *, finite: bool = True) -> bool:
-        """Follow the student; call it after each optimiser step.
+        """Count an optimiser step and, where it is due, follow the student.
+
+        Call it once after each optimiser step.
 
         Args:
-            finite: whether the step's gradients were; if not, the step does not count.
+            finite: whether the step's gradients were finite.  If not, trainers skip the step,
+                and so does the teacher.
 
         Returns:
-            Whether the teacher's weights are others than before.
+            Whether the teacher's weights changed.
+
+        Raises:
+            ValueError: the weights are not on this rank (ZeRO-3), or the model's structure changed.
         """
         if not finite:
             return False
@@ -117,40 +139,42 @@ class Teacher:
         return True
 
     def sync(self) -> None:
-        """Copy the student's weights now."""
+        """Copy the student's weights now, for every kind but ``"live"``."""
         if self.kind != "live":
             self._take(1.0)
 
     @torch.no_grad()
     def _take(self, share: float) -> None:
+        """Move the teacher by ``share`` of the way to the student."""
         students, teachers = self._weights()
-        _match(students, teachers)
+        check_same_layout(students, teachers)
         for name, student in students.items():
             teacher = teachers[name]
             if teacher.is_meta or teacher.numel() == 0:
+                # two empty tensors would agree for ever, and the teacher would silently stand still
                 remedy = 'ZeRO-3 allows kind="live" and "frozen"; FSDP2 all of them'
                 fail("weights", "be here to follow the student's", f"{name} empty", remedy)
             trained = isinstance(student, nn.Parameter) and student.requires_grad
             averaged = trained and self.kind == "ema"
             master = self._master(name, teacher) if averaged else teacher
             if averaged and share < 1:
-                _local(master).lerp_(_local(student).to(master), share)
+                local_shard(master).lerp_(local_shard(student).to(master), share)
             elif share == 1 or not isinstance(student, nn.Parameter):
-                _local(master).copy_(_local(student))
+                local_shard(master).copy_(local_shard(student))
             if master is not teacher:
-                _local(teacher).copy_(_local(master))
+                local_shard(teacher).copy_(local_shard(master))
         self.age = 0
 
     def _weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Parameters and buffers of student and teacher by name, each tensor once."""
+        """Return the student's and the teacher's parameters and buffers by name, none twice."""
         if self.kind == "live":
             return {}, {}
-        both = _inner(self._student), _inner(self._module)
+        both = unwrap(self._student), unwrap(self._module)
         reshard(*both)
-        return dict(_tensors(both[0])), dict(_tensors(both[1]))
+        return dict(named_tensors(both[0])), dict(named_tensors(both[1]))
 
     def _master(self, name: str, teacher: Tensor) -> Tensor:
-        """What is averaged: the teacher's tensor, or its fp32 master."""
+        """Return the tensor that holds the average: the teacher's own, or fp32 for 16 bits."""
         if torch.finfo(teacher.dtype).bits >= 32:
             return teacher
         if name not in self._masters:
@@ -158,86 +182,29 @@ class Teacher:
         return self._masters[name]
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``load_state_dict`` takes: fp32 masters where there are any, else the weights.
+        """Return kind, age and weights for ``load_state_dict``.
 
-        As in a module's, the tensors are the teacher's own.
+        Weights with an fp32 average are given by it.  As in ``nn.Module.state_dict``, the tensors
+        are the teacher's own and not copies; under FSDP2 they are this rank's DTensors.
         """
         weights = {name: tensor.detach() for name, tensor in self._weights()[1].items()}
         return {"kind": self.kind, "age": self.age, "weights": {**weights, **self._masters}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state_dict``.
+        """Continue from what ``state_dict`` returned.
 
         Raises:
-            ValueError: it is another kind's or another model's.
+            ValueError: the state is of another kind, model or sharding.
         """
         if state["kind"] != self.kind:
             fail("state", f"be of kind {self.kind!r}", repr(state["kind"]), "make that teacher")
         teachers = self._weights()[1]
-        _match(state["weights"], teachers, "state")
+        check_same_layout(state["weights"], teachers, "state")
         self._masters.clear()
         for name, teacher in teachers.items():
             value = state["weights"][name]
-            _local(teacher).copy_(_local(value))
+            local_shard(teacher).copy_(local_shard(value))
             if value.dtype == torch.float32 and value.dtype != teacher.dtype:
-                _local(self._master(name, teacher)).copy_(_local(value))
+                local_shard(self._master(name, teacher)).copy_(local_shard(value))
         self.age = int(state["age"])
-
-
-def reshard(*modules: nn.Module) -> None:
-    """Shard again what FSDP2 leaves whole: its root, after a forward without a backward."""
-    for part in (part for module in modules for part in module.modules()):
-        fsdp: Any = part
-        if hasattr(part, "reshard"):
-            fsdp.reshard()
-
-
-def _inner(module: nn.Module) -> nn.Module:
-    """The module inside DDP and torch.compile, which prefix names and are not to be copied."""
-    # not hasattr: PEFT answers for the model inside it
-    while isinstance(module, DistributedDataParallel) or "_orig_mod" in module._modules:
-        module = next(module.children())
-    return module
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, each once."""
-    yield from module.named_parameters()
-    yield from module.named_buffers()
-
-
-def _check_whole(student: nn.Module) -> None:
-    """Refuse what a deep copy would not be a copy of."""
-    remedy = "copy it before sharding, or pass weights=, a copy that is prepared as the student is"
-    if any(hasattr(part, "reshard") for part in student.modules()):
-        fail("student", "be whole to be copied", "FSDP2 modules", remedy)
-    for name, tensor in student.named_parameters():
-        if tensor.is_meta or tensor.numel() == 0:
-            got = "on the meta device" if tensor.is_meta else "empty, as ZeRO-3 leaves it"
-            fail("student", "be whole to be copied", f"{name} {got}", remedy)
-
-
-def _match(
-    students: dict[str, Tensor], teachers: dict[str, Tensor], owner: str = "weights"
-) -> None:
-    """The same names, and tensors that lie alike."""
-    if students.keys() != teachers.keys():
-        other = min(students.keys() ^ teachers.keys())
-        fail(owner, "be those of the same model", f"{other} on one side only", "pass a copy of it")
-    for name, student in students.items():
-        teacher = teachers[name]
-        if _layout(student) != _layout(teacher):
-            both = (" ".join(map(str, _layout(tensor))) for tensor in (student, teacher))
-            got = f"{name} {' and '.join(both)}"
-            fail(owner, "have the shapes and shards of the student's", got, "shard both alike")
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    """Shape, and where it is sharded its placements and mesh."""
-    shards = (getattr(tensor, name, None) for name in ("placements", "device_mesh"))
-    return tuple(tensor.shape), *(part for part in shards if part is not None)
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

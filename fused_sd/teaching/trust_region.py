@@ -1,6 +1,11 @@
-"""SDPO's trust-region teacher: between a reference and the student, without logits.
+"""SDPO's trust-region teacher, which lies between a reference and the student.
 
-Dimension key:  (...) tokens, D hidden size (R the reference's), V vocabulary
+The teacher's logits are a weighted sum of two products, ``(1 - r) h W^T + r h' W'^T``.  That sum is
+itself one product: of the concatenated states ``[(1 - r) h, r h']`` and the concatenated head
+``[W, W']``.  So the mixture is an ordinary pair of states and head, every loss takes it without
+knowing about trust regions, and the logits are never held.
+
+Dimension key:  (...) tokens, D the student's hidden size, R the reference's, V vocabulary
 """
 
 import dataclasses
@@ -14,7 +19,7 @@ from fused_sd.checks import fail
 from fused_sd.checks import tensors as tensor_checks
 from fused_sd.head.projection import LMHead, accumulation_dtype, as_head
 
-Side = tuple[Tensor, LMHead]
+StatesAndHead = tuple[Tensor, LMHead]
 
 
 def trust_region_states(
@@ -24,20 +29,26 @@ def trust_region_states(
     student_head: Tensor | LMHead,  # (V, D)
     rate: float,
 ) -> tuple[Tensor, LMHead]:
-    """States and head whose logits are ``(1 - rate) reference + rate student``.
+    """Return states and a head whose logits are ``(1 - rate) reference + rate student``.
 
-    That is the normalised geometric mean ``reference^(1 - rate) student^rate``.  With one head the
-    states are averaged; with two they stand side by side, ``[h, c h'] [W, W']^T``, which copies
-    both weights.  What is scaled is rounded once, to the states' dtype.
+    Their softmax is the normalised geometric mean ``reference^(1 - rate) student^rate``.  If both
+    sides share one head, the states are averaged.  Otherwise the states and the heads' weights are
+    concatenated, which copies both weights once per call.
 
     Args:
-        rate: the student's share; 0 and 1 give back the one or the other.
+        reference_hidden: states that enter the reference's head, floating point.
+        reference_head: the reference's head.
+        student_hidden: the student's states for the same tokens, in the same dtype.
+        student_head: the student's head, over the same vocabulary and in the same dtype.
+        rate: the student's share in [0, 1]; 0 gives the reference and 1 the student, exactly.
 
     Returns:
-        Hidden states, (..., D) or (..., R + D), and their head, neither with a gradient.
+        Hidden states in the given dtype, (..., D) with a shared head or (..., R + D), and their
+        head.  Neither requires a gradient.
 
     Raises:
-        ValueError: vocabularies, dtypes or shapes differ, or logits are soft-capped.
+        ValueError: vocabularies, dtypes or shapes differ, a head has a soft-cap, or ``rate`` is
+            out of range.
 
     Reference:
         https://arxiv.org/abs/2601.20802, trust-region teacher.
@@ -52,10 +63,11 @@ def trust_region_states(
         (hidden.detach(), _detached(head)) for hidden, head in sides
     )
     wide = accumulation_dtype(reference.dtype)
-    if _same(before, now):
+    if _is_shared(before, now):
         return torch.lerp(reference.to(wide), student.to(wide), rate).to(reference.dtype), before
     shares = (1 - rate) * before.logit_scale, rate * now.logit_scale
-    # the larger share goes into the scale of the logits, so that its states are not rounded again
+    # Divide both shares by the larger one and multiply the logits by it instead: the states of the
+    # larger share stay as they are, and those of the other side are rounded once.
     scale = max(shares)
     parts = [(h.to(wide) * (c / scale)).to(h.dtype) for h, c in zip((reference, student), shares)]
     bias = None
@@ -69,7 +81,8 @@ def trust_region_states(
     return torch.cat(parts, -1), head
 
 
-def _check_sides(reference: Side, student: Side) -> None:
+def _check_sides(reference: StatesAndHead, student: StatesAndHead) -> None:
+    """Check that both sides can be mixed: linear heads, one vocabulary, same tokens and dtypes."""
     for name, (hidden, head) in zip(("reference", "student"), (reference, student)):
         tensor_checks.check_hidden(hidden, f"{name}_hidden", head.weight, f"{name}_head")
         if head.softcap is not None:
@@ -92,8 +105,8 @@ def _check_sides(reference: Side, student: Side) -> None:
         fail("reference_hidden", "have the student's dtype, and its head too", got, "cast one side")
 
 
-def _same(before: LMHead, now: LMHead) -> bool:
-    """Whether two heads are one tensor (and one bias) seen twice."""
+def _is_shared(before: LMHead, now: LMHead) -> bool:
+    """Whether both heads are the same memory, so that only the states differ."""
 
     def place(tensor: Tensor | None) -> Any:
         return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride())

@@ -16,7 +16,8 @@ from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
 from fused_sd.checks import fail
-from fused_sd.teaching.teacher import Kind, Teacher, reshard
+from fused_sd.teaching.parameters import reshard
+from fused_sd.teaching.teacher import Kind, Teacher
 
 ADAPTER = "teacher"
 
