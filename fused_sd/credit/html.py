@@ -1,6 +1,7 @@
-"""A credit map as one HTML file that asks nobody: light and dark, on a phone too, without scripts.
+"""Write a credit map as one HTML file, for light and dark screens and for phones.
 
-Every chip carries the strength of all values; the buttons choose among them in CSS.
+The page loads nothing and has no script.  Each token is a *chip* that carries its strengths by all
+values as CSS variables; the radio buttons select one of them with ``body:has(:checked)``.
 """
 
 from collections.abc import Sequence
@@ -18,11 +19,15 @@ NAMES = {
     "reverse_kl": "reverse KL",
     "student_entropy": "student entropy",
 }
-COLOURS = """
+# colours and body of any page; the demo's report uses them too
+BASE = """
 :root{color-scheme:light dark;--page:#fbfaf8;--panel:#ffffff;--ink:#1d1f23;--quiet:#62666d;
 --rule:#dedcd6;--approve:#7db3ee;--object:#f2a35c;--amount:#be96de;--c0:#1f6fc4}
 @media (prefers-color-scheme:dark){:root{--page:#15171a;--panel:#1e2125;--ink:#e8e6e1;
 --quiet:#9aa0a8;--rule:#363a40;--approve:#2f6fb3;--object:#a85f1c;--amount:#7a4ba3;--c0:#6db1f7}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
 """
 CHIPS = """
 .chip{position:relative;display:inline-block;padding:.05rem .2rem;margin:0 1px 2px 0;
@@ -44,9 +49,6 @@ box-shadow:0 6px 24px rgba(0,0,0,.25)}
     for name in VALUES
 )
 PAGE = """
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
 main{max-width:60rem;margin:0 auto;padding:1rem 1rem 9rem}
 h1{font-size:1.5rem;line-height:1.2;margin:.5rem 0}
 h2{font-size:1rem;margin:1.6rem 0 .4rem;overflow-wrap:anywhere}
@@ -60,21 +62,30 @@ border:1px solid var(--rule);border-radius:4px}
 
 
 def html_page(credit: CreditMap, *, value: str = "delta", full_at: float | None = None) -> str:
-    """The page.
+    """Return a map as an HTML page.
 
     Args:
-        value: what colours the tokens when the page opens, one of ``VALUES``.
-        full_at: nats at which that value's colour is full; None: a default for each value.
+        credit: the map.
+        value: the number that colours the tokens when the page opens, one of ``VALUES``.
+        full_at: nats at which that value's colour is full.  None: the value's default.
+
+    Raises:
+        ValueError: ``value`` or ``full_at`` is not legal.
     """
     check_one_of("value", value, VALUES)
     scales = {value: full_at}
     rows = "".join(_row(row, scales) for row in credit.rows) or "<p>No response to show.</p>"
-    title = escape(credit.title)
+    heading = f"<h1>{escape(credit.title)}</h1>"
+    return document(credit.title, PAGE, f"{heading}{_legend(value, full_at)}{rows}")
+
+
+def document(title: str, styles: str, body: str) -> str:
+    """Return a page of one file that may hold chips: its head, ``styles`` and the body in main."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{COLOURS}{PAGE}{CHIPS}</style></head>"
-        f"<body><main><h1>{title}</h1>{_legend(value, full_at)}{rows}</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{BASE}{styles}{CHIPS}</style></head>"
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 
@@ -85,17 +96,22 @@ def save_html(
     value: str = "delta",
     full_at: float | None = None,
 ) -> None:
-    """Write ``html_page`` to a file."""
+    """Write ``html_page`` to a file.
+
+    Args:
+        credit, value, full_at: as in ``html_page``.
+        path: the file to write, in UTF-8.
+    """
     Path(path).write_text(html_page(credit, value=value, full_at=full_at), encoding="utf-8")
 
 
 def token_chips(row: CreditRow) -> str:
-    """The tokens of a response, to be put into a page that holds the styles ``CHIPS``."""
+    """Return the tokens of a response as HTML for a ``document``, on the default scales."""
     return "".join(_chip(token, {}) for token in row.tokens)
 
 
 def notebook_frame(credit: CreditMap) -> str:
-    """The page in a frame, whose styles stay in it."""
+    """Return the page inside a frame, which keeps its styles from the rest of the notebook."""
     page = escape(html_page(credit))
     return f'<iframe srcdoc="{page}" style="width:100%;height:32rem;border:0"></iframe>'
 
@@ -115,6 +131,7 @@ def _row(row: CreditRow, scales: dict[str, float | None]) -> str:
 
 
 def _chip(token: TokenCredit, scales: dict[str, float | None]) -> str:
+    """Return a token with its strengths and the note that appears on hover or focus."""
     shares = ";".join(
         f"--{name}:{100 * strength(name, token.value(name), scales.get(name)):.0f}%"
         for name in VALUES

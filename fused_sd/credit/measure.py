@@ -1,7 +1,7 @@
-"""Credit from hidden states and heads; the logits of all tokens are never held.
+"""Measure credit maps from hidden states and heads, without holding all tokens' logits.
 
-Dimension key:  B responses, T tokens of a response, D and D' hidden sizes, V vocabulary,
-    K top tokens
+Dimension key:  B responses, T tokens of a response, D the student's hidden size (D' the teacher's),
+    V vocabulary, K top tokens
 """
 
 from collections.abc import Callable, Sequence
@@ -10,21 +10,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd import checks
+from fused_sd import Jsd, LMHead, checks, divergence_loss, entry_log_probs, token_log_probs
 from fused_sd.checks import tensors as tensor_checks
 from fused_sd.credit.tokens import CreditMap, CreditRow, TokenCredit, TopToken
-from fused_sd.head.projection import LMHead, as_head
-from fused_sd.losses.divergence import divergence_loss
-from fused_sd.losses.log_probs import entry_log_probs, token_log_probs
-from fused_sd.terms.divergence import Jsd
 
 Decode = Callable[[list[int]], str]
-INCOMPLETE = "\ufffd"  # what decoders return for bytes that are no character yet
+INCOMPLETE = "\ufffd"  # decoders return this for bytes that are not a character yet
 MAX_PIECES = 4  # a character has at most four bytes in UTF-8
 
 
 class CreditMeasures(NamedTuple):
-    """What both distributions say of each token, in nats; values of masked tokens mean nothing."""
+    """Hold both distributions' numbers for each token as tensors.
+
+    Log-probabilities, divergences and entropies are in nats, fp32 (fp64 for fp64 states); ids are
+    int64.  Values at masked tokens have no meaning.
+    """
 
     student_log_prob: Tensor  # (B, T)
     teacher_log_prob: Tensor  # (B, T)
@@ -46,41 +46,32 @@ class CreditMeasures(NamedTuple):
         captions: Sequence[str] | None = None,
         title: str = "Credit map",
     ) -> CreditMap:
-        """These numbers with the tokens' texts; arguments as in ``credit_map``."""
+        """Return a map of these numbers and the tokens' texts.
+
+        Args:
+            token_ids, mask, decode, captions, title: as in ``credit_map``, with its errors.
+        """
         tensor_checks.check_leading("token_ids", token_ids, self.forward_kl.shape, "the measures")
         mask = torch.ones_like(token_ids) if mask is None else mask
         tensor_checks.check_leading("mask", mask, token_ids.shape, "token_ids")
         if captions is not None and len(captions) != len(token_ids):
             remedy = "give one caption for each response"
             checks.fail("captions", f"be {len(token_ids)} texts", len(captions), remedy)
+        decode = _placeholder if decode is None else decode
         rows = []
         for n, ids in enumerate(token_ids):
             keep = mask[n].bool()
             measures = CreditMeasures(*(values[n][keep] for values in self))
-            tokens = measures._tokens(
-                ids[keep].tolist(), _placeholder if decode is None else decode
-            )
+            tokens = measures._tokens(ids[keep].tolist(), decode)
             rows.append(CreditRow(tokens, "" if captions is None else captions[n]))
         return CreditMap(tuple(rows), title)
 
     def _tokens(self, ids: list[int], decode: Decode) -> tuple[TokenCredit, ...]:
-        """The tokens of one response, of which these are the measures (T,) and (T, K)."""
-        scalars = [values.tolist() for values in self[: len(NUMBERS)]]
-        student, teacher = (
-            _top_tokens(top_ids, log_probs, decode)
-            for top_ids, log_probs in (self[6:8], self[8:10])
-        )
-        return tuple(
-            TokenCredit(
-                token_id, text, student_top=own, teacher_top=other, **dict(zip(NUMBERS, numbers))
-            )
-            for token_id, text, numbers, own, other in zip(
-                ids, token_texts(ids, decode), zip(*scalars), student, teacher
-            )
-        )
-
-
-NUMBERS = CreditMeasures._fields[:6]
+        """Return the tokens of one response; ``self`` holds its measures, (T,) and (T, K)."""
+        student_top, teacher_top = (_top_tokens(self[n], self[n + 1], decode) for n in (6, 8))
+        columns = [values.tolist() for values in self[:6]]  # in the order of TokenCredit's fields
+        texts = token_texts(ids, decode)
+        return tuple(map(TokenCredit, ids, texts, *columns, student_top, teacher_top))
 
 
 def credit_map(
@@ -97,24 +88,25 @@ def credit_map(
     captions: Sequence[str] | None = None,
     title: str = "Credit map",
 ) -> CreditMap:
-    """What the teacher says about each token of B responses.
+    """Measure how the teacher judges each token of B responses.
 
     Args:
-        student_hidden: states that enter the student's lm_head, at the positions that predict the
-            tokens.
-        student_head: its weight, or an ``LMHead``.
+        student_hidden: states that enter the student's head at the positions that predict the
+            tokens, floating point.
+        student_head: the student's head, as a weight or ``LMHead``.
         teacher_hidden: the teacher's states for the same tokens.
-        teacher_head: as student_head.
-        token_ids: the responses.
-        mask: tokens where it is 0 are left out.  None: all are shown.
+        teacher_head: the teacher's head, as a weight or ``LMHead``.
+        token_ids: the responses, int64.
+        mask: 0 where a token is left out.  None: all are kept.
         temperature: divides the logits of both sides.
-        top: number of likeliest tokens kept of each distribution.
-        decode: token ids to text, a tokenizer's ``decode``.  None: texts are the ids, ``#12``.
+        top: number of likeliest tokens to keep of each distribution.
+        decode: turns token ids into text, as a tokenizer's ``decode`` does.  None: the texts are
+            the ids, such as ``#12``.
         captions: a line for each response.
-        title: of the whole map.
+        title: the title of the map.
 
     Returns:
-        A row for each response.
+        A map with one row for each response.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or a number is out of range.
@@ -144,13 +136,28 @@ def credit_measures(
     temperature: float = 1.0,
     top: int = 3,
 ) -> CreditMeasures:
-    """The numbers of ``credit_map``, as tensors: for use inside a forward that owns the heads."""
+    """Return the numbers of ``credit_map`` as tensors.
+
+    Sharded trainers have the heads at hand only inside a forward, where no text should be made:
+    call this there and ``as_map`` on its result afterwards.
+
+    Args:
+        student_hidden, student_head, teacher_hidden, teacher_head, token_ids, mask: as in
+            ``credit_map``.
+        temperature, top: as in ``credit_map``.
+
+    Raises:
+        ValueError: as in ``credit_map``.
+    """
     if student_hidden.dim() != 3:
         shape = tuple(student_hidden.shape)
         checks.fail("student_hidden", "be (B, T, D)", shape, "stack the responses, pad and mask")
-    student, teacher = as_head(student_head), as_head(teacher_head)
+    student, teacher = (
+        head if isinstance(head, LMHead) else LMHead(head) for head in (student_head, teacher_head)
+    )
     weights = None if mask is None else (mask != 0).float()
-    # any divergence forms the metrics; this one is finite whatever either side excludes
+    # Only the metrics are used, and any divergence computes them.  The JSD is finite even where one
+    # vocabulary lacks tokens of the other.
     metrics = divergence_loss(
         student_hidden,
         student,
@@ -163,7 +170,8 @@ def credit_measures(
     ).metrics
     sides = []
     for hidden, head in ((student_hidden, student), (teacher_hidden, teacher)):
-        outside = token_ids >= head.num_tokens  # a vocabulary without the token excludes it
+        # a token outside this side's vocabulary has the log-probability -inf
+        outside = token_ids >= head.num_tokens
         sampled = token_log_probs(
             hidden,
             head,
@@ -173,7 +181,7 @@ def credit_measures(
             token_weights=weights,
         )
         entries = entry_log_probs(hidden, head, top, temperature=temperature, token_weights=weights)
-        assert sampled.entropy is not None  # asked for
+        assert sampled.entropy is not None
         log_probs = sampled.log_probs.masked_fill(outside, -torch.inf)
         sides.append((log_probs, sampled.entropy, entries.token_ids, entries.log_probs))
     (log_prob, entropy, *own_top), (teacher_log_prob, teacher_entropy, *other_top) = sides
@@ -190,14 +198,18 @@ def credit_measures(
 
 
 def token_texts(token_ids: Sequence[int], decode: Decode) -> list[str]:
-    """The text that each token adds to a response.
+    """Return the text that each token adds to a response.
 
-    Tokens are decoded behind the one before them, so that leading spaces survive.  Where one
-    character is spread over several tokens, the last of them has it and the others U+FFFD.
+    Each token is decoded together with the one before it, since decoders drop a leading space.  If
+    one character is spread over several tokens, the last of them has it and the others U+FFFD.
+
+    Args:
+        token_ids: the response.
+        decode: turns token ids into text.
     """
     texts: list[str] = []
     known: list[int] = []  # the tokens of the last complete text
-    pending: list[int] = []
+    pending: list[int] = []  # the tokens of the character that is not complete
     for token_id in token_ids:
         pending.append(token_id)
         before, after = decode(known), decode(known + pending)
@@ -205,7 +217,7 @@ def token_texts(token_ids: Sequence[int], decode: Decode) -> list[str]:
         if piece.endswith(INCOMPLETE) and len(pending) < MAX_PIECES:
             texts.append(INCOMPLETE)
         else:
-            # what came before is marked already
+            # the tokens before have their U+FFFD already
             shown = piece.lstrip(INCOMPLETE) if len(pending) > 1 else piece
             texts.append(shown or INCOMPLETE)
             known, pending = pending, []

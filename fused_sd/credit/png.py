@@ -1,5 +1,6 @@
-"""A credit map as a picture: wrapped tokens on coloured boxes.  Needs matplotlib."""
+"""Draw a credit map with matplotlib: wrapped lines of tokens on coloured boxes."""
 
+import math
 import textwrap
 import unicodedata
 import warnings
@@ -10,23 +11,25 @@ from fused_sd.checks import check_one_of
 from fused_sd.credit.scale import EXPLANATIONS, nats, rgb, visible
 from fused_sd.credit.tokens import VALUES, CreditMap, TokenCredit
 
-COLUMN, LINE = 0.09, 0.22  # inches of a monospaced character of 10 points and of its line
-MAX_PIXELS = 60_000  # of one side; matplotlib draws up to 2**16
+COLUMN, LINE = 0.09, 0.22  # width and height in inches of a monospaced character of 10 points
+MAX_PIXELS = 60_000  # of one side; matplotlib draws at most 2**16
 Placed = tuple[float, int, str, TokenCredit | None]  # column, line, text, token
 
 
 def credit_figure(
     credit: CreditMap, *, value: str = "delta", full_at: float | None = None, columns: int = 100
 ) -> Any:
-    """The picture as a matplotlib ``Figure``.
+    """Draw a map as a ``matplotlib.figure.Figure``.
 
     Args:
-        value: what colours the tokens, one of ``VALUES``.
-        full_at: nats at which the colour is full; None: the value's default.
-        columns: characters on a line.
+        credit: the map.
+        value: the number that colours the tokens, one of ``VALUES``.
+        full_at: nats at which the colour is full.  None: the value's default.
+        columns: number of characters on a line.
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: ``value`` or ``full_at`` is not legal.
     """
     try:
         from matplotlib.figure import Figure
@@ -42,7 +45,7 @@ def credit_figure(
         if token is not None:
             box = Rectangle(
                 (column, line - 0.45),
-                width(text),
+                _width(text),
                 0.9,
                 facecolor=tuple(level / 255 for level in rgb(token, value, full_at)),
                 edgecolor="#c9c6bf",
@@ -50,7 +53,7 @@ def credit_figure(
             )
             axes.add_patch(box)
         axes.text(
-            column if token is None else column + width(text) / 2,
+            column if token is None else column + _width(text) / 2,
             line,
             text,
             family="monospace",
@@ -71,20 +74,28 @@ def save_png(
     full_at: float | None = None,
     columns: int = 100,
 ) -> None:
-    """Write ``credit_figure`` to a PNG file."""
+    """Write ``credit_figure`` to a PNG file.
+
+    Args:
+        credit, value, full_at, columns: as in ``credit_figure``.
+        path: the file to write.
+
+    Raises:
+        ImportError, ValueError: as in ``credit_figure``.
+    """
     figure = credit_figure(credit, value=value, full_at=full_at, columns=columns)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as an empty box
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # it draws a box instead
         figure.savefig(path, format="png", dpi=min(150, MAX_PIXELS / figure.get_figheight()))
 
 
-def width(text: str) -> int:
-    """Columns of a text in a monospaced font."""
+def _width(text: str) -> int:
+    """Count the columns that a text takes in a monospaced font."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
 def _layout(credit: CreditMap, value: str, columns: int) -> tuple[list[Placed], int]:
-    """Where every text goes, and the number of lines."""
+    """Place every text on a line and column; also return the number of lines."""
     about = f"{credit.title}: {EXPLANATIONS[value]}"
     placed: list[Placed] = []
     line = 0
@@ -99,10 +110,10 @@ def _layout(credit: CreditMap, value: str, columns: int) -> tuple[list[Placed], 
         column = 0
         for token in row.tokens:
             for text in _wrapped(_label(token, value), columns):
-                if column + width(text) > columns:
+                if column + _width(text) > columns:
                     column, line = 0, line + 1
                 placed.append((column, line, text, token))
-                column += width(text)
+                column += _width(text)
             if token.text.endswith("\n"):
                 column, line = 0, line + 1
         line += 1 if column else 0
@@ -110,13 +121,14 @@ def _layout(credit: CreditMap, value: str, columns: int) -> tuple[list[Placed], 
 
 
 def _label(token: TokenCredit, value: str) -> str:
-    """A token's text; an infinite value, which no colour can say, is written behind it."""
+    """Return a token's visible text, with its number where no colour can show it."""
     number = token.value(value)
     text = visible(token.text)
-    return f"{text}[{nats(number)}]" if abs(number) == float("inf") or number != number else text
+    return text if math.isfinite(number) else f"{text}[{nats(number)}]"
 
 
 def _wrapped(text: str, columns: int) -> list[str]:
-    half = max(columns // 2, 1)  # wide characters take two columns
-    step = columns if width(text) == len(text) else half
+    """Cut a text into pieces that fit on a line; wide characters take two columns."""
+    half = max(columns // 2, 1)
+    step = columns if _width(text) == len(text) else half
     return [text[start : start + step] for start in range(0, len(text), step)]

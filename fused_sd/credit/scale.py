@@ -1,4 +1,4 @@
-"""From a number of nats to a colour: the sign's side, and how strong."""
+"""Turn a number of nats into a colour and a text."""
 
 import math
 import unicodedata
@@ -8,14 +8,14 @@ from fused_sd.credit.tokens import TokenCredit
 
 Rgb = tuple[int, int, int]
 
-# nats at which a token is as strongly coloured as it gets: fixed, so that maps can be compared
+# Nats at which a colour is full.  They do not depend on the map, so that maps can be compared.
 FULL_AT = {"delta": 3.0, "forward_kl": 2.0, "reverse_kl": 2.0, "student_entropy": 3.0}
 EXPLANATIONS = {
     "delta": "log P_teacher - log P_student of the token: below 0 the teacher objects to it, "
     "above 0 it wants more of it",
     "forward_kl": "KL(teacher || student): how far the student is from what the teacher would say",
     "reverse_kl": "KL(student || teacher): how much the student says that the teacher would not",
-    "student_entropy": "entropy of the student: how open the choice was",
+    "student_entropy": "entropy of the student: how undecided it was",
 }
 SIDES: dict[str, Rgb] = {
     "approve": (125, 179, 238),
@@ -26,14 +26,14 @@ PAPER: Rgb = (255, 255, 255)
 
 
 def side(name: str, value: float) -> str:
-    """Which colour: ``"approve"`` or ``"object"`` where the value has a sign, else ``"amount"``."""
+    """Return the name of the colour in ``SIDES``: delta's sign has two, other values have one."""
     if name != "delta":
         return "amount"
     return "object" if value < 0 else "approve"
 
 
 def strength(name: str, value: float, full_at: float | None = None) -> float:
-    """How strong, in [0, 1]; infinite values are full, a value that is no number has no colour."""
+    """Return the strength of the colour in [0, 1]: 1 for infinite values, 0 for NaN."""
     if math.isnan(value):
         return 0.0
     if full_at is None:
@@ -43,7 +43,7 @@ def strength(name: str, value: float, full_at: float | None = None) -> float:
 
 
 def rgb(token: TokenCredit, name: str, full_at: float | None = None) -> Rgb:
-    """The background of a token on white paper."""
+    """Return the background colour of a token on white paper."""
     value = token.value(name)
     share = strength(name, value, full_at)
     red, green, blue = (
@@ -54,14 +54,14 @@ def rgb(token: TokenCredit, name: str, full_at: float | None = None) -> Rgb:
 
 
 def nats(value: float, *, signed: bool = False) -> str:
-    """A number of nats as text."""
+    """Format a number of nats."""
     if not math.isfinite(value):
         return f"{value:+}" if signed and math.isinf(value) else str(value)
     return f"{value:+.2f}" if signed else f"{value:.3f}"
 
 
 def visible(text: str) -> str:
-    """A token as text one can see: spaces, line ends and other invisible characters get a sign."""
+    """Replace spaces, line ends and other invisible characters by signs that can be seen."""
     return "".join(_visible(character) for character in text) or "\u2205"
 
 
@@ -69,7 +69,7 @@ def _visible(character: str) -> str:
     signs = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
     if character in signs:
         return signs[character]
-    # control characters, and format characters that could turn the direction of a line
+    # control characters could start a terminal sequence, format characters reverse the line
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
         return "\ufffd"
     return character

@@ -1,4 +1,4 @@
-"""Does the teacher blame the right tokens?  A credit map against planted errors."""
+"""Score how well a credit map blames tokens of errors that were planted in the responses."""
 
 import math
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from fused_sd.credit.tokens import VALUES, CreditRow
 
 @dataclass(frozen=True)
 class PlantedErrorScores:
-    """Means over the responses that have planted tokens and others.
+    """Hold mean scores of the responses that have both planted and other tokens.
 
     Attributes:
-        precision: of the k most blamed tokens, the share that was planted.
-        recall: of the planted tokens, the share among the k most blamed.
-        f1: harmonic mean of both, formed for each response.
-        average_precision: precision at each planted token's rank, averaged; chance is the share of
-            planted tokens.
-        auroc: probability that a planted token is blamed more than another; chance is 0.5.
-        num_rows: responses scored.
-        num_planted: planted tokens in them.
-        num_tokens: tokens in them.
+        precision: share of the k most blamed tokens that was planted.
+        recall: share of the planted tokens that is among the k most blamed.
+        f1: harmonic mean of precision and recall, taken for each response and averaged.
+        average_precision: mean of the precision at each planted token's rank; chance is the share
+            of planted tokens.
+        auroc: probability that a planted token is blamed more than another one; chance is 0.5.
+        num_rows: number of responses scored.
+        num_planted: number of planted tokens in those responses.
+        num_tokens: number of tokens in those responses.
     """
 
     precision: float
@@ -42,17 +42,17 @@ def planted_error_scores(
     k: int | None = None,
     value: str = "delta",
 ) -> PlantedErrorScores:
-    """How well a map finds planted errors.
+    """Measure how well a map finds planted errors.
 
-    A token's blame is -delta, or the value itself for the values without a sign.  Tokens are ranked
-    within their response; tied tokens count as their mean over all orders.
+    A token's blame is -delta, or the value itself for the other values.  Tokens are ranked within
+    their response.  Tied tokens count as the mean over all orders of them.
 
     Args:
         rows: responses of a credit map.
-        planted: for each response, whether each of its tokens belongs to a planted error.
-        k: number of tokens accused in each response.  None: as many as were planted there, where
-            precision and recall are one number.
-        value: one of ``VALUES``.
+        planted: for each response and token, whether the token belongs to a planted error.
+        k: number of tokens to accuse in each response.  None: as many as were planted in it, which
+            makes precision and recall equal.
+        value: the number to rank by, one of ``VALUES``.
 
     Raises:
         ValueError: lengths disagree, a value is NaN, or no response has both kinds of token.
@@ -93,17 +93,19 @@ def planted_error_scores(
     )
 
 
-Groups = list[tuple[int, int]]  # planted tokens and all tokens of equal blame, most blamed first
+# planted tokens and all tokens of each distinct blame, the largest blame first
+Groups = list[tuple[int, int]]
 
 
 def _ranked_groups(blame: Sequence[float], errors: Sequence[bool]) -> Groups:
+    """Sort the tokens by blame and count those of equal blame together."""
     pairs = sorted(zip(blame, errors), key=lambda pair: -pair[0])
     groups = [[error for _, error in group] for _, group in groupby(pairs, key=lambda p: p[0])]
     return [(sum(group), len(group)) for group in groups]
 
 
 def _expected_hits(groups: Groups, k: int) -> float:
-    """Planted tokens among the k most blamed; a group cut by k counts in proportion."""
+    """Count planted tokens among the k most blamed; a group that k cuts counts in proportion."""
     hits = 0.0
     for planted, size in groups:
         taken = min(size, k)
@@ -113,7 +115,7 @@ def _expected_hits(groups: Groups, k: int) -> float:
 
 
 def _average_precision(groups: Groups) -> float:
-    """Sum over the thresholds of the gain in recall times the precision there."""
+    """Sum, over the groups as thresholds, the gain in recall times the precision."""
     total = sum(planted for planted, _ in groups)
     found = seen = 0
     area = 0.0
@@ -125,7 +127,7 @@ def _average_precision(groups: Groups) -> float:
 
 
 def _auroc(groups: Groups) -> float:
-    """Share of (planted, other) pairs in the right order; a tie counts half."""
+    """Return the share of (planted, other) pairs in the right order; a tie counts half."""
     num_planted = sum(planted for planted, _ in groups)
     num_others = sum(size for _, size in groups) - num_planted
     right = 0.0

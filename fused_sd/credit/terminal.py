@@ -1,12 +1,18 @@
-"""A credit map in the terminal: colours through rich, or numbers where colours are off."""
+"""Print a credit map: coloured where the terminal shows colours, else with numbers.
 
+Rich finds out what the terminal can do: it shows no colours if the output is a file or a pipe, if
+the terminal is dumb, or if ``NO_COLOR`` is set.  Without colours the judgement would be lost, so
+strong tokens carry their number then.
+"""
+
+import math
 from typing import Any
 
 from fused_sd.checks import check_one_of
 from fused_sd.credit.scale import EXPLANATIONS, SIDES, nats, rgb, strength, visible
 from fused_sd.credit.tokens import VALUES, CreditMap, TokenCredit
 
-WORTH_A_NUMBER = 0.2  # of the full strength: weaker tokens carry no number in plain text
+WORTH_A_NUMBER = 0.2  # strength below which a token carries no number in plain text
 
 
 def print_map(
@@ -16,15 +22,17 @@ def print_map(
     full_at: float | None = None,
     console: Any = None,
 ) -> None:
-    """Print a map, coloured where the terminal shows colours.
+    """Print a map to a terminal, with colours or as ``plain_text``.
 
     Args:
-        value: what colours the tokens, one of ``VALUES``.
-        full_at: nats at which the colour is full; None: the value's default.
-        console: a ``rich.console.Console``; None: standard output's.
+        credit: the map.
+        value: the number that colours the tokens, one of ``VALUES``.
+        full_at: nats at which the colour is full.  None: the value's default.
+        console: a ``rich.console.Console``.  None: standard output.
 
     Raises:
         ImportError: rich is not installed.
+        ValueError: ``value`` or ``full_at`` is not legal.
     """
     try:
         from rich.console import Console
@@ -33,6 +41,7 @@ def print_map(
         raise ImportError("the terminal's colours need rich; pip install rich") from error
     check_one_of("value", value, VALUES)
     console = Console() if console is None else console
+    # no_color keeps bold and dim text, yet drops the colours that carry the judgement
     if console.color_system is None or console.no_color:
         console.out(plain_text(credit, value=value, full_at=full_at), highlight=False)
         return
@@ -58,7 +67,17 @@ def print_map(
 
 
 def plain_text(credit: CreditMap, *, value: str = "delta", full_at: float | None = None) -> str:
-    """The map without colours: tokens that would be coloured carry their number in brackets."""
+    """Return the map as text without colours, with strong tokens' numbers in brackets.
+
+    Args:
+        credit: the map.
+        value: the number to show, one of ``VALUES``.
+        full_at: nats at which a token is strongest; tokens of less than a fifth of it carry no
+            number.  None: the value's default.
+
+    Raises:
+        ValueError: ``value`` or ``full_at`` is not legal.
+    """
     check_one_of("value", value, VALUES)
     lines = [credit.title, f"[nat]: {EXPLANATIONS[value]}"]
     for row in credit.rows:
@@ -67,8 +86,7 @@ def plain_text(credit: CreditMap, *, value: str = "delta", full_at: float | None
         for token in row.tokens:
             number = token.value(value)
             text += _shown(token)
-            is_weak = strength(value, number, full_at) < WORTH_A_NUMBER
-            if number != number or not is_weak:
+            if math.isnan(number) or strength(value, number, full_at) >= WORTH_A_NUMBER:
                 text += f"[{nats(number, signed=value == 'delta')}]"
             if token.text.endswith("\n"):
                 text += "\n"
@@ -77,7 +95,7 @@ def plain_text(credit: CreditMap, *, value: str = "delta", full_at: float | None
 
 
 def _shown(token: TokenCredit) -> str:
-    """A token; between readable words a space may be a space."""
+    """Return a token's visible text, with plain spaces unless it is nothing but white space."""
     return visible(token.text).replace("\u00b7", " ") if token.text.strip() else visible(token.text)
 
 

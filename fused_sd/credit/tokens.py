@@ -1,4 +1,4 @@
-"""A credit map as data: responses, their tokens, and what both distributions say of each."""
+"""The data of a credit map: responses, their tokens, and both distributions' numbers for each."""
 
 import json
 import math
@@ -10,12 +10,12 @@ from fused_sd.checks import check_one_of, fail
 
 FORMAT = "fused_sd credit map"
 VALUES = ("delta", "forward_kl", "reverse_kl", "student_entropy")
-"""What a token can be coloured by; only delta has a sign."""
+"""Names of the numbers that can colour a token; of these only delta has a sign."""
 
 
 @dataclass(frozen=True)
 class TopToken:
-    """One of the likeliest tokens of a distribution."""
+    """Hold one of the likeliest tokens of a distribution, with its probability in [0, 1]."""
 
     token_id: int
     text: str
@@ -24,19 +24,21 @@ class TopToken:
 
 @dataclass(frozen=True)
 class TokenCredit:
-    """One token of a response under both distributions; nats.
+    """Describe one token of a response under both distributions; all numbers are in nats.
 
     Attributes:
         token_id: the token.
-        text: its text.  Tokens that share one character: the last has it, the others U+FFFD.
-        student_log_prob: log P_S of the token; -inf where the student excludes it.
-        teacher_log_prob: log P_T.
-        forward_kl: KL(teacher || student) over the vocabulary.
-        reverse_kl: KL(student || teacher).
-        student_entropy: of the student's distribution.
-        teacher_entropy: of the teacher's.
+        text: its text.  If several tokens share one character, the last of them has it and the
+            others have U+FFFD.
+        student_log_prob: the student's log-probability of the token; -inf if its vocabulary lacks
+            the token.
+        teacher_log_prob: the teacher's log-probability of the token, with the same rule.
+        forward_kl: KL(teacher || student) of the distributions at this position.
+        reverse_kl: KL(student || teacher) there.
+        student_entropy: entropy of the student's distribution.
+        teacher_entropy: entropy of the teacher's distribution.
         student_top: the student's likeliest tokens, likeliest first.
-        teacher_top: the teacher's.
+        teacher_top: the teacher's likeliest tokens, likeliest first.
     """
 
     token_id: int
@@ -52,16 +54,16 @@ class TokenCredit:
 
     @property
     def delta(self) -> float:
-        """``log P_T - log P_S``: above 0 the teacher wants more of the token, below 0 less.
+        """The teacher's log-probability minus the student's; 0 if both are -inf.
 
-        0 where both exclude the token.
+        Above 0 the teacher wants more of the token, below 0 less.
         """
         if self.teacher_log_prob == self.student_log_prob:
             return 0.0
         return self.teacher_log_prob - self.student_log_prob
 
     def value(self, name: str) -> float:
-        """One of ``VALUES``."""
+        """Return the number of this name, one of ``VALUES``."""
         check_one_of("value", name, VALUES)
         value: float = getattr(self, name)
         return value
@@ -69,13 +71,13 @@ class TokenCredit:
 
 @dataclass(frozen=True)
 class CreditRow:
-    """A response.
+    """Hold one response.
 
     Attributes:
-        tokens: those that were not masked out.
-        caption: a line above the response.
-        student_prompt: what the student read, where it is known.
-        teacher_prompt: what the teacher read.
+        tokens: the response's tokens, without masked ones.
+        caption: a line to show above the response.
+        student_prompt: the text that the student read, empty if unknown.
+        teacher_prompt: the text that the teacher read, empty if unknown.
     """
 
     tokens: tuple[TokenCredit, ...]
@@ -86,21 +88,24 @@ class CreditRow:
 
 @dataclass(frozen=True)
 class CreditMap:
-    """Responses with the teacher's opinion of each token."""
+    """Hold responses with the teacher's judgement of each token.
+
+    A notebook shows a map as its HTML page.
+    """
 
     rows: tuple[CreditRow, ...]
     title: str = "Credit map"
 
     def to_json(self) -> str:
-        """As JSON text; infinite values are the strings "inf" and "-inf", which JSON can hold."""
+        """Return the map as JSON; numbers that JSON lacks are the strings "inf", "-inf", "nan"."""
         return json.dumps({"format": FORMAT, **_writable(asdict(self))}, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "CreditMap":
-        """What ``to_json`` wrote.
+        """Read a map that ``to_json`` wrote.
 
         Raises:
-            ValueError: the text is no credit map.
+            ValueError: the text is not JSON, not a credit map, or lacks a field.
         """
         remedy = "pass the text that CreditMap.to_json wrote"
         try:
@@ -117,13 +122,14 @@ class CreditMap:
             raise
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Return what a notebook shows."""
         from fused_sd.credit.html import notebook_frame
 
         return notebook_frame(self)
 
 
 def _writable(value: Any) -> Any:
+    """Replace floats that JSON cannot hold by their names."""
     if isinstance(value, Mapping):
         return {name: _writable(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -134,27 +140,19 @@ def _writable(value: Any) -> Any:
 
 
 def _read_row(row: Mapping[str, Any]) -> CreditRow:
-    tokens = tuple(_read_token(token) for token in row["tokens"])
+    tokens = tuple(_read(TokenCredit, token) for token in row["tokens"])
     return CreditRow(tokens, row["caption"], row["student_prompt"], row["teacher_prompt"])
 
 
-def _read_token(token: Mapping[str, Any]) -> TokenCredit:
-    numbers = {
-        field.name: float(token[field.name])
-        for field in fields(TokenCredit)
-        if field.type in (float, "float")
-    }
-    student_top, teacher_top = (
-        tuple(TopToken(int(t["token_id"]), t["text"], float(t["prob"])) for t in token[name])
-        for name in ("student_top", "teacher_top")
-    )
-    return TokenCredit(
-        token_id=int(token["token_id"]),
-        text=token["text"],
-        student_top=student_top,
-        teacher_top=teacher_top,
-        **numbers,
-    )
+def _read(kind: type[Any], found: Mapping[str, Any]) -> Any:
+    """Make a ``TokenCredit`` or ``TopToken`` of every field in ``found``; floats may be strings."""
+    values = {field.name: found[field.name] for field in fields(kind)}
+    for field in fields(kind):
+        if field.type in (int, float):
+            values[field.name] = field.type(values[field.name])
+        elif field.name.endswith("_top"):
+            values[field.name] = tuple(_read(TopToken, top) for top in values[field.name])
+    return kind(**values)
 
 
 def _short(data: object) -> str:
