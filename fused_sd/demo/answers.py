@@ -1,8 +1,7 @@
-"""Answers of the model, and what the teacher says about each of their tokens.
+"""Let the model answer, and measure how the teacher judges each token of the answers.
 
-Teacher and student are one set of weights, the teacher without the adapter.
-
-Dimension key:  B completions, T tokens of the longest
+Student and teacher share their weights: the student is the model with its adapter, the teacher the
+model without it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from fused_sd.credit import CreditRow, credit_measures
 
 @contextmanager
 def evaluating(model: Any, *, as_teacher: bool = False) -> Iterator[None]:
-    """Evaluation mode without gradients; as the teacher also without the adapter."""
+    """Turn off training mode and gradients and, for the teacher, the adapter."""
     was_training = model.training
     model.eval()
     with torch.no_grad(), model.disable_adapter() if as_teacher else nullcontext():
@@ -27,7 +26,7 @@ def evaluating(model: Any, *, as_teacher: bool = False) -> Iterator[None]:
 def complete(
     model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
 ) -> list[list[int]]:
-    """Greedy completions as token ids, cut after the end of the line."""
+    """Return greedy completions as token ids, each cut behind the end of its line."""
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
     ends = model.generation_config.eos_token_id
     generated = model.generate(
@@ -38,7 +37,7 @@ def complete(
         pad_token_id=tokenizer.pad_token_id,
     )
     completions = generated[:, batch["input_ids"].shape[1] :].tolist()
-    return [_cut(ids, ends) for ids in completions]
+    return [_cut_behind_end(ids, ends) for ids in completions]
 
 
 def completion_credit(
@@ -48,14 +47,14 @@ def completion_credit(
     teacher_prompts: Sequence[str],
     completions: Sequence[list[int]],
 ) -> tuple[CreditRow, ...]:
-    """The teacher's opinion of every token of B completions.
+    """Measure the credit of every token of the completions.
 
     Args:
-        model: with an adapter.
-        tokenizer: pads on the left.
-        prompts: what the student reads.
-        teacher_prompts: what the teacher reads.
-        completions: token ids.
+        model: a PEFT model; without its adapter it is the teacher.
+        tokenizer: a tokenizer that pads on the left.
+        prompts: the student's prompts.
+        teacher_prompts: the teacher's prompts.
+        completions: token ids of the completions.
     """
     from fused_sd.integrations.shared.completion_scores import CompletionForward, with_head
     from fused_sd.integrations.transformers import attach
@@ -69,8 +68,9 @@ def completion_credit(
         return CompletionForward(model, batch["input_ids"], batch["attention_mask"], length)
 
     # padding is on the left, so every completion ends at the last position
-    token_ids = torch.tensor([[0] * (length - len(ids)) + ids for ids in completions])
-    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in completions])
+    missing = [[0] * (length - len(ids)) for ids in completions]
+    token_ids = torch.tensor([pad + ids for pad, ids in zip(missing, completions)])
+    mask = torch.tensor([pad + [1] * len(ids) for pad, ids in zip(missing, completions)])
     token_ids, mask = token_ids.to(model.device), mask.to(model.device)
     with evaluating(model, as_teacher=True):
         teacher_hidden, teacher_head = forward(teacher_prompts)(with_head(outlives_forward=False))
@@ -83,8 +83,6 @@ def completion_credit(
     return measures.as_map(token_ids, mask, decode=tokenizer.decode).rows
 
 
-def _cut(ids: list[int], ends: list[int]) -> list[int]:
-    for n, token_id in enumerate(ids):
-        if token_id in ends:
-            return ids[: n + 1]
-    return ids
+def _cut_behind_end(ids: list[int], ends: list[int]) -> list[int]:
+    length = next((n + 1 for n, token_id in enumerate(ids) if token_id in ends), len(ids))
+    return ids[:length]

@@ -1,11 +1,9 @@
-"""Line charts as inline SVG: no script, no font, no request; colours come from the page's CSS."""
+"""Draw line charts as inline SVG, coloured by the page's style sheet."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-
-Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 30
@@ -13,10 +11,10 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 30
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: its name in the legend, its points, and the CSS class that draws it."""
+    """Hold one curve: its name in the legend, its (x, y) points and the CSS class that draws it."""
 
     name: str
-    points: Points
+    points: Sequence[tuple[float, float]]
     css_class: str
 
 
@@ -24,15 +22,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def plain(value: float) -> str:
-    return f"{value:.3g}"
-
-
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers that cover [low, high]; the first is at most low, the last at least high."""
+def ticks(low: float, high: float) -> list[float]:
+    """Return about five evenly spaced round numbers, from at most ``low`` to at least ``high``."""
     if high <= low:
         high = low + 1.0
-    rough = (high - low) / max(count - 1, 1)
+    rough = (high - low) / 4
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough * (1 - 1e-9))
     first = math.floor(low / step + 1e-9)
@@ -40,28 +34,26 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(n * step, 12) for n in range(first, last + 1)]
 
 
-def line_chart(
-    title: str,
-    lines: Sequence[Line],
-    *,
-    form: Callable[[float], str] = plain,
-    low: float | None = None,
-    high: float | None = None,
-) -> str:
-    """A figure with a caption, a legend and one SVG; hovering a point shows its value.
+def line_chart(title: str, lines: Sequence[Line], *, is_share: bool = False) -> str:
+    """Return a figure with a caption, a legend and an SVG; pointing at a dot shows its value.
+
+    Args:
+        title: the caption.
+        lines: the curves; those without points are left out.
+        is_share: y is shown in percent, on an axis up to 100 %.  The axis always starts at 0.
 
     Raises:
-        ValueError: when there is no point to draw.
+        ValueError: there is no point to draw.
     """
     drawn = [line for line in lines if line.points]
     if not drawn:
         raise ValueError(
             f"lines must hold at least one point, got none for {title!r}; leave the chart out"
         )
+    form = percent if is_share else "{:.3g}".format
     xs = [x for line in drawn for x, _ in line.points]
-    ys = [y for line in drawn for _, y in line.points]
     x_ticks = ticks(min(xs), max(xs))
-    y_ticks = ticks(min(ys) if low is None else low, max(ys) if high is None else high)
+    y_ticks = ticks(0.0, 1.0 if is_share else max(y for line in drawn for _, y in line.points))
 
     def at_x(x: float) -> float:
         share = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
@@ -79,7 +71,7 @@ def line_chart(
     ]
     parts += [
         f'<text class="tick" text-anchor="middle" x="{at_x(x):.1f}" y="{HEIGHT - 10}">'
-        f"{plain(x)}</text>"
+        f"{x:.3g}</text>"
         for x in x_ticks
     ]
     parts += [_curve(line, at_x, at_y, form) for line in drawn]
@@ -103,7 +95,7 @@ def _curve(
     places = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line.points)
     dots = "".join(
         f'<circle class="{escape(line.css_class)}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="2.5">'
-        f"<title>{escape(line.name)}, step {plain(x)}: {form(y)}</title></circle>"
+        f"<title>{escape(line.name)}, step {x:.3g}: {form(y)}</title></circle>"
         for x, y in line.points
     )
     return f'<polyline class="{escape(line.css_class)}" points="{places}"/>{dots}'

@@ -1,4 +1,4 @@
-"""What the terminal shows while the demo runs."""
+"""Show the demo's progress and results in the terminal."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from fused_sd.demo.train import Run
 
 
 class Live:
-    """A progress bar with the latest numbers beside it, and a table at the end."""
+    """Show a progress bar with the latest numbers beside it, and a table at the end."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
@@ -46,7 +46,7 @@ class Live:
         self._task = self._bar.add_task(description, total=steps, numbers="measuring")
 
     def progress(self, step: int, run: Run) -> None:
-        """Called by the training; shows the last point of the curves that matter."""
+        """Show the last point of the main curves; ``train`` calls this."""
         if self._task is None:
             raise RuntimeError("progress must come after begin, got no task; call begin first")
         shown = {

@@ -1,24 +1,21 @@
-"""Memory of one SDPO step, TRL's own trainer beside ours, each in a process of its own.
+"""Measure the memory of one SDPO step, for TRL's own trainer and for this library's.
 
-A process is measured because that is what runs out: its peak resident memory during one
-``compute_loss`` and ``backward``, above what it held just before.  On a GPU it is the peak of
-PyTorch's allocator.  The batch is longer than the demo's, as in real post-training; which tokens it
-holds does not matter, so they are random.
-
-    python -m fused_sd.demo.memory stock /path/to/model cpu    prints one line of JSON
+Each trainer runs in a process of its own, so that nothing held before blurs its peak.  On a CPU the
+measure is resident memory, which is what runs out; on a GPU it is what PyTorch's allocator has
+handed out.  The batch is longer than the demo's, as in real post-training.  Its tokens are random,
+because memory does not depend on them.
 """
 
-import json
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
-from fused_sd.demo.model import quiet_and_offline
 from fused_sd.demo.train import Settings, TrainerKind, build_trainer
 
 NUM_COMPLETIONS, COMPLETION_LENGTH = 8, 128
@@ -27,34 +24,27 @@ STUDENT_PROMPT, TEACHER_PROMPT = 8, 40
 
 @dataclass(frozen=True)
 class StepMemory:
-    """One measured step."""
+    """Hold the measurements of one step."""
 
     trainer: TrainerKind
     peak_mib: float  # above what was held before the step
     seconds: float
-    loss: float  # the two trainers must agree on it
+    loss: float  # the same for both trainers, up to rounding
     num_tokens: int
     logits_mib: float  # one float32 matrix of all the logits, to compare with
 
 
 def measure_in_subprocess(kind: TrainerKind, directory: Path, device: str) -> StepMemory:
-    """Run this module in a fresh process, so that nothing held before blurs the peak.
-
-    Raises:
-        RuntimeError: when the process fails; its last lines of output are in the message.
-    """
-    command = [sys.executable, "-m", "fused_sd.demo.memory", kind, str(directory), device]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(
-            f"the memory measurement of the {kind} trainer must exit with 0, got "
-            f"{done.returncode}; run {' '.join(command)} to see why: {done.stderr[-600:]}"
-        )
-    return StepMemory(**json.loads(done.stdout.splitlines()[-1]))
+    """Run ``measure`` in a fresh process; its errors are raised here."""
+    # without "spawn" the process would start with this one's memory
+    with ProcessPoolExecutor(
+        1, get_context("spawn"), initializer=warnings.simplefilter, initargs=("ignore",)
+    ) as pool:
+        return pool.submit(measure, kind, directory, device).result()
 
 
 def measure(kind: TrainerKind, directory: Path, device: str) -> StepMemory:
-    """One step in this process."""
+    """Measure one ``compute_loss`` and ``backward`` in this process."""
     from fused_sd.demo import task
     from fused_sd.demo.model import load
 
@@ -69,11 +59,11 @@ def measure(kind: TrainerKind, directory: Path, device: str) -> StepMemory:
             Path(scratch),
             activation_checkpointing=True,  # TRL's default
         )
-    # the training loop sets this; a single step has nothing to accumulate
+    # TRL's training loop sets this, and compute_loss divides by it
     trainer.current_gradient_accumulation_steps = 1
-    trainer.log_fused_metrics = False  # like with like: TRL forms no KLs and entropies to log
+    trainer.log_fused_metrics = False  # TRL's trainer computes no KLs and entropies to log either
     trainer.model.train()
-    # a tiny step first, so that what is allocated once and for all is not counted
+    # a tiny step first, so that what is allocated once is not counted
     _one_step(trainer, random_batch(model.config.vocab_size, device, completion_length=4))
     batch = random_batch(model.config.vocab_size, device, COMPLETION_LENGTH)
 
@@ -93,7 +83,7 @@ def measure(kind: TrainerKind, directory: Path, device: str) -> StepMemory:
 
 
 def random_batch(vocab_size: int, device: str, completion_length: int) -> dict[str, Any]:
-    """What TRL's rollout would hand to ``compute_loss``."""
+    """Return a batch of random tokens with the fields that TRL's ``compute_loss`` reads."""
     import torch
 
     torch.manual_seed(0)
@@ -120,14 +110,11 @@ def _one_step(trainer: Any, batch: dict[str, Any]) -> float:
 
 
 class Peak:
-    """The highest memory held between ``start`` and ``stop``, or inside a ``with``.
-
-    On a GPU it is what PyTorch's allocator has handed out, on the CPU the process's resident
-    memory.
+    """Record the most memory held inside a ``with``, or between ``start`` and ``stop``.
 
     Attributes:
-        start_bytes: held at the start.
-        highest_bytes: the most that was held at once.
+        start_bytes: bytes held at the start.
+        highest_bytes: the most bytes held at once.
     """
 
     def __init__(self, device: str) -> None:
@@ -136,12 +123,15 @@ class Peak:
 
     @property
     def mib(self) -> float:
-        """Above what was held at the start."""
+        """The peak above what was held at the start."""
         return (self.highest_bytes - self.start_bytes) / 2**20
 
     def held_now(self) -> int:
+        """Return the bytes held now: resident memory on a CPU, PyTorch's allocations on a GPU."""
         if self.device == "cpu":
-            return resident_bytes()
+            import psutil
+
+            return psutil.Process().memory_info().rss
         import torch
 
         return torch.cuda.memory_allocated()
@@ -155,7 +145,7 @@ class Peak:
         self.start_bytes = self.highest_bytes = self.held_now()
         if self.device == "cpu":
             self._done = threading.Event()
-            # sampled, since the system's own record cannot be reset to forget the loading
+            # sampled, because the system's own record of the peak cannot be reset
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
         return self
@@ -178,22 +168,3 @@ class Peak:
     def _watch(self) -> None:
         while not self._done.wait(0.005):
             self.highest_bytes = max(self.highest_bytes, self.held_now())
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process, read from the kernel."""
-    import psutil
-
-    return psutil.Process().memory_info().rss
-
-
-if __name__ == "__main__":
-    quiet_and_offline()
-    if len(sys.argv) != 4 or sys.argv[1] not in get_args(TrainerKind):
-        raise SystemExit(
-            f"the arguments must be a trainer of {get_args(TrainerKind)}, a model's directory and "
-            f"a device, got {sys.argv[1:]}; python -m fused_sd.demo calls this for you"
-        )
-    print(
-        json.dumps(asdict(measure(cast(TrainerKind, sys.argv[1]), Path(sys.argv[2]), sys.argv[3])))
-    )

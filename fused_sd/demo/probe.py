@@ -1,4 +1,4 @@
-"""Measurements on the held-out words, the same before, during and after training."""
+"""Measure the held-out words, in the same way before, during and after training."""
 
 import random
 from collections.abc import Sequence
@@ -9,26 +9,27 @@ from fused_sd.credit import CreditRow
 from fused_sd.demo import task
 from fused_sd.demo.answers import complete, completion_credit, evaluating
 
+# held-out words whose tokens are compared with the teacher, whose long prompt makes that expensive
+NUM_COMPARED = 20
+
 
 @dataclass(frozen=True)
 class Look:
-    """One look at the student."""
+    """Hold one measurement of the student."""
 
-    answers: list[str]  # one a held-out word
-    credit: tuple[CreditRow, ...]  # of the compared words, token by token
+    answers: list[str]  # one for each held-out word
+    credit: tuple[CreditRow, ...]  # one for each compared word
     values: dict[str, float]  # one point of every held-out curve
 
 
 class Probe:
-    """Asks the held-out words.
+    """Ask the model for the plurals of the held-out words.
 
     Args:
-        tokenizer: pads on the left.
+        tokenizer: a tokenizer that pads on the left.
         split: the words.
-        num_examples: worked examples in the teacher's context.
-        max_new_tokens: length of an answer.
-        num_compared: held-out words whose two distributions are compared token by token; fewer than
-            all of them, since the teacher's context is long and the machine may be small.
+        num_examples: number of worked examples in the teacher's prompt.
+        max_new_tokens: the longest answer.
     """
 
     def __init__(
@@ -37,30 +38,28 @@ class Probe:
         split: task.Split,
         num_examples: int,
         max_new_tokens: int,
-        num_compared: int = 20,
     ) -> None:
         rng = random.Random(task.SPLIT_SEED)
         self.tokenizer = tokenizer
         self.words = split.held_out
         self.contexts = [task.feedback(word, split, rng, num_examples) for word in self.words]
         self.max_new_tokens = max_new_tokens
-        self.num_compared = num_compared
 
     def teacher_answers(self, model: Any) -> list[str]:
-        """Greedy completions of the held-out words with the examples, without the adapter."""
+        """Return the answers of the model without its adapter, with the examples in its prompt."""
         with evaluating(model, as_teacher=True):
             ids = complete(model, self.tokenizer, self._informed(), self.max_new_tokens)
         return self._texts(ids)
 
     def accuracy(self, answers: Sequence[str]) -> float:
-        """Share of the held-out words answered rightly."""
+        """Return the share of correct answers to the held-out words."""
         right = [task.is_right(word, said) for word, said in zip(self.words, answers)]
         return sum(right) / len(right)
 
     def look(self, model: Any) -> Look:
-        """The student's greedy answers, and the teacher's opinion of some of them."""
+        """Measure the student: all its answers, and the credit of the compared ones."""
         bare = [task.question(word) for word in self.words]
-        compared = slice(0, self.num_compared)
+        compared = slice(0, NUM_COMPARED)
         with evaluating(model):
             ids = complete(model, self.tokenizer, bare, self.max_new_tokens)
         credit = completion_credit(

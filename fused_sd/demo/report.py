@@ -1,10 +1,10 @@
-"""The report: one HTML file that needs nothing else, in light and in dark, on a phone too."""
+"""Write the report as one HTML file that loads nothing else, for any screen."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 
-from fused_sd.credit.html import CHIPS, token_chips
+from fused_sd.credit.html import document, token_chips
 from fused_sd.demo.charts import Line, line_chart, percent
 from fused_sd.demo.memory import StepMemory
 from fused_sd.demo.style import STYLE
@@ -17,15 +17,15 @@ NUM_CREDIT_ROWS, NUM_EXAMPLES_SHOWN = 8, 12
 def render(
     runs: Sequence[Run], memory: Sequence[StepMemory], environment: Mapping[str, str]
 ) -> str:
-    """The whole page.
+    """Return the whole page.
 
     Args:
-        runs: one a seed, at least one.
-        memory: a measured step of each trainer; empty leaves the section out.
+        runs: one run for each seed, at least one.
+        memory: a measured step of each trainer; the section is left out if empty.
         environment: versions and machine, by name.
 
     Raises:
-        ValueError: when there is no run.
+        ValueError: there is no run.
     """
     if not runs:
         raise ValueError("runs must hold at least one run, got none; train before you report")
@@ -37,16 +37,11 @@ def render(
         _section("Memory of one step", _memory(memory)) if memory else "",
         _section("Settings and versions", _settings(runs, environment)),
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>fused_sd: a model teaches itself</title><style>{STYLE}{CHIPS}</style></head>"
-        f"<body><main>{''.join(sections)}</main></body></html>\n"
-    )
+    return document("fused_sd: a model teaches itself", STYLE, "".join(sections))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts; every cell is escaped."""
+    """Return a table of texts, all of them escaped."""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
@@ -96,31 +91,28 @@ def _headline(runs: Sequence[Run]) -> str:
 
 
 def _curves(runs: Sequence[Run]) -> str:
-    def lines(name: str, label: str, css_class: str, names: Sequence[Run] = runs) -> list[Line]:
+    def lines(name: str, label: str = "student") -> list[Line]:
         return [
             Line(
-                label if len(names) == 1 else f"{label}, seed {run.settings.seed}",
+                label if len(runs) == 1 else f"{label}, seed {run.settings.seed}",
                 run.curves.get(name, []),
-                f"{css_class} s{n % 5}",
+                f"s{n % 5}",
             )
-            for n, run in enumerate(names)
+            for n, run in enumerate(runs)
         ]
 
     teacher = runs[0].first("teacher accuracy")
     level = Line("with examples", [(0, teacher), (runs[0].settings.steps, teacher)], "reference")
     charts = [
-        ("Accuracy on held-out words", [*lines("held-out accuracy", "student", "held"), level]),
-        ("Share of right answers while sampling", lines("training reward", "student", "train")),
-        ("KL(teacher || student) on held-out words, nat", lines("held-out KL", "student", "held")),
-        ("Training loss, nat a token", lines("training loss", "loss", "train")),
-        ("Entropy on held-out words, nat", lines("held-out entropy", "student", "held")),
+        ("Accuracy on held-out words", [*lines("held-out accuracy"), level], True),
+        ("Share of right answers while sampling", lines("training reward"), True),
+        ("KL(teacher || student) on held-out words, nat", lines("held-out KL"), False),
+        ("Training loss, nat a token", lines("training loss", "loss"), False),
+        ("Entropy on held-out words, nat", lines("held-out entropy"), False),
     ]
-    shares = {"Accuracy on held-out words", "Share of right answers while sampling"}
     figures = [
-        line_chart(title, drawn, form=percent, low=0.0, high=1.0)
-        if title in shares
-        else line_chart(title, drawn, low=0.0)
-        for title, drawn in charts
+        line_chart(title, drawn, is_share=is_share)
+        for title, drawn, is_share in charts
         if any(line.points for line in drawn)
     ]
     return f'<div class="charts">{"".join(figures)}</div>'

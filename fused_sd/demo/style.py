@@ -1,15 +1,8 @@
-"""The page's style sheet; every colour is a variable with a light and a dark value."""
+"""The report's styles beside those of a credit map's page, which define the other colours."""
 
 STYLE = """
-:root{color-scheme:light dark;--page:#fbfaf8;--panel:#ffffff;--ink:#1d1f23;--quiet:#62666d;
---rule:#dedcd6;--approve:#7db3ee;--object:#f2a35c;--c0:#1f6fc4;--c1:#c2571a;--c2:#2b8a57;
---c3:#8a4bb0;--c4:#7a6a1d}
-@media (prefers-color-scheme:dark){:root{--page:#15171a;--panel:#1e2125;--ink:#e8e6e1;
---quiet:#9aa0a8;--rule:#363a40;--approve:#2f6fb3;--object:#a85f1c;--c0:#6db1f7;--c1:#f09a5b;
---c2:#66c894;--c3:#c796e6;--c4:#cbb85a}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
+:root{--c1:#c2571a;--c2:#2b8a57;--c3:#8a4bb0;--c4:#7a6a1d}
+@media (prefers-color-scheme:dark){:root{--c1:#f09a5b;--c2:#66c894;--c3:#c796e6;--c4:#cbb85a}}
 main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 4rem}
 h1{font-size:1.9rem;line-height:1.2;margin:.5rem 0}
 h2{font-size:1.2rem;margin:2.6rem 0 .7rem}

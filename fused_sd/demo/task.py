@@ -1,7 +1,7 @@
-"""The task: ``cat ->`` must be continued by ``cats``.  Questions, verdicts, feedback, split.
+"""Define the task, to continue ``cat ->`` by ``cats``: prompts, verdicts, feedback and the split.
 
-The feedback is what an environment with a manual would say: worked examples of other words.  It
-never holds the word that was asked, and never a word that is held out.
+The feedback is what only the teacher reads: worked examples of other words.  It never contains the
+word that is asked, nor a held-out word.
 """
 
 import random
@@ -9,22 +9,22 @@ from dataclasses import dataclass
 
 from fused_sd.demo.words import NOUNS, plural
 
-SPLIT_SEED = 1234  # one split for every seed of training, so that seeds can be compared
+SPLIT_SEED = 1234  # the same split for all seeds of training, so that they can be compared
 
 
 @dataclass(frozen=True)
 class Split:
-    """Words to train on and words never seen in training, neither asked nor as examples."""
+    """Hold the words to train on, and the words that training never sees."""
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
 
 
 def split_words(num_held_out: int = 60) -> Split:
-    """The fixed split of the list by word.
+    """Return the fixed split of the nouns.
 
     Raises:
-        ValueError: when too few words would be left on either side.
+        ValueError: ``num_held_out`` is 0 or more than half of the nouns.
     """
     if not 1 <= num_held_out <= len(NOUNS) // 2:
         raise ValueError(
@@ -37,35 +37,29 @@ def split_words(num_held_out: int = 60) -> Split:
 
 
 def question(word: str) -> str:
-    """The bare prompt: nothing in it says that a plural is wanted."""
+    """Return the bare prompt, which does not say that a plural is wanted."""
     return f"{word} ->"
 
 
 def feedback(word: str, split: Split, rng: random.Random, num_examples: int = 4) -> str:
-    """Worked examples, one a line, of training words other than ``word``."""
+    """Return worked examples, one on each line, of training words other than ``word``."""
     others = [other for other in split.train if other != word]
     examples = rng.sample(others, num_examples)
     return "".join(f"{question(example)} {plural(example)}\n" for example in examples)
 
 
-def answer(completion: str) -> str:
-    """The answer in a completion: its first word, empty when there is none."""
-    words = completion.split()
-    return words[0] if words else ""
-
-
 def is_right(word: str, completion: str) -> bool:
-    """The verdict: the first word of the completion is exactly the plural."""
-    return answer(completion) == plural(word)
+    """Whether the completion's first word is exactly the plural."""
+    return completion.split()[:1] == [plural(word)]
 
 
 def reward(prompts: list[str], completions: list[str], word: list[str], **_: object) -> list[float]:
-    """The verdicts as TRL asks for them: 1.0 for a right answer, 0.0 for a wrong one."""
+    """Score completions for TRL: 1.0 for a right answer, 0.0 for a wrong one."""
     return [float(is_right(asked, said)) for asked, said in zip(word, completions)]
 
 
 def training_rows(split: Split, seed: int, num_examples: int = 4) -> list[dict[str, str]]:
-    """One row a training word: the bare prompt, and the feedback the teacher will see."""
+    """Return a row for each training word: the bare prompt and the teacher's feedback."""
     rng = random.Random(seed)
     return [
         {

@@ -1,7 +1,7 @@
-"""Training: TRL's SDPO trainer, its settings, and what is measured while it runs.
+"""Train with TRL's SDPO trainer, and measure before, during and after.
 
-The student is the model with a LoRA adapter and sees the bare prompt; the teacher is the same model
-with the adapter switched off and sees four worked examples before the prompt.
+The student is the model with a LoRA adapter and reads the bare prompt.  The teacher is the same
+model with the adapter switched off and reads worked examples before the prompt.
 """
 
 import time
@@ -18,15 +18,15 @@ TrainerKind = Literal["fused", "stock"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run; the report prints all of it."""
+    """Hold everything that decides a run; the report prints all of it."""
 
     steps: int = 60
     learning_rate: float = 1e-3
     lora_rank: int = 16
     prompts_per_step: int = 8
     generations_per_prompt: int = 2
-    max_completion_length: int = 2  # sampled while training: nearly every plural and its line end
-    max_answer_length: int = 5  # allowed when the held-out words are asked
+    max_completion_length: int = 2  # tokens sampled in training; nearly every plural fits
+    max_answer_length: int = 5  # tokens of an answer to a held-out word
     distillation_alpha: float = 0.0  # TRL's name for the direction: 0 is KL(teacher || student)
     num_examples: int = 4
     num_held_out: int = 60
@@ -38,13 +38,12 @@ class Settings:
 
 @dataclass
 class Run:
-    """What one run measured; ``curves`` maps a name to its (step, value) points."""
+    """Hold what one run measured."""
 
     settings: Settings
-    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    examples: list[dict[str, str]] = field(default_factory=list)
-    credit: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # (step, value) points
+    examples: list[dict[str, str]] = field(default_factory=list)  # held-out words and answers
+    credit: list[dict[str, Any]] = field(default_factory=list)  # compared words and their rows
     training_seconds: float = 0.0
 
     def add(self, step: int, values: dict[str, float]) -> None:
@@ -59,7 +58,7 @@ class Run:
 
 
 def trainer_class(kind: TrainerKind) -> Any:
-    """TRL's own trainer, or the subclass of it that never holds the logits."""
+    """Return TRL's own trainer, or this library's, which never holds the logits."""
     if kind == "stock":
         from trl.experimental.sdpo import SDPOTrainer
 
@@ -78,10 +77,10 @@ def build_trainer(
     callbacks: list[Any] | None = None,
     activation_checkpointing: bool = False,
 ) -> Any:
-    """An SDPO trainer on the task, ready to ``train()``.
+    """Build an SDPO trainer for the task.
 
-    The teacher's context is built by TRL: ``privileged_context`` is the environment's feedback and
-    comes before the bare prompt, so the teacher reads the examples and then the same question.
+    TRL builds the teacher's prompt: it puts a row's ``privileged_context``, here the worked
+    examples, before the bare prompt.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -131,7 +130,7 @@ def build_trainer(
         callbacks=callbacks or [],
         peft_config=adapter,
     )
-    trainer.remove_callback(PrinterCallback)  # the terminal is ours
+    trainer.remove_callback(PrinterCallback)  # it would print into the progress bar
     return trainer
 
 
@@ -145,24 +144,23 @@ def train(
     """Train once and measure before, during and after.
 
     Args:
-        directory: the converted model.
-        output_directory: where TRL may write.
-        settings: the run.
-        progress: called after every measured or logged step.
-        build: makes the trainer, from what ``build_trainer`` takes.
+        directory: the folder of the converted model.
+        output_directory: a folder that TRL may write to.
+        settings: the settings of the run.
+        progress: called with the step and the run after every measured or logged step.
+        build: makes the trainer from the arguments of ``build_trainer``.
     """
     from transformers import TrainerCallback
 
     from fused_sd.demo.model import load
 
-    started = time.perf_counter()
     model, tokenizer = load(directory, settings.device)
     split = task.split_words(settings.num_held_out)
     probe = Probe(tokenizer, split, settings.num_examples, settings.max_answer_length)
     run = Run(settings)
 
     class Collector(TrainerCallback):
-        """Puts TRL's logs and our measurements into the run."""
+        """Add TRL's logs and the measurements to the run."""
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             run.add(state.global_step, _training_values(kwargs["logs"]))
@@ -188,28 +186,23 @@ def train(
     after = probe.look(trainer.model)
     run.add(settings.steps, after.values)
     run.examples = [
-        {"word": word, "right": task.plural(word), "before": old, "after": new, "teacher": shown}
+        {"word": word, "before": old, "after": new, "teacher": shown}
         for word, old, new, shown in zip(
             probe.words, before.answers, after.answers, teacher_answers
         )
     ]
     run.credit = [
-        {
-            "word": word,
-            "before": old,
-            "after": new,
-        }
+        {"word": word, "before": old, "after": new}
         for word, old, new in zip(probe.words, before.credit, after.credit)
     ]
-    run.seconds = time.perf_counter() - started
     progress(settings.steps, run)
     return run
 
 
 def _training_values(logs: dict[str, Any]) -> dict[str, float]:
+    """Return the curves' values from TRL's log of a step."""
     names = {
         "self_distillation/distillation_loss": "training loss",
         "self_distillation/reward_mean": "training reward",
-        "grad_norm": "gradient norm",
     }
     return {name: float(logs[key]) for key, name in names.items() if key in logs}

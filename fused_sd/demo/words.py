@@ -1,4 +1,4 @@
-"""The nouns of the task; the plurals follow from a rule, so only the singulars are listed."""
+"""List the nouns of the task; a rule gives their plurals."""
 
 _LIST = """
 actor album angle animal apple apron arrow artist atom author award baby badge bag baker ball banana
@@ -25,7 +25,7 @@ NOUNS: tuple[str, ...] = tuple(_LIST.split())
 
 
 def plural(noun: str) -> str:
-    """The plural of a noun of the list; the rule covers that list, not English."""
+    """Return the plural of a listed noun; the rule covers this list, not English."""
     if noun in ("potato", "tomato"):
         return noun + "es"
     if noun.endswith("y") and noun[-2] not in "aeiou":

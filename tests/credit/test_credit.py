@@ -1,4 +1,4 @@
-"""Credit maps: the numbers against explicit logits, the pages, pictures and scores by hand."""
+"""Test credit maps' numbers against explicit logits, their pages and pictures, and the scores."""
 
 import dataclasses
 import html.parser
@@ -35,7 +35,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
 
 def states(dtype=torch.float64):
-    """Student and teacher states, heads and the response."""
+    """Return the student's states and head, the teacher's, and the response."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape):
@@ -216,7 +216,7 @@ def test_other_json_is_refused(text):
 
 
 class Page(html.parser.HTMLParser):
-    """Tags that open and close, and the texts."""
+    """Parse a page: its tags, those that were not closed, its texts and its chips."""
 
     VOID = frozenset({"meta", "br", "input"})
 

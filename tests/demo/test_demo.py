@@ -1,4 +1,4 @@
-"""The demo without its model: task, charts, colours, report, command line."""
+"""Test the demo without its model: task, charts, report and command line."""
 
 import random
 import re
@@ -12,7 +12,7 @@ from fused_sd.credit import CreditRow, TokenCredit, TopToken
 from fused_sd.demo import task
 from fused_sd.demo.__main__ import parse
 from fused_sd.demo.answers import completion_credit
-from fused_sd.demo.charts import Line, line_chart, percent, ticks
+from fused_sd.demo.charts import Line, line_chart, ticks
 from fused_sd.demo.memory import StepMemory, random_batch
 from fused_sd.demo.report import render, table
 from fused_sd.demo.train import Run, Settings
@@ -48,7 +48,6 @@ def fake_run(seed: int, accuracy: tuple[float, float]) -> Run:
     run.examples = [
         {
             "word": "cat",
-            "right": "cats",
             "before": " 100",
             "after": " cats\n",
             "teacher": " <script>",
@@ -187,7 +186,7 @@ def test_ticks_cover_the_range_evenly(low: float, high: float) -> None:
 
 def test_a_chart_draws_every_point_inside_its_box() -> None:
     points = [(0, 0.0), (10, 0.5), (20, 1.0)]
-    svg = line_chart("accuracy", [Line("student", points, "s0")], form=percent, low=0.0, high=1.0)
+    svg = line_chart("accuracy", [Line("student", points, "s0")], is_share=True)
     places = re.search(r'points="([^"]+)"', svg)
     assert places is not None
     pairs = [tuple(map(float, place.split(","))) for place in places[1].split()]

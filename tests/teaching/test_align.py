@@ -1,4 +1,4 @@
-"""Where a response sits in two sequences, and everything that a wrong position looks like."""
+"""Test where responses are found in two sequences, and how wrong positions are reported."""
 
 import dataclasses
 
@@ -13,9 +13,9 @@ PAD = 0
 
 
 def rows(sequences, side="right", width=None):
-    """Ids and masks (B, L) of sequences given as lists of parts, and which part is the student's.
+    """Return ids, attention mask and response mask (B, L) of sequences.
 
-    A part is a list of ids; every second one is the response.
+    A sequence is a list of parts, a part a list of ids; every second part is the response.
     """
     flat = [[token for part in parts for token in part] for parts in sequences]
     own = [[at % 2 for at, part in enumerate(parts) for _ in part] for parts in sequences]
@@ -31,7 +31,7 @@ def rows(sequences, side="right", width=None):
 
 
 def packed(sequences):
-    """The same in one row, with a little padding behind, and the sequences' numbers."""
+    """Return the same in one packed row with some padding, and the sequences' numbers."""
     parts = [rows([sequence]) for sequence in sequences]
     padding = torch.full((1, 3), PAD)
     ids, mask, response = (
@@ -43,7 +43,7 @@ def packed(sequences):
 
 
 def turns(seed, *lengths):
-    """Parts of random ids from a small vocabulary, so that neighbours are often equal."""
+    """Return parts of random ids; a small vocabulary often makes neighbours equal."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(1, 4, (n,), generator=generator).tolist() for n in lengths]
 
@@ -54,7 +54,7 @@ TEACHERS = [[turns(10 + at, 7 - at)[0], *parts[1:]] for at, parts in enumerate(S
 
 
 def expected(students, teachers):
-    """Triples (sequence, offset in the student's, offset in the teacher's) of predicting states."""
+    """Return triples: sequence, and the predicting states' offsets in both sides' sequences."""
     triples = []
     for number, (student, teacher) in enumerate(zip(students, teachers)):
         here, there = 0, 0
@@ -66,7 +66,7 @@ def expected(students, teachers):
 
 
 def starts(mask):
-    """Place of each row's first token."""
+    """Return the place of each row's first token."""
     return mask.argmax(1) + torch.arange(len(mask)) * mask.shape[1]
 
 
@@ -121,7 +121,7 @@ def test_responses_are_found_in_packed_rows(pack_student, pack_teacher, given):
 
 
 def test_prompts_padded_left_before_responses_padded_right():
-    """What trainers concatenate; and padding between prompt and response."""
+    """Trainers concatenate like this, which puts padding between prompt and response."""
     prompt, prompt_mask, _ = rows([[part[0]] for part in STUDENTS], "left")
     teacher_prompt, teacher_prompt_mask, _ = rows([[part[0]] for part in TEACHERS], "right")
     response, response_mask, _ = rows([[part[1]] for part in STUDENTS], "right")
@@ -160,7 +160,7 @@ def test_a_row_without_a_response_has_no_tokens():
     teacher_ids, teacher_mask, _ = rows(teacher)
     found = align_responses(ids, mask, teacher_ids, teacher_mask, student_response_mask=response)
     assert_is(found, sequences, teacher, starts(mask), starts(teacher_mask))
-    # nor has one without a prompt
+    # a row without any token has none either
     mask[1] = teacher_mask[1] = 0
     again = align_responses(ids, mask, teacher_ids, teacher_mask, student_response_mask=response)
     assert torch.equal(again.teacher_positions, found.teacher_positions)
@@ -235,7 +235,7 @@ def test_response_masks_that_disagree_are_named():
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_response_without_a_prompt_is_named(number):
-    """The state before it may be that of another sequence."""
+    """The state before such a response would be another sequence's."""
     sequences = [STUDENTS[0]]
     sequences.insert(number, [[], [1, 2]])
     ids, mask, response = rows(sequences)
@@ -310,7 +310,7 @@ def test_one_wrong_position_padding_and_other_sequences_are_named():
 
 
 def test_the_last_token_of_a_sequence_predicts_nothing():
-    """Not the first of the next, in a packed row."""
+    """In a packed row it does not predict the first token of the next sequence."""
     ids, mask, _, numbers = packed([[[1, 2], [3]], [[4], [5]]])
     places = torch.tensor([2])
     claimed = Alignment(places, places, torch.tensor([4]), torch.ones(1))
@@ -321,7 +321,7 @@ def test_the_last_token_of_a_sequence_predicts_nothing():
 
 @pytest.fixture(scope="module")
 def model():
-    """A tiny model that has learnt to continue a repeating pattern."""
+    """Train a tiny model to continue a repeating pattern."""
     pytest.importorskip("transformers")
     from tiny_models import tiny_model
 
@@ -337,13 +337,13 @@ def model():
 
 
 def patterns(count, length=18):
-    """Rows that repeat five random tokens."""
+    """Return rows that repeat five random tokens."""
     motif = torch.rand(count, 10).argsort(1)[:, :5] + 1
     return motif.repeat(1, length // 5 + 1)[:, :length]
 
 
 def two_contexts(model, shift=0):
-    """States of the same response behind a short and a longer prompt, taken ``shift`` late."""
+    """Return states of one response behind two prompts, the teacher's taken ``shift`` late."""
     from fused_sd.integrations.transformers import Request, attach, hidden_states
 
     attach(model)
@@ -405,7 +405,7 @@ def test_short_responses_are_no_evidence(model):
 
 
 def test_aligned_states_give_the_models_log_probs(model):
-    """End to end: indexing the states by the positions predicts the response's tokens."""
+    """States indexed by the positions predict the response's tokens, end to end."""
     student, head, teacher, _, places = two_contexts(model)
     for states in (student, teacher):
         log_probs = token_log_probs(states, head, places.token_ids).log_probs

@@ -1,4 +1,4 @@
-"""Which weights teach: averages that move, copies that are whole, and the trust region."""
+"""Test the teacher's averages, copies and saved states, and the trust region."""
 
 import copy
 import os
@@ -14,7 +14,7 @@ KINDS = ("live", "frozen", "ema", "synced")
 
 
 class Model(nn.Module):
-    """Tied, normalised, with dropout, a frozen part and a buffer."""
+    """A model with tied weights, dropout, buffers and a part that is not trained."""
 
     def __init__(self, dtype=torch.float64):
         super().__init__()
@@ -32,7 +32,7 @@ class Model(nn.Module):
 
 
 def step(model, size=0.1):
-    """An optimiser step."""
+    """Change the trained parameters and the buffers, as an optimiser step does."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -114,7 +114,7 @@ def test_a_step_with_infinite_gradients_does_not_count(kind):
 
 @pytest.mark.parametrize("dtype, rate", [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)])
 def test_16_bit_averages_follow_the_float64_average(dtype, rate):
-    """In the parameters' own dtype such a rate moves nothing."""
+    """An average in the parameters' own dtype would not move at these rates."""
     model = Model(dtype)
     with torch.no_grad():
         model.head.weight.fill_(1.0)
@@ -151,7 +151,7 @@ def test_syncing_an_average_takes_the_new_weights_as_its_start():
     teacher.sync()
     assert teacher.age == 0
     assert_same(teacher.module, snapshot(model))
-    # the average goes on from there, not from the master of before
+    # the average continues from there, not from its fp32 value before the sync
     teacher.update()
     assert_same(teacher.module, snapshot(model))
 
@@ -197,7 +197,7 @@ def test_a_given_module_teaches():
     own = other.frozen.weight.clone()
     teacher.update()
     assert torch.equal(other.head.weight, exact.bfloat16())
-    # what is not trained has no average, and no master
+    # a parameter that is not trained has no average
     assert torch.equal(other.frozen.weight, own)
     wide = [name for name, v in teacher.state_dict()["weights"].items() if v.dtype == torch.float32]
     assert wide == ["embedding.weight", "norm.weight", "norm.bias"]
@@ -299,7 +299,7 @@ def test_a_student_that_is_not_whole_is_not_copied():
 
 
 def test_weights_that_are_elsewhere_are_not_followed():
-    """Two empty tensors would agree for ever."""
+    """Following an empty tensor would change nothing, without an error."""
     model, other = Model(), Model()
     for each in (model, other):
         each.frozen.weight.data = torch.empty(0, dtype=torch.float64)
@@ -352,7 +352,7 @@ def test_the_copy_of_an_attached_model_answers_with_its_own_weights():
 
 
 def sharded_teacher(rank: int, folder: str) -> None:
-    """Averages of shards against those of whole weights; a forward leaves the root whole."""
+    """Compare averages of shards with those of whole weights, after forwards of the root too."""
     from torch.distributed.fsdp import fully_shard
 
     def make():
@@ -410,7 +410,7 @@ def test_shards_are_averaged_as_whole_weights_are(tmp_path):
 
 
 def sides(same_head, dtype=torch.float64, **shaping):
-    """Reference and student: hidden states and heads, the student's with a gradient."""
+    """Return the reference's and the student's states and heads; all of them require gradients."""
     hidden = [torch.randn(2, 5, 8, dtype=dtype, requires_grad=True) for _ in range(2)]
     weights = [torch.randn(11, 8, dtype=dtype, requires_grad=True) for _ in range(2)]
     biases = [torch.randn(11, dtype=dtype, requires_grad=True) for _ in range(2)]
