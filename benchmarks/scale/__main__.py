@@ -77,7 +77,6 @@ def numbers(counts: Mapping[str, Any]) -> dict[str, str]:
     assert card.bandwidth is not None
     assert card.link is not None
     model, most = tables.MODELS[0], tables.RANKS[-1]
-    verl = tables.planned(model, "cross_entropy", most)["verl triton"]
     again = tables.planned(model, "reverse_kl", most, reduction="none")
     return {
         "RATE": f"{card.rate / 1e12:.0f} TFLOP/s",
@@ -85,7 +84,6 @@ def numbers(counts: Mapping[str, Any]) -> dict[str, str]:
         "LINK": f"{card.link / 1e9:.0f} GB/s",
         "LATENCY": f"{1e6 * LATENCY:.0f} µs",
         "SHARE OF ANOTHER RANK": f"{card.rate / (head.vocab * card.link):.1%}",
-        "VERL": f"{verl.peak_bytes / tables.GIB:.1f} GiB",
         "AGAIN": f"{again.peak_bytes / tables.GIB:.2f}",
         "WORST": f"{worst(counts):.1%}",
         "TORCH": counts["torch"],

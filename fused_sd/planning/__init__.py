@@ -1,4 +1,4 @@
-"""What a run will cost, beforehand: memory, chunk and time, of this library and of others."""
+"""Plans: memory, chunk size and time of a loss, without running it."""
 
 from fused_sd.planning.plan import plan
 from fused_sd.planning.result import Estimate, Plan

@@ -1,7 +1,7 @@
-"""This library's memory with ``gradient="sparse"``: entries, and finished gradients of dense rows.
+"""Memory of this library with ``gradient="sparse"``: sparse values, and gradients of dense rows.
 
-How many entries a token keeps, and how many tokens are dense, depends on the policy; both are the
-plan's to assume.  Without a dense token there is no sum of the head's gradient in fp32.
+How many entries a token keeps, and how many tokens are dense, depends on the policy; a plan assumes
+both.  Without a dense token there is no fp32 sum of dweight.
 
 Dimension key:  N tokens, A tokens with a weight, F dense tokens, D hidden size, V vocabulary
 """
@@ -13,41 +13,38 @@ from fused_sd.engine.layout import Layout, RunSize
 from fused_sd.planning import chunked, fused
 from fused_sd.planning.chunked import PER_TOKEN, WIDE, ChunkedRun
 from fused_sd.planning.fused import ENTRY_BYTES
-from fused_sd.planning.workload import Parts, Peer, Workload, gemm_flops
+from fused_sd.planning.workload import Implementation, Parts, Workload, gemm_flops
 from fused_sd.torch_kernels import rows
 
-KEPT = 64  # entries of a token where nothing is said: a policy of 0.6 nat keeps fewer
-LISTED = 62  # bytes for each entry that PyTorch's selection may keep of a row; the kernels' 12
-JUDGED = 32  # and when it is decided which rows stay sparse
+KEPT = 64  # entries of a token by default: a policy with an entropy of 0.6 nat keeps fewer
+# bytes for each entry that may be selected: while PyTorch selects (the kernels: 12), and while it
+# is decided which rows stay sparse
+SELECTING, KERNELS_SELECTING, DECIDING = 62, 12, 32
 
 
-def walked(work: Workload) -> list[ChunkedRun]:
-    """Forward's walk, and backward's over the dense tokens where it walks them again."""
-    first = ChunkedRun(True, layout(work), work.active)
-    if not _again(work) or not dense_tokens(work):
+def runs(work: Workload) -> list[ChunkedRun]:
+    """Forward's chunked run, and backward's over the dense tokens if it recomputes their logits."""
+    first = ChunkedRun(True, _layout(work), work.active)
+    if not _recomputes(work) or not dense_tokens(work):
         return [first]
     few = work._replace(active=dense_tokens(work))
     size = chunked.size_of(few, has_gradient=True)
     return [first, ChunkedRun(True, chunked.layout(few, size, finishing=True), few.active)]
 
 
-def walks(work: Workload) -> int:
-    """How many they are."""
-    return len(walked(work))
-
-
-def layout(work: Workload) -> Layout:
-    """The chunk and the group that the walk will choose."""
-    return chunked.layout(work, chunked.size_of(work, has_gradient=True), not _again(work))
-
-
 def dense_tokens(work: Workload) -> int:
-    """F."""
+    """Number of tokens whose gradient is expected to be dense: F."""
     return round(work.active * work.dense_share)
 
 
-def _again(work: Workload) -> bool:
-    """Whether the gradients of dense tokens wait for autograd's."""
+def _layout(work: Workload) -> Layout:
+    """The chunk and the group that forward will choose."""
+    size = chunked.size_of(work, has_gradient=True)
+    return chunked.layout(work, size, finishing=not _recomputes(work))
+
+
+def _recomputes(work: Workload) -> bool:
+    """Whether gradients of dense tokens are left to backward, which knows autograd's gradient."""
     return work.trained and not work.reduced
 
 
@@ -55,22 +52,22 @@ def _moments(work: Workload) -> Sequence[Parts]:
     if work.kept is None:
         return []
     size = chunked.size_of(work, has_gradient=True)
-    chosen = layout(work)
+    chosen = _layout(work)
     kept = work.kept * (work.active - dense_tokens(work))
     entries = {"entries": ENTRY_BYTES * kept, "per-token values": PER_TOKEN * work.tokens}
-    dense = {} if _again(work) else _dense(work)
-    taken = {**chunked.compacted(work), **chunked.widened(work)}
-    held = {**entries, **dense, **taken}
-    spaces = chunked.workspace(size, chosen)
-    twice = {"entries together": ENTRY_BYTES * kept, "dH together": dense.get("dense fp32 dH", 0)}
+    dense = {} if _recomputes(work) else _dense_gradients(work)
+    copies = {**chunked.compacted(work), **chunked.widened(work)}
+    held = {**entries, **dense, **copies}
+    workspaces = chunked.workspace(size, chosen)
+    joined = {"entries together": ENTRY_BYTES * kept, "dH together": dense.get("dense fp32 dH", 0)}
     moments = [
         *chunked.run(work, size, chosen, held),
-        {**held, **spaces, **_selecting(work, size, min(chosen.group, work.active))},
-        {**held, **spaces, **twice},
+        {**held, **workspaces, **_selection(work, size, min(chosen.group, work.active))},
+        {**held, **workspaces, **joined},
     ]
-    if walks(work) == 2:
-        dense = _dense(work)
-        few = work._replace(active=dense_tokens(work))  # backward's walk finishes theirs
+    if len(runs(work)) == 2:
+        dense = _dense_gradients(work)
+        few = work._replace(active=dense_tokens(work))
         again = {**entries, **chunked.compacted(few), **chunked.widened(few)}
         moments += fused.form_gradients(few, size, chunked.layout(few, size, finishing=True), again)
     scaled = {"dense dH, scaled": dense.get("dense fp32 dH", 0)}
@@ -78,8 +75,8 @@ def _moments(work: Workload) -> Sequence[Parts]:
     return moments
 
 
-def _dense(work: Workload) -> Parts:
-    """Finished gradients of the dense tokens."""
+def _dense_gradients(work: Workload) -> Parts:
+    """Finished fp32 gradients of the dense tokens."""
     count = dense_tokens(work)
     gradients = chunked.finished(work, count)
     return {
@@ -88,19 +85,19 @@ def _dense(work: Workload) -> Parts:
     }
 
 
-def _selecting(work: Workload, size: RunSize, num_rows: int) -> Parts:
-    """The entries of a group's rows, and some rows in fp32 with their magnitudes."""
-    listed = num_rows * min(MOST, work.vocab)
+def _selection(work: Workload, size: RunSize, num_rows: int) -> Parts:
+    """Entries selected from a group's rows, and PyTorch's copies of a block of rows."""
+    selected = num_rows * min(MOST, work.vocab)
     if work.kind == "cuda":
-        return {"selection": (12 + JUDGED) * listed}
-    visited = min(num_rows, max(1, rows.ROW_BLOCK_LOGITS // size.vocab)) * size.vocab
-    return {"selection": LISTED * listed, "rows that are visited": 2 * WIDE * visited}
+        return {"selection": (KERNELS_SELECTING + DECIDING) * selected}
+    block = min(num_rows, max(1, rows.ROW_BLOCK_LOGITS // size.vocab)) * size.vocab
+    return {"selection": SELECTING * selected, "row blocks": 2 * WIDE * block}
 
 
 def _gemms(work: Workload) -> float:
     logits = gemm_flops(work, *chunked.whole_sides(work.objective))
-    dense = logits * (walks(work) - 1) + gemm_flops(work, 1 + work.trained, 0)
+    dense = logits * (len(runs(work)) - 1) + gemm_flops(work, 1 + work.trained, 0)
     return logits + work.dense_share * dense
 
 
-SPARSE = Peer("fused_sd, sparse", _moments, _gemms, "its own layout", shards=True)
+SPARSE = Implementation("fused_sd, sparse", _moments, _gemms, "its own layout")

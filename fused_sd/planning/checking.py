@@ -1,4 +1,4 @@
-"""What a plan refuses, and the dtypes that it knows."""
+"""Checks of the arguments of ``fused_sd.plan``."""
 
 import torch
 
@@ -17,7 +17,7 @@ def check_sizes(
     masked: float,
     chunk_size: int | None,
 ) -> None:
-    """How much there is, and for how many."""
+    """Check numbers of tokens and ranks, the reduction, the masked share and the chunk size."""
     counts = {"tokens": tokens, "tensor_parallel": tensor_parallel, "world_size": world_size}
     for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -27,7 +27,7 @@ def check_sizes(
             "world_size",
             f"be a multiple of tensor_parallel, {tensor_parallel}",
             world_size,
-            "count all ranks, those that share a head too",
+            "count all ranks, including those that share a head",
         )
     checks.check_reduction(reduction)
     ok = isinstance(masked, int | float) and 0 <= masked < 1
@@ -39,7 +39,7 @@ def check_sizes(
 def check_gradient(
     gradient: object, kept: int | None, dense_share: float | None, objective: PlannedObjective
 ) -> None:
-    """How a gradient is kept, and what is assumed of it."""
+    """Check the kind of gradient, and the assumptions about a sparse one."""
     checks.check_one_of("gradient", gradient, ("dense", "sparse"))
     if gradient == "dense":
         for name, value in (("kept", kept), ("dense_share", dense_share)):
@@ -58,7 +58,7 @@ def check_gradient(
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
-    """The name of a dtype, or of a name."""
+    """Return the name of a dtype that is given by its name or itself."""
     for name in PLANNED_DTYPES:
         if dtype in (name, DTYPES[name]):
             return name

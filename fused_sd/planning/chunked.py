@@ -1,4 +1,4 @@
-"""A walk's memory: what ``chunked_run.py`` and ``workspace.py`` hold, by their own layout.
+"""Memory of one chunked run: its workspaces and temporaries, by the engine's own layout.
 
 Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary, C tokens in a chunk,
                 K entries of the support, W columns of a chunk's logits
@@ -16,38 +16,39 @@ from fused_sd.terms.divergence import divergence_term
 from fused_sd.terms.support import BLOCK, has_short_list
 from fused_sd.torch_kernels import rows, sparse
 
-WIDE = 4  # bytes of a logit, whatever the operands, and of a sum
+WIDE = 4  # bytes of an fp32 number: of a logit in any operands' dtype, and of a sum
 ID_BYTES = 8
-PER_TOKEN = 48  # weights, values and the other vectors of all tokens, roughly
-# bytes for each entry of a truncated support: at its products, at its terms, at the end
+PER_TOKEN = 48  # bytes of token weights, losses and other vectors over all tokens, roughly
+# bytes for each entry of a truncated support: during the dot products, while the terms are
+# computed, and while their gradient is written
 DOTTING, COMPARING, WRITING = 28, 65, 37
 
-# buffers of some rows that PyTorch's row functions hold at once; the kernels hold none
+# fp32 buffers as large as a block of rows that PyTorch holds at once; the kernels hold none
 _BUFFERS = {"forward_kl": 5, "reverse_kl": 5, "jsd": 6, "mixed_kl": 6}
 _SOFTMAX_BUFFERS = 2
 
 
 class ChunkedRun(NamedTuple):
-    """A walk over so many tokens."""
+    """One pass over the chunks of some tokens."""
 
-    has_gradient: bool  # whether it forms gradients
+    has_gradient: bool  # whether it computes gradients
     layout: Layout
     tokens: int
 
 
 def num_entries(objective: PlannedObjective) -> int:
-    """Entries of a token's gradient, where it has no others; 0: it reaches the vocabulary."""
+    """Entries that a token's gradient w.r.t. logits has; 0: the whole vocabulary."""
     return _rows(objective).num_entries if objective.is_divergence else 0
 
 
 def whole_sides(objective: PlannedObjective) -> tuple[bool, bool]:
-    """Whether the whole logits of the student, and of the teacher, are made."""
+    """Whether all logits of the student, and all of the teacher, are computed."""
     student, teacher = _rows(objective).whole_sides if objective.is_divergence else (True, True)
     return student, teacher and objective.has_teacher
 
 
 def _rows(objective: PlannedObjective) -> DivergenceObjective:
-    """The row function, without what decides no size."""
+    """The objective; its divergence and other settings that decide no size are placeholders."""
     unset = (None,) * 5
     term = divergence_term("reverse_kl")
     return DivergenceObjective(
@@ -56,7 +57,7 @@ def _rows(objective: PlannedObjective) -> DivergenceObjective:
 
 
 def size_of(work: Workload, has_gradient: bool) -> RunSize:
-    """What decides the workspaces; ``has_gradient``: whether gradients of whole rows are formed."""
+    """The sizes that decide the workspaces of a run."""
     has_teacher = work.objective.has_teacher
     return RunSize(
         vocab=max(work.vocab, work.teacher_vocab if has_teacher else 0),
@@ -68,24 +69,25 @@ def size_of(work: Workload, has_gradient: bool) -> RunSize:
 
 
 def layout(work: Workload, size: RunSize, finishing: bool) -> Layout:
-    """The chunk and the group that the walk will choose.
+    """The chunk and the group that a run will choose.
 
     Args:
-        finishing: whether it forms gradients that backward only scales, and leaves room for them.
+        finishing: whether the run computes gradients that backward only scales: it leaves memory
+            for them.
     """
     return chunking.choose_layout(size, work.active, _budget(work, finishing), work.chunk_size)
 
 
 def operand_bytes(work: Workload) -> int:
-    """On the CPU 16-bit operands are widened."""
+    """Bytes of an element of the GEMMs' operands: a CPU converts 16-bit operands to fp32."""
     return work.element if work.kind == "cuda" else WIDE
 
 
 def _budget(work: Workload, finishing: bool) -> int:
-    """For the workspaces, as ``chunking.budget_on`` sees it."""
+    """Bytes that the engine's ``layout`` grants the workspaces."""
     if work.kind == "cpu":
         return chunking.CPU_BUDGET
-    if work.tensor_parallel > 1:  # ranks with other memory must come to the same chunk
+    if work.tensor_parallel > 1:  # ranks with unequal free memory must choose the same chunk
         return chunking.GPU_BUDGET
     held = work.inputs_bytes + total(compacted(work))
     if finishing:
@@ -94,13 +96,13 @@ def _budget(work: Workload, finishing: bool) -> int:
 
 
 def finished(work: Workload, num_tokens: int) -> Parts:
-    """Gradients as forward leaves them."""
+    """Gradients in fp32, as forward keeps them."""
     weight = WIDE * work.vocab * work.hidden_size if work.trained else 0
     return {"fp32 dH": WIDE * num_tokens * work.hidden_size, "fp32 dW": weight}
 
 
 def widened(work: Workload) -> Parts:
-    """Heads in fp32 on the CPU."""
+    """fp32 copies of 16-bit heads, which a CPU makes."""
     if work.kind == "cuda" or work.element == WIDE:
         return {}
     own = work.vocab * work.hidden_size
@@ -111,12 +113,12 @@ def widened(work: Workload) -> Parts:
 
 
 def compacted(work: Workload) -> Parts:
-    """Copies of the rows that have a weight."""
+    """Copies of the hidden states of kept tokens, if some tokens have weight 0."""
     return {} if work.active == work.tokens else dict(work.selected)
 
 
 def run(work: Workload, size: RunSize, chosen: Layout, held: Parts) -> Sequence[Parts]:
-    """A walk while it fills a chunk, looks at its rows, and carries a group on."""
+    """Moments of a run: a chunk's logits are computed, its rows processed, a group accumulated."""
     workspaces = workspace(size, chosen)
     operand, widens = operand_bytes(work), operand_bytes(work) > work.element
     both = work.shared_head and size.sides == 2 and not size.in_place
@@ -126,25 +128,25 @@ def run(work: Workload, size: RunSize, chosen: Layout, held: Parts) -> Sequence[
     group = operand * chosen.group * work.hidden_size if widens and size.has_gradient else 0
     return [
         {**held, **workspaces, "hidden states of a chunk": stacked + copied},
-        {**held, **workspaces, "row function": _row_bytes(work, size, chosen.chunk)},
+        {**held, **workspaces, "row buffers": _row_bytes(work, size, chosen.chunk)},
         {**held, **workspaces, "hidden states of a group": group},
     ]
 
 
 def workspace(size: RunSize, chosen: Layout) -> Parts:
-    """Logits of a chunk and gradients of a group."""
+    """Logits of a chunk, and gradients w.r.t. the logits of a group."""
     return {"logits and their gradients": chunking.workspace_bytes(size, chosen)}
 
 
 def _row_bytes(work: Workload, size: RunSize, chunk: int) -> int:
-    """Temporaries of the row functions: of top-k on any device, of the others on the CPU."""
+    """Temporaries beside the logits: a top-k's on any device, other functions' on a CPU."""
     objective = work.objective
-    visited = min(chunk, max(1, rows.ROW_BLOCK_LOGITS // size.width)) * size.width * WIDE
+    block = min(chunk, max(1, rows.ROW_BLOCK_LOGITS // size.width)) * size.width * WIDE
     if work.kind == "cuda":
-        visited = 0
+        block = 0
     if objective.support == "full" and objective.is_divergence:
-        return _BUFFERS[objective.divergence] * visited
-    softmax = _SOFTMAX_BUFFERS * visited if size.has_gradient else 0
+        return _BUFFERS[objective.divergence] * block
+    softmax = _SOFTMAX_BUFFERS * block if size.has_gradient else 0
     if not objective.k:
         return softmax
     entries = chunk * compared(objective)
@@ -158,17 +160,17 @@ def _row_bytes(work: Workload, size: RunSize, chunk: int) -> int:
 
 
 def compared(objective: PlannedObjective) -> int:
-    """Entries of a truncated support."""
+    """Number of entries of a truncated support."""
     return objective.k * (2 if objective.support == "union" else 1)
 
 
 def choosing_sides(objective: PlannedObjective) -> int:
-    """Sides whose largest logits are the support."""
+    """Number of sides whose top-k forms the support."""
     return {"student": 1, "teacher": 1, "union": 2}.get(objective.support, 0)
 
 
 def _dot_product_bytes(work: Workload, chunk: int) -> int:
-    """Rows of the head that PyTorch gathers for a side whose logits are not made: two pieces."""
+    """Rows of the head that PyTorch gathers for a side without logits: two pieces at a time."""
     objective = work.objective
     others = 1 + objective.has_teacher - sum(whole_sides(objective))
     if work.kind == "cuda" or not others:
@@ -180,12 +182,12 @@ def _dot_product_bytes(work: Workload, chunk: int) -> int:
 
 
 def gathered_rows(work: Workload) -> int:
-    """Rows of a matrix as wide as the hidden states that PyTorch gathers at a time."""
+    """Number of rows (D,) that PyTorch gathers at a time."""
     return min(sparse.LONGEST, max(1, sparse.GATHERED // work.hidden_size))
 
 
 def _top_k_bytes(k: int, size: RunSize, chunk: int, kind: str) -> int:
-    """Blocks' maxima, and in PyTorch candidates: their ids, within bounds too, and their logits."""
+    """Maxima of blocks; in PyTorch also the candidates' logits and their ids, twice."""
     if not has_short_list(k, size.width):
         return 0
     blocks = chunk * -(-size.width // BLOCK) * WIDE
@@ -194,7 +196,7 @@ def _top_k_bytes(k: int, size: RunSize, chunk: int, kind: str) -> int:
 
 
 def _candidate_bytes(work: Workload, chunk: int) -> int:
-    """A rank's candidates; all ranks', these side by side, their ids, and their order."""
+    """Candidates for a top-k: this rank's, and all ranks' with their ids and their order."""
     if work.tensor_parallel == 1 or not choosing_sides(work.objective):
         return 0
     own = chunk * min(work.objective.k, work.vocab)

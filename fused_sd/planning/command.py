@@ -1,4 +1,4 @@
-"""``fused_sd plan``: what a loss will cost, as a table or as JSON.
+"""``fused_sd plan``: memory, chunk size and time of a loss, as a table or as JSON.
 
 Exit status: 0; 2 for wrong use.
 """
@@ -19,12 +19,12 @@ SUFFIXES = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB":
 
 
 def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The command and its options."""
+    """Add the command and its options."""
     command = commands.add_parser(
         "plan",
-        help="memory, chunk and time of a loss, of this library and of others, beforehand",
-        description="Peak memory, expected time and the longest batch that fits, of this library, "
-        "eager PyTorch, TRL, Liger, verl, cut-cross-entropy and QuACK, without running any.",
+        help="memory, chunk size and time of a loss, without running it",
+        description="Peak memory, chunk size, expected time and the longest batch that fits, of "
+        "this library and of eager PyTorch, without running either.",
     )
     add = command.add_argument
     add("--model", help=MODEL_HELP)
@@ -59,7 +59,7 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
-    """Plan and print."""
+    """Plan, print the table or JSON, and return the exit status."""
     try:
         planned = plan(
             arguments.model,
@@ -104,7 +104,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """A number of bytes with or without a unit."""
+    """Parse a number of bytes with or without a unit: "2e10", "60GB", "56GiB"."""
     number = text.rstrip("BbGgMmKkIi ")
     unit = text[len(number) :].strip().upper()
     try:

@@ -1,4 +1,4 @@
-"""The device a run is planned for: its memory, and the rates that its time is predicted from."""
+"""The device that a plan is for: its free memory, and the rates that times are predicted from."""
 
 import os
 from typing import NamedTuple
@@ -11,46 +11,46 @@ from fused_sd.measuring.environment import default_device, device_name
 
 
 class Card(NamedTuple):
-    """What is known of a GPU by its name."""
+    """Memory and rates of a GPU; None: unknown."""
 
     memory: float  # bytes, nominal
-    rate: float | None  # FLOP/s that cuBLAS sustains in 16 bits at the shapes of an output head
-    bandwidth: float | None = None  # bytes/s that a copy moves, reads and writes counted
+    rate: float | None  # FLOP/s of cuBLAS in 16 bits, at the shapes of an output head
+    bandwidth: float | None = None  # bytes/s of a copy: reads and writes both count
     link: float | None = None  # bytes/s that NCCL sends from one GPU to the next
 
 
-# None was measured here.  GEMMs: H200 as published by Liger in its pull request 1356,
-# (4096, 4096) x (4096, 128256) in bf16; the others are round estimates.  Copies: a planning rate,
-# nine tenths of the 4.8 TB/s of the data sheet.  Link: what an author of NCCL says that it gets of
-# NVLink 4 without the switches' own sums (nccl-tests, issue 212)
+# Published rates, none of them measured by us.  GEMMs: the H200's from Liger's pull request 1356,
+# (4096, 4096) x (4096, 128256) in bf16; the others are round estimates.  Copies: nine tenths of the
+# 4.8 TB/s in the data sheet.  Link: NVLink 4 without sums in the switches, according to an author
+# of NCCL (nccl-tests, issue 212).
 CARDS: dict[str, Card] = {
     "H200": Card(141e9, 690e12, 4.3e12, 370e9),
     "H100": Card(80e9, None, None, 370e9),
     "A100": Card(80e9, 250e12),
     "RTX 4090": Card(24e9, 160e12),
 }
-# seconds that a collective takes whatever its size: 8 H20 on NVLink 4 needed 12 to 17 us for 4 B
-# to 4 KB (nccl-tests' output in DeepEP's issue 303); the rest is a guess at what starting one costs
+# seconds of a collective of any size: 8 H20 on NVLink 4 needed 12 to 17 us for 4 B to 4 KB
+# (nccl-tests' output in DeepEP's issue 303); the rest is a guess at what starting one costs
 LATENCY = 20e-6
 
 
 class Rates(NamedTuple):
-    """What a time is predicted from; None: unknown."""
+    """Rates that times are predicted from; None: unknown."""
 
     gemms: float | None  # FLOP/s
     copies: float | None  # bytes/s
     link: float | None  # bytes/s
-    latency: float = LATENCY  # seconds
+    latency: float = LATENCY  # seconds a collective
 
 
 class Device(NamedTuple):
-    """Where a run is planned."""
+    """The device that a plan is for."""
 
-    name: str  # as PyTorch reports it, or as it was given
+    name: str  # PyTorch's, or the known card's
     kind: str  # "cuda" or "cpu"
     free_bytes: int
     rates: Rates
-    is_whole: bool  # the free bytes are a whole card's, with nothing on it yet
+    is_whole: bool  # whether the free bytes are the whole memory of a card
 
 
 def find_device(
@@ -59,17 +59,17 @@ def find_device(
     rate: float | None,
     link: float | None = None,
 ) -> Device:
-    """The device that is meant.
+    """Look up the device that the arguments of ``plan`` name.
 
     Args:
-        device: a PyTorch device, whose free memory is asked for; a name of ``CARDS``, whose whole
-            memory counts as free; None: the GPU where there is one, else the CPU.
-        free_bytes: instead of what the device has.
-        rate: FLOP/s of its GEMMs instead of the known one.
-        link: bytes/s between two of them instead of the known one.
+        device: a PyTorch device, whose free memory is read; a name of ``CARDS``, whose whole
+            memory counts as free; None: the GPU if there is one, else the CPU.
+        free_bytes: replaces the device's free memory.
+        rate: FLOP/s of GEMMs; replaces the card's.
+        link: bytes/s between two devices; replaces the card's.
 
     Raises:
-        ValueError: when the device is neither here nor known, or a number is out of range.
+        ValueError: the device is neither in this machine nor known, or a number is out of range.
     """
     if free_bytes is not None:
         checks.check_positive("free_bytes", free_bytes, "leave it out to ask the device")
@@ -105,7 +105,7 @@ def _rates(card: Card | None, rate: float | None, link: float | None) -> Rates:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """What can still be allocated."""
+    """Bytes that can still be allocated."""
     if device.type == "cpu":
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return chunking.free_bytes(device)

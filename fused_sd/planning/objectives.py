@@ -1,4 +1,4 @@
-"""The objectives that can be planned: what each asks of the head, by the names of its losses."""
+"""The losses that can be planned, by name: for each, the choices that decide memory and GEMMs."""
 
 from typing import NamedTuple
 
@@ -22,19 +22,20 @@ _SUPPORT_NAMES: dict[type[StudentTopK] | type[TeacherTopK] | type[UnionTopK], st
 
 
 class PlannedObjective(NamedTuple):
-    """What decides memory and GEMMs."""
+    """The choices of one loss that decide its memory and its GEMMs."""
 
     name: str
-    divergence: str = ""  # of DivergenceTerm; "": a loss of the sampled token
-    support: str = "full"  # "full", "student", "teacher", "union" (top-k of), "ids"
-    k: int = 0  # entries of the support; 0: all
+    divergence: str = ""  # a DivergenceTerm's name; "": a loss of the sampled token
+    support: str = "full"  # "full", "ids", or whose top-k: "student", "teacher", "union"
+    k: int = 0  # entries of the support; 0: the whole vocabulary
     remainder: str = "tail"
     entry_clip: bool = False
-    has_teacher: bool = True
-    is_per_token: bool = False  # returns values of tokens, never their weighted sum
+    has_teacher: bool = True  # whether it takes a teacher's hidden states
+    is_per_token: bool = False  # whether it returns one value a token, never their weighted sum
 
     @property
     def is_divergence(self) -> bool:
+        """Whether the loss compares two distributions."""
         return bool(self.divergence)
 
 
@@ -48,7 +49,7 @@ def _divergences() -> dict[str, PlannedObjective]:
         "sd_zero": sd_zero,
         "opsd": PlannedObjective("opsd", "forward_kl", entry_clip=True),
         **{name: PlannedObjective(name, divergence) for name, divergence in full.items()},
-        "topk_divergence": PlannedObjective(  # a teacher server's entries, as many as verl asks for
+        "topk_divergence": PlannedObjective(  # a server's entries, as many as verl's default
             "topk_divergence", "forward_kl", "ids", 32, "tail", has_teacher=False
         ),
         "topk_tail": sdpo._replace(name="topk_tail"),
@@ -56,20 +57,18 @@ def _divergences() -> dict[str, PlannedObjective]:
     }
 
 
-# the losses with their defaults, and the benchmark's names for the same things
+# the losses with their defaults, and the objectives of ``fused_sd bench``
 OBJECTIVES: dict[str, PlannedObjective] = {
     **_divergences(),
     "rlsd": PlannedObjective("rlsd"),
-    "rlcsd": PlannedObjective(
-        "rlcsd", has_teacher=False
-    ),  # it takes the teachers' log-probabilities
+    "rlcsd": PlannedObjective("rlcsd", has_teacher=False),  # takes teachers' log-probabilities
     "grpo": PlannedObjective("grpo", has_teacher=False),
     "cross_entropy": PlannedObjective("cross_entropy", has_teacher=False),
     "token_log_probs": PlannedObjective("token_log_probs", has_teacher=False, is_per_token=True),
 }
 
 
-BENCHMARKED = (  # names of ``fused_sd.bench``
+BENCHMARKED = (
     "forward_kl",
     "reverse_kl",
     "jsd",
@@ -79,7 +78,7 @@ BENCHMARKED = (  # names of ``fused_sd.bench``
     "token_log_probs",
     "grpo",
     "rlsd",
-)
+)  # names of ``fused_sd.bench``
 
 
 def benchmark_name(objective: PlannedObjective) -> str | None:
@@ -96,10 +95,10 @@ def choose(
     support: Support | None = None,
     remainder: str | None = None,
 ) -> PlannedObjective:
-    """A named objective with another divergence, support or remainder where one is given.
+    """Return a named objective, with the divergence, support or remainder replaced if one is given.
 
     Raises:
-        ValueError: when the name is unknown, or a setting means nothing for it.
+        ValueError: the name is unknown, or the loss has no such setting.
     """
     checks.check_one_of("objective", name, OBJECTIVES)
     chosen = OBJECTIVES[name]
@@ -128,7 +127,7 @@ def choose(
 
 
 def _support(support: Support) -> tuple[str, int]:
-    """The support's name and number of entries."""
+    """Return the support's name and number of entries."""
     if isinstance(support, FullVocabulary):
         return "full", 0
     if isinstance(support, TokenIds):
@@ -144,7 +143,7 @@ def _support(support: Support) -> tuple[str, int]:
 
 
 def parse_divergence(text: str) -> Divergence:
-    """A divergence as the command line writes it: forward_kl, reverse_kl, jsd:0.5, mixed_kl:0.5."""
+    """Parse the command line's form: forward_kl, reverse_kl, jsd:0.5 or mixed_kl:0.5."""
     name, _, number = text.partition(":")
     if name in ("forward_kl", "reverse_kl") and not number:
         return name
@@ -162,7 +161,7 @@ def parse_divergence(text: str) -> Divergence:
 
 
 def parse_support(text: str) -> Support:
-    """A support as the command line writes it: full, student:100, teacher:64, union:50."""
+    """Parse the command line's form: full, student:100, teacher:64 or union:50."""
     name, _, number = text.partition(":")
     if name == "full" and not number:
         return FULL_VOCABULARY

@@ -1,4 +1,4 @@
-"""What a loss will cost: ``fused_sd.plan``.
+"""``fused_sd.plan``: memory, chunk size and time of a loss, without running it.
 
 Dimension key:  N tokens, D hidden size, V vocabulary
 """
@@ -12,33 +12,23 @@ import torch
 from fused_sd import checks
 from fused_sd.measuring.dtypes import DTYPES
 from fused_sd.measuring.head_sizes import head_size
-from fused_sd.planning import certified, checking, eager, fused, liger, timing, token_peers, trl
+from fused_sd.planning import certified, checking, eager, fused, timing
 from fused_sd.planning.chunked import num_entries
 from fused_sd.planning.devices import Device, find_device
 from fused_sd.planning.objectives import choose
 from fused_sd.planning.prediction import predict
 from fused_sd.planning.result import Estimate, Plan
 from fused_sd.planning.wire import traffic
-from fused_sd.planning.workload import Peer, Workload, peak, total
+from fused_sd.planning.workload import Implementation, Workload, peak, total
 from fused_sd.terms.divergence import Divergence
 from fused_sd.terms.support import Support
 
-PEERS: tuple[Peer, ...] = (
-    certified.SPARSE,  # where it is asked for
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    certified.SPARSE,  # only with gradient="sparse"
     fused.FUSED_SD,
     eager.EAGER,
-    eager.EAGER_FP32,
-    trl.TRL_DIVERGENCE,
-    trl.TRL_LOG_PROBS,
-    eager.TRL_SDPO,
-    liger.LIGER_FUSED_JSD,
-    liger.LIGER_CHUNKED_JSD,
-    token_peers.VERL,
-    token_peers.VERL_MEGATRON,
-    token_peers.CCE,
-    token_peers.QUACK,
 )
-MAX_TOKENS = 2**34  # beyond which nobody asks how many would fit
+MAX_TOKENS = 2**34  # largest answer to how many tokens fit
 
 Model = str | PathLike[str] | Mapping[str, Any] | object
 
@@ -70,41 +60,46 @@ def plan(
     link: float | None = None,
     chunk_size: int | None = None,
 ) -> Plan:
-    """Memory, chunk and time of a loss, of this library, eager PyTorch and others, beforehand.
+    """Plan a loss: its peak memory, chunk size and time, with eager PyTorch's as a yardstick.
 
-    Peaks are of forward and backward of the loss alone, from hidden states on: beyond the inputs,
-    the gradients included.  Everything is per rank.  Tokens are divided over the ranks, but ranks
-    that share a head hold the same ones: each has the whole hidden states and their gradient, its
-    own rows of the head, their gradient, and the logits of its columns.
+    A peak is that of the loss's forward and backward, from hidden states on: bytes beyond the
+    inputs, gradients included.  Every number is per rank.  The tokens are divided over the ranks,
+    but ranks that share a head have the same tokens: each holds the whole hidden states and their
+    gradient, its own rows of the head and their gradient, and the logits of its columns.
 
     Args:
-        model: a known name (``fused_sd.head_sizes.MODELS``), a path to a ``config.json`` or to
-            its folder, or a transformers configuration or its dict; or pass the sizes.
+        model: a known name (``fused_sd.measuring.head_sizes.MODELS``), a path to a ``config.json``
+            or to its folder, or a transformers configuration or its dict.  Alternatively pass
+            ``hidden_size`` and ``vocab``.
         tokens: N of the whole batch, over all ranks.
-        hidden_size, vocab: of the head, instead of a model.
+        hidden_size, vocab: sizes of the head, instead of a model.
         teacher: a model with another head; None: the student's sizes.
-        shared_head: whether both sides have one head tensor; None: unless a teacher is given.
+        shared_head: whether student and teacher have one head tensor; None: yes, unless a teacher
+            is given.
         objective: a loss by its name (``fused_sd.planning.objectives.OBJECTIVES``), or
             "divergence".
-        divergence, support, remainder: of a divergence, instead of the objective's own.
+        divergence, support, remainder: replace the objective's own, if it is a divergence.
         dtype: of hidden states and head: bf16, fp16 or fp32.
         train_head: whether the head has a gradient.
-        reduction: "mean", "sum" or "none"; per-token losses of a trained head walk twice.
-        gradient: "dense", or "sparse" as the losses take it; a renormalised support has entries
-            either way.
-        kept: entries that a token's sparse gradient is expected to keep; None: 64.
-        dense_share: share of the tokens whose gradient is expected to be dense nevertheless; None:
-            0.  Both are in the certificate of a loss that was computed.
+        reduction: "mean", "sum" or "none".  With "none" and a trained head, backward computes the
+            logits again.
+        gradient: "dense" or "sparse", as the losses take it.  A renormalised support has a sparse
+            gradient either way.
+        kept: expected number of entries that a token's sparse gradient keeps; None: 64.
+        dense_share: expected share of the tokens whose gradient is dense with gradient="sparse";
+            None: 0.  A computed loss's certificate has this number and ``kept``.
         masked: share of the tokens that have weight 0, in [0, 1).
-        tensor_parallel: ranks that share a head, each with as many of its rows; those whose rows
-            are most are planned.  Implementations that cannot are left out.
-        world_size: ranks, a multiple of those that share a head; None: just these.
-        device: where it will run (its free memory is asked for now), or a card by its name
-            ("H200", of whose whole memory is thought); None: the GPU where there is one.
-        free_bytes: bytes that are free when the loss begins and its hidden states are not there.
-        rate: FLOP/s of the device's GEMMs, for the time's bound where nothing was measured.
-        link: bytes/s that collectives send from one device to the next, for the prediction.
-        chunk_size: as a loss's own.
+        tensor_parallel: number of ranks that share a head.  The plan is for a rank with the most
+            rows of it.
+        world_size: number of ranks, a multiple of ``tensor_parallel``; None: ``tensor_parallel``.
+        device: a PyTorch device, whose free memory is read now, or the name of a card ("H200"),
+            whose whole memory counts as free; None: the GPU if there is one, else the CPU.
+        free_bytes: free bytes on the device before the hidden states are allocated; None: see
+            ``device``.
+        rate: FLOP/s of the device's GEMMs, for times; None: the known card's.
+        link: bytes/s that collectives send from one device to the next, for the prediction; None:
+            the known card's.
+        chunk_size: the loss's argument of that name.
 
     Raises:
         ValueError: an argument is out of range, or names nothing that is known.
@@ -152,7 +147,7 @@ def plan(
     num_groups = world_size // tensor_parallel
     work = workload(-(-tokens // num_groups))
     sends = traffic(work)
-    layout = certified.layout(work) if is_sparse else fused.layout(work)
+    runs = certified.runs(work) if is_sparse else fused.runs(work)
     return Plan(
         model=_name(model),
         objective=objective,
@@ -170,55 +165,59 @@ def plan(
         device=found.name,
         free_bytes=found.free_bytes,
         is_whole_card=found.is_whole,
-        chunk=layout.chunk,
-        group=layout.group,
-        walks=certified.walks(work) if is_sparse else fused.walks(work),
+        chunk=runs[0].layout.chunk,
+        group=runs[0].layout.group,
+        walks=len(runs),
         kept=kept if is_sparse else None,
         dense_share=work.dense_share,
         traffic=sends,
         prediction=None if is_sparse else predict(work, sends, found.rates),
         estimates=tuple(
-            _estimate(peer, workload, work, found, dtype_name, num_groups)
-            for peer in PEERS
-            if peer.moments(work) and (peer.shards or tensor_parallel == 1)
+            _estimate(implementation, workload, work, found, dtype_name, num_groups)
+            for implementation in IMPLEMENTATIONS
+            if implementation.moments(work)
         ),
     )
 
 
 def _estimate(
-    peer: Peer,
+    implementation: Implementation,
     workload: Callable[[int], Workload],
     work: Workload,
     device: Device,
     dtype: str,
     num_groups: int,
 ) -> Estimate:
-    parts = peak(peer.moments(work))
-    time = timing.expected(work, peer, device.name, device.rates.gemms, str(DTYPES[dtype])[6:])
+    parts = peak(implementation.moments(work))
+    rate, dtype = device.rates.gemms, str(DTYPES[dtype])[6:]
+    time = timing.expected(work, implementation, device.name, rate, dtype)
     return Estimate(
-        provider=peer.name,
+        provider=implementation.name,
         peak_bytes=total(parts),
         parts=parts,
-        fits=_needs(peer, work) <= device.free_bytes,
-        longest_tokens=num_groups * _longest(peer, workload, device.free_bytes),
+        fits=_needed_bytes(implementation, work) <= device.free_bytes,
+        longest_tokens=num_groups * _longest(implementation, workload, device.free_bytes),
         seconds=time.seconds,
         seconds_source=time.source,
-        source=peer.source,
+        source=implementation.source,
     )
 
 
-def _needs(peer: Peer, work: Workload) -> int:
-    return work.inputs_bytes + total(peak(peer.moments(work)))
+def _needed_bytes(implementation: Implementation, work: Workload) -> int:
+    """Bytes of the inputs that grow with the tokens, and of the peak beyond them."""
+    return work.inputs_bytes + total(peak(implementation.moments(work)))
 
 
-def _longest(peer: Peer, workload: Callable[[int], Workload], free_bytes: int) -> int:
-    """Most tokens of a rank whose inputs and peak fit; 0: not one."""
+def _longest(
+    implementation: Implementation, workload: Callable[[int], Workload], free_bytes: int
+) -> int:
+    """Largest number of a rank's tokens whose inputs and peak fit, by bisection; 0: not one."""
     low, high = 0, 1
-    while high <= MAX_TOKENS and _needs(peer, workload(high)) <= free_bytes:
+    while high <= MAX_TOKENS and _needed_bytes(implementation, workload(high)) <= free_bytes:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        if _needs(peer, workload(middle)) <= free_bytes:
+        if _needed_bytes(implementation, workload(middle)) <= free_bytes:
             low = middle
         else:
             high = middle
@@ -226,6 +225,7 @@ def _longest(peer: Peer, workload: Callable[[int], Workload], free_bytes: int) -
 
 
 def _name(model: Model | None) -> str:
+    """How the plan's table names the model."""
     if isinstance(model, str | PathLike):
         return str(model)
     return "a head" if model is None else "a configuration"

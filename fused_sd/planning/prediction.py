@@ -1,8 +1,13 @@
-"""How long this library should take, from rates: a prediction, where a floor is a bound.
+"""How long a loss of this library should take, predicted from a device's rates.
 
-GEMMs at the device's rate; what the row functions, the gathers and the rounding read and write at
-the rate of its copies; what the collectives send at the rate of its link, and a latency for each.
-Nothing is taken to overlap, and the sum of the head's gradient to hide in its GEMM.
+The prediction adds up four kinds of work:
+
+* GEMMs, at the rate of the device's GEMMs;
+* bytes that row passes, gathers and rounding read and write, at the rate of its copies;
+* bytes that collectives send, at the rate of its link;
+* a latency for each collective.
+
+It assumes that nothing overlaps, except that the sum of dweight hides in its GEMM.
 
 Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary, K entries of a row
 """
@@ -22,11 +27,11 @@ class Prediction:
     """Seconds of forward and backward on every rank.
 
     Attributes:
-        gemms: products with the head and its gradients.
-        rows: passes over the logits, and rows gathered for entries.
-        rounding: of finished gradients to the operands' dtype.
-        wire: what collectives send.
-        latency: what collectives take besides.
+        gemms: logits and gradients.
+        rows: passes over the logits, and rows gathered for sparse values.
+        rounding: converting finished gradients to the operands' dtype.
+        wire: sending the collectives' bytes.
+        latency: starting the collectives.
     """
 
     gemms: float
@@ -37,15 +42,16 @@ class Prediction:
 
     @property
     def total(self) -> float:
+        """Seconds of all parts."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, float]:
-        """By name, without what is not there."""
+        """Seconds by the name of the part, without parts of 0 seconds."""
         return {name: seconds for name, seconds in asdict(self).items() if seconds}
 
 
 def predict(work: Workload, traffic: Traffic | None, rates: Rates) -> Prediction | None:
-    """The time of a loss with dense gradients, or exact entries; None: a rate is unknown."""
+    """Predict the time of a loss with dense gradients or exact entries; None: a rate is unknown."""
     if rates.gemms is None or rates.copies is None:
         return None
     wire = latency = 0.0
@@ -63,10 +69,10 @@ def predict(work: Workload, traffic: Traffic | None, rates: Rates) -> Prediction
 
 
 def row_reads(objective: PlannedObjective) -> int:
-    """How often all logits of one side are read, in fp32.
+    """How often the fp32 logits of one side are read.
 
-    For the normalisers, for the gradient, where a gradient needs a sum of its own for that too, and
-    where the largest are chosen.
+    They are read for the normalisers, for the gradient, for a sum that some gradients need first,
+    and for choosing a top-k.
     """
     if not objective.is_divergence:
         return 2 + objective.has_teacher
@@ -79,25 +85,26 @@ def row_reads(objective: PlannedObjective) -> int:
 
 
 def row_bytes(work: Workload) -> float:
-    """What passes over the rows read and write, beside the GEMMs.
+    """Bytes that passes over the logits read and write, beside the GEMMs.
 
-    A second walk is counted as a whole one, though the first leaves the gradient out.
+    If backward computes the logits again, both runs count in full, though the first writes no
+    gradient.
     """
     logits = work.active * work.vocab
     read = WIDE * row_reads(work.objective) * logits
     count = num_entries(work.objective)
     if not count:
-        return fused.walks(work) * read + work.element * logits
-    # each side's dot products, the hidden states' gradient and the head's read a row an entry; the
-    # entries of other ranks all point to one, which stays in the caches
-    visits = 1 + work.objective.has_teacher + 1 + work.trained
+        return len(fused.runs(work)) * read + work.element * logits
+    # each side's dot products, dhidden and dweight read one row for each entry; the entries of
+    # other ranks all point to one row, which stays in the caches
+    gathers = 1 + work.objective.has_teacher + 1 + work.trained
     own = work.active * count / work.tensor_parallel
-    gathered = visits * own * work.hidden_size * work.element
+    gathered = gathers * own * work.hidden_size * work.element
     return read + gathered + total(work.gradients)
 
 
 def _rounding_bytes(work: Workload) -> int:
-    """Gradients are read as they were summed and written in their dtype."""
+    """Bytes of reading fp32 gradients and writing them in the operands' dtype."""
     if num_entries(work.objective):
         return 0
     return total(work.gradients) * (WIDE + work.element) // work.element

@@ -1,4 +1,4 @@
-"""What a plan says, for programs and for people."""
+"""The result of ``fused_sd.plan``: numbers for programs, a table for people."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,18 +13,18 @@ UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 @dataclass(frozen=True)
 class Estimate:
-    """One implementation of the loss, on one rank.
+    """Memory and time of one implementation of the loss, on one rank.
 
     Attributes:
-        provider: its name, as in ``fused_sd bench``.
+        provider: the implementation's name, as in ``fused_sd bench``.
         peak_bytes: bytes beyond the inputs, gradients included.
-        parts: bytes of what is held at the peak, by name.
+        parts: bytes held at the peak, by name.
         fits: whether inputs and peak fit the free memory.
-        longest_tokens: most tokens, over all ranks, whose inputs and peak would fit.
-        seconds: of forward and backward; None: unknown.
+        longest_tokens: largest number of tokens, over all ranks, whose inputs and peak would fit.
+        seconds: time of forward and backward; None: unknown.
         seconds_source: "measured": in proportion to a measurement on such a device; "floor": what
-            its GEMMs alone take at the device's rate, an estimate from below.
-        source: where the peak's formula is from.
+            its GEMMs alone take at the device's rate, a lower bound.
+        source: how the formula of the peak was found.
     """
 
     provider: str
@@ -39,21 +39,24 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``fused_sd.plan`` found; ``str`` makes the table that ``fused_sd plan`` prints.
+    """The result of ``fused_sd.plan``; ``str`` makes the table that ``fused_sd plan`` prints.
 
     Attributes:
-        tokens: of the whole batch; ``tokens_per_rank`` and ``active_per_rank`` (those with a
-            weight) are each rank's.
-        tensor_parallel: ranks that share a head; ``shard_rows``: the most that one of them holds.
-        free_bytes: that were counted with; ``is_whole_card``: a card with nothing on it.
-        chunk, group: tokens whose logits, and whose logits' gradients, this library will hold.
-        walks: 2 where backward computes the logits again, else 1.
-        kept, dense_share: what was assumed of a sparse gradient, entries a token and the share of
-            dense tokens; None and 0 of a dense one.
-        traffic: what a rank tells those that share its head; None: there are none.
-        prediction: of this library's time, from rates; None: a rate is not known, or a sparse
-            gradient decides.
-        estimates: this library first.
+        tokens: number of tokens of the whole batch.
+        tokens_per_rank, active_per_rank: a rank's tokens, and those of them with a weight.
+        tensor_parallel: number of ranks that share a head.
+        shard_rows: rows of the head on the rank that has the most.
+        free_bytes: bytes that the plan takes to be free.
+        is_whole_card: whether ``free_bytes`` is the whole memory of a card.
+        chunk, group: tokens whose logits, and whose gradients w.r.t. logits, this library will
+            hold at a time.
+        walks: 2 if backward computes the logits again, else 1.
+        kept, dense_share: what the plan assumes of a sparse gradient: entries a token, and the
+            share of dense tokens.  None and 0 for a dense gradient.
+        traffic: what a rank sends to the ranks that share its head; None: no rank shares it.
+        prediction: this library's time, from rates; None: a rate is unknown, or the gradient is
+            sparse.
+        estimates: memory and time of each implementation, this library's first.
     """
 
     model: str
@@ -83,23 +86,27 @@ class Plan:
 
     @property
     def num_groups(self) -> int:
-        """Ranks, or groups of them, that have other tokens."""
+        """Number of groups of ranks; ranks of one group share a head and have the same tokens."""
         return self.world_size // self.tensor_parallel
 
     @property
     def peak_bytes(self) -> int:
-        """Of this library, on one rank."""
+        """Peak of this library on one rank, in bytes beyond the inputs."""
         return self.estimates[0].peak_bytes
 
     def __getitem__(self, provider: str) -> Estimate:
-        """The estimate of one provider."""
-        for estimate in self.estimates:
-            if estimate.provider == provider:
-                return estimate
-        raise KeyError(provider)
+        """Return the estimate of one provider.
+
+        Raises:
+            KeyError: the plan has no such provider; the message names those that it has.
+        """
+        by_name = {estimate.provider: estimate for estimate in self.estimates}
+        if provider not in by_name:
+            raise KeyError(f"provider must be one of {', '.join(by_name)}, got {provider!r}")
+        return by_name[provider]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Return all attributes as plain values, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -117,7 +124,7 @@ class Plan:
             f"{self.tokens_per_rank} tokens{counted}{ranks}; "
             f"{self.device}, {size_text(self.free_bytes)} free{card}",
             f"fused_sd holds logits of {self.chunk} tokens and gradients of {self.group}"
-            + (", and walks again in backward" if self.walks == 2 else ""),
+            + (", and computes logits again in backward" if self.walks == 2 else ""),
             *self._assumed(),
             *self._shared(),
             "",
@@ -138,9 +145,9 @@ class Plan:
         sends = self.traffic
         return [
             f"{self.tensor_parallel} ranks share the head, {self.shard_rows} rows or fewer each, "
-            "and the tokens; each hands",
-            f"{size_text(sends.payload_bytes)} to {sends.num_collectives} collectives, which a "
-            f"ring makes {size_text(sends.sent_bytes)} sent",
+            "and the tokens; each passes",
+            f"{size_text(sends.payload_bytes)} to {sends.num_collectives} collectives, and sends "
+            f"{size_text(sends.sent_bytes)} around a ring",
         ]
 
     def _predicted(self) -> list[str]:
@@ -161,7 +168,7 @@ class Plan:
         over = " over all ranks" if self.num_groups > 1 else ""
         lines = [
             "peak: on each rank, beyond hidden states and head, gradients included;",
-            f"longest: tokens{over} whose hidden states and peak fit what is free.",
+            f"longest: tokens{over} whose hidden states and peak fit the free memory.",
         ]
         sources = {estimate.seconds_source for estimate in self.estimates}
         if "measured" in sources:
@@ -174,7 +181,7 @@ class Plan:
 
 
 def size_text(num_bytes: int) -> str:
-    """In the largest unit that leaves something before the point."""
+    """Format bytes in the largest unit of which there is at least one, with three digits."""
     for unit, size in UNITS:
         if num_bytes >= size:
             return (
@@ -193,7 +200,7 @@ def _time_text(estimate: Estimate) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """With its unit; from one second on, in seconds."""
+    """Format a time with three digits and its unit: ms below one second, else s."""
     return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 

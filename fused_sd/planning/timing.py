@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fused_sd.planning.objectives import benchmark_name
-from fused_sd.planning.workload import Peer, Workload
+from fused_sd.planning.workload import Implementation, Workload
 
 TABLE = Path(__file__).with_name("measured.json")
 MEASURED, FLOOR = "measured", "floor"
@@ -40,7 +40,9 @@ class Expected(NamedTuple):
     source: str  # MEASURED, FLOOR or ""
 
 
-def expected(work: Workload, peer: Peer, device: str, rate: float | None, dtype: str) -> Expected:
+def expected(
+    work: Workload, peer: Implementation, device: str, rate: float | None, dtype: str
+) -> Expected:
     """The time of forward and backward.
 
     From the nearest measurement of the same provider, objective and head, in proportion to its

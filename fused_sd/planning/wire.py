@@ -1,8 +1,8 @@
-"""What ranks that share a head tell each other: fp32 numbers of a token, and the bytes of a step.
+"""What ranks that share a head send each other: fp32 numbers a token, and bytes of a step.
 
-The collectives are those of ``vocab_shard.py``: a few for each chunk, and one for the gradient of
-all hidden states.  Metrics, importance caps and token clips, which a plan does not know, send a few
-numbers more.
+The collectives are those of ``head/vocab_shard.py``: a few for each chunk, and one that sums the
+gradient w.r.t. the hidden states.  Metrics, importance caps and token clips add a few numbers a
+token; a plan does not know of them and leaves them out.
 
 Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary, K entries of the
                 support
@@ -17,17 +17,18 @@ from fused_sd.planning.objectives import PlannedObjective
 from fused_sd.planning.workload import Workload
 
 MAX, SUM, GATHER, SUM_OF_DHIDDEN = "MAX", "SUM", "all-gather", "SUM of dH"
-_NORMALIZED = {"renormalize": 0, "teacher_renormalize": 1}  # sides, by the remainder; else all
+# how many sides need their normaliser, by the remainder; all sides if it is not listed
+_NORMALIZED = {"renormalize": 0, "teacher_renormalize": 1}
 
 
 class Wire(NamedTuple):
-    """fp32 numbers of a token that a rank hands over, and in how many collectives of a chunk."""
+    """fp32 numbers that a rank sends for each token, and the number of collectives a chunk."""
 
     max_numbers: int
     sum_numbers: int
-    gathered_numbers: int  # of this rank; those of all arrive
-    dhidden_numbers: int  # in one collective of all tokens, once
-    maxes: int
+    gathered_numbers: int  # this rank's part
+    dhidden_numbers: int  # once, in one collective over all tokens
+    maxes: int  # collectives of each kind, a chunk
     sums: int
     gathers: int
 
@@ -39,22 +40,22 @@ def wire(
     kind: str,
     has_gradient: bool = True,
 ) -> Wire:
-    """What one walk sends.
+    """Count what one chunked run sends.
 
     Args:
         objective: the loss.
         hidden_size: D.
         shard_vocab: V of the largest shard.
-        kind: "cuda" or "cpu": the kernels learn the sum that a KL's gradient needs with the
-            normalisers.
-        has_gradient: whether the walk forms gradients.
+        kind: "cuda" or "cpu".  On a GPU the kernels send the sum that a KL's gradient needs
+            together with the normalisers.
+        has_gradient: whether the run computes gradients.
     """
     sides = 1 + objective.has_teacher
     normalized, extra_sums, more, gathers = sides, 0, 0, 0
     if not objective.is_divergence:
-        extra_sums = sides  # the sampled token's logits
+        extra_sums = sides  # the sampled token's logit
     elif objective.support == "full":
-        more = 3  # the loss, the clipped entries, and the sum that the gradient needs
+        more = 3  # the loss, the number of clipped entries, and the sum that the gradient needs
         if kind == "cuda":
             extra_sums = 1
             known = objective.divergence != "jsd" and not objective.entry_clip
@@ -76,13 +77,13 @@ def wire(
 
 @dataclass(frozen=True)
 class Traffic:
-    """What every rank hands to the collectives of forward and backward.
+    """What every rank passes to the collectives of forward and backward.
 
     Attributes:
-        payload: bytes handed over, by the collective's name.
-        sent: bytes that a rank sends around a ring, by the same names: 2 (ranks - 1) / ranks of
-            what is reduced, (ranks - 1) times what is gathered.
-        num_collectives: how many they are.
+        payload: bytes passed to collectives, by the collective's name.
+        sent: bytes that a rank sends around a ring, by the same names: 2 (ranks - 1) / ranks times
+            a reduction's payload, (ranks - 1) times a gather's.
+        num_collectives: number of collectives.
     """
 
     payload: dict[str, int]
@@ -99,7 +100,7 @@ class Traffic:
 
 
 def traffic(work: Workload) -> Traffic | None:
-    """Of a rank's step, its hidden states' gradient reduced; None: no rank shares the head."""
+    """Traffic of one step, with dhidden summed over the ranks; None: no ranks share a head."""
     ranks = work.tensor_parallel
     if ranks == 1:
         return None
@@ -107,15 +108,15 @@ def traffic(work: Workload) -> Traffic | None:
     payload, count = dict.fromkeys((MAX, SUM, GATHER, SUM_OF_DHIDDEN), 0), 1
     of_dhidden = work.active
     if work.kept is not None:
-        walked = certified.walked(work)
-        groups = -(-work.active // walked[0].layout.group)
-        payload[MAX], count = work.active, 1 + groups  # a byte of each: whether it is dense
+        runs = certified.runs(work)
+        groups = -(-work.active // runs[0].layout.group)
+        payload[MAX], count = work.active, 1 + groups  # a byte a token: whether its row is dense
         of_dhidden = work.tokens
     else:
-        walked = fused.walked(work)
+        runs = fused.runs(work)
         if num_entries(work.objective):
             of_dhidden = work.tokens
-    for each in walked:
+    for each in runs:
         sends = wire(work.objective, work.hidden_size, vocab, work.kind, each.has_gradient)
         payload[MAX] += WIDE * each.tokens * sends.max_numbers
         payload[SUM] += WIDE * each.tokens * sends.sum_numbers

@@ -111,14 +111,6 @@ def test_ranks_with_other_memory_plan_the_same_chunk():
     assert len(chunks) == 1
 
 
-def test_whoever_cannot_share_a_head_is_not_planned():
-    names = {"objective": "jsd"} | SETTINGS
-    alone = {estimate.provider for estimate in fused_sd.plan(**names).estimates}
-    shared = {estimate.provider for estimate in fused_sd.plan(tensor_parallel=2, **names).estimates}
-    assert shared == {"fused_sd", "eager", "eager, fp32 logits"}
-    assert shared < alone
-
-
 def test_a_ring_sends_each_part_from_rank_to_rank():
     planned = fused_sd.plan(tensor_parallel=4, objective="sdpo", **SETTINGS)
     payload, sent = planned.traffic.payload, planned.traffic.sent
