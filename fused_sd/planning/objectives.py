@@ -68,27 +68,6 @@ OBJECTIVES: dict[str, PlannedObjective] = {
 }
 
 
-BENCHMARKED = (
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "topk_tail",
-    "topk_renormalized",
-    "cross_entropy",
-    "token_log_probs",
-    "grpo",
-    "rlsd",
-)  # names of ``fused_sd.bench``
-
-
-def benchmark_name(objective: PlannedObjective) -> str | None:
-    """The benchmark's objective that asks the same of the head."""
-    for name in BENCHMARKED:
-        if OBJECTIVES[name]._replace(name=objective.name) == objective:
-            return objective.name if objective.name in BENCHMARKED else name
-    return None
-
-
 def choose(
     name: str,
     divergence: Divergence | None = None,

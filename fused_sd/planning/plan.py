@@ -12,12 +12,12 @@ import torch
 from fused_sd import checks
 from fused_sd.measuring.dtypes import DTYPES
 from fused_sd.measuring.head_sizes import head_size
-from fused_sd.planning import certified, checking, eager, fused, timing
+from fused_sd.planning import certified, checking, eager, fused
 from fused_sd.planning.chunked import num_entries
 from fused_sd.planning.devices import Device, find_device
 from fused_sd.planning.objectives import choose
 from fused_sd.planning.prediction import predict
-from fused_sd.planning.result import Estimate, Plan
+from fused_sd.planning.result import FLOOR, Estimate, Plan
 from fused_sd.planning.wire import traffic
 from fused_sd.planning.workload import Implementation, Workload, peak, total
 from fused_sd.terms.divergence import Divergence
@@ -173,7 +173,7 @@ def plan(
         traffic=sends,
         prediction=None if is_sparse else predict(work, sends, found.rates),
         estimates=tuple(
-            _estimate(implementation, workload, work, found, dtype_name, num_groups)
+            _estimate(implementation, workload, work, found, num_groups)
             for implementation in IMPLEMENTATIONS
             if implementation.moments(work)
         ),
@@ -185,20 +185,18 @@ def _estimate(
     workload: Callable[[int], Workload],
     work: Workload,
     device: Device,
-    dtype: str,
     num_groups: int,
 ) -> Estimate:
     parts = peak(implementation.moments(work))
-    rate, dtype = device.rates.gemms, str(DTYPES[dtype])[6:]
-    time = timing.expected(work, implementation, device.name, rate, dtype)
+    rate = device.rates.gemms
     return Estimate(
         provider=implementation.name,
         peak_bytes=total(parts),
         parts=parts,
         fits=_needed_bytes(implementation, work) <= device.free_bytes,
         longest_tokens=num_groups * _longest(implementation, workload, device.free_bytes),
-        seconds=time.seconds,
-        seconds_source=time.source,
+        seconds=None if rate is None else implementation.gemms(work) / rate,
+        seconds_source="" if rate is None else FLOOR,
         source=implementation.source,
     )
 

@@ -7,7 +7,7 @@ from fused_sd.planning.prediction import Prediction
 from fused_sd.planning.wire import Traffic
 
 LINE = 100
-FLOOR_MARK = ">="
+FLOOR, FLOOR_MARK = "floor", ">="
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
@@ -22,8 +22,8 @@ class Estimate:
         fits: whether inputs and peak fit the free memory.
         longest_tokens: largest number of tokens, over all ranks, whose inputs and peak would fit.
         seconds: time of forward and backward; None: unknown.
-        seconds_source: "measured": in proportion to a measurement on such a device; "floor": what
-            its GEMMs alone take at the device's rate, a lower bound.
+        seconds_source: "floor": what the GEMMs alone take at the device's rate, a lower bound; "":
+            unknown.
         source: how the formula of the peak was found.
     """
 
@@ -170,13 +170,8 @@ class Plan:
             "peak: on each rank, beyond hidden states and head, gradients included;",
             f"longest: tokens{over} whose hidden states and peak fit the free memory.",
         ]
-        sources = {estimate.seconds_source for estimate in self.estimates}
-        if "measured" in sources:
-            lines.append("time: of forward and backward, in proportion to a measurement.")
-        if "floor" in sources:
-            lines.append(
-                f"time {FLOOR_MARK}: not measured; what the GEMMs alone take at the device's rate."
-            )
+        if any(estimate.seconds_source == FLOOR for estimate in self.estimates):
+            lines.append(f"time {FLOOR_MARK}: what the GEMMs alone take at the device's rate.")
         return lines
 
 
@@ -195,8 +190,7 @@ def size_text(num_bytes: int) -> str:
 def _time_text(estimate: Estimate) -> str:
     if estimate.seconds is None:
         return "unknown"
-    mark = FLOOR_MARK + " " if estimate.seconds_source == "floor" else ""
-    return mark + milliseconds(estimate.seconds)
+    return f"{FLOOR_MARK} {milliseconds(estimate.seconds)}"
 
 
 def milliseconds(seconds: float) -> str:
