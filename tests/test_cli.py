@@ -187,7 +187,7 @@ def test_env_prints_versions(capsys):
         (["--device", "tpu"], r"--device must be one of .*, got 'tpu'; choose"),
         (["--backend", "cuda"], r"--backend must be one of .*, got 'cuda'; choose"),
         (["--tokens", "1"], r"--tokens must be at least 2, got 1; leave"),
-        (["--model", "qwen3-8b"], r"--model must come without --hidden.*, got qwen3-8b; leave"),
+        (["--model", "qwen3-8b"], r"model must come without hidden_size.*, got 'qwen3-8b'; leave"),
         (["--update-readme", "no_such.md"], r"--update-readme must name a file.*; add the two"),
         (["--backend", "triton", "--dtype", "fp64"], r"backend must be 'torch' for float64"),
     ],

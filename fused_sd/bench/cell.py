@@ -3,10 +3,9 @@
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from fused_sd.bench.accuracy import Errors, Truth, errors, find_truth
 from fused_sd.bench.floor import Floor, measure_floor
@@ -21,32 +20,13 @@ from fused_sd.bench.measure import (
 )
 from fused_sd.bench.problem import Problem, refill_
 from fused_sd.bench.providers import Provider
-from fused_sd.engine.certificate import GradientCertificate
 from fused_sd.measuring.environment import installed
+from fused_sd.verify.promises import Sparsity
 
 # "checked": right, and not timed as nobody asked
 Status = Literal["ok", "checked", "wrong", "unavailable", "out of memory", "failed"]
 
 REASON = 200  # characters of another's message
-
-
-class Kept(NamedTuple):
-    """What a gradient keeps of the tokens that count, by its own certificate."""
-
-    entries: float  # a token, of those that are not dense
-    dense_share: float  # of the tokens: those whose gradient is dense
-    dropped_share: float  # of the gradient's L1 norm
-
-    @classmethod
-    def of(cls, certificate: GradientCertificate, mask: Tensor) -> "Kept":
-        """A certificate in three numbers; ``mask`` (N,) says which tokens count."""
-        dense = certificate.dense[mask]
-        kept = certificate.kept[mask][~dense].double()
-        return cls(
-            float(kept.mean()) if kept.numel() else 0.0,
-            float(dense.double().mean()),
-            float(certificate.dropped_share),
-        )
 
 
 @dataclass
@@ -61,7 +41,7 @@ class Row:
     errors: Errors | None = None
     times: Times | None = None
     peak_bytes: int | None = None  # above the operands; the gradients are part of it
-    kept: Kept | None = None  # where the gradient is sparse
+    kept: Sparsity | None = None  # None: the gradient is dense
 
 
 @dataclass(frozen=True)
@@ -211,7 +191,7 @@ def _measure(
         row.times = time_runs(run, device, effort)
         row.peak_bytes = peak_bytes(run, device)
         if provider.certify is not None:
-            row.kept = Kept.of(provider.certify(problem), problem.mask)
+            row.kept = Sparsity.of(provider.certify(problem), problem.mask)
         row.status = "ok"
     except Exception as error:
         said = str(error).strip() or "no message"

@@ -1,7 +1,6 @@
-"""``fused_sd bench``: the user's shape on the user's machine, against every other that is there.
+"""``fused_sd bench``: time, memory and errors of a shape on this machine, beside other libraries'.
 
-Exit status: 0; 1 when this library is wrong or fails, or nothing could be measured; 2 for wrong
-use.
+Exit status: 0; 1 if this library is wrong or fails, or nothing could be measured; 2 for wrong use.
 """
 
 import argparse
@@ -21,10 +20,10 @@ from fused_sd.bench.measure import Effort, is_out_of_memory
 from fused_sd.bench.problem import MEAN_KL, OBJECTIVES, Shape, make_problem, variant
 from fused_sd.bench.providers import PROVIDERS
 from fused_sd.bench.table import LEGEND, US, report_lines
+from fused_sd.measuring.arguments import add_head_size, chosen_device, chosen_head_size
 from fused_sd.measuring.dtypes import DTYPES
 from fused_sd.measuring.environment import device_name, environment
-from fused_sd.measuring.head_sizes import MODEL_HELP, head_size
-from fused_sd.verify.choices import resolve_device, resolve_sizes
+from fused_sd.measuring.head_sizes import head_size
 
 DEFAULT_OBJECTIVES = ("reverse_kl", "jsd")
 LEAST_TOKENS, LEAST_HIDDEN, LEAST_VOCAB = 2, 4, 128  # SDPO compares 100 entries
@@ -33,7 +32,7 @@ BENCH_DTYPES = ("bf16", "fp32")  # an fp16 gradient needs a scaled loss, which n
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a device can measure in a minute."""
+    """Defaults with which a kind of device measures in about a minute."""
 
     sizes: tuple[int, int]
     tokens: int
@@ -48,7 +47,7 @@ ON_CPU = Defaults((256, 32000), 256, "fp32", Effort(0.2, 5, 10.0, 2), 0.0)
 
 @dataclass(frozen=True)
 class Choices:
-    """What is to be measured, and how."""
+    """What is measured, and how long."""
 
     objectives: tuple[str, ...]
     shape: Shape
@@ -65,7 +64,7 @@ class Choices:
 
 
 def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The command and its options."""
+    """Add the command and its options."""
     command = commands.add_parser(
         "bench",
         help="time, memory and errors of your shape here, against eager and installed peers",
@@ -74,9 +73,11 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "float64 before it is timed.  Exit status 1: this library is wrong or could not run.",
     )
     add = command.add_argument
-    add("--model", help=MODEL_HELP)
-    add("--hidden", type=int, help="hidden size (default: Qwen3-8B's on a GPU, 256 on a CPU)")
-    add("--vocab", type=int, help="vocabulary (default: Qwen3-8B's on a GPU, 32000 on a CPU)")
+    add_head_size(
+        command,
+        "hidden size (default: Qwen3-8B's on a GPU, 256 on a CPU)",
+        "vocabulary (default: Qwen3-8B's on a GPU, 32000 on a CPU)",
+    )
     add("--tokens", type=int, help="in a batch (default 4096 on a GPU, 256 on a CPU)")
     add(
         "--objectives",
@@ -98,17 +99,17 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def resolve(arguments: argparse.Namespace) -> Choices:
-    """The choices that the arguments mean.
+    """Turn the command line's arguments into choices.
 
     Raises:
-        ValueError: when one of them means nothing; the message says what to do.
+        ValueError: an argument is out of range or unknown.
     """
     objectives = tuple(name.strip() for name in arguments.objectives.split(","))
     for name in objectives:
         checks.check_one_of("--objectives", name, ("all", *OBJECTIVES))
-    device = resolve_device(arguments.device)
+    device = chosen_device(arguments.device)
     defaults = ON_GPU if device.type == "cuda" else ON_CPU
-    hidden_size, vocab = resolve_sizes(arguments, defaults.sizes)
+    hidden_size, vocab = chosen_head_size(arguments, defaults.sizes)
     tokens = defaults.tokens if arguments.tokens is None else arguments.tokens
     for option, value, least in (
         ("--tokens", tokens, LEAST_TOKENS),
@@ -124,7 +125,7 @@ def resolve(arguments: argparse.Namespace) -> Choices:
         checks.fail("--kl", "lie in [1e-4, 1]", arguments.kl, "real ones are 0.001 to 0.1 nat")
     dtype = defaults.dtype if arguments.dtype is None else arguments.dtype
     checks.check_one_of("--dtype", dtype, BENCH_DTYPES)
-    most = math.log(vocab) / 2  # where a distribution is flatter than any policy's
+    most = math.log(vocab) / 2  # flatter than the distributions of any policy
     if arguments.entropy is not None and not 0.05 <= arguments.entropy <= most:
         checks.fail(
             "--entropy", f"lie in [0.05, {most:.1f}]", arguments.entropy, "real ones are 0.2 to 2"
@@ -149,7 +150,7 @@ def resolve(arguments: argparse.Namespace) -> Choices:
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
-    """Measure each objective and print it as it comes."""
+    """Measure each objective, print its results, and return the exit status."""
     try:
         choices = resolve(arguments)
         source = make_problem(
@@ -198,13 +199,14 @@ def run_bench(arguments: argparse.Namespace) -> int:
             print("", *report_lines(cell), sep="\n", flush=True)
     if arguments.json:
         print(json.dumps(as_json(cells), indent=2))
-    return 0 if all(map(_is_kept, cells)) else 1
+    return 0 if all(map(_is_ours_ok, cells)) else 1
 
 
 def as_json(cells: Sequence[Cell]) -> dict[str, Any]:
-    """All that was measured, and where."""
+    """Return the results and the environment as plain values."""
     return {"cells": [cell.as_json() for cell in cells], "environment": environment()}
 
 
-def _is_kept(cell: Cell) -> bool:
+def _is_ours_ok(cell: Cell) -> bool:
+    """Whether this library was right and could be timed."""
     return any(row.provider == US and row.status == "ok" for row in cell.rows)

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from fused_sd.bench.cell import Cell, Kept, Row
+from fused_sd.bench.cell import Cell, Row
+from fused_sd.measuring.text import size_text
+from fused_sd.verify.promises import Sparsity
 
 LINE = 100
 NAME = 28
@@ -38,7 +40,7 @@ def table_lines(cell: Cell) -> list[str]:
     return lines
 
 
-def _kept_text(kept: Kept) -> str:
+def _kept_text(kept: Sparsity) -> str:
     return (
         f"{kept.entries:.3g} entries a token, {percent(kept.dense_share)} dense, "
         f"{percent(kept.dropped_share)} dropped"
@@ -120,13 +122,8 @@ def number(milliseconds: float) -> str:
 
 
 def memory(num_bytes: int | None) -> str:
-    """In the largest unit that leaves something before the point."""
-    if num_bytes is None:
-        return "-"
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes / 2**10:.3g} KiB"
+    """Format bytes; "-" for None."""
+    return "-" if num_bytes is None else size_text(num_bytes)
 
 
 def percent(error: float | None) -> str:

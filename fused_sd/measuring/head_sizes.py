@@ -1,4 +1,4 @@
-"""Which head a model has: by a known name, a transformers configuration, or its sizes."""
+"""The size of a model's output head, by the model's name, configuration or given sizes."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from fused_sd import checks
 
 
 class HeadSize(NamedTuple):
-    """The output projection of a model: (vocab, hidden_size)."""
+    """The size of an output head, whose weight is (vocab, hidden_size)."""
 
     hidden_size: int
     vocab: int
@@ -39,8 +39,7 @@ MODELS: dict[str, HeadSize] = {
     "google/gemma-3-4b": HeadSize(2560, 262208),
     "google/gemma-3-12b": HeadSize(3840, 262208),
 }
-MODEL_HELP = f"a config.json, its folder, or one of {', '.join(MODELS)}"
-# what is left out of a name before it is looked up: a fine-tune has its base's head
+# endings that are removed from a name before it is looked up: a fine-tune has its base's head
 _SUFFIXES = ("-instruct", "-base", "-it", "-pt", "-thinking", "-think", "-2507", "-hf")
 
 
@@ -49,16 +48,16 @@ def head_size(
     hidden_size: int | None = None,
     vocab: int | None = None,
 ) -> HeadSize:
-    """The head that is meant.
+    """Return the size of the head that the arguments name.
 
     Args:
         model: a name of ``MODELS`` (with or without its owner, in any case), a path to a
             ``config.json`` or to the folder that holds one, a transformers configuration, or its
             dict; None: the sizes are given.
-        hidden_size, vocab: the sizes, without a model.
+        hidden_size, vocab: the sizes, instead of a model.
 
     Raises:
-        ValueError: when nothing, both or an unknown model is given.
+        ValueError: the model is unknown, or comes with a size, or nothing is given.
     """
     if model is None:
         if hidden_size is None or vocab is None:
@@ -84,6 +83,7 @@ def head_size(
 
 
 def _by_text(text: str) -> HeadSize:
+    """The size of a known model, or of the configuration at a path."""
     name = text.rstrip("/").rpartition("/")[2].lower()
     stripped = _strip(name)
     for known, size in MODELS.items():
@@ -104,7 +104,7 @@ def _by_text(text: str) -> HeadSize:
 
 
 def _strip(name: str) -> str:
-    """A model's name without what its fine-tunes add, Llama 3 and 3.1 alike."""
+    """A model's name without the endings of fine-tunes; Llama 3 is named like 3.1."""
     name = name.replace("meta-", "").replace("llama-3-", "llama-3.1-").replace("-1025", "")
     while True:
         for suffix in _SUFFIXES:
@@ -114,7 +114,7 @@ def _strip(name: str) -> str:
 
 
 def _by_config(config: object) -> HeadSize:
-    """The sizes of a configuration, or of the text model's inside a multimodal one."""
+    """The size in a configuration, or in the text model's inside a multimodal one."""
     inner = _entry(config, "text_config")
     if inner is not None:
         config = inner

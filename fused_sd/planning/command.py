@@ -8,12 +8,12 @@ import json
 import sys
 
 from fused_sd import checks
-from fused_sd.measuring.head_sizes import MODEL_HELP
+from fused_sd.measuring.arguments import add_head_size
+from fused_sd.measuring.text import size_text
 from fused_sd.planning.checking import PLANNED_DTYPES
 from fused_sd.planning.devices import CARDS
 from fused_sd.planning.objectives import OBJECTIVES, parse_divergence, parse_support
 from fused_sd.planning.plan import plan
-from fused_sd.planning.result import size_text
 
 SUFFIXES = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
 
@@ -27,10 +27,8 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "this library and of eager PyTorch, without running either.",
     )
     add = command.add_argument
-    add("--model", help=MODEL_HELP)
-    add("--hidden", type=int, help="hidden size, instead of a model")
-    add("--vocab", type=int, help="vocabulary, instead of a model")
-    add("--tokens", type=int, required=True, help="of the whole batch, over all ranks")
+    add_head_size(command)
+    add("--tokens", type=int, required=True, help="tokens of the whole batch, over all ranks")
     add("--teacher", help="a model with another head (default: the student's)")
     add("--own-teacher-head", action="store_true", help="the teacher has its own copy of the head")
     add("--objective", default="sdpo", help=f"{', '.join(OBJECTIVES)} (default sdpo)")
@@ -41,18 +39,32 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     add("--frozen", action="store_true", help="the head has no gradient")
     add("--reduction", default="mean", help="mean, sum or none (default mean)")
     add("--gradient", default="dense", help="dense or sparse (default dense)")
-    add("--kept", type=int, metavar="ENTRIES", help="of a token's sparse gradient (default 64)")
-    add("--dense-share", type=float, help="of tokens that are dense nevertheless (default 0)")
-    add("--mask", type=float, default=0.0, help="share of tokens that do not count (default 0)")
-    add("--tensor-parallel", type=int, default=1, help="ranks that share the head (default 1)")
-    add("--world-size", type=int, help="ranks (default: those that share a head)")
-    add("--device", help=f"cuda, cpu or a card: {', '.join(CARDS)} (default: this machine's)")
     add(
-        "--free", metavar="BYTES", help="free memory, as in 60GB or 56GiB (default: ask the device)"
+        "--kept",
+        type=int,
+        metavar="ENTRIES",
+        help="entries that a token's sparse gradient keeps (default 64)",
     )
+    add(
+        "--dense-share",
+        type=float,
+        metavar="SHARE",
+        help="share of tokens with a dense gradient under --gradient sparse (default 0)",
+    )
+    add(
+        "--mask",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of tokens with weight 0 (default 0)",
+    )
+    add("--tensor-parallel", type=int, default=1, help="ranks that share the head (default 1)")
+    add("--world-size", type=int, help="all ranks (default: those that share the head)")
+    add("--device", help=f"cuda, cpu or a card: {', '.join(CARDS)} (default: this machine's)")
+    add("--free", metavar="BYTES", help="free memory, as 60GB or 56GiB (default: the device's)")
     add("--rate", type=float, metavar="TFLOP/S", help="of the device's GEMMs, where unknown")
-    add("--link", type=float, metavar="GB/S", help="that collectives send, where unknown")
-    add("--chunk", type=int, metavar="TOKENS", help="chunk_size (default: by memory)")
+    add("--link", type=float, metavar="GB/S", help="of collectives between devices, where unknown")
+    add("--chunk", type=int, metavar="TOKENS", help="chunk_size (default: chosen by memory)")
     add("--parts", action="store_true", help="print all parts of each peak")
     add("--json", action="store_true", help="print JSON, in bytes and seconds")
     command.set_defaults(run=run_plan)

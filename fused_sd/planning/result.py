@@ -3,12 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fused_sd.measuring.text import size_text
 from fused_sd.planning.prediction import Prediction
 from fused_sd.planning.wire import Traffic
 
 LINE = 100
 FLOOR, FLOOR_MARK = "floor", ">="
-UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 @dataclass(frozen=True)
@@ -173,18 +173,6 @@ class Plan:
         if any(estimate.seconds_source == FLOOR for estimate in self.estimates):
             lines.append(f"time {FLOOR_MARK}: what the GEMMs alone take at the device's rate.")
         return lines
-
-
-def size_text(num_bytes: int) -> str:
-    """Format bytes in the largest unit of which there is at least one, with three digits."""
-    for unit, size in UNITS:
-        if num_bytes >= size:
-            return (
-                f"{num_bytes / size:.3g} {unit}"
-                if num_bytes < 1000 * size
-                else (f"{num_bytes / size:.0f} {unit}")
-            )
-    return f"{num_bytes} B"
 
 
 def _time_text(estimate: Estimate) -> str:

@@ -12,7 +12,7 @@ from fused_sd.losses.distillation_methods import Run
 from fused_sd.losses.output import LossOutput
 from fused_sd.verify.cases import Case
 from fused_sd.verify.inputs import Operands
-from fused_sd.verify.promises import LOSS_BOUND, Kept, Measured, gradient_bound
+from fused_sd.verify.promises import LOSS_BOUND, Measured, gradient_bound
 from fused_sd.verify.truth import Exact, hidden_gradient
 
 ROUNDING = 1e-6  # of the certificate's own sums
@@ -25,17 +25,6 @@ def sparse(case: Case) -> Case:
         return case.fused(operands, {**run, "gradient": "sparse"})
 
     return replace(case, name=f"{case.name} sparse", fused=fused)
-
-
-def kept(certificate: GradientCertificate) -> Kept:
-    """The means of a certificate."""
-    is_sparse = (certificate.norm != 0) & ~certificate.dense
-    num_sparse, num_dense = int(is_sparse.sum()), int(certificate.dense.sum())
-    return Kept(
-        float(certificate.kept.sum()) / max(num_sparse, 1),
-        num_dense / max(num_sparse + num_dense, 1),
-        float(certificate.dropped_share),
-    )
 
 
 def broken_certificate(

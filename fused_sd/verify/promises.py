@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_sd.engine.certificate import GradientCertificate
 from fused_sd.verify.cases import Case
 from fused_sd.verify.inputs import Operands
 
@@ -55,12 +56,23 @@ class Errors(NamedTuple):
     worst: float  # of the largest element of its gradient
 
 
-class Kept(NamedTuple):
-    """What is left of a gradient that may be sparse."""
+class Sparsity(NamedTuple):
+    """How sparse a gradient w.r.t. the logits is, by its certificate."""
 
-    entries: float  # of a token that is sparse
-    dense_share: float  # of the tokens
-    dropped_share: float  # of the gradient's norm
+    entries: float  # mean number of kept entries of the tokens whose gradient is sparse
+    dense_share: float  # share of the tokens whose gradient is dense
+    dropped_share: float  # share of the gradient's L1 norm that is dropped
+
+    @classmethod
+    def of(cls, certificate: GradientCertificate, counted: Tensor) -> "Sparsity":
+        """Average a certificate over the tokens of ``counted`` (N,) bool."""
+        dense = certificate.dense[counted]
+        kept = certificate.kept[counted][~dense].double()
+        return cls(
+            float(kept.mean()) if kept.numel() else 0.0,
+            float(dense.double().mean()) if dense.numel() else 0.0,
+            float(certificate.dropped_share),
+        )
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ class Measured:
     kl: float | None  # None where the loss knows no teacher's distribution
     fused: Errors
     rounded: Errors  # of the definition on 16-bit logits
-    kept: Kept | None = None  # of a gradient that may be sparse
+    kept: Sparsity | None = None  # None: the gradient is dense
 
     @property
     def where(self) -> str:

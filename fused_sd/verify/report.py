@@ -1,15 +1,12 @@
 """How ``fused_sd verify`` is read: a table for terminals, one for Markdown, and the verdict."""
 
 import math
-import re
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 import fused_sd
-from fused_sd import checks
 from fused_sd.engine.certificate import TOLERANCE
 from fused_sd.measuring.environment import device_name, installed
 from fused_sd.verify.choices import Choices
@@ -30,7 +27,6 @@ KEPT = (
     "those of sparse gradients within their certificates, exactly 0 for a teacher equal to the "
     "student, equal bits in every run, no effect of NaN in a masked token"
 )
-MARKER, END = "<!-- measured: python -m fused_sd verify", "<!-- end -->"
 
 
 def error_text(error: float, dtype: torch.dtype) -> str:
@@ -98,29 +94,3 @@ def verdict_lines(num_losses: int, broken: Sequence[str]) -> list[str]:
         return [f"BROKEN: {count} not kept.", *(f"  {line}" for line in broken)]
     count = "The loss keeps" if num_losses == 1 else f"All {num_losses} losses keep"
     return textwrap.wrap(f"OK.  {count} every promise: {KEPT}.", LINE)
-
-
-def update_readme(path: Path, lines: Sequence[str]) -> None:
-    """Put the lines between the README's marker and its end."""
-    match = _block(path)
-    if match is not None:
-        text = match.string
-        body = "\n\n" + "\n".join(lines) + "\n\n"
-        path.write_text(text[: match.start(1)] + body + text[match.end(1) :])
-
-
-def check_readme(path: Path) -> None:
-    """The file has a place for the table."""
-    if _block(path) is None:
-        checks.fail(
-            "--update-readme",
-            f"name a file with a line {MARKER!r}... and a line {END!r} below it",
-            repr(str(path)),
-            "add the two lines where the table belongs",
-        )
-
-
-def _block(path: Path) -> re.Match[str] | None:
-    """What stands between the marker's line and the end's."""
-    text = path.read_text() if path.is_file() else ""
-    return re.search(f"{re.escape(MARKER)}[^\n]*(\n.*?){re.escape(END)}", text, re.DOTALL)

@@ -19,12 +19,13 @@ from fused_sd.losses.log_probs import entry_log_probs
 from fused_sd.losses.output import LossOutput
 from fused_sd.verify import truth
 from fused_sd.verify.cases import CASES, Case, Logits, mean_divisor, token_weights
-from fused_sd.verify.certified import broken_certificate, kept, sparse
+from fused_sd.verify.certified import broken_certificate, sparse
 from fused_sd.verify.inputs import SAMPLE, Operands, make_operands, with_teacher_at
 from fused_sd.verify.promises import (
     Errors,
     Measured,
     Result,
+    Sparsity,
     broken_accuracy,
     broken_invariants,
     identical,
@@ -113,7 +114,8 @@ class Verifier:
             given.dropped[alive] / divisor,
             given.norm[alive] / divisor,
         )
-        measured = replace(self._measured(case, fused, exact, rounded), kept=kept(certificate))
+        kept = Sparsity.of(certificate, certificate.norm != 0)
+        measured = replace(self._measured(case, fused, exact, rounded), kept=kept)
         broken = broken_certificate(measured, certificate, exact, self.active, self.on_gpu)
         if not identical(fused, again):
             rule = "a second backward must be equal to the first to the bit, got another"

@@ -1,0 +1,52 @@
+"""Options that several commands have in common: the sizes of the head, and the device."""
+
+import argparse
+
+import torch
+
+from fused_sd import checks
+from fused_sd.measuring.environment import default_device
+from fused_sd.measuring.head_sizes import MODELS, HeadSize, head_size
+
+
+def add_head_size(
+    command: argparse.ArgumentParser,
+    hidden: str = "hidden size, instead of a model",
+    vocab: str = "vocabulary, instead of a model",
+) -> None:
+    """Add ``--model``, and ``--hidden`` and ``--vocab`` with the given help."""
+    known = ", ".join(MODELS)
+    command.add_argument("--model", help=f"a config.json, its folder, or one of {known}")
+    command.add_argument("--hidden", type=int, help=hidden)
+    command.add_argument("--vocab", type=int, help=vocab)
+
+
+def chosen_head_size(arguments: argparse.Namespace, default: tuple[int, int]) -> HeadSize:
+    """Return the model's sizes, or those given; what is not given is the default's.
+
+    Raises:
+        ValueError: the model is unknown, or comes with a size.
+    """
+    hidden, vocab = arguments.hidden, arguments.vocab
+    if arguments.model is not None:
+        return head_size(arguments.model, hidden, vocab)
+    return HeadSize(
+        default[0] if hidden is None else hidden, default[1] if vocab is None else vocab
+    )
+
+
+def chosen_device(name: str) -> torch.device:
+    """Return the device that ``--device`` names: "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    checks.check_one_of("--device", name, ("auto", "cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        checks.fail(
+            "--device",
+            "be 'auto' or 'cpu' where PyTorch sees no GPU",
+            "'cuda'",
+            "choose one of them, or see `fused_sd env` for PyTorch's CUDA build",
+        )
+    return default_device() if name == "auto" else torch.device(name)
