@@ -1,1 +1,1 @@
-"""Time, peak memory and errors of this library and of others, on one problem in one run."""
+"""Benchmark: time, peak memory and errors of this library and of others on the same operands."""

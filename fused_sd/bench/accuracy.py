@@ -1,11 +1,11 @@
-"""Is a provider right, and how far off: its loss and gradients against float64, before it is timed.
+"""Errors of a provider's loss and gradients against float64, found before the provider is timed.
 
-The provider runs the problem at its full size.  Its tokens are copies of a few, so that float64
-logits of the few give the truth for all: every chunk and every row of the gradients is compared.
-The timed tokens are put in their place afterwards.
+The provider runs the problem at its full size, on tokens that are copies of a few distinct ones.
+float64 logits of the distinct tokens therefore give the truth for all tokens, and every chunk and
+every row of the gradients is compared.  Afterwards the timed tokens replace the copies.
 
-Whether an error is one of rounding or of another loss is told by logits rounded to bf16, as most
-implementations have them, on the same tokens.
+An error may come from rounding or from computing another loss.  The bound between the two is twice
+the error of the definition itself on logits rounded to bf16, as most implementations have them.
 
 Dimension key:  N tokens, K distinct tokens, D hidden size, V vocabulary
 """
@@ -23,12 +23,13 @@ from fused_sd.measuring.realistic import slabs
 from fused_sd.verify import truth
 from fused_sd.verify.truth import Distance, Exact
 
-DISTINCT = 64
-# wrong is what is further off than this multiple of the worst error of rounded logits.  At a KL of
-# 0.05 they are 8 % off in the gradients, and the reverse KL is 27 to 31 % off the forward one; a
-# mixture of the two is told from neither, nor is the full JSD from that with a tail
+DISTINCT = 64  # K
+# A provider is wrong if its error exceeds this multiple of the worst error of rounded logits.  At a
+# KL of 0.05 rounded logits change the gradients by 8 %; gradients of the reverse KL and of the
+# forward KL differ by 27 to 31 %.  The bound cannot tell a mixture of the two from either, nor the
+# full JSD from the JSD with a tail.
 ROUNDING_FACTOR = 2.0
-LEAST_BOUND = 0.02  # where rounding the logits does next to nothing, gradients still have 16 bits
+LEAST_BOUND = 0.02  # gradients have 16 bits even where rounding the logits changes little
 
 Definition = Callable[[ModuleType, Tensor, Tensor, Problem], Tensor]
 
@@ -36,7 +37,8 @@ Definition = Callable[[ModuleType, Tensor, Tensor, Problem], Tensor]
 class Errors(NamedTuple):
     """Relative errors: of the loss, signed, and of the gradients by norm.
 
-    The loss's is of the mean absolute token loss, which does not vanish where advantages cancel.
+    The loss's error is relative to the mean absolute token loss, which does not vanish if positive
+    and negative advantages cancel.
     """
 
     loss_bias: float
@@ -44,18 +46,18 @@ class Errors(NamedTuple):
     dweight: float | None  # None: the head is frozen
 
     def beyond(self, bound: float) -> list[str]:
-        """What is not within the bound, in words; a NaN is within none."""
+        """Describe each error that exceeds the bound; a NaN exceeds every bound."""
         named = zip(("loss", "dH", "dW"), self)
         return [f"{name} is off by {abs(e):.1%}" for name, e in named if e and not abs(e) <= bound]
 
 
 def _by_token(name: str, **choices: object) -> Definition:
-    """A definition that compares distributions."""
+    """Return a definition that compares distributions."""
     return lambda reference, s, t, _: getattr(reference, name)(s, t, **choices)
 
 
 def _surrogate(name: str, needs_teacher: bool) -> Definition:
-    """A definition that reads the sampled token's log-probability."""
+    """Return a definition that reads the sampled token's log-probability."""
 
     def token_loss(reference: ModuleType, s: Tensor, t: Tensor, tokens: Problem) -> Tensor:
         sides = (s, t) if needs_teacher else (s,)
@@ -86,18 +88,18 @@ DEFINITIONS: dict[str, Definition] = {
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What a provider must find on the copied tokens."""
+    """The exact loss and gradients on the copied tokens."""
 
-    tokens: Tensor  # (N,) int64: what to fill the problem with
+    tokens: Tensor  # (N,) int64: indices of the tokens to fill the problem with
     distinct: Problem  # the K tokens that are copied
-    copies: Tensor  # (K,) float64
-    of_token: Tensor  # (N,) int64: which of the K each is, -1 for the masked
-    exact: Exact  # dlogits of the K, each with the weight of all its copies
-    bound: float  # of the errors; beyond it a provider computes something else
+    copies: Tensor  # (K,) float64: number of copies of each
+    of_token: Tensor  # (N,) int64: index into the K tokens, -1 for masked tokens
+    exact: Exact  # dlogits of the K tokens, each with the weight of all its copies
+    bound: float  # largest error of a provider that computes the right loss
 
 
 def find_truth(problem: Problem) -> Truth:
-    """Choose the tokens that are copied, and compute their loss and gradients in float64."""
+    """Choose the tokens to copy, and compute their loss and gradients in float64."""
     at = torch.nonzero(problem.mask)[:, 0]
     count = min(DISTINCT, len(at))
     chosen = at[torch.arange(count, device=at.device) * len(at) // count]
@@ -129,7 +131,7 @@ def find_truth(problem: Problem) -> Truth:
 
 
 def errors(found: Truth, problem: Problem, loss: Tensor) -> Errors:
-    """Of a loss and of the gradients that its backward left in the problem's leaves."""
+    """Errors of a loss, and of the gradients that its backward left in the problem's leaves."""
     dhidden, dweight = problem.hidden.grad, problem.weight.grad
     assert dhidden is not None
     everywhere = torch.arange(len(found.tokens), device=found.tokens.device)
@@ -140,7 +142,15 @@ def errors(found: Truth, problem: Problem, loss: Tensor) -> Errors:
 def _errors(
     found: Truth, loss: float, at: Tensor, dhidden: Tensor, dweight: Iterator[Tensor] | None
 ) -> Errors:
-    """Errors of the gradients at the tokens ``at`` (M,), (M, D), and by the head, in slabs."""
+    """Errors of a loss and its gradients.
+
+    Args:
+        found: the truth.
+        loss: the mean over the tokens that count.
+        at: (M,) int64, tokens that ``dhidden`` has rows for.
+        dhidden: (M, D).
+        dweight: slabs of rows of (V, D); None: the head is frozen.
+    """
     exact, by_hidden, by_weight = found.exact, Distance(), Distance()
     true_rows = truth.hidden_gradient(exact.dlogits, found.distinct.weight) / found.copies[:, None]
     for rows in slabs(len(at), PATCH_TOKENS):
@@ -160,14 +170,14 @@ def _errors(
 
 
 def _rows(problem: Problem, index: Tensor | slice) -> Problem:
-    """Some of the tokens, and the heads, detached."""
+    """Return a problem of some of the tokens, detached."""
     chosen = {name: getattr(problem, name).detach()[index] for name in (*BY_TOKEN, "mask")}
     heads = {name: getattr(problem, name).detach() for name in ("weight", "teacher_weight")}
     return replace(problem, **chosen, **heads)
 
 
 def _exact(distinct: Problem, copies: Tensor, student: Tensor, teacher: Tensor) -> Exact:
-    """The mean over all copies on given logits."""
+    """The exact mean over all copies, on given logits (K, V)."""
     definition, reference = DEFINITIONS[distinct.objective], truth.reference()
 
     def token_loss(leaf: Tensor, teacher: Tensor, rows: slice) -> Tensor:

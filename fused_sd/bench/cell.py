@@ -1,4 +1,4 @@
-"""One problem, every provider: checked against float64, then timed, in a random order."""
+"""A cell: one problem that every provider is checked and timed on, in a random order."""
 
 import random
 from collections.abc import Sequence
@@ -23,30 +23,30 @@ from fused_sd.bench.providers import Provider
 from fused_sd.measuring.environment import installed
 from fused_sd.verify.promises import Sparsity
 
-# "checked": right, and not timed as nobody asked
+# "checked": the errors are within the bound, and no time was asked for
 Status = Literal["ok", "checked", "wrong", "unavailable", "out of memory", "failed"]
 
-REASON = 200  # characters of another's message
+REASON = 200  # characters that are kept of a provider's error message
 
 
 @dataclass
 class Row:
-    """What came of one provider."""
+    """The result of one provider."""
 
     provider: str
     version: str | None  # of its package; None: PyTorch alone
     note: str
     status: Status = "failed"
-    reason: str = ""  # where the provider is not right, or does not run
+    reason: str = ""  # why the provider is wrong or did not run
     errors: Errors | None = None
     times: Times | None = None
-    peak_bytes: int | None = None  # above the operands; the gradients are part of it
+    peak_bytes: int | None = None  # beyond the operands, gradients included
     kept: Sparsity | None = None  # None: the gradient is dense
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A problem's sizes, its floor, and what came of the providers."""
+    """Sizes of a problem, its floor, and the results of the providers."""
 
     objective: str
     hidden_size: int
@@ -56,32 +56,32 @@ class Cell:
     dtype: str
     trainable: bool
     shared_head: bool
-    entropy: float  # nat, of the student, mean over the tokens that count
+    entropy: float  # nat, the student's mean over the tokens that count
     floor: Floor | None  # None: not timed, or out of memory
-    bound: float  # of the errors
+    bound: float  # largest error of a provider that is right
     rows: list[Row]
 
     def ratio(self, row: Row) -> float | None:
-        """A provider's time over the floor's."""
+        """Return a provider's time divided by the floor's."""
         if self.floor is None or row.times is None:
             return None
         return row.times.p50 / self.floor.milliseconds
 
     def tflops(self, row: Row) -> float | None:
-        """The floor's operations over a provider's time: what it recomputes does not count."""
+        """Return the floor's TFLOP divided by a provider's time; recomputation does not count."""
         if self.floor is None or row.times is None:
             return None
         return self.floor.flop / row.times.p50 / 1e9
 
     def row_gigabytes(self, row: Row) -> float | None:
-        """GB/s of the passes over the logits, if they take all the time above the floor."""
+        """Return the GB/s of the passes over the logits if they take all time above the floor."""
         if self.floor is None or row.times is None:
             return None
         above = row.times.p50 - self.floor.milliseconds
         return self.floor.row_bytes / above / 1e6 if above > 0 else None
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, with what follows from it."""
+        """Return all results, and the ratios computed from them, as plain values."""
         facts = {name: value for name, value in vars(self).items() if name not in ("floor", "rows")}
         floor = None
         if self.floor is not None:
@@ -109,14 +109,15 @@ def measure_cell(
     floor_warm_seconds: float = 0.0,
     seed: int = 0,
 ) -> Cell:
-    """Check and time every provider that knows the objective.
+    """Check and time every provider that has the problem's objective.
 
     Args:
-        problem: a ``variant`` of ``source``, whose tokens are overwritten.
-        source: the tokens.
-        effort: of a provider's timing; None: errors only.
-        floor_warm_seconds: of bare GEMMs before anything is timed, for the clocks to settle.
-        seed: of the providers' order.
+        problem: a ``variant`` of ``source``; its tokens are overwritten.
+        source: the tokens to time.
+        providers: all providers; those without the objective are left out of the cell.
+        effort: how long each provider is timed; None: errors only.
+        floor_warm_seconds: seconds of bare GEMMs before anything is timed, for clocks to settle.
+        seed: of the providers' random order.
     """
     device = problem.hidden.device
     asked = [p for p in providers if problem.objective in p.objectives]
@@ -159,7 +160,7 @@ def _measure(
     found: Truth,
     effort: Effort | None,
 ) -> None:
-    """Fill a provider's row; whatever another's code raises is its result."""
+    """Fill a provider's row; an exception of the provider is a result, not an error of ours."""
     device = problem.hidden.device
     try:
         forget(device)

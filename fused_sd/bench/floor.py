@@ -1,12 +1,12 @@
-"""The floor: the bare GEMMs that an objective cannot do without, in the same run.
+"""The floor of an objective: the time of its bare GEMMs, measured in the same run.
 
-``u`` is one product with the head, 2 M V D floating-point operations.  A loss of the student alone
-needs its logits and the gradient by the states, and by a trainable head; one that compares
-distributions needs the teacher's logits too.  Over a top-k of the teacher, renormalised, the
-student's logits matter at K entries only: one product in all.
+``u`` is one GEMM with the head: 2 M V D floating-point operations.  A loss of the student alone
+needs the student's logits, dhidden, and dweight if the head is trained.  A loss that compares two
+distributions also needs the teacher's logits.  A renormalised top-k of the teacher needs the
+teacher's logits only: the student's are computed at K entries a token.
 
-Two kinds are timed, and the faster is the floor: logits and the head's gradient in fp32, as this
-library has them, and everything in the operands' dtype.
+Two variants are timed, and the faster is the floor: logits and dweight in fp32, as this library
+has them, and everything in the operands' dtype.
 
 Dimension key:  M tokens that count, C tokens in a chunk, D hidden size, V vocabulary
 """
@@ -22,10 +22,11 @@ from fused_sd.head.projection import accumulation_dtype, matmul, matmul_add_
 from fused_sd.measuring.realistic import slabs
 
 FLOOR_RUNS = 10  # at most
-CHUNK = 4096  # tokens: more would not make a GEMM faster
+CHUNK = 4096  # tokens: a longer chunk would not make a GEMM faster
 TEACHER_COMPARED = ("forward_kl", "reverse_kl", "jsd", "topk_tail", "rlsd")
-# times that a pass over the rows must read fp32 logits: for the statistics and for the gradient;
-# the JSD's gradient needs its own sum first; RLSD's teacher is read for the statistics only
+# how often fp32 logits of one side are read: each side's once for its normaliser and once for the
+# gradient, the JSD's once more for a sum that its gradient needs, RLSD's teacher's for the
+# normaliser only, and a renormalised top-k's teacher's for choosing the entries
 ROW_READS = {
     "forward_kl": 4,
     "reverse_kl": 4,
@@ -40,7 +41,7 @@ ROW_READS = {
 
 
 class Products(NamedTuple):
-    """How many products with the head an objective needs."""
+    """Numbers of GEMMs with the head that an objective needs."""
 
     logits: int
     dhidden: int
@@ -48,32 +49,34 @@ class Products(NamedTuple):
 
     @property
     def u(self) -> int:
+        """Number of all GEMMs."""
         return sum(self)
 
 
 def products(objective: str, trainable: bool) -> Products:
-    """Of an objective's forward and backward."""
+    """Return the GEMMs of an objective's forward and backward."""
     if objective == "topk_renormalized":
         return Products(1, 0, 0)
     return Products(2 if objective in TEACHER_COMPARED else 1, 1, int(trainable))
 
 
 class Floor(NamedTuple):
-    """Median milliseconds of the products, with fp32 results and with the operands' dtype's."""
+    """Time of an objective's bare GEMMs."""
 
-    u: int
-    wide_ms: float
-    narrow_ms: float
+    u: int  # number of GEMMs
+    wide_ms: float  # median milliseconds with fp32 logits and dweight
+    narrow_ms: float  # median milliseconds with everything in the operands' dtype
     flop: int
-    row_bytes: int  # that passes over the logits must move besides
+    row_bytes: int  # bytes that passes over the logits must move besides
 
     @property
     def milliseconds(self) -> float:
+        """The faster variant's time."""
         return min(self.wide_ms, self.narrow_ms)
 
 
 def measure_floor(problem: Problem, effort: Effort) -> Floor:
-    """Time the products that a problem needs, on the tokens that count."""
+    """Time the GEMMs that a problem needs, on the tokens that count."""
     hidden, weight = problem.hidden.detach()[problem.mask], problem.weight.detach()
     needed = products(problem.objective, problem.trainable)
     wide = accumulation_dtype(hidden.dtype)
@@ -81,7 +84,7 @@ def measure_floor(problem: Problem, effort: Effort) -> Floor:
     narrow_ms = _median(hidden, weight, hidden.dtype, needed, effort)
     wide_ms = narrow_ms
     if hidden.dtype != wide:
-        if not hidden.is_cuda:  # a CPU has no product of 16-bit operands with an fp32 result
+        if not hidden.is_cuda:  # a CPU has no GEMM of 16-bit operands with an fp32 result
             hidden, weight = hidden.to(wide), weight.to(wide)
         wide_ms = _median(hidden, weight, wide, needed, effort._replace(warm_seconds=0.0))
     num_logits = len(hidden) * len(weight)
@@ -98,10 +101,10 @@ def measure_floor(problem: Problem, effort: Effort) -> Floor:
 def _median(
     hidden: Tensor, weight: Tensor, dtype: torch.dtype, needed: Products, effort: Effort
 ) -> float:
-    """Of the products over all chunks, logits and the head's gradient in ``dtype``."""
+    """Median milliseconds of the GEMMs over all chunks, with logits and dweight in ``dtype``."""
     size = min(CHUNK, len(hidden))
     logits = hidden.new_empty((size, len(weight)), dtype=dtype)
-    # noise and not zeros, which cost a GPU less power and let its clock rise
+    # noise instead of zeros: zeros cost a GPU less power, so that its clock rises
     dlogits = hidden.new_empty(logits.shape).normal_() if needed.dhidden else logits
     dhidden = torch.empty_like(hidden) if needed.dhidden else hidden
     dweight = weight.new_zeros(weight.shape, dtype=dtype) if needed.dweight else weight

@@ -1,8 +1,8 @@
-"""Time and peak memory of something that is run again and again.
+"""Time and peak memory of a function that is run repeatedly.
 
-On a GPU the time is between CUDA events and the memory that of PyTorch's allocator.  On a CPU the
-memory is the sum of what PyTorch's allocator handed out and took back, from its profiler: the exact
-counterpart, in the same process, without the resident memory's noise.
+On a GPU the time is that between CUDA events, and the memory that of PyTorch's allocator.  On a CPU
+the memory is added up from the profiler's record of every allocation and release.  That is the
+exact counterpart of the GPU's number, without the noise of the process's resident memory.
 """
 
 import gc
@@ -18,20 +18,20 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], None]
-QUIET = "6"  # for the profiler's library, which else reports each start and stop
+QUIET = "6"  # log level at which the profiler's library does not report each start and stop
 
 
 class Effort(NamedTuple):
-    """How long something is measured."""
+    """How long a function is measured."""
 
-    warm_seconds: float  # of runs before the first that counts
+    warm_seconds: float  # seconds of runs before the first timed one
     runs: int
-    max_seconds: float = math.inf  # after which fewer runs will do
-    least_runs: int = 1
+    max_seconds: float = math.inf  # if the runs would take longer, fewer are timed
+    least_runs: int = 1  # but never fewer than these
 
 
 class Times(NamedTuple):
-    """Milliseconds: the median, and between which three runs of five lie."""
+    """Milliseconds of a run: the median, and the 20th and 80th percentiles."""
 
     p20: float
     p50: float
@@ -41,10 +41,10 @@ class Times(NamedTuple):
 
 @contextmanager
 def tiny_is_zero() -> Iterator[None]:
-    """Numbers below the smallest normal one count as 0.
+    """Round denormal numbers to 0 within the context.
 
-    They cost a GPU nothing and slow a CPU down several times.  Drawn logits lie further apart than
-    a model's, so that some of their probabilities are such numbers.
+    Denormal numbers cost a GPU nothing and slow a CPU down several times.  Drawn logits lie further
+    apart than a model's, so that some of their probabilities are denormal.
     """
     torch.set_flush_denormal(True)
     try:
@@ -54,7 +54,7 @@ def tiny_is_zero() -> Iterator[None]:
 
 
 def time_runs(run: Run, device: torch.device, effort: Effort) -> Times:
-    """Warm up, then time run after run, without a pause between them."""
+    """Warm up, then time runs one after another, without a pause between them."""
     synchronize(device)
     started, warm_runs = time.perf_counter(), 0
     while not warm_runs or time.perf_counter() - started < effort.warm_seconds:
@@ -89,7 +89,7 @@ def _on_cpu(run: Run, count: int) -> list[float]:
 
 
 def quantile(values: list[float], share: float) -> float:
-    """Linear between the nearest two."""
+    """Return the quantile at ``share``, interpolated linearly between the nearest two values."""
     ranked = sorted(values)
     place = share * (len(ranked) - 1)
     low = math.floor(place)
@@ -98,7 +98,7 @@ def quantile(values: list[float], share: float) -> float:
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """The most that one run holds beyond what was held before it."""
+    """Return the largest number of bytes that one run holds beyond those held before it."""
     if device.type != "cuda":
         return _peak_of_profile(run)
     torch.cuda.synchronize()
@@ -130,14 +130,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def forget(device: torch.device) -> None:
-    """Give back what nothing holds: what one provider leaves must not stop the next."""
+    """Free cached GPU memory, so that what one provider leaves does not stop the next."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also where an allocator, or a library on top of it, says so in words only."""
+    """Whether an error means out of memory, by its type or, for other allocators, its message."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     said = str(error).lower()

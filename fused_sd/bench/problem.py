@@ -1,4 +1,4 @@
-"""What is computed in a measurement, on operands like those of a model that distils itself.
+"""Problems to measure on: an objective, and operands like those of a model that distils itself.
 
 Dimension key:  N tokens, D hidden size, V vocabulary
 """
@@ -24,17 +24,19 @@ OBJECTIVES = (  # means over the tokens that count, at temperature 1
     "grpo",  # surrogate clipped at (0.2, 0.2)
     "rlsd",  # the defaults of rlsd_loss, the teacher by its hidden states
 )
-MEAN_KL = 0.05  # nat, of the student from the teacher
-CALIBRATION_TOKENS = 32  # whose mean KL is set
-ENTROPY_TOKENS = 256  # whose mean entropy is set, where one is asked for
-PATCH_TOKENS = 4096  # whose states are drawn at a time
-PATCH_LOGITS = 2**27  # that are held while tokens are sampled
-SEQUENCE = 1024  # positions, of which the first are masked
-OLD_DEVIATION, CLIPPED_DEVIATION, CLIPPED_EVERY = 0.05, 0.5, 20  # of log-probabilities
+MEAN_KL = 0.05  # nat: KL(t||s)
+CALIBRATION_TOKENS = 32  # tokens on which the mean KL is set
+ENTROPY_TOKENS = 256  # tokens on which the mean entropy is set, if one is asked for
+PATCH_TOKENS = 4096  # tokens whose states are drawn at a time
+PATCH_LOGITS = 2**27  # logits held at a time while tokens are sampled
+SEQUENCE = 1024  # tokens of a sequence, of which the first are masked
+# the old policy's log-probabilities are the student's and noise of this deviation; every 20th token
+# is moved far enough to be clipped
+OLD_DEVIATION, CLIPPED_DEVIATION, CLIPPED_EVERY = 0.05, 0.5, 20
 
 
 class Shape(NamedTuple):
-    """Sizes of a head."""
+    """The name and the sizes of a head."""
 
     name: str
     hidden_size: int
@@ -45,7 +47,7 @@ _SMALL = {  # for a CPU
     "tiny": (64, 1024),
     "small": (256, 32000),
     "wide": (256, 151936),
-    "deep": (1024, 49152),  # where its GEMMs are most of the time
+    "deep": (1024, 49152),  # its GEMMs take most of the time
 }
 _MODELS = (
     *("smollm2-135m", "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"),
@@ -57,7 +59,7 @@ SHAPES |= {name: Shape(name, *head_size(name)) for name in _MODELS}
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """An objective and its operands, all on one device; hidden states and heads share a dtype."""
+    """An objective and its operands, on one device; hidden states and heads share a dtype."""
 
     objective: str
     hidden: Tensor  # (N, D) leaf, requires a gradient
@@ -68,10 +70,11 @@ class Problem:
     token_ids: Tensor  # (N,) int64
     old_log_probs: Tensor  # (N,) fp32
     advantages: Tensor  # (N,) fp32
-    entropies: Tensor  # (N,) fp32, nat, of the student
+    entropies: Tensor  # (N,) fp32, nat, the student's
 
     @property
     def vocab(self) -> int:
+        """V."""
         return self.weight.shape[0]
 
     @property
@@ -80,7 +83,7 @@ class Problem:
         return self.weight.requires_grad
 
 
-Loss = Callable[[], Tensor]  # (), differentiable by problem.hidden and a trainable problem.weight
+Loss = Callable[[], Tensor]  # (), differentiable w.r.t. problem.hidden and a trainable weight
 BY_TOKEN = ("hidden", "teacher_hidden", "token_ids", "old_log_probs", "advantages", "entropies")
 
 
@@ -101,14 +104,18 @@ def make_problem(
     """Draw a problem on its device, without ever holding the logits of all tokens.
 
     Args:
-        shape: of the head.
+        shape: the head's.
         num_tokens: N.
-        trainable: whether the head is differentiated.
-        mask_share: of the tokens, which do not count.
-        shared_head: whether the teacher's head is the student's tensor, or a copy of it.
-        kl: mean KL(t||s) in nat, calibrated on a few tokens.
-        entropy: the student's mean in nat, calibrated on a few tokens; None: 0.6 to 1, half of the
+        objective: one of ``OBJECTIVES``.
+        dtype: of hidden states and heads.
+        device: of all operands.
+        trainable: whether the head requires a gradient.
+        mask_share: share of the tokens that the mask leaves out.
+        shared_head: whether the teacher's head is the student's tensor; False: a copy of it.
+        kl: mean KL(t||s) in nat, set on a few tokens.
+        entropy: the student's mean in nat, set on a few tokens; None: 0.6 to 1, with half of the
             tokens nearly decided.
+        seed: of the random numbers.
     """
     device = torch.device(device)
     draw = torch.Generator(device).manual_seed(seed)
@@ -153,9 +160,9 @@ def variant(
     trainable: bool = True,
     mask_share: float = 0.0,
 ) -> Problem:
-    """Another problem on the first tokens of the same operands, as leaves of its own.
+    """Return another problem on the first tokens of the same operands, with leaves of its own.
 
-    The heads' memory is shared, that of the tokens is not.
+    Both problems share the memory of the heads, but not that of the tokens.
     """
     count = len(problem.mask) if num_tokens is None else num_tokens
     weight = problem.weight.detach().requires_grad_(trainable)
@@ -175,7 +182,7 @@ def variant(
 
 
 def refill_(problem: Problem, source: Problem, tokens: Tensor) -> None:
-    """Overwrite a problem's tokens, where they are, by the given ones (N,) of another's."""
+    """Overwrite a problem's tokens in place by those of ``source`` at the indices ``tokens``."""
     with torch.no_grad():
         for name in BY_TOKEN:
             mine, theirs = getattr(problem, name), getattr(source, name)
@@ -190,9 +197,9 @@ def _states_of(
     of_row: Tensor,
     draw: torch.Generator,
 ) -> Callable[[int], Tensor]:
-    """What draws so many states, fp32 (N, D), whose mean entropy is the given one.
+    """Return a function that draws fp32 states (N, D), given N, with the given mean entropy.
 
-    The head (V, D) is fitted to them.
+    If an entropy is given, the rows of the head (V, D) get a common direction, in place.
     """
     if entropy is None:
         return lambda count: realistic.draw_policy_states(count, weight, centres, of_row, draw)
@@ -204,8 +211,7 @@ def _states_of(
 
 
 def _sampled(hidden: Tensor, weight: Tensor, draw: torch.Generator) -> tuple[Tensor, ...]:
-    """A token sampled from each state's distribution, its log-probability, and the entropy: (N,)
-    each."""
+    """Sample a token for each state; return ids, log-probabilities and entropies, (N,) each."""
     token_ids = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
     log_probs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     entropies = torch.empty_like(log_probs)

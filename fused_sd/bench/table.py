@@ -1,4 +1,4 @@
-"""A cell as a table for terminals, with the verdict."""
+"""A cell as text: a table for terminals, and how this library compares with each other one."""
 
 from collections.abc import Sequence
 
@@ -11,22 +11,22 @@ NAME = 28
 COLUMNS = (("ms", 10), ("p20-p80", 15), ("x floor", 9), ("memory", 10), ("loss", 9), ("dH", 9))
 US = "fused_sd"
 RIGHT = ("ok", "checked")
-EVEN = 0.05  # times that differ by less are called equal
+EVEN = 0.05  # times or peaks that differ by a smaller share are called equal
 LEGEND = (
-    "ms: median of forward and backward, and between what three runs of five lie; x floor: over",
-    "the bare GEMMs; memory: peak above the operands, gradients included; loss, dH, dW: errors",
-    "against float64, relative; entries: kept of a token's gradient where it is sparse; dense:",
-    "tokens where it is not; dropped: share of its L1 norm.",
+    "ms: median of forward and backward; p20-p80: three runs of five lie between; x floor: time",
+    "divided by that of the bare GEMMs; memory: peak beyond the operands, gradients included;",
+    "loss, dH, dW: relative errors against float64.  Of sparse gradients: entries kept a token,",
+    "share of tokens whose gradient is dense, share of its L1 norm that is dropped.",
 )
 
 
 def is_ours(provider: str) -> bool:
-    """This library, in any of its settings."""
+    """Whether a provider is this library, in any of its settings."""
     return provider.split(",")[0] == US
 
 
 def table_lines(cell: Cell) -> list[str]:
-    """Every row that is right, fastest first; below them the others, with the reason."""
+    """Return the rows that are right, fastest first, then the others with the reason."""
     right = [row for row in cell.rows if row.status in RIGHT]
     right.sort(key=lambda row: row.times.p50 if row.times else 0.0)
     header = f"{'':{NAME}}" + "".join(f"{name:>{width}}" for name, width in COLUMNS) + f"{'dW':>9}"
@@ -48,7 +48,7 @@ def _kept_text(kept: Sparsity) -> str:
 
 
 def setting_line(cell: Cell) -> str:
-    """What was measured."""
+    """Return a line that says what was measured."""
     counted = "" if cell.counted == cell.tokens else f" ({cell.counted} count)"
     head = "head trained" if cell.trainable else "head frozen"
     floor = "no floor"
@@ -61,7 +61,7 @@ def setting_line(cell: Cell) -> str:
 
 
 def verdict_lines(cell: Cell) -> list[str]:
-    """How this library compares with each of the others, for better and for worse."""
+    """Compare this library with each of the others: time, memory and the gradient's error."""
     ours = next((row for row in cell.rows if row.provider == US), None)
     if ours is None or ours.status not in RIGHT:
         why = "was not measured" if ours is None else f"was not measured: {ours.reason}"
@@ -92,7 +92,7 @@ def _verdict(ours: Row, theirs: Row) -> str:
 
 
 def _accuracy(ours: Row, theirs: Row) -> str:
-    """Told where it differs by more than luck."""
+    """Compare the gradients' errors, if they differ by more than a factor of 2."""
     if ours.errors is None or theirs.errors is None or not ours.errors.dhidden:
         return ""
     share = theirs.errors.dhidden / ours.errors.dhidden
@@ -117,7 +117,7 @@ def _line(cell: Cell, row: Row) -> str:
 
 
 def number(milliseconds: float) -> str:
-    """Three digits, or all before the point."""
+    """Format milliseconds with three digits, or without decimals from 100 on."""
     return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
@@ -127,12 +127,12 @@ def memory(num_bytes: int | None) -> str:
 
 
 def percent(error: float | None) -> str:
-    """Two digits."""
+    """Format a relative error in percent with two digits; "-" for None."""
     if error is None:
         return "-"
     return f"{100 * error:.2g}%" if abs(error) >= 1e-5 else "<.001%"
 
 
 def report_lines(cell: Cell) -> Sequence[str]:
-    """All of a cell."""
+    """Return the setting, the table and the comparison of a cell."""
     return [setting_line(cell), "", *table_lines(cell), "", *verdict_lines(cell)]

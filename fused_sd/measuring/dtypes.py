@@ -1,4 +1,4 @@
-"""Dtypes by the names that the command line and the planner know them by."""
+"""Dtypes by the names that the command line and ``fused_sd.plan`` take."""
 
 import torch
 

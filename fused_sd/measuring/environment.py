@@ -1,4 +1,4 @@
-"""What a bug report needs to know: versions, GPUs, and the backend that ``"auto"`` chooses."""
+"""The environment for bug reports: versions, GPUs, and the backend that ``"auto"`` chooses."""
 
 import platform
 import shutil
@@ -24,7 +24,7 @@ DISTRIBUTIONS = (
 
 
 def installed(distribution: str) -> str:
-    """A distribution's version, from its metadata: importing a trainer is slow and may fail."""
+    """Return a distribution's version from its metadata: importing a trainer is slow or fails."""
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -32,12 +32,12 @@ def installed(distribution: str) -> str:
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the kind of CPU and its threads."""
+    """Return the GPU's name, or the kind of CPU and its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -45,17 +45,22 @@ def device_name(device: torch.device) -> str:
 
 
 def chosen_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the backend that runs operands of a dtype.
+    """Return the backend, "triton" or "torch", that runs operands of a dtype on a device.
+
+    Args:
+        backend: the losses' argument: "auto", "triton" or "torch".
+        device: of the operands.
+        dtype: of hidden states and head.
 
     Raises:
-        ValueError: when it cannot run there.
+        ValueError: the backend cannot run there.
     """
     rows = choose_functions(backend, device, accumulation_dtype(dtype)).rows
     return "triton" if rows.__name__.startswith("fused_sd.kernels") else "torch"
 
 
 def driver_version() -> str:
-    """The NVIDIA driver's version: PyTorch knows only the CUDA version it was built with."""
+    """Return the NVIDIA driver's version; PyTorch knows only the CUDA it was built with."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return "unknown"
@@ -69,7 +74,7 @@ def driver_version() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Every fact by name, in the order of the report."""
+    """Return every fact by its name, in the order of the report."""
     facts = {
         "fused_sd": fused_sd.__version__,
         "python": platform.python_version(),
@@ -92,13 +97,14 @@ def environment() -> dict[str, str]:
 
 
 def environment_text(facts: dict[str, str]) -> str:
-    """The facts, one a line."""
+    """Format the facts, one a line."""
     width = max(map(len, facts))
     return "\n".join(f"{name:{width}}  {value}" for name, value in facts.items())
 
 
 def _auto_backend(dtype: torch.dtype) -> str:
+    """The backend that "auto" chooses on this machine, or why it fails."""
     try:
         return chosen_backend("auto", default_device(), dtype)
-    except Exception as error:  # a report of what is broken must not break with it
+    except Exception as error:  # the report of a broken installation must not fail itself
         return f"fails: {error}"

@@ -1,14 +1,15 @@
-"""States and a head like a language model's, for measuring on.
+"""Hidden states and a head that are distributed like a language model's, to measure on.
 
-Noise alone would make every distribution flat, where nothing is hard.  Here the head's rows lie in
-clusters, as word forms do, and each token's state points at one of them: the largest logits are
-near 25, the entropy near 1 nat, and thousands of entries share the tail.  A decided token's state
-leans towards one row of its cluster besides, as most of a policy's tokens do.
+Pure noise would make every distribution flat, and a flat distribution is easy for every
+implementation.  Here the head's rows lie in clusters, as word forms do, and the state of each token
+points at one cluster: the largest logits are near 25, the entropy is near 1 nat, and thousands of
+entries share the tail.  The state of a *decided* token also points at one row of its cluster, as
+the states of most tokens of a policy do.
 
-Where the entropy is chosen, the head's rows have a direction in common too, by their frequency,
-and states are that direction and noise, of more or less sharpness, each drawn towards a row by more
-or less: logits fall off with the logarithm of their rank, as far as a model's at that entropy do
-(benchmarks/notes.md).
+*Graded* states have any chosen entropy.  For them the head's rows also share one direction, each
+row by its frequency.  A state is that direction and noise, times a random sharpness, plus a random
+pull towards one row.  Logits then fall with the logarithm of their rank, as a model's do at that
+entropy (benchmarks/notes.md).
 
 Everything is drawn on the generator's device.
 
@@ -23,27 +24,33 @@ from torch import Tensor
 
 from fused_sd.head.projection import accumulation_dtype, matmul
 
-CLUSTER = 16  # rows that are alike
-AFFINITY = 0.6  # share of a row that it has in common with its cluster
-CLUSTER_LOGIT, BULK_DEVIATION = 24.0, 4.0
-DECIDED_LOGIT, DECIDED_CLUSTER_LOGIT = 12.0, 20.0
-FREQUENCY_LENGTH = 0.1  # of a row, for each unit of its frequency's logarithm
-# of a graded state, where a unit of frequency is a logit of 1: deviation of the noise's logits, and
-# the largest pull towards a row; and the deviation of the sharpness's logarithm
+CLUSTER = 16  # rows of a cluster
+AFFINITY = 0.6  # share of a row's squared length that it has in common with its cluster
+CLUSTER_LOGIT, BULK_DEVIATION = 24.0, 4.0  # logits in the cluster; deviation of the others
+DECIDED_LOGIT, DECIDED_CLUSTER_LOGIT = 12.0, 20.0  # of a decided token: its row's, on top of these
+FREQUENCY_LENGTH = 0.1  # length along the common direction for each unit of log-frequency
+# Graded states, in units in which one of log-frequency is a logit of 1: deviation of the noise's
+# logits, the largest pull towards a row, and the deviation of the sharpness's logarithm.
 NOISE_DEVIATION, LARGEST_PULL, SHARPNESS_DEVIATION = 2.5, 16.0, 0.2
-SLAB = 2**15  # rows of a head that are drawn, or widened, at a time
+SLAB = 2**15  # rows of a head that are drawn, or converted to fp32, at a time
 SEARCH_STEPS, SEARCH_TOLERANCE = 20, 0.02
 
 
 def normal(draw: torch.Generator, *shape: int) -> Tensor:
-    """fp32 noise of variance 1."""
+    """Draw fp32 noise of variance 1."""
     return torch.randn(shape, generator=draw, device=draw.device)
 
 
 def draw_head(
     vocab: int, hidden_size: int, dtype: torch.dtype, draw: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A head (V, D) of rows of length 1, its clusters' centres, and the cluster of each row."""
+    """Draw a head (V, D) whose rows have length 1.
+
+    Returns:
+        weight: (V, D).
+        centres: (V // CLUSTER, D) fp32, the clusters' centres.
+        of_row: (V,) int64, the cluster of each row.
+    """
     num_clusters = max(1, vocab // CLUSTER)
     centres = torch.nn.functional.normalize(normal(draw, num_clusters, hidden_size), dim=-1)
     of_row = torch.randint(num_clusters, (vocab,), generator=draw, device=draw.device)
@@ -56,7 +63,7 @@ def draw_head(
 
 
 def draw_states(num_tokens: int, centres: Tensor, draw: torch.Generator) -> Tensor:
-    """fp32 states (N, D), each pointing at a cluster."""
+    """Draw fp32 states (N, D), each pointing at a cluster."""
     at = torch.randint(len(centres), (num_tokens,), generator=draw, device=draw.device)
     return _bulk(CLUSTER_LOGIT, num_tokens, centres, draw, at)
 
@@ -64,7 +71,7 @@ def draw_states(num_tokens: int, centres: Tensor, draw: torch.Generator) -> Tens
 def draw_policy_states(
     num_tokens: int, weight: Tensor, centres: Tensor, of_row: Tensor, draw: torch.Generator
 ) -> Tensor:
-    """fp32 states (N, D), each pointing at a cluster and every second one at a row of it."""
+    """Draw fp32 states (N, D), each pointing at a cluster and every second one at a row of it."""
     row = torch.randint(len(weight), (num_tokens,), generator=draw, device=draw.device)
     states = _bulk(DECIDED_CLUSTER_LOGIT, num_tokens, centres, draw, of_row[row])
     own = weight[row[::2]].float() - math.sqrt(AFFINITY) * centres[of_row[row[::2]]]
@@ -73,10 +80,12 @@ def draw_policy_states(
 
 
 def add_frequencies_(weight: Tensor, draw: torch.Generator) -> Tensor:
-    """Draw rows' frequencies, powers of their rank, into a head (V, D).
+    """Add a common direction to the rows of a head (V, D) in place, by random frequencies.
+
+    The frequencies fall as a power of their rank.
 
     Returns:
-        (D,) fp32, the rows' common direction.
+        (D,) fp32, the common direction.
     """
     direction = torch.nn.functional.normalize(normal(draw, weight.shape[1]), dim=0)
     logarithm = torch.empty(len(weight), 1, device=draw.device).exponential_(generator=draw)
@@ -93,7 +102,7 @@ def draw_graded_states(
     direction: Tensor,
     draw: torch.Generator,
 ) -> Tensor:
-    """fp32 states (N, D), open to decided: multiplied by a factor they have any entropy."""
+    """Draw fp32 states (N, D), some open, some decided; a factor on them sets the mean entropy."""
     row = torch.randint(len(weight), (num_tokens,), generator=draw, device=draw.device)
     own = weight[row].float() - math.sqrt(AFFINITY) * centres[of_row[row]]
     pull = LARGEST_PULL * torch.rand((num_tokens, 1), generator=draw, device=draw.device)
@@ -104,7 +113,10 @@ def draw_graded_states(
 
 
 def sharpness_at(states: Tensor, weight: Tensor, entropy: float) -> float:
-    """The factor on graded states at which their mean entropy is so many nat, by bisection."""
+    """Return the factor on graded states at which their mean entropy is ``entropy`` nat.
+
+    The factor is found by bisection.
+    """
 
     def mean_entropy(factor: float) -> float:
         log_s = wide_logits((factor * states).to(weight.dtype), weight).log_softmax(-1)
@@ -127,25 +139,25 @@ def sharpness_at(states: Tensor, weight: Tensor, entropy: float) -> float:
 def _bulk(
     cluster_logit: float, num_tokens: int, centres: Tensor, draw: torch.Generator, at: Tensor
 ) -> Tensor:
-    """States whose logits are near ``cluster_logit`` in a cluster, and noise elsewhere."""
+    """Draw states (N, D): logits near ``cluster_logit`` in the clusters ``at`` (N,), else noise."""
     hidden_size = centres.shape[1]
     pull = cluster_logit / math.sqrt(AFFINITY)
-    share = pull**2 / hidden_size  # of the bulk's variance; a small state is mostly its pull
+    share = pull**2 / hidden_size  # share of the variance; a state of small D is mostly its pull
     spread = math.sqrt(max(BULK_DEVIATION**2 - share, share / 4))
     return pull * centres[at] + spread * normal(draw, num_tokens, hidden_size)
 
 
 def moved(hidden: Tensor, direction: Tensor, gap: float) -> Tensor:
-    """The states a gap away, in their dtype."""
+    """Return the states (N, D) moved by ``gap`` in a direction (N, D), in their dtype."""
     wide = accumulation_dtype(hidden.dtype)
     return (hidden.to(wide) + gap * direction.to(wide)).to(hidden.dtype)
 
 
 def gap_at(hidden: Tensor, weight: Tensor, direction: Tensor, kl: float) -> float:
-    """The gap in a direction (N, D) at which the teacher's mean KL(t||s) is ``kl``.
+    """Return the gap in a direction (N, D) at which the teacher's mean KL(t||s) is ``kl``.
 
-    It is searched by bisection on its logarithm and on the operands as they are, rounded to
-    their dtype, which swallows most of a small gap; few tokens therefore reach the KL only roughly.
+    The gap is found by bisection of its logarithm, on operands that are rounded to their dtype.
+    Rounding swallows most of a small gap, so that few tokens reach the KL only roughly.
     """
     log_s = wide_logits(hidden, weight).double().log_softmax(-1)
 
@@ -164,11 +176,11 @@ def gap_at(hidden: Tensor, weight: Tensor, direction: Tensor, kl: float) -> floa
         if abs(reached / kl - 1) < SEARCH_TOLERANCE:
             return gap
         low, high = (gap, high) if reached < kl else (low, gap)
-    return high  # the teacher must differ from the student at all
+    return high  # not low: at low the teacher may equal the student
 
 
 def wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits (N, V) for choosing operands: they need not be exact, only the same on both sides."""
+    """Return logits (N, V) for drawing operands: not exact, but alike on both sides."""
     wide = accumulation_dtype(hidden.dtype)
     logits = hidden.new_empty((len(hidden), len(weight)), dtype=wide)
     mixed = hidden.is_cuda and hidden.dtype != wide
@@ -183,6 +195,6 @@ def wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def slabs(num_rows: int, size: int = SLAB) -> Iterator[slice]:
-    """Slices of at most ``size`` rows that cover them all."""
+    """Yield slices of at most ``size`` rows that cover all rows."""
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))

@@ -1,1 +1,1 @@
-"""Measure the losses' errors on the user's machine, and check every promise about them."""
+"""Verification: errors of every loss on the user's machine, and checks of what is promised."""

@@ -1,4 +1,4 @@
-"""The losses that ``fused_sd verify`` runs: each as the library forms it and as it is defined.
+"""The losses that ``fused_sd verify`` runs: each one's fused call, and its definition.
 
 Dimension key:  N tokens, D hidden size, V vocabulary
 """
@@ -19,27 +19,31 @@ from fused_sd.verify.inputs import Operands
 
 
 class Logits(NamedTuple):
-    """What a definition is applied to, in float64."""
+    """float64 logits that a definition is applied to."""
 
     student: Tensor  # (N, V)
     teacher: Tensor  # (N, V)
-    support: Tensor | None  # (N, V) bool, where a top-k is compared
+    support: Tensor | None  # (N, V) bool, the compared entries; None: all
 
 
 Fused = Callable[[Operands, Run], LossOutput]
-Definition = Callable[[ModuleType, Logits, Operands], Tensor]  # of reference.py, one loss a token
+# takes the module reference.py, logits and operands; returns the token losses (N,)
+Definition = Callable[[ModuleType, Logits, Operands], Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A loss beside its definition.
+    """A loss and its definition.
 
     Attributes:
-        fused: the library's call; its reduction is the mean.
-        definition: the token losses (N,) by the functions of ``reference.py``.
-        against: what it compares the student with: another distribution at some KL, the same for
-            one token's evidence only, or nothing, so that a single KL says it all.
-        chooser: the side whose top-k is the support.
+        name: the loss, as ``--losses`` names it.
+        fused: calls the library, with the mean as the reduction.
+        definition: computes the token losses (N,) with the functions of ``reference.py``.
+        against: what the student is compared with.  "distribution": a teacher's, so that the loss
+            is measured at several KLs.  "evidence": a teacher's log-probability of one token, also
+            at several KLs.  "nothing": no teacher, so that the loss is measured once.
+        chooser: the side whose top-k is the support; None: the whole vocabulary.
+        k: number of entries of the support.
     """
 
     name: str
@@ -50,12 +54,12 @@ class Case:
     k: int = 0
 
     def entries(self, vocab: int) -> int:
-        """Size of the support, which a small vocabulary makes smaller."""
+        """Number of entries of the support: k, or half of a small vocabulary."""
         return min(self.k, vocab // 2)
 
 
 def token_weights(case: Case, operands: Operands, reference: ModuleType) -> Tensor:
-    """Float64 weights (N,) whose weighted sum of token losses is the loss."""
+    """Return float64 weights (N,): the loss is the token losses' sum with these weights."""
     weights = operands.token_weights.double()
     if case.definition is not _rlcsd_definition:
         return weights / weights.sum()
@@ -67,7 +71,7 @@ def token_weights(case: Case, operands: Operands, reference: ModuleType) -> Tens
 
 
 def mean_divisor(case: Case, operands: Operands) -> Tensor:
-    """() what the loss divides the weighted sum of its tokens by, after their certificate."""
+    """Return the divisor () of the mean, which a certificate does not include."""
     total = operands.token_weights.sum()
     return torch.ones_like(total) if case.definition is _rlcsd_definition else total
 
@@ -85,7 +89,7 @@ def _sampled(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _generic(name: str, divergence: Divergence, definition: str, beta: float = 0.5) -> Case:
-    """A divergence over the whole vocabulary, without a method's settings."""
+    """Return the case of a divergence over the whole vocabulary, without a method's settings."""
     return Case(
         name,
         lambda o, run: fused_sd.divergence_loss(*_sides(o), divergence=divergence, **run),
@@ -144,7 +148,7 @@ def _rlsd_definition(reference: ModuleType, logits: Logits, operands: Operands) 
 
 def _rlcsd(operands: Operands, run: Run) -> LossOutput:
     choices = {name: value for name, value in run.items() if name != "reduction"}
-    return fused_sd.rlcsd_loss(  # its two means are weights, so it has no reduction
+    return fused_sd.rlcsd_loss(  # no reduction: its two means are token weights
         *_sampled(operands),
         *_hints(operands),
         old_log_probs=operands.old_log_probs,

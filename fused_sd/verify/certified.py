@@ -1,4 +1,4 @@
-"""What a sparse gradient's certificate promises, held against float64.
+"""Checks of a sparse gradient's certificate against float64.
 
 Dimension key:  A tokens with a weight, D hidden size, V vocabulary
 """
@@ -15,11 +15,11 @@ from fused_sd.verify.inputs import Operands
 from fused_sd.verify.promises import LOSS_BOUND, Measured, gradient_bound
 from fused_sd.verify.truth import Exact, hidden_gradient
 
-ROUNDING = 1e-6  # of the certificate's own sums
+ROUNDING = 1e-6  # relative rounding error of the certificate's own sums
 
 
 def sparse(case: Case) -> Case:
-    """The same loss with a gradient that may be sparse, at the default tolerance."""
+    """Return the case of the same loss with ``gradient="sparse"`` at the default tolerance."""
 
     def fused(operands: Operands, run: Run) -> LossOutput:
         return case.fused(operands, {**run, "gradient": "sparse"})
@@ -31,13 +31,17 @@ def broken_certificate(
     measured: Measured,
     certificate: GradientCertificate,
     exact: Exact,
-    operands: Operands,  # the tokens that have a weight
+    operands: Operands,
     on_gpu: bool,
 ) -> list[str]:
-    """The promises on a sparse gradient that a measurement breaks.
+    """Return a sentence for each promise on a sparse gradient that is broken.
 
     Args:
-        certificate: of the same tokens, whose norms a mean has divided.
+        measured: the errors of the loss and its gradients.
+        certificate: of the kept tokens, divided by the divisor of the loss's mean.
+        exact: the exact loss and gradient of the kept tokens.
+        operands: the kept tokens.
+        on_gpu: whether the loss ran on a GPU.
     """
     dtype = operands.hidden.dtype
     rounding = gradient_bound(dtype, measured.kl, on_gpu)
@@ -48,7 +52,7 @@ def broken_certificate(
     true_norm = dlogits.abs().sum(-1)
     by_hidden = certificate.hidden_bound(operands.weight).double().norm()
     by_weight = (dropped * states.norm(dim=-1)).sum()
-    held = {  # a number, and what it must not exceed
+    promised = {  # a number and its bound
         "the error of loss": (measured.fused.loss, LOSS_BOUND[dtype]),
         "the share that is dropped": (_ratio(dropped.sum(), norm.sum()), TOLERANCE),
         "the error of the certificate's norm": (
@@ -66,8 +70,8 @@ def broken_certificate(
     }
     return [
         f"{measured.where}: {name} must be at most {bound:.1e}, got {value:.1e}"
-        for name, (value, bound) in held.items()
-        if not value <= bound * (1 + ROUNDING)  # a NaN is within no bound
+        for name, (value, bound) in promised.items()
+        if not value <= bound * (1 + ROUNDING)  # also true for a NaN
     ]
 
 

@@ -1,4 +1,4 @@
-"""Operands that ``fused_sd verify`` measures on: realistic, and with all that a loss may take.
+"""Operands that ``fused_sd verify`` measures on: realistic, with everything that a loss may take.
 
 Dimension key:  N tokens, D hidden size, V vocabulary, K wrong hints
 """
@@ -12,19 +12,19 @@ from fused_sd.head.projection import accumulation_dtype
 from fused_sd.measuring import realistic
 
 NUM_HINTS = 3
-SAMPLE = 256  # tokens with a weight, at most: the float64 reference holds their logits
-MASK_EVERY = 8
-SEARCH_TOKENS = 64
+SAMPLE = 256  # largest number of kept tokens, because the float64 reference holds their logits
+MASK_EVERY = 8  # every 8th token is masked
+SEARCH_TOKENS = 64  # tokens on which a KL is set
 
 
 @dataclass(frozen=True, eq=False)
 class Operands:
-    """What the losses take."""
+    """Operands of the losses."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
-    teacher: Tensor  # (N, D), at some KL from hidden
-    token_weights: Tensor  # (N,), 0 for the masked
+    teacher: Tensor  # (N, D), hidden states at some KL from the student's
+    token_weights: Tensor  # (N,), 0 for masked tokens
     token_ids: Tensor  # (N,), sampled from the student
     old_log_probs: Tensor  # (N,)
     advantages: Tensor  # (N,)
@@ -33,19 +33,20 @@ class Operands:
 
     @property
     def vocab(self) -> int:
+        """V."""
         return self.weight.shape[0]
 
     def tokens(self, index: Tensor | slice) -> "Operands":
-        """Some of the tokens, under the same head."""
+        """Return some of the tokens, with the same head."""
         chosen = {name: value[index] for name, value in vars(self).items() if name != "weight"}
         return replace(self, **chosen)
 
     def active(self) -> "Operands":
-        """The tokens that have a weight."""
+        """Return the kept tokens: those with a weight."""
         return self.tokens(self.token_weights != 0)
 
     def spoiled(self) -> "Operands":
-        """NaN, and ids of no token, in all that the masked tokens hold."""
+        """Return a copy in which masked tokens hold NaN and ids outside of the vocabulary."""
         masked, garbage = self.token_weights == 0, {}
         for name, value in vars(self).items():
             if name not in ("weight", "token_weights"):
@@ -62,9 +63,9 @@ def make_operands(
     device: torch.device,
     seed: int,
 ) -> tuple[Operands, Tensor]:
-    """Operands whose teacher is still the student, and the direction (N, D) in which it will part.
+    """Draw operands whose teacher equals the student, and a direction (N, D) to move it in.
 
-    Everything is drawn on the CPU, so that a seed means the same on every device.
+    Everything is drawn on the CPU, so that a seed gives the same operands on every device.
     """
     draw = torch.Generator().manual_seed(seed)
 
@@ -82,14 +83,14 @@ def make_operands(
     weights[(at % MASK_EVERY == 1) | (at >= SAMPLE)] = 0
     chosen = torch.empty(num_tokens, dtype=torch.int64)
     log_prob = torch.empty(num_tokens, dtype=torch.float64)
-    for rows in at.split(SEARCH_TOKENS):  # a few at a time: these logits are float64
+    for rows in at.split(SEARCH_TOKENS):  # a few at a time, as these logits are float64
         some = hidden[rows.to(device)]
         log_s = realistic.wide_logits(some, weight).double().log_softmax(-1).cpu()
         chosen[rows] = torch.multinomial(log_s.exp(), 1, generator=draw)[:, 0]
         log_prob[rows] = log_s.gather(1, chosen[rows, None])[:, 0]
 
     def near(deviation: float, *shape: int) -> Tensor:
-        """Log-probabilities of the sampled tokens by policies not far from the student."""
+        """Log-probabilities of the sampled tokens under policies close to the student."""
         around = log_prob.view(-1, *[1] * (len(shape) - 1))
         return (around + deviation * normal(*shape)).clamp(max=0).to(device, wide)
 
@@ -108,7 +109,7 @@ def make_operands(
 
 
 def with_teacher_at(operands: Operands, direction: Tensor, kl: float) -> Operands:
-    """The teacher on the line of ``direction``, where it has a mean KL(t||s) from the student."""
+    """Return operands whose teacher is moved in ``direction`` until the mean KL(t||s) is ``kl``."""
     index = torch.nonzero(operands.token_weights)[:SEARCH_TOKENS, 0]
     some = operands.tokens(index)
     gap = realistic.gap_at(some.hidden, some.weight, direction[index], kl)

@@ -1,4 +1,4 @@
-"""What ``fused_sd verify`` holds the library to, and the sentence for each promise that breaks.
+"""What the library promises of its numbers, and the sentence for each promise that is broken.
 
 Dimension key:  N tokens, D hidden size, V vocabulary
 """
@@ -15,24 +15,24 @@ from fused_sd.engine.certificate import GradientCertificate
 from fused_sd.verify.cases import Case
 from fused_sd.verify.inputs import Operands
 
-# relative, the gradients by norm; 16-bit gradients are rounded, which alone is 0.17 % in bf16
+# relative errors of gradients by norm; rounding a gradient to bf16 alone is 0.17 %
 GRADIENT_BOUND = {
     torch.float64: 1e-10,
     torch.float32: 1e-5,
     torch.bfloat16: 3e-3,
     torch.float16: 3e-3,
 }
-# on a GPU the gradient of the logits is bf16 too, for the GEMMs that follow: the parts that rows of
-# the head have in common cancel in dH, their rounding does not, and 0.29 to 0.38 % come out
+# On a GPU the GEMMs take dlogits in bf16 too.  What the rows of the head have in common cancels in
+# dhidden, but the rounding does not: 0.29 to 0.38 % were measured.
 GPU_GRADIENT_BOUND = {torch.bfloat16: 5e-3}
-# from a KL of 1e-5 on; in float64 it is the definition, a difference of logarithms, that cancels
+# from a KL of 1e-5 on; the float64 bound is the error of the definition, a difference of logarithms
 LOSS_BOUND = {
     torch.float64: 1e-8,
     torch.float32: 5e-3,
     torch.bfloat16: 5e-3,
     torch.float16: 5e-3,
 }
-FLOOR = 1e-6  # below it, being worse than rounded logits is luck
+FLOOR = 1e-6  # being worse than rounded logits by less than this is chance
 
 
 class Result(NamedTuple):
@@ -46,14 +46,14 @@ class Result(NamedTuple):
 class Errors(NamedTuple):
     """Relative errors: of the loss, of the gradients by norm, and of their worst element.
 
-    The loss's is of the mean absolute token loss: that is the loss itself where no token's is
-    negative, and does not vanish where positive and negative advantages cancel.
+    The loss's error is relative to the mean absolute token loss.  That is the loss itself if no
+    token's is negative, and it does not vanish if positive and negative advantages cancel.
     """
 
     loss: float
     dhidden: float
     dweight: float
-    worst: float  # of the largest element of its gradient
+    worst: float  # relative to the largest element of the same gradient
 
 
 class Sparsity(NamedTuple):
@@ -77,25 +77,26 @@ class Sparsity(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """One loss at one KL."""
+    """Errors of one loss at one KL."""
 
     name: str
-    kl: float | None  # None where the loss knows no teacher's distribution
+    kl: float | None  # None: the loss has no teacher
     fused: Errors
-    rounded: Errors  # of the definition on 16-bit logits
+    rounded: Errors  # of the definition, applied to 16-bit logits
     kept: Sparsity | None = None  # None: the gradient is dense
 
     @property
     def where(self) -> str:
+        """The loss and the KL in words."""
         return self.name if self.kl is None else f"{self.name} at KL {self.kl:.1e}"
 
 
 def gradient_bound(dtype: torch.dtype, kl: float | None, on_gpu: bool) -> float:
-    """The largest relative error of a gradient.
+    """Return the largest relative error that is promised of a gradient.
 
-    The gradient of a divergence is a difference of distributions, which shrinks with sqrt(KL) while
-    the error of fp32 logits near 25, some 1e-6, does not.  fp32 gradients show it; 16-bit ones are
-    rounded more coarsely than that.
+    The gradient of a divergence is a difference of distributions.  It shrinks with sqrt(KL), but
+    the error of fp32 logits near 25, about 1e-6, does not.  fp32 gradients show that error; 16-bit
+    gradients are rounded more coarsely.
     """
     bound = GRADIENT_BOUND[dtype]
     if on_gpu:
@@ -106,14 +107,14 @@ def gradient_bound(dtype: torch.dtype, kl: float | None, on_gpu: bool) -> float:
 
 
 def broken_accuracy(measured: Measured, dtype: torch.dtype, on_gpu: bool) -> list[str]:
-    """The promises on errors that a measurement breaks."""
+    """Return a sentence for each promise on errors that is broken."""
     broken = []
     gradient = gradient_bound(dtype, measured.kl, on_gpu)
     bounds = {"loss": LOSS_BOUND[dtype], "dhidden": gradient, "dweight": gradient}
     for name, bound in bounds.items():
         fused, rounded = getattr(measured.fused, name), getattr(measured.rounded, name)
         rule = f"{measured.where}: the error of {name} must be at most"
-        if not fused <= bound:  # a NaN is within no bound
+        if not fused <= bound:  # also true for a NaN
             broken.append(f"{rule} {bound:.1e}, got {fused:.1e}")
         if not fused <= rounded + FLOOR:
             broken.append(f"{rule} that of 16-bit logits, {rounded:.1e}, got {fused:.1e}")
@@ -123,7 +124,7 @@ def broken_accuracy(measured: Measured, dtype: torch.dtype, on_gpu: bool) -> lis
 def broken_invariants(
     run: Callable[[Case, Operands], Result], case: Case, operands: Operands
 ) -> list[str]:
-    """The exact promises that a loss breaks: they hold to the bit or not at all."""
+    """Return a sentence for each exact promise that is broken: these hold to the bit."""
     broken = []
     first, again = run(case, operands), run(case, operands)
     if not identical(first, again):
@@ -147,4 +148,5 @@ def broken_invariants(
 
 
 def identical(one: Result, other: Result) -> bool:
+    """Whether two results are equal to the bit."""
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -1,4 +1,4 @@
-"""How ``fused_sd verify`` is read: a table for terminals, one for Markdown, and the verdict."""
+"""The output of ``fused_sd verify``: a table for terminals or Markdown, and the verdict."""
 
 import math
 import textwrap
@@ -17,9 +17,9 @@ COLUMNS = ("loss", "dH", "dW", "worst")
 LINE = 96
 NAME_WIDTH, KL_WIDTH, WIDTH = 20, 6, 9  # with two spaces between the groups: 100
 LEGEND = (
-    "Errors relative to float64 on the same operands: of the loss, of the gradients by hidden "
-    "states (dH) and head (dW), by norm, and of the gradients' worst element.  16-bit logits: the "
-    "same with logits rounded once.  KL: of the teacher from the student, mean of the tokens.  "
+    "Errors relative to float64 on the same operands: of the loss, of the gradients w.r.t. hidden "
+    "states (dH) and head (dW) by norm, and of the gradients' worst element.  16-bit logits: the "
+    "same with logits rounded once.  KL: mean KL(teacher || student) of the tokens.  "
     f"sparse: gradient='sparse', which drops up to {TOLERANCE:.1%} of the logits' gradient."
 )
 KEPT = (
@@ -30,7 +30,7 @@ KEPT = (
 
 
 def error_text(error: float, dtype: torch.dtype) -> str:
-    """An error with two digits: in percent for 16-bit operands, whose errors are of that size."""
+    """Format an error with two digits, in percent for 16-bit operands."""
     if not math.isfinite(error) or dtype not in (torch.bfloat16, torch.float16):
         return f"{error:.1e}"
     percent = 100 * error
@@ -40,19 +40,19 @@ def error_text(error: float, dtype: torch.dtype) -> str:
 
 
 def legend_lines() -> list[str]:
-    """What the columns mean."""
+    """Return the lines that explain the columns."""
     return [*textwrap.wrap(LEGEND, LINE), ""]
 
 
 def cells(measured: Measured, dtype: torch.dtype) -> list[str]:
-    """A row of the table."""
+    """Return the cells of a row of the table."""
     errors = (*measured.fused, *measured.rounded)
     kl = "-" if measured.kl is None else f"{measured.kl:.0e}"
     return [measured.name, kl, *(error_text(error, dtype) for error in errors)]
 
 
 def setting_lines(choices: Choices, top_logit: float, entropy: float) -> list[str]:
-    """Where and on what the measurements were made."""
+    """Return the lines that say on which device and operands the errors were measured."""
     sizes = f"{choices.num_tokens} tokens x {choices.hidden_size} x {choices.vocab}"
     versions = f"fused_sd {fused_sd.__version__}, torch {torch.__version__}"
     if choices.backend == "triton":
@@ -65,7 +65,7 @@ def setting_lines(choices: Choices, top_logit: float, entropy: float) -> list[st
 
 
 def row_line(row: Sequence[str]) -> str:
-    """A row as a terminal's line."""
+    """Format a row for a terminal."""
     name, kl, *errors = row
     half = len(COLUMNS)
     sides = (
@@ -75,20 +75,20 @@ def row_line(row: Sequence[str]) -> str:
 
 
 def header_lines() -> list[str]:
-    """The two lines above a terminal's rows."""
+    """Return the two lines above the rows of a terminal."""
     groups = "  ".join(f"{name:>{WIDTH * len(COLUMNS)}}" for name in GROUPS)
     return [" " * (NAME_WIDTH + KL_WIDTH) + groups, row_line(["loss", "KL", *COLUMNS, *COLUMNS])]
 
 
 def markdown_lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     columns = ["loss", "KL", *COLUMNS, *(f"{name}, {GROUPS[1]}" for name in COLUMNS)]
     ruler = ["---", *["---:"] * (len(columns) - 1)]
     return ["| " + " | ".join(row) + " |" for row in (columns, ruler, *rows)]
 
 
 def verdict_lines(num_losses: int, broken: Sequence[str]) -> list[str]:
-    """What follows from the measurements."""
+    """Return the verdict: every promise is kept, or the list of broken ones."""
     if broken:
         count = "1 promise is" if len(broken) == 1 else f"{len(broken)} promises are"
         return [f"BROKEN: {count} not kept.", *(f"  {line}" for line in broken)]

@@ -1,7 +1,7 @@
-"""``fused_sd verify``: what the library promises of its numbers, measured on the user's machine.
+"""Measuring the losses: errors against float64, and checks of the promises.
 
-Every loss is compared with its definition in float64 on the same operands, beside what the
-definition gives on logits that were rounded to 16 bits, as trainers round them.
+Every loss is compared with its definition in float64 on the same operands.  Beside it stands the
+definition applied to logits that were rounded to 16 bits, as trainers round them.
 
 Dimension key:  N tokens, D hidden size, V vocabulary
 """
@@ -33,13 +33,13 @@ from fused_sd.verify.promises import (
 from fused_sd.verify.truth import Distance, Exact
 
 KLS = (1e-5, 1e-3, 1e-1)
-FP16_SCALE = 1024.0  # of the loss before backward, as GradScaler does: fp16 has no small gradients
+FP16_SCALE = 1024.0  # the loss's factor before backward, as GradScaler's: fp16 underflows
 
 
 def verify(
     verifier: "Verifier", names: Sequence[str]
 ) -> Iterator[tuple[Measured | None, list[str]]]:
-    """Measure the named losses at each KL: the measurements as they come, and what each breaks."""
+    """Measure the named losses at each KL; yield each measurement and the promises it breaks."""
     cases = [CASES[name] for name in names]
 
     def measured(case: Case) -> tuple[Measured, list[str]]:
@@ -60,7 +60,17 @@ def verify(
 
 
 class Verifier:
-    """Operands of one shape and dtype, and their exact logits, under which losses are measured."""
+    """Operands of one shape and dtype, and their exact logits, on which losses are measured.
+
+    Args:
+        num_tokens: N.
+        hidden_size: D.
+        vocab: V.
+        dtype: of hidden states and head.
+        device: of all operands.
+        backend: the losses' argument of that name.
+        seed: of the operands.
+    """
 
     def __init__(
         self,
@@ -76,7 +86,8 @@ class Verifier:
         self.backend, self.dtype, self.on_gpu = backend, dtype, device.type == "cuda"
         self.scale = FP16_SCALE if dtype == torch.float16 else 1.0
         self.rounding = torch.float16 if dtype == torch.float16 else torch.bfloat16
-        self.compact = num_tokens <= SAMPLE  # else every token is walked, with or without a weight
+        # many tokens are computed without leaving the masked ones out, to check that way too
+        self.compact = num_tokens <= SAMPLE
         self.student, self.direction = make_operands(
             num_tokens, hidden_size, vocab, dtype, device, seed
         )
@@ -88,7 +99,7 @@ class Verifier:
         self.top_logit = float(self.student_logits.amax(-1).mean())
 
     def at_kl(self, kl: float) -> None:
-        """Put the teacher at a mean KL(t||s) from the student; ``kl`` is what came of it."""
+        """Move the teacher to a mean KL(t||s) from the student; ``self.kl`` is the one reached."""
         self.operands = with_teacher_at(self.student, self.direction, kl)
         self.active = self.operands.active()
         self.teacher_logits = truth.logits(self.active.teacher, self.student.weight)
@@ -96,11 +107,11 @@ class Verifier:
         self.kl = float((log_t.exp() * (log_t - log_s)).sum(-1).mean())
 
     def measure(self, case: Case) -> Measured:
-        """Errors of the library and of rounded logits, against float64."""
+        """Measure the errors of the library and of rounded logits against float64."""
         return self._measured(case, self.run(case, self.operands), *self._truths(case))
 
     def measure_sparse(self, case: Case) -> tuple[Measured, list[str]]:
-        """Errors where the gradient is sparse, and what it breaks."""
+        """Measure the errors of a sparse gradient, and return the promises it breaks."""
         output, leaves = self.forward(case, self.operands)
         fused, again = (self.backward(output, leaves) for _ in range(2))
         exact, rounded = self._truths(case)
@@ -123,11 +134,11 @@ class Verifier:
         return measured, broken
 
     def run(self, case: Case, operands: Operands) -> Result:
-        """The library's loss and gradients."""
+        """Return the library's loss and gradients."""
         return self.backward(*self.forward(case, operands))
 
     def forward(self, case: Case, operands: Operands) -> tuple[LossOutput, tuple[Tensor, Tensor]]:
-        """The library's loss, and the states and head that it is differentiated by."""
+        """Return the library's loss, and the leaves (hidden, weight) that it depends on."""
         hidden = operands.hidden.detach().clone().requires_grad_(True)
         weight = operands.weight.detach().clone().requires_grad_(True)
         run: Run = {
@@ -140,13 +151,14 @@ class Verifier:
         return output, (hidden, weight)
 
     def backward(self, output: LossOutput, leaves: tuple[Tensor, Tensor]) -> Result:
-        """The loss and its gradients, once more or for the first time."""
+        """Return the loss and its gradients; may be called repeatedly."""
         gradients = torch.autograd.grad(self.scale * output.loss, leaves, retain_graph=True)
         return Result(output.loss.detach(), *gradients)
 
     def fused_ids(self, case: Case) -> Tensor | None:
-        """The top-k entries that the library's own logits choose: near-ties may fall elsewhere in
-        float64.
+        """Return the top-k entries (A, K) that the library's own logits choose.
+
+        The exact definition uses them, because near-ties may be ordered differently in float64.
         """
         if case.chooser is None:
             return None
@@ -155,7 +167,7 @@ class Verifier:
         return entry_log_probs(hidden, self.active.weight, k, backend=self.backend).token_ids
 
     def exact(self, case: Case, student: Tensor, teacher: Tensor, ids: Tensor | None) -> Exact:
-        """The definition on given logits; a top-k is that of the ids, or the logits' own."""
+        """Apply the definition to given logits; its support is ``ids``, or None: their top-k."""
         vocab = self.active.vocab
         weights = token_weights(case, self.active, self.reference)
         if case.chooser is not None and ids is None:
@@ -170,7 +182,7 @@ class Verifier:
         return truth.exact(token_loss, student, teacher, weights)
 
     def _truths(self, case: Case) -> tuple[Exact, Exact]:
-        """The definition on exact logits and on rounded ones."""
+        """Apply the definition to exact logits and to rounded ones."""
         exact = self.exact(case, self.student_logits, self.teacher_logits, self.fused_ids(case))
         sides = (self.active.hidden, self.active.teacher)
         student, teacher = (
@@ -184,7 +196,7 @@ class Verifier:
         return Measured(case.name, kl, ours, theirs)
 
     def _errors(self, fused: Result, exact: Exact, rounded: Exact) -> tuple[Errors, Errors]:
-        """The library's errors and those of rounded logits, gradients in the operands' dtype."""
+        """Errors of the library and of rounded logits, with gradients in the operands' dtype."""
         states, weight = self.active.hidden, self.active.weight
         weight_errors = (Distance(), Distance())
         both = zip(
@@ -210,5 +222,5 @@ class Verifier:
         return errors[0], errors[1]
 
     def _stored(self, gradient: Tensor) -> Tensor:
-        """What remains of a gradient in the operands' dtype."""
+        """Round a float64 gradient to the operands' dtype, as a leaf's gradient is."""
         return (self.scale * gradient).to(self.dtype).double() / self.scale

@@ -1,6 +1,6 @@
-"""A loss in float64 from whole logits of few tokens, and how far gradients are from its own.
+"""A loss and its gradients in float64, from all logits of a few tokens, and distances from them.
 
-The head's gradient is never held in float64: it is formed from the logits' a slab at a time.
+dweight is never held in float64: it is computed from dlogits one slab of rows at a time.
 
 Dimension key:  N tokens, D hidden size, V vocabulary
 """
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fused_sd.measuring.realistic import slabs
 
-SLAB = 2**13  # rows of the head that are in float64 at a time
+SLAB = 2**13  # rows of the head that are converted to float64 at a time
 ELEMENTS = 2**22  # logits that a definition is applied to at a time
 
-# student's and teacher's logits of the tokens in the slice, to one loss a token
+# maps the student's and teacher's logits of the tokens in the slice to one loss a token
 TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]
 
 
@@ -30,7 +30,7 @@ def reference() -> ModuleType:
 
 
 class Exact(NamedTuple):
-    """A loss by its definition."""
+    """The exact loss, and its gradient w.r.t. the student's logits."""
 
     loss: float
     size: float  # the weighted sum of the token losses' absolute values
@@ -39,14 +39,15 @@ class Exact(NamedTuple):
 
 @dataclass
 class Distance:
-    """How far a tensor that comes in parts is from the truth."""
+    """Distance of a tensor from the truth, added up over parts of the tensor."""
 
-    error: float = 0.0
-    size: float = 0.0
-    worst: float = 0.0
-    largest: float = 0.0
+    error: float = 0.0  # squared norm of the difference
+    size: float = 0.0  # squared norm of the truth
+    worst: float = 0.0  # largest absolute difference of an element
+    largest: float = 0.0  # largest absolute element of the truth
 
     def add(self, value: Tensor, truth: Tensor) -> None:
+        """Add one part."""
         difference = value - truth
         self.error += float(difference.square().sum())
         self.size += float(truth.square().sum())
@@ -54,14 +55,16 @@ class Distance:
         self.largest = max(self.largest, float(truth.abs().max()))
 
     def by_norm(self) -> float:
+        """Relative error by norm; absolute if the truth is 0."""
         return (self.error / self.size) ** 0.5 if self.size else self.error
 
     def by_element(self) -> float:
+        """Error of the worst element, relative to the largest; absolute if the truth is 0."""
         return self.worst / self.largest if self.largest else self.worst
 
 
 def exact(token_loss: TokenLoss, student: Tensor, teacher: Tensor, weights: Tensor) -> Exact:
-    """The weighted sum of the token losses on float64 logits (N, V), and its gradient."""
+    """Return the weighted sum of the token losses on float64 logits (N, V), and its gradient."""
     dlogits, loss, size = torch.empty_like(student), 0.0, 0.0
     for rows in slabs(len(weights), max(1, ELEMENTS // student.shape[1])):
         leaf = student[rows].detach().requires_grad_(True)
@@ -93,7 +96,7 @@ def hidden_gradient(dlogits: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_gradient(dlogits: Tensor, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """``dlogits.T @ hidden`` in float64, rows of the head at a time."""
+    """Yield ``dlogits.T @ hidden`` in float64, some rows of the head at a time."""
     states = hidden.double()
     for rows in slabs(dlogits.shape[1], SLAB):
         yield rows, dlogits[:, rows].T @ states

@@ -1,4 +1,4 @@
-"""Every implementation that the benchmark compares, this library first."""
+"""Implementations that the benchmark compares, this library first."""
 
 from fused_sd.bench.providers.cce import CCE
 from fused_sd.bench.providers.eager import COMPILED, EAGER, EAGER_FP32

@@ -1,4 +1,4 @@
-"""Cut cross-entropy (Apple): no logits in memory, gradients of unlikely tokens left out."""
+"""Cut cross-entropy (Apple): keeps no logits, and leaves out gradients of unlikely tokens."""
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ def token_log_probs(problem: Problem) -> Loss:
 
 
 def refusal(problem: Problem) -> str | None:
+    """Why the kernels cannot run a problem; None: they can."""
     if problem.hidden.dtype not in (torch.float16, torch.bfloat16):
         return f"needs 16-bit hidden states for its backward, got {problem.hidden.dtype}"
     return None

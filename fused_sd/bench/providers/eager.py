@@ -1,4 +1,4 @@
-"""What a user writes without any kernel: whole logits, then the formula; eager or compiled.
+"""PyTorch without any kernel: the logits of all tokens, then the formula; eager or compiled.
 
 Dimension key:  M tokens that count, D hidden size, V vocabulary
 """
@@ -19,19 +19,19 @@ Project = Callable[[Tensor, Tensor], Tensor]  # (M, D), (V, D) -> fp32 logits (M
 
 
 def trainers_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """The model's logits in its own dtype, upcast afterwards, as trainers have them."""
+    """Return logits of a GEMM in the model's dtype, converted to fp32, as trainers do."""
     return F.linear(hidden, weight).float()
 
 
 def fp32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Exact logits at the price of an fp32 GEMM."""
+    """Return logits of an fp32 GEMM."""
     return F.linear(hidden.float(), weight.float())
 
 
 def loss_of(
     objective: str, project: Project, tokens: Kept, weight: Tensor, teacher_weight: Tensor
 ) -> Tensor:
-    """The mean over the tokens, from whole logits."""
+    """Return the mean loss over the tokens, from the logits of all of them."""
     student = project(tokens.hidden, weight)
     if objective in formulas.DIVERGENCES:
         with torch.no_grad():
@@ -48,6 +48,8 @@ def loss_of(
 
 
 def eager(project: Project) -> Build:
+    """Build the eager loss with one of the two ways to compute logits."""
+
     def build(problem: Problem) -> Loss:
         return lambda: loss_of(
             problem.objective, project, kept(problem), problem.weight, problem.teacher_weight
@@ -57,10 +59,10 @@ def eager(project: Project) -> Build:
 
 
 def compiled(problem: Problem) -> Loss:
-    """The same function compiled, for this problem's shapes alone.
+    """Compile ``loss_of`` for this problem's shapes alone.
 
-    The compiler keeps a few variants of one function and from then on runs it uncompiled without
-    a word, so what earlier problems left there is dropped.
+    The compiler keeps a few variants of a function; after that it silently runs the function
+    uncompiled.  The variants of earlier problems are therefore dropped first.
     """
     torch.compiler.reset()
     function = torch.compile(loss_of, dynamic=False)
@@ -70,7 +72,7 @@ def compiled(problem: Problem) -> Loss:
 
 
 def no_compiler(problem: Problem) -> str | None:
-    """Inductor builds its kernels for the CPU with a C++ compiler."""
+    """Why a problem cannot be compiled here: on a CPU Inductor needs a C++ compiler."""
     names = (os.environ.get("CXX"), "g++", "clang++")
     if problem.hidden.is_cuda or any(shutil.which(name) for name in names if name):
         return None

@@ -1,6 +1,7 @@
-"""The objectives as a user writes them in PyTorch, for eager code and for peers that stop earlier.
+"""The objectives as a user writes them in PyTorch.
 
-Logits and log-probabilities come in fp32; every function returns the mean over its M tokens.
+Eager code applies them to logits, and peers that return log-probabilities to those.  Logits and
+log-probabilities are fp32; every loss is the mean over its M tokens.
 
 Dimension key:  M tokens that count, V vocabulary
 """
@@ -16,11 +17,11 @@ TAIL_TOP_K = 100  # SDPO's support
 RENORMALIZED_TOP_K = 64  # SD-Zero's support
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "topk_tail", "topk_renormalized")
 POLICIES = ("cross_entropy", "token_log_probs", "grpo", "rlsd")
-GKD_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # GKD's beta, TRL's and Liger's too
+GKD_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # beta of GKD, TRL and Liger
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b), averaged over the tokens."""
+    """KL(a || b), the mean over the tokens."""
     return F.kl_div(log_b, log_a, reduction="batchmean", log_target=True)
 
 
@@ -31,13 +32,13 @@ def jsd(log_s: Tensor, log_t: Tensor) -> Tensor:
 
 
 def with_tail(log_probs: Tensor) -> Tensor:
-    """One more entry for the mass outside, with SDPO's clamp."""
+    """Append one entry for the remaining mass, with SDPO's clamp."""
     inside = log_probs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
     return torch.cat([log_probs, torch.log(-torch.expm1(inside))], -1)
 
 
 def topk_tail(student: Tensor, teacher: Tensor) -> Tensor:
-    """SDPO: JSD on the student's top-k and a tail."""
+    """SDPO: the JSD on the student's top-k and one entry for the tail."""
     chosen, ids = student.topk(TAIL_TOP_K, dim=-1)
     log_s = chosen - student.logsumexp(-1, keepdim=True)
     log_t = teacher.gather(-1, ids) - teacher.logsumexp(-1, keepdim=True)
@@ -45,14 +46,14 @@ def topk_tail(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def topk_renormalized(student: Tensor, teacher: Tensor) -> Tensor:
-    """SD-Zero: both KLs in equal parts, renormalised on the teacher's top-k."""
+    """SD-Zero: the mean of both KLs, renormalised on the teacher's top-k."""
     chosen, ids = teacher.topk(RENORMALIZED_TOP_K, dim=-1)
     log_t, log_s = chosen.log_softmax(-1), student.gather(-1, ids).log_softmax(-1)
     return (kl(log_t, log_s) + kl(log_s, log_t)) / 2
 
 
 def divergence(objective: str, student: Tensor, teacher: Tensor) -> Tensor:
-    """The divergence between logits (M, V)."""
+    """The divergence between the distributions of logits (M, V)."""
     if objective in TRUNCATED:
         return TRUNCATED[objective](student, teacher)
     log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
@@ -62,7 +63,7 @@ def divergence(objective: str, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def selected(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """Log-probabilities (M,) of tokens by logits (M, V), without a second (M, V) tensor."""
+    """Log-probabilities (M,) of tokens, from logits (M, V) without a second (M, V) tensor."""
     chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(-1)
 
@@ -70,11 +71,11 @@ def selected(logits: Tensor, token_ids: Tensor) -> Tensor:
 def policy(
     objective: str,
     log_probs: Tensor,  # (M,)
-    teacher_log_probs: Tensor | None,  # (M,), of rlsd alone
+    teacher_log_probs: Tensor | None,  # (M,), for rlsd only
     old_log_probs: Tensor,  # (M,)
     advantages: Tensor,  # (M,)
 ) -> Tensor:
-    """What trainers compute from the sampled tokens' log-probabilities."""
+    """The loss that trainers compute from log-probabilities of the sampled tokens."""
     if objective in ("cross_entropy", "token_log_probs"):
         return -log_probs.mean()
     ratio = (log_probs - old_log_probs).exp()

@@ -13,7 +13,7 @@ from fused_sd.bench.providers.log_probs import from_log_probs
 from fused_sd.bench.providers.provider import Build, labels, make_provider, why_broken
 
 PACKAGE = "liger-kernel"
-GRPO_ROWS = 4096  # a chunk of GRPO: a long response, for its default is one sequence
+GRPO_ROWS = 4096  # tokens in a chunk of GRPO: a long response, as its default is one sequence
 SCALED_SM90 = "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90"
 
 
@@ -26,12 +26,12 @@ def fused_jsd(problem: Problem) -> Loss:
 
 
 def chunked_jsd(compiled: bool) -> Build:
-    """Soft loss alone: by default half of the loss is the labels' cross entropy."""
+    """Build the soft loss alone: by default half of the loss is the labels' cross entropy."""
 
     def build(problem: Problem) -> Loss:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        torch.compiler.reset()  # as in eager.compiled: one function is compiled again and again
+        torch.compiler.reset()  # as in eager.compiled: the compiler keeps only a few variants
         loss = LigerFusedLinearJSDLoss(
             weight_hard_loss=0.0,
             weight_soft_loss=1.0,
@@ -54,7 +54,7 @@ def cross_entropy(problem: Problem) -> Loss:
 
 
 def scaled_log_probs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    """As verl's fused_kernels_backend "liger" calls it, the entropy included."""
+    """Log-probabilities as verl's fused_kernels_backend "liger" computes them, with entropy."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
     function = LigerFusedLinearScaledCrossEntropyFunction.apply
@@ -62,7 +62,7 @@ def scaled_log_probs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tenso
 
 
 def scaled_refusal(problem: Problem) -> str | None:
-    """On Hopper it has a kernel of its own, in CuTe, and no fallback."""
+    """Why it cannot run a problem: on Hopper it needs its own CuTe kernel, without a fallback."""
     device = problem.hidden.device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
         return why_broken(SCALED_SM90)
@@ -70,7 +70,7 @@ def scaled_refusal(problem: Problem) -> str | None:
 
 
 def grpo(problem: Problem) -> Loss:
-    """Every token is a sequence of its own, for its advantages are the sequences'."""
+    """Build GRPO with one token a sequence, because its advantages are one a sequence."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     torch.compiler.reset()
@@ -94,7 +94,7 @@ LIGER_FUSED_JSD = make_provider(
     module="liger_kernel.transformers.fused_linear_jsd",
     needs_gpu=True,
     note="fp32 logits from sm_80 on; dW summed over the chunks in its own dtype; masked tokens "
-    "are computed; its row kernel is CuTe where cutlass is installed, else Triton",
+    "are computed; its row kernel is CuTe if cutlass is installed, else Triton",
 )
 CHUNKED_NOTE = (
     "logits and log-softmax in the operands' dtype; dW, for a frozen head too, summed over chunks "

@@ -1,4 +1,4 @@
-"""Losses of peers that stop at the sampled tokens' log-probabilities: trainers do the rest.
+"""Losses from peers that return log-probabilities of the sampled tokens, as trainers use them.
 
 Dimension key:  M tokens that count, D hidden size, V vocabulary
 """
@@ -16,7 +16,7 @@ LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # (M, D), (V, D), (M,) ->
 
 
 def from_log_probs(student: LogProbs, teacher: LogProbs) -> Build:
-    """The policy losses from a peer's log-probabilities: RLSD's teacher has no gradient."""
+    """Build the policy losses from a peer's log-probabilities; RLSD's teacher has no gradient."""
 
     def build(problem: Problem) -> Loss:
         def loss() -> Tensor:

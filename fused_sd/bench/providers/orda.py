@@ -1,4 +1,4 @@
-"""ORDA: chunked Triton kernels of KL distillation, the cross entropies switched off."""
+"""ORDA: chunked Triton kernels for KL distillation, with its cross entropies switched off."""
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ def distillation(problem: Problem) -> Loss:
     from orda_kernel import SeparateTeacher, TiedTeacher, distillation_loss
 
     variant, beta = VARIANTS[problem.objective]
-    # its default falls back to whole logits with a warning: this says which is meant
+    # chosen here because its default falls back to the logits of all tokens with a warning
     backend = "triton" if problem.hidden.is_cuda else "torch"
     if problem.teacher_weight is problem.weight:
         teacher = TiedTeacher(hidden=problem.teacher_hidden, mode="frozen")

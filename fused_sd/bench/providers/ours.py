@@ -1,4 +1,4 @@
-"""This library, by its public functions and their defaults; and with a sparse gradient."""
+"""This library: its public functions with their defaults, and with a sparse gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +14,11 @@ from fused_sd.engine.certificate import GradientCertificate
 
 Sides = tuple[Tensor, Tensor, Tensor, Tensor]
 Compute = Callable[[], LossOutput]
-Measurable = Callable[..., Compute]  # of a problem, with keywords for the loss
+Measurable = Callable[..., Compute]  # takes a problem, and keywords for the loss
 
 
 def sides(problem: Problem) -> tuple[Sides, Tensor]:
-    """Both sides' states and heads, and the tokens' weights (N,)."""
+    """Return hidden states and heads of both sides, and the token weights (N,)."""
     teacher_weight = problem.teacher_weight.detach()
     given = problem.hidden, problem.weight, problem.teacher_hidden, teacher_weight
     return given, problem.mask.float()
@@ -86,7 +86,8 @@ def token_log_probs(problem: Problem) -> Loss:
     return loss
 
 
-WIDE: dict[str, Measurable] = {  # whose gradients reach the whole vocabulary
+# objectives whose gradients reach the whole vocabulary, so that gradient="sparse" has an effect
+WIDE: dict[str, Measurable] = {
     "forward_kl": divergence,
     "reverse_kl": divergence,
     "jsd": divergence,
@@ -98,7 +99,7 @@ WIDE: dict[str, Measurable] = {  # whose gradients reach the whole vocabulary
 
 
 def _loss(objective: Measurable, **run: Any) -> Build:
-    """What computes the loss alone."""
+    """Build the loss, without what else its function returns."""
 
     def build(problem: Problem) -> Loss:
         compute = objective(problem, **run)
@@ -108,7 +109,7 @@ def _loss(objective: Measurable, **run: Any) -> Build:
 
 
 def _sparse(name: str, note: str, objectives: dict[str, Measurable], **run: float) -> Provider:
-    """The library with a sparse gradient, which comes with its certificate."""
+    """Return the library as a provider with a sparse gradient, and with its certificate."""
 
     def certify(problem: Problem) -> GradientCertificate:
         certificate = objectives[problem.objective](problem, gradient="sparse", **run)().certificate
@@ -126,7 +127,7 @@ FUSED_SD = make_provider(
     note="fp32 logits; their gradient is rounded once",
 )
 SPARSE = _sparse("fused_sd, sparse", "what is dropped of the gradient is within 2^-8 of it", WIDE)
-# others, where the choice of the tolerance is measured
+# other tolerances, to measure what the choice costs
 TOLERANCES = tuple(
     _sparse(
         f"fused_sd, sparse 2^-{power}",

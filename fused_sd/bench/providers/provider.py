@@ -1,4 +1,4 @@
-"""What a provider is: one implementation of some objectives, behind one signature.
+"""The interface of a provider: one implementation of some objectives, behind one signature.
 
 Dimension key:  N tokens, D hidden size, V vocabulary
 """
@@ -20,20 +20,20 @@ Refusal = Callable[[Problem], str | None]
 
 
 class Provider(NamedTuple):
-    """One implementation, used as its users use it."""
+    """One implementation, called as its users call it."""
 
     name: str  # shown in tables
     package: str | None  # distribution whose version is reported; None: PyTorch alone
     objectives: frozenset[str]
-    why_not: Refusal  # why it cannot run a problem here; None: it can
-    build: Build  # the loss of a problem: the mean over its mask
+    why_not: Refusal  # returns why a problem cannot be run here; None: it can
+    build: Build  # returns the loss of a problem: the mean over its mask
     needs_gpu: bool
-    note: str  # what its numbers mean
-    certify: Certify | None = None  # of a gradient that leaves something out
+    note: str  # how it computes, as far as its numbers depend on that
+    certify: Certify | None = None  # returns the certificate of a sparse gradient
 
 
 class Kept(NamedTuple):
-    """The tokens that count, for implementations that have no mask."""
+    """The kept tokens of a problem, for implementations that have no mask."""
 
     hidden: Tensor  # (M, D)
     teacher_hidden: Tensor  # (M, D)
@@ -43,7 +43,7 @@ class Kept(NamedTuple):
 
 
 def kept(problem: Problem) -> Kept:
-    """Select the rows of the mask, inside the loss, as users must in every step."""
+    """Select the tokens of the mask; called inside the loss, as users must do in every step."""
     mask = problem.mask
     return Kept(
         problem.hidden[mask],
@@ -55,7 +55,7 @@ def kept(problem: Problem) -> Kept:
 
 
 def labels(problem: Problem) -> Tensor:
-    """The sampled tokens with -100 where they do not count: (N,)."""
+    """Return the sampled tokens (N,), with -100 for masked ones."""
     return problem.token_ids.masked_fill(~problem.mask, -100)
 
 
@@ -70,13 +70,18 @@ def make_provider(
     refusal: Refusal = lambda problem: None,
     certify: Certify | None = None,
 ) -> Provider:
-    """A provider from one builder for each objective.
+    """Make a provider from one builder for each objective.
 
     Args:
-        module: what a builder imports; it is imported to answer ``why_not``, but only where the
-            package is installed and the device is right.
-        refusal: what else stands in the way of a problem, asked last.
-        certify: what a gradient leaves out, where it does.
+        name: shown in tables.
+        builders: the function that builds the loss, by objective.
+        note: how it computes, as far as its numbers depend on that.
+        package: the distribution whose version is reported; None: PyTorch alone.
+        module: the module that builders import.  ``why_not`` imports it too, if the package is
+            installed and the device is right.
+        needs_gpu: whether it runs on a GPU only.
+        refusal: returns any other reason why a problem cannot be run; called last.
+        certify: returns the certificate of a sparse gradient.
     """
 
     def why_not(problem: Problem) -> str | None:
@@ -98,7 +103,7 @@ def make_provider(
 
 
 def why_absent(package: str) -> str | None:
-    """Answered from metadata: importing a trainer takes many seconds."""
+    """Why a package is missing, from metadata only: importing a trainer takes many seconds."""
     try:
         version(package)
     except PackageNotFoundError:
@@ -107,9 +112,9 @@ def why_absent(package: str) -> str | None:
 
 
 def why_broken(module: str) -> str | None:
-    """Why an installed module cannot be imported here."""
+    """Why an installed module cannot be imported here; None: it can."""
     try:
         import_module(module)
-    except Exception as error:  # whatever another's package raises is the answer
+    except Exception as error:  # a broken package may raise anything
         return f"{module} cannot be imported: {type(error).__name__}: {error}"
     return None

@@ -13,7 +13,10 @@ def cross_entropy(problem: Problem) -> Loss:
 
 
 def refusal(problem: Problem) -> str | None:
-    """What TMA's alignment asks for; a vocabulary of whole tiles pads its tokens itself."""
+    """Why the kernels cannot run a problem: TMA needs aligned sizes.
+
+    A vocabulary divisible by the tile of 128 pads the tokens itself on sm_90.
+    """
     (num_tokens, hidden_size), vocab = problem.hidden.shape, problem.weight.shape[0]
     if problem.hidden.dtype not in (torch.float16, torch.bfloat16):
         return f"needs 16-bit operands, got {problem.hidden.dtype}"

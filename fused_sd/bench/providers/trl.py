@@ -1,4 +1,4 @@
-"""TRL: the chunked functions of its DistillationTrainer and GRPOTrainer, and SDPO over logits.
+"""TRL: the chunked functions of its trainers, and SDPO from the logits of all tokens.
 
 Dimension key:  M tokens that count, D hidden size, V vocabulary
 """
@@ -29,6 +29,8 @@ def chunked_divergence(problem: Problem) -> Loss:
 
 
 def log_probs_with(*outputs: str) -> LogProbs:
+    """Return the function that computes log-probabilities together with the other outputs."""
+
     def log_probs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
@@ -39,7 +41,7 @@ def log_probs_with(*outputs: str) -> LogProbs:
 
 
 def sdpo(problem: Problem) -> Loss:
-    """SDPOTrainer's loss over the model's logits, which accelerate hands on in fp32."""
+    """Build SDPOTrainer's loss from the model's logits, which accelerate converts to fp32."""
     from trl.experimental.sdpo.loss_utils import (
         compute_full_logit_self_distillation_loss,
         compute_topk_self_distillation_loss,
@@ -73,7 +75,8 @@ TRL_DIVERGENCE = make_provider(
     note="DistillationTrainer's: fp32 logits on CUDA, projected again for JSD and for backward; "
     "the entropy comes with it",
 )
-SFT = log_probs_with("log_probs", "entropy", "is_top1")  # the outputs that each trainer asks for
+# the outputs that SFTTrainer, GRPOTrainer and GRPOTrainer's reference model compute
+SFT = log_probs_with("log_probs", "entropy", "is_top1")
 GRPO = log_probs_with("log_probs", "entropy")
 REFERENCE = log_probs_with("log_probs")
 TRL_LOG_PROBS = make_provider(

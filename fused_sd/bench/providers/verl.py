@@ -1,4 +1,4 @@
-"""verl: the log-probabilities of its fused kernels, by its backends "torch" and "triton".
+"""verl: log-probabilities from its fused kernels, with its backends "torch" and "triton".
 
 Dimension key:  M tokens that count, D hidden size, V vocabulary
 """
@@ -24,6 +24,7 @@ def triton_backend(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def triton_refusal(problem: Problem) -> str | None:
+    """Why the Triton kernels cannot run a problem; None: they can."""
     size = problem.hidden.shape[1]
     return None if size % 128 == 0 else f"needs a hidden size divisible by 128, got {size}"
 
