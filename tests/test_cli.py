@@ -35,7 +35,7 @@ def test_other_dtypes_keep_their_promises(capsys, dtype):
     assert status == 0, out
 
 
-def test_more_tokens_than_the_reference_samples_are_walked(capsys):
+def test_more_tokens_than_the_reference_samples_are_computed(capsys):
     status, out = verify(capsys, "--losses", "gkd", "--tokens", "300")
     assert status == 0, out
 

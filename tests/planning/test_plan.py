@@ -92,6 +92,11 @@ def losses(problem, **run):
     }
 
 
+def plan_on_cpu(shape, *, num_tokens=96, **settings):
+    sizes = {"hidden_size": shape.hidden_size, "vocab": shape.vocab}
+    return fused_sd.plan(tokens=num_tokens, device="cpu", **sizes, **settings)
+
+
 NAMES = tuple(losses(make_problem(Shape("names", 4, 128), 2)))
 SETTINGS = (  # shape, dtype, head trained, reduction, share masked, tokens in a chunk
     (SHAPE, "fp32", True, "mean", 0.0, None),
@@ -112,16 +117,13 @@ def test_the_planned_peak_is_the_counted_one(
     run = {"reduction": reduction, "chunk_size": chunk_size, "token_weights": problem.mask.float()}
     loss = losses(problem, **run)[name]
     counted = peak_bytes(lambda: loss().sum().backward(), CPU)
-    planned = fused_sd.plan(
-        tokens=96,
-        hidden_size=shape.hidden_size,
-        vocab=shape.vocab,
+    planned = plan_on_cpu(
+        shape,
         objective=name,
         dtype=dtype,
         train_head=trained,
         reduction=reduction,
         masked=masked,
-        device="cpu",
         chunk_size=chunk_size,
     )
     assert planned.peak_bytes == pytest.approx(counted, rel=CLOSE), planned["fused_sd"].parts
@@ -143,17 +145,14 @@ def test_a_renormalised_support_holds_neither_gradients_nor_the_other_sides_logi
     run = {"support": support, "remainder": "renormalize", "reduction": "mean"}
     loss = losses(problem, token_weights=problem.mask.float(), **run)["divergence"]
     counted = peak_bytes(lambda: loss().backward(), CPU)
-    planned = fused_sd.plan(
-        tokens=96,
-        hidden_size=32,
-        vocab=12000,
+    planned = plan_on_cpu(
+        SHAPE,
         objective="divergence",
         support=support,
         remainder="renormalize",
         dtype=dtype,
         train_head=trained,
         masked=masked,
-        device="cpu",
     )
     assert planned.peak_bytes == pytest.approx(counted, rel=CLOSE), planned["fused_sd"].parts
     assert planned.walks == 1
@@ -200,10 +199,8 @@ def test_the_planned_peak_of_a_sparse_gradient_is_the_counted_one(
     certificate = loss().certificate
     dense, kept = certificate.dense[problem.mask], certificate.kept[problem.mask]
     counted = peak_bytes(lambda: loss().loss.sum().backward(), CPU)
-    planned = fused_sd.plan(
-        tokens=96,
-        hidden_size=shape.hidden_size,
-        vocab=shape.vocab,
+    planned = plan_on_cpu(
+        shape,
         objective=name,
         dtype=dtype,
         train_head=trained,
@@ -212,7 +209,6 @@ def test_the_planned_peak_of_a_sparse_gradient_is_the_counted_one(
         kept=round(float(kept[~dense].double().mean())),
         dense_share=float(dense.double().mean()),
         masked=masked,
-        device="cpu",
         chunk_size=chunk_size,
     )
     # where entries crowd in a few columns their sums hold another piece, which is large only here
@@ -253,15 +249,13 @@ def test_the_peak_of_eager_pytorch_is_the_counted_one(drawn, objective, dtype, t
     )
     loss = PROVIDER["eager"].build(problem)
     counted = peak_bytes(lambda: loss().backward(), CPU)
-    planned = fused_sd.plan(
-        tokens=64,
-        hidden_size=32,
-        vocab=12000,
+    planned = plan_on_cpu(
+        SHAPE,
+        num_tokens=64,
         objective=objective,
         dtype=dtype,
         train_head=trained,
         masked=masked,
-        device="cpu",
     )
     assert planned["eager"].peak_bytes == pytest.approx(counted, rel=CLOSE), planned["eager"].parts
 
@@ -286,8 +280,8 @@ def test_the_peak_of_a_servers_entries_in_eager_pytorch_is_the_counted_one(drawn
     ids = torch.randint(12000, (64, 32))
     given = problem.hidden, problem.weight, ids, torch.full(ids.shape, 1 / 40).log()
     counted = peak_bytes(lambda: from_a_server(*given).backward(), CPU)
-    settings = {"tokens": 64, "hidden_size": 32, "vocab": 12000, "dtype": dtype, "device": "cpu"}
-    planned = fused_sd.plan(objective="topk_divergence", train_head=trained, **settings)
+    settings = {"objective": "topk_divergence", "dtype": dtype, "train_head": trained}
+    planned = plan_on_cpu(SHAPE, num_tokens=64, **settings)
     assert planned["eager"].peak_bytes == pytest.approx(counted, rel=CLOSE), planned["eager"].parts
 
 
@@ -325,7 +319,7 @@ def test_the_planned_peaks_are_those_of_the_gpu(objective, trained):
 
 
 @pytest.mark.parametrize("chunk_size", [None, 10])
-def test_the_planned_chunk_is_the_walks(drawn, monkeypatch, chunk_size):
+def test_the_planned_chunk_is_the_chosen_one(drawn, monkeypatch, chunk_size):
     problem, chosen = variant(drawn["bf16", "wide"], mask_share=0.5), []
 
     class Recorded(workspace.Workspace):
@@ -337,13 +331,10 @@ def test_the_planned_chunk_is_the_walks(drawn, monkeypatch, chunk_size):
     monkeypatch.setattr(chunking, "CPU_BUDGET", 2**20)
     weights = problem.mask.float()
     losses(problem, token_weights=weights, chunk_size=chunk_size)["gkd"]()
-    planned = fused_sd.plan(
-        tokens=96,
-        hidden_size=32,
-        vocab=12000,
+    planned = plan_on_cpu(
+        SHAPE,
         objective="gkd",
         masked=0.5,
-        device="cpu",
         chunk_size=chunk_size,
     )
     assert chosen == [(planned.chunk, planned.group)]
