@@ -78,7 +78,7 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "hidden size (default: Qwen3-8B's on a GPU, 256 on a CPU)",
         "vocabulary (default: Qwen3-8B's on a GPU, 32000 on a CPU)",
     )
-    add("--tokens", type=int, help="in a batch (default 4096 on a GPU, 256 on a CPU)")
+    add("--tokens", type=int, help="tokens of a batch (default 4096 on a GPU, 256 on a CPU)")
     add(
         "--objectives",
         "--objective",
@@ -88,12 +88,12 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     add("--frozen", action="store_true", help="the head has no gradient")
     add("--mask", type=float, default=0.0, help="share of tokens that do not count (default 0)")
-    add("--kl", type=float, default=MEAN_KL, help=f"teacher from student, nat (default {MEAN_KL})")
-    add("--entropy", type=float, help="of the student, nat (default: 0.6 to 1, as it comes)")
+    add("--kl", type=float, default=MEAN_KL, help=f"mean KL(t||s) in nat (default {MEAN_KL})")
+    add("--entropy", type=float, help="student's mean, in nat (default: 0.6 to 1, as drawn)")
     add("--dtype", help=f"{' or '.join(BENCH_DTYPES)} (default bf16 on a GPU, fp32 on a CPU)")
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    add("--runs", type=int, help="that are timed (default 20 on a GPU, 5 on a CPU)")
-    add("--seed", type=int, default=0, help="of the operands and the order (default 0)")
+    add("--runs", type=int, help="timed runs (default 20 on a GPU, 5 on a CPU)")
+    add("--seed", type=int, default=0, help="seed of operands and order (default 0)")
     add("--json", action="store_true", help="print JSON, with all digits")
     command.set_defaults(run=run_bench)
 

@@ -32,14 +32,24 @@ def add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "16-bit logits, and check what the library promises.  Exit status 1: a promise is broken.",
     )
     add = command.add_argument
-    add("--losses", default="all", metavar="A,B", help=f"of {', '.join(CASES)} (default all)")
+    add(
+        "--losses",
+        default="all",
+        metavar="A,B",
+        help=f"all, or of {', '.join(CASES)} (default all)",
+    )
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    add("--dtype", default="bf16", help=f"of the operands: {', '.join(DTYPES)} (default bf16)")
-    add("--tokens", type=int, default=32, help="default 32; errors do not depend on it")
+    add("--dtype", default="bf16", help=f"operands' dtype: {', '.join(DTYPES)} (default bf16)")
+    add(
+        "--tokens",
+        type=int,
+        default=32,
+        help="number of tokens (default 32); errors do not depend on it",
+    )
     hidden, vocab = DEFAULT_SIZES
     add_head_size(command, f"hidden size (default {hidden})", f"vocabulary (default {vocab})")
     add("--backend", default="auto", help="auto, triton or torch (default auto)")
-    add("--seed", type=int, default=0, help="of the operands (default 0)")
+    add("--seed", type=int, default=0, help="seed of the operands (default 0)")
     output = command.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON, with all digits")
     output.add_argument("--markdown", action="store_true", help="print the table in Markdown")
