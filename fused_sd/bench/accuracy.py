@@ -12,12 +12,12 @@ Dimension key:  N tokens, K distinct tokens, D hidden size, V vocabulary
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_sd import reference
 from fused_sd.bench.problem import BY_TOKEN, PATCH_TOKENS, Problem
 from fused_sd.measuring.realistic import slabs
 from fused_sd.verify import truth
@@ -31,7 +31,8 @@ DISTINCT = 64  # K
 ROUNDING_FACTOR = 2.0
 LEAST_BOUND = 0.02  # gradients have 16 bits even where rounding the logits changes little
 
-Definition = Callable[[ModuleType, Tensor, Tensor, Problem], Tensor]
+# takes the student's and the teacher's logits (K, V), and the tokens; returns token losses (K,)
+Definition = Callable[[Tensor, Tensor, Problem], Tensor]
 
 
 class Errors(NamedTuple):
@@ -51,38 +52,30 @@ class Errors(NamedTuple):
         return [f"{name} is off by {abs(e):.1%}" for name, e in named if e and not abs(e) <= bound]
 
 
-def _by_token(name: str, **choices: object) -> Definition:
-    """Return a definition that compares distributions."""
-    return lambda reference, s, t, _: getattr(reference, name)(s, t, **choices)
+def _cross_entropy(s: Tensor, t: Tensor, tokens: Problem) -> Tensor:
+    return reference.cross_entropy(s, tokens.token_ids)
 
 
-def _surrogate(name: str, needs_teacher: bool) -> Definition:
-    """Return a definition that reads the sampled token's log-probability."""
-
-    def token_loss(reference: ModuleType, s: Tensor, t: Tensor, tokens: Problem) -> Tensor:
-        sides = (s, t) if needs_teacher else (s,)
-        log_probs = (reference.token_log_prob(side, tokens.token_ids) for side in sides)
-        loss: Tensor = getattr(reference, name)(*log_probs, tokens.advantages, tokens.old_log_probs)
-        return loss
-
-    return token_loss
+def _grpo(s: Tensor, t: Tensor, tokens: Problem) -> Tensor:
+    log_probs = reference.token_log_prob(s, tokens.token_ids)
+    return reference.grpo(log_probs, tokens.advantages, tokens.old_log_probs)
 
 
-def _label(reference: ModuleType, s: Tensor, t: Tensor, tokens: Problem) -> Tensor:
-    loss: Tensor = reference.cross_entropy(s, tokens.token_ids)
-    return loss
+def _rlsd(s: Tensor, t: Tensor, tokens: Problem) -> Tensor:
+    student, teacher = (reference.token_log_prob(side, tokens.token_ids) for side in (s, t))
+    return reference.rlsd(student, teacher, tokens.advantages, tokens.old_log_probs)
 
 
 DEFINITIONS: dict[str, Definition] = {
-    "forward_kl": _by_token("gkd", beta=0.0),
-    "reverse_kl": _by_token("gkd", beta=1.0),
-    "jsd": _by_token("gkd", beta=0.5),
-    "topk_tail": _by_token("sdpo"),
-    "topk_renormalized": _by_token("sd_zero"),
-    "cross_entropy": _label,
-    "token_log_probs": _label,
-    "grpo": _surrogate("grpo", needs_teacher=False),
-    "rlsd": _surrogate("rlsd", needs_teacher=True),
+    "forward_kl": lambda s, t, _: reference.gkd(s, t, beta=0.0),
+    "reverse_kl": lambda s, t, _: reference.gkd(s, t, beta=1.0),
+    "jsd": lambda s, t, _: reference.gkd(s, t, beta=0.5),
+    "topk_tail": lambda s, t, _: reference.sdpo(s, t),
+    "topk_renormalized": lambda s, t, _: reference.sd_zero(s, t),
+    "cross_entropy": _cross_entropy,
+    "token_log_probs": _cross_entropy,
+    "grpo": _grpo,
+    "rlsd": _rlsd,
 }
 
 
@@ -178,9 +171,9 @@ def _rows(problem: Problem, index: Tensor | slice) -> Problem:
 
 def _exact(distinct: Problem, copies: Tensor, student: Tensor, teacher: Tensor) -> Exact:
     """The exact mean over all copies, on given logits (K, V)."""
-    definition, reference = DEFINITIONS[distinct.objective], truth.reference()
+    definition = DEFINITIONS[distinct.objective]
 
     def token_loss(leaf: Tensor, teacher: Tensor, rows: slice) -> Tensor:
-        return definition(reference, leaf, teacher, _rows(distinct, rows))
+        return definition(leaf, teacher, _rows(distinct, rows))
 
     return truth.exact(token_loss, student, teacher, copies / copies.sum())

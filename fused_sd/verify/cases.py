@@ -5,13 +5,13 @@ Dimension key:  N tokens, D hidden size, V vocabulary
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fused_sd
+from fused_sd import reference
 from fused_sd.losses.distillation_methods import Run
 from fused_sd.losses.output import LossOutput
 from fused_sd.terms.divergence import Divergence
@@ -27,8 +27,7 @@ class Logits(NamedTuple):
 
 
 Fused = Callable[[Operands, Run], LossOutput]
-# takes the module reference.py, logits and operands; returns the token losses (N,)
-Definition = Callable[[ModuleType, Logits, Operands], Tensor]
+Definition = Callable[[Logits, Operands], Tensor]  # returns the token losses (N,)
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Case:
         return min(self.k, vocab // 2)
 
 
-def token_weights(case: Case, operands: Operands, reference: ModuleType) -> Tensor:
+def token_weights(case: Case, operands: Operands) -> Tensor:
     """Return float64 weights (N,): the loss is the token losses' sum with these weights."""
     weights = operands.token_weights.double()
     if case.definition is not _rlcsd_definition:
@@ -93,7 +92,7 @@ def _generic(name: str, divergence: Divergence, definition: str, beta: float = 0
     return Case(
         name,
         lambda o, run: fused_sd.divergence_loss(*_sides(o), divergence=divergence, **run),
-        lambda ref, z, o: ref.divergence(z.student, z.teacher, divergence=definition, beta=beta),
+        lambda z, o: reference.divergence(z.student, z.teacher, divergence=definition, beta=beta),
     )
 
 
@@ -107,9 +106,9 @@ def _sdpo(operands: Operands, run: Run) -> LossOutput:
     )
 
 
-def _sdpo_definition(reference: ModuleType, logits: Logits, operands: Operands) -> Tensor:
+def _sdpo_definition(logits: Logits, operands: Operands) -> Tensor:
     student, teacher, support = logits
-    loss: Tensor = reference.gkd(student, teacher, beta=0.5, support=support)
+    loss = reference.gkd(student, teacher, beta=0.5, support=support)
     log_prob = reference.token_log_prob(student, operands.token_ids)
     return loss * reference.importance(log_prob, operands.old_log_probs, 2.0)
 
@@ -119,15 +118,14 @@ def _sd_zero(operands: Operands, run: Run) -> LossOutput:
     return fused_sd.sd_zero_loss(*_sides(operands), top_k=top_k, **run)
 
 
-def _sd_zero_definition(reference: ModuleType, logits: Logits, operands: Operands) -> Tensor:
-    loss: Tensor = reference.divergence(
+def _sd_zero_definition(logits: Logits, operands: Operands) -> Tensor:
+    return reference.divergence(
         logits.student,
         logits.teacher,
         divergence="mixed_kl",
         support=logits.support,
         remainder="renormalize",
     )
-    return loss
 
 
 def _rlsd(operands: Operands, run: Run) -> LossOutput:
@@ -140,10 +138,12 @@ def _rlsd(operands: Operands, run: Run) -> LossOutput:
     )
 
 
-def _rlsd_definition(reference: ModuleType, logits: Logits, operands: Operands) -> Tensor:
-    sampled = (reference.token_log_prob(side, operands.token_ids) for side in logits[:2])
-    loss: Tensor = reference.rlsd(*sampled, operands.advantages, operands.old_log_probs)
-    return loss
+def _rlsd_definition(logits: Logits, operands: Operands) -> Tensor:
+    student, teacher = (
+        reference.token_log_prob(side, operands.token_ids)
+        for side in (logits.student, logits.teacher)
+    )
+    return reference.rlsd(student, teacher, operands.advantages, operands.old_log_probs)
 
 
 def _rlcsd(operands: Operands, run: Run) -> LossOutput:
@@ -156,10 +156,9 @@ def _rlcsd(operands: Operands, run: Run) -> LossOutput:
     )
 
 
-def _rlcsd_definition(reference: ModuleType, logits: Logits, operands: Operands) -> Tensor:
+def _rlcsd_definition(logits: Logits, operands: Operands) -> Tensor:
     log_prob = reference.token_log_prob(logits.student, operands.token_ids)
-    loss: Tensor = reference.rlcsd(log_prob, *_hints(operands), operands.old_log_probs)
-    return loss
+    return reference.rlcsd(log_prob, *_hints(operands), operands.old_log_probs)
 
 
 def _grpo(operands: Operands, run: Run) -> LossOutput:
@@ -167,10 +166,9 @@ def _grpo(operands: Operands, run: Run) -> LossOutput:
     return fused_sd.grpo_loss(*_sampled(operands), operands.advantages, old_log_probs=old, **run)
 
 
-def _grpo_definition(reference: ModuleType, logits: Logits, operands: Operands) -> Tensor:
+def _grpo_definition(logits: Logits, operands: Operands) -> Tensor:
     log_prob = reference.token_log_prob(logits.student, operands.token_ids)
-    loss: Tensor = reference.grpo(log_prob, operands.advantages, operands.old_log_probs)
-    return loss
+    return reference.grpo(log_prob, operands.advantages, operands.old_log_probs)
 
 
 def _cross_entropy(operands: Operands, run: Run) -> LossOutput:
@@ -187,22 +185,22 @@ _ALL = (
     Case(
         "sd_zero_paper",
         lambda o, run: fused_sd.sd_zero_loss(*_sides(o), variant="paper", **run),
-        lambda ref, z, o: ref.sd_zero_paper(z.student, z.teacher),
+        lambda z, o: reference.sd_zero_paper(z.student, z.teacher),
     ),
     Case(
         "opsd",
         lambda o, run: fused_sd.opsd_loss(*_sides(o), **run),
-        lambda ref, z, o: ref.opsd(z.student, z.teacher),
+        lambda z, o: reference.opsd(z.student, z.teacher),
     ),
     Case(
         "sdft",
         lambda o, run: fused_sd.sdft_loss(*_sides(o), **run),
-        lambda ref, z, o: ref.sdft(z.student, z.teacher),
+        lambda z, o: reference.sdft(z.student, z.teacher),
     ),
     Case(
         "gkd",
         lambda o, run: fused_sd.gkd_loss(*_sides(o), **run),
-        lambda ref, z, o: ref.gkd(z.student, z.teacher),
+        lambda z, o: reference.gkd(z.student, z.teacher),
     ),
     Case("rlsd", _rlsd, _rlsd_definition, against="evidence"),
     Case("rlcsd", _rlcsd, _rlcsd_definition, against="nothing"),
@@ -210,7 +208,7 @@ _ALL = (
     Case(
         "cross_entropy",
         _cross_entropy,
-        lambda ref, z, o: ref.cross_entropy(z.student, o.token_ids),
+        lambda z, o: reference.cross_entropy(z.student, o.token_ids),
         against="nothing",
     ),
     _generic("forward_kl", "forward_kl", "forward_kl"),

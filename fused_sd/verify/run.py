@@ -8,11 +8,11 @@ Dimension key:  N tokens, D hidden size, V vocabulary
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from fused_sd import reference
 from fused_sd.engine.certificate import GradientCertificate
 from fused_sd.losses.distillation_methods import Run
 from fused_sd.losses.log_probs import entry_log_probs
@@ -82,7 +82,6 @@ class Verifier:
         backend: str = "auto",
         seed: int = 0,
     ) -> None:
-        self.reference: ModuleType = truth.reference()
         self.backend, self.dtype, self.on_gpu = backend, dtype, device.type == "cuda"
         self.scale = FP16_SCALE if dtype == torch.float16 else 1.0
         self.rounding = torch.float16 if dtype == torch.float16 else torch.bfloat16
@@ -169,15 +168,15 @@ class Verifier:
     def exact(self, case: Case, student: Tensor, teacher: Tensor, ids: Tensor | None) -> Exact:
         """Apply the definition to given logits; its support is ``ids``, or None: their top-k."""
         vocab = self.active.vocab
-        weights = token_weights(case, self.active, self.reference)
+        weights = token_weights(case, self.active)
         if case.chooser is not None and ids is None:
             chooser = student if case.chooser == "student" else teacher
             ids = chooser.topk(case.entries(vocab)).indices
 
         def token_loss(leaf: Tensor, teacher: Tensor, rows: slice) -> Tensor:
-            support = None if ids is None else self.reference.given_ids(ids[rows], vocab)
+            support = None if ids is None else reference.given_ids(ids[rows], vocab)
             sides = Logits(leaf, teacher, support)
-            return case.definition(self.reference, sides, self.active.tokens(rows))
+            return case.definition(sides, self.active.tokens(rows))
 
         return truth.exact(token_loss, student, teacher, weights)
 

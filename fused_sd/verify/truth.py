@@ -7,12 +7,12 @@ Dimension key:  N tokens, D hidden size, V vocabulary
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_sd import reference
 from fused_sd.measuring.realistic import slabs
 
 SLAB = 2**13  # rows of the head that are converted to float64 at a time
@@ -20,13 +20,6 @@ ELEMENTS = 2**22  # logits that a definition is applied to at a time
 
 # maps the student's and teacher's logits of the tokens in the slice to one loss a token
 TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]
-
-
-def reference() -> ModuleType:
-    """The definitions, which the library itself must not depend on: imported where they measure."""
-    from fused_sd import reference
-
-    return reference
 
 
 class Exact(NamedTuple):
@@ -77,7 +70,7 @@ def exact(token_loss: TokenLoss, student: Tensor, teacher: Tensor, weights: Tens
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """Float64 logits (N, V)."""
-    return torch.cat([reference().logits(hidden, part) for part in weight.split(SLAB)], -1)
+    return torch.cat([reference.logits(hidden, part) for part in weight.split(SLAB)], -1)
 
 
 def rounded_logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
