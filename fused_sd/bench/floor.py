@@ -23,20 +23,29 @@ from fused_sd.measuring.realistic import slabs
 
 FLOOR_RUNS = 10  # at most
 CHUNK = 4096  # tokens: a longer chunk would not make a GEMM faster
-TEACHER_COMPARED = ("forward_kl", "reverse_kl", "jsd", "topk_tail", "rlsd")
-# how often fp32 logits of one side are read: each side's once for its normaliser and once for the
-# gradient, the JSD's once more for a sum that its gradient needs, RLSD's teacher's for the
-# normaliser only, and a renormalised top-k's teacher's for choosing the entries
-ROW_READS = {
-    "forward_kl": 4,
-    "reverse_kl": 4,
-    "jsd": 6,
-    "topk_tail": 4,
-    "topk_renormalized": 1,
-    "cross_entropy": 2,
-    "token_log_probs": 2,
-    "grpo": 2,
-    "rlsd": 3,
+
+
+class Needs(NamedTuple):
+    """What an objective cannot be computed without."""
+
+    logits: int  # GEMMs: one for each side whose logits are needed at the whole vocabulary
+    is_dense: bool  # whether its gradient reaches the whole vocabulary, so that it needs GEMMs too
+    row_reads: int  # how often fp32 logits of one side are read
+
+
+# Row reads: each side's logits once for its normaliser and once for the gradient, the JSD's once
+# more for a sum that its gradient needs, RLSD's teacher's for the normaliser only, and a
+# renormalised top-k's teacher's for choosing the entries.
+NEEDS = {
+    "forward_kl": Needs(2, True, 4),
+    "reverse_kl": Needs(2, True, 4),
+    "jsd": Needs(2, True, 6),
+    "topk_tail": Needs(2, True, 4),
+    "topk_renormalized": Needs(1, False, 1),
+    "cross_entropy": Needs(1, True, 2),
+    "token_log_probs": Needs(1, True, 2),
+    "grpo": Needs(1, True, 2),
+    "rlsd": Needs(2, True, 3),
 }
 
 
@@ -55,9 +64,8 @@ class Products(NamedTuple):
 
 def products(objective: str, trainable: bool) -> Products:
     """Return the GEMMs of an objective's forward and backward."""
-    if objective == "topk_renormalized":
-        return Products(1, 0, 0)
-    return Products(2 if objective in TEACHER_COMPARED else 1, 1, int(trainable))
+    needs = NEEDS[objective]
+    return Products(needs.logits, int(needs.is_dense), int(needs.is_dense and trainable))
 
 
 class Floor(NamedTuple):
@@ -94,7 +102,7 @@ def measure_floor(problem: Problem, effort: Effort) -> Floor:
         wide_ms,
         narrow_ms,
         2 * needed.u * num_logits * hidden.shape[1],
-        (4 * ROW_READS[problem.objective] + written) * num_logits,
+        (4 * NEEDS[problem.objective].row_reads + written) * num_logits,
     )
 
 
