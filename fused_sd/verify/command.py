@@ -74,22 +74,14 @@ def run_verify(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"fused_sd verify: {error}", file=sys.stderr)
         return 2
-    verifier = Verifier(
-        choices.num_tokens,
-        choices.hidden_size,
-        choices.vocab,
-        choices.dtype,
-        choices.device,
-        choices.backend,
-        choices.seed,
-    )
+    verifier = Verifier(choices)
     setting = report.setting_lines(choices, verifier.top_logit, verifier.entropy)
     as_table = not (arguments.json or arguments.markdown or block)
     if as_table:
         print(*setting, *report.legend_lines(), *report.header_lines(), sep="\n", flush=True)
     measurements: list[Measured] = []
     broken: list[str] = []
-    for measured, promises in verify(verifier, choices.losses):
+    for measured, promises in verify(verifier):
         broken += promises
         if measured is not None:
             measurements.append(measured)

@@ -6,7 +6,7 @@ definition applied to logits that were rounded to 16 bits, as trainers round the
 Dimension key:  N tokens, D hidden size, V vocabulary
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from fused_sd.losses.output import LossOutput
 from fused_sd.verify import truth
 from fused_sd.verify.cases import CASES, Case, Logits, mean_divisor, token_weights
 from fused_sd.verify.certified import broken_certificate, sparse
+from fused_sd.verify.choices import Choices
 from fused_sd.verify.inputs import SAMPLE, Operands, make_operands, with_teacher_at
 from fused_sd.verify.promises import (
     Errors,
@@ -36,11 +37,9 @@ KLS = (1e-5, 1e-3, 1e-1)
 FP16_SCALE = 1024.0  # the loss's factor before backward, as GradScaler's: fp16 underflows
 
 
-def verify(
-    verifier: "Verifier", names: Sequence[str]
-) -> Iterator[tuple[Measured | None, list[str]]]:
-    """Measure the named losses at each KL; yield each measurement and the promises it breaks."""
-    cases = [CASES[name] for name in names]
+def verify(verifier: "Verifier") -> Iterator[tuple[Measured | None, list[str]]]:
+    """Measure the chosen losses at each KL; yield each measurement and the promises it breaks."""
+    cases = [CASES[name] for name in verifier.choices.losses]
 
     def measured(case: Case) -> tuple[Measured, list[str]]:
         found = verifier.measure(case)
@@ -62,33 +61,19 @@ def verify(
 class Verifier:
     """Operands of one shape and dtype, and their exact logits, on which losses are measured.
 
-    Args:
-        num_tokens: N.
-        hidden_size: D.
-        vocab: V.
-        dtype: of hidden states and head.
-        device: of all operands.
-        backend: the losses' argument of that name.
-        seed: of the operands.
+    ``at_kl`` must be called before a loss is measured.
     """
 
-    def __init__(
-        self,
-        num_tokens: int,
-        hidden_size: int,
-        vocab: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        backend: str = "auto",
-        seed: int = 0,
-    ) -> None:
-        self.backend, self.dtype, self.on_gpu = backend, dtype, device.type == "cuda"
-        self.scale = FP16_SCALE if dtype == torch.float16 else 1.0
-        self.rounding = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    def __init__(self, choices: Choices) -> None:
+        self.choices, self.dtype = choices, choices.dtype
+        self.on_gpu = choices.device.type == "cuda"
+        self.scale = FP16_SCALE if self.dtype == torch.float16 else 1.0
+        self.rounding = torch.float16 if self.dtype == torch.float16 else torch.bfloat16
         # many tokens are computed without leaving the masked ones out, to check that way too
-        self.compact = num_tokens <= SAMPLE
+        self.compact = choices.num_tokens <= SAMPLE
+        sizes = choices.num_tokens, choices.hidden_size, choices.vocab
         self.student, self.direction = make_operands(
-            num_tokens, hidden_size, vocab, dtype, device, seed
+            *sizes, self.dtype, choices.device, choices.seed
         )
         self.active = self.student.active()
         self.student_logits = truth.logits(self.active.hidden, self.student.weight)
@@ -144,7 +129,7 @@ class Verifier:
             "token_weights": operands.token_weights,
             "reduction": "mean",
             "compact": self.compact,
-            "backend": self.backend,
+            "backend": self.choices.backend,
         }
         output = case.fused(replace(operands, hidden=hidden, weight=weight), run)
         return output, (hidden, weight)
@@ -163,7 +148,9 @@ class Verifier:
             return None
         hidden = self.active.hidden if case.chooser == "student" else self.active.teacher
         k = case.entries(self.active.vocab)
-        return entry_log_probs(hidden, self.active.weight, k, backend=self.backend).token_ids
+        return entry_log_probs(
+            hidden, self.active.weight, k, backend=self.choices.backend
+        ).token_ids
 
     def exact(self, case: Case, student: Tensor, teacher: Tensor, ids: Tensor | None) -> Exact:
         """Apply the definition to given logits; its support is ``ids``, or None: their top-k."""
