@@ -1,1 +1,1 @@
-"""Hydra configurations for verl's ``main_ppo``: a method each, on top of verl's own."""
+"""Hydra configurations for verl's ``main_ppo``: one method each, on top of verl's defaults."""
