@@ -1,24 +1,38 @@
-"""Fused self-distillation losses inside verl, by its plugin mechanism; verl itself is not changed.
+"""The verl adapter: fused self-distillation losses registered through verl's plugin mechanism.
 
-Installing fused_sd is enough: verl imports the entry point ``verl.plugins: fused_sd``, that is
-``fused_sd.integrations.verl.plugin``, in the driver and in every Ray worker.  What came of that is
-shown by ``python -m fused_sd.integrations.verl doctor``.
+verl itself is not changed.  Installing fused_sd is enough: verl imports the entry point
+``verl.plugins: fused_sd``, which is ``fused_sd.integrations.verl.plugin``, in the driver and in
+every Ray worker.  ``python -m fused_sd.integrations.verl doctor`` reports whether that worked.
+
+The files, in the order in which a training step passes through them:
+
+* ``trainer`` builds what the teacher reads (``contexts``, ``batch_rollouts``,
+  ``teacher_sequences``), and may have a worker score it (``worker_scores``);
+* ``engine`` and ``teachers`` (FSDP), or ``megatron_engine`` and ``megatron_output``, compute each
+  token's loss, log-probability and entropy from hidden states (``packed_rows``, ``head_request``,
+  ``token_outputs``);
+* ``losses`` turns these into the loss that verl aggregates.
+
+``config`` and ``self_distillation`` hold the settings; ``plugin`` registers everything.  Where a
+comment explains verl's behaviour, it was read from verl 0.9.1.
 """
 
 import contextlib
 
 SUPPORTED_VERL = ">=0.9.1,<0.10"
-"""0.9.0 refuses top-k distillation under FSDP2; what 0.10 changes is not known yet."""
+"""verl 0.9.0 refuses top-k distillation under FSDP2; 0.10 has not been tried."""
 
 VENDOR = "fused_sd"
-"""What ``VERL_ENGINE_VENDOR`` and ``fused_kernel_options.impl_backend`` are set to."""
+"""The value of ``VERL_ENGINE_VENDOR`` and ``fused_kernel_options.impl_backend`` for our engines."""
 
 TOPK_LOSS, RLSD_LOSS = "fused_sd_topk", "fused_sd_rlsd"
-"""What ``distillation_loss.loss_mode`` is set to."""
+"""The values of ``distillation_loss.loss_mode`` that choose our losses."""
 
 EVIDENCE_MIX = "evidence_mix"
-"""In the batch, (B,): RLSD's mix at this training step, where it changes."""
+"""Batch key of RLSD's mix at the current training step: (B,), present only if the mix changes."""
 
-# verl first: while it loads the plugin, no module of this package is half imported
-with contextlib.suppress(ImportError):  # the doctor tells what is missing
+# Import verl before any module of this package.  verl loads our plugin while it is imported, and
+# the plugin imports these modules: if one of them came first and imported verl itself, the plugin
+# would find it half imported, and verl would drop the ImportError without a word.
+with contextlib.suppress(ImportError):  # the doctor reports a missing verl
     import verl  # noqa: F401

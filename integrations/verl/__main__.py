@@ -1,4 +1,4 @@
-"""``python -m fused_sd.integrations.verl doctor``: whether verl uses fused_sd, and if not, why."""
+"""The command ``python -m fused_sd.integrations.verl doctor``."""
 
 import argparse
 import sys
@@ -7,12 +7,14 @@ from fused_sd.integrations.verl.doctor import doctor
 
 
 def main() -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m fused_sd.integrations.verl", description="fused_sd inside verl."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    commands.add_parser("doctor", help="whether verl uses fused_sd, and if not, why; exit status 1")
+    commands.add_parser(
+        "doctor", help="check that verl uses fused_sd; exit with status 1 and say why if not"
+    )
     parser.parse_args()
     return doctor()
 

@@ -1,6 +1,7 @@
-"""Settings of a distillation loss in verl: verl's own and the library's, checked together.
+"""The settings of a distillation loss in verl: verl's own and the library's, checked together.
 
-``distillation.distillation_loss._target_=fused_sd.integrations.verl.config.FusedSDLossConfig``
+Hydra builds them with
+``distillation.distillation_loss._target_=fused_sd.integrations.verl.config.FusedSDLossConfig``.
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from fused_sd.integrations.verl import RLSD_LOSS, TOPK_LOSS
 from fused_sd.integrations.verl.config_checks import (
     SUPPORTS,
     check_divergence,
-    check_read,
     check_rlsd,
+    check_unread,
 )
 from fused_sd.terms.divergence import Divergence
 from fused_sd.terms.evidence import Evidence, EvidenceSchedule
@@ -25,47 +26,49 @@ TEACHERS = ("server", "live", "ema", "synced", "reference")
 
 @dataclass
 class FusedSDLossConfig(DistillationLossConfig):
-    """verl's settings of a distillation loss, and the library's.
+    """verl's distillation loss settings, extended by the library's.
 
-    verl's names keep verl's meaning; a setting that the chosen loss does not read is an error.
+    verl's names keep verl's meaning.  A setting that the chosen loss does not read is an error.
 
     Args:
-        loss_mode: ``"fused_sd_topk"``: the divergence below, of each response token.
-            ``"fused_sd_rlsd"``: the policy loss whose advantages a teacher reweights.  Or one of
-            verl's own, which reads none of the settings below but backend and chunk_size.
-        topk: entries of the support; as many as the teacher's server sends, where it teaches.
-        log_prob_min_clamp: lower bound of both sides' log-probabilities, with remainder="drop" and
-            teacher="server".
-        clip_ratio_low, clip_ratio_high: of RLSD's policy ratio (its official code: 0.2, 0.28).
-        divergence: ``"forward_kl"`` KL(t||s), ``"reverse_kl"`` KL(s||t), ``"jsd"`` with ``beta``
-            or ``"mixed_kl"`` with ``forward_weight``.
+        loss_mode: ``"fused_sd_topk"`` is the divergence below, at each response token.
+            ``"fused_sd_rlsd"`` is a policy loss whose advantages a teacher reweights.  verl's own
+            losses may be chosen, too; of the settings below they read backend and chunk_size only.
+        topk: number of entries of the support; with a teacher server also the number it sends.
+        log_prob_min_clamp: lower bound of both sides' log-probabilities in nats, below 0; read with
+            remainder="drop" and teacher="server".
+        clip_ratio_low, clip_ratio_high: bounds of RLSD's policy ratio (official code: 0.2, 0.28).
+        divergence: ``"forward_kl"`` is KL(t||s), ``"reverse_kl"`` is KL(s||t), ``"jsd"`` is the
+            Jensen-Shannon divergence with ``beta``, ``"mixed_kl"`` mixes both KLs by
+            ``forward_weight``.
         beta: the teacher's weight in the JSD's mixture, in (0, 1).
-        forward_weight: share of KL(t||s) in the mixed KL.
-        support: ``"teacher_topk"``, which are the server's ids where it teaches; with a teacher in
-            the training process also ``"student_topk"``, ``"union_topk"`` and ``"full"``.
+        forward_weight: share of KL(t||s) in the mixed KL, in [0, 1].
+        support: ``"teacher_topk"``, which for a teacher server are the ids that it sends.  A
+            teacher in the training process may also have ``"student_topk"``, ``"union_topk"`` and
+            ``"full"``.
         remainder, tail_floor, entry_clip: as in ``fused_sd.divergence_loss``.
-        token_clip: upper bound of each token's divergence.  verl's ``loss_max_clamp`` is one too,
-            but its metrics tell the loss before it.
-        importance_cap: multiplies each token by ``min(pi / pi_old, cap)`` (SDPO); None: not.
-        teacher: ``"server"``: verl's teacher servers.  In the training process: ``"live"``, the
-            student's own weights; ``"ema"``, their moving average; ``"synced"``, a copy of them,
-            made anew now and then; ``"reference"``, the initial weights.
+        token_clip: upper bound of each token's divergence, in nats.  verl's ``loss_max_clamp`` is
+            one as well, but verl logs the loss before that clamp.
+        importance_cap: multiplies each token by ``min(pi / pi_old, cap)`` (SDPO); None: by 1.
+        teacher: ``"server"`` for verl's teacher servers.  In the training process ``"live"`` is the
+            student's own weights, ``"ema"`` their moving average, ``"synced"`` a copy that is
+            renewed regularly, and ``"reference"`` the initial weights.
         ema_rate: the student's share in each average, with teacher="ema".
-        teacher_sync_steps: optimiser steps from one average or copy to the next, with
-            teacher="ema" or "synced" (RLSD: 10 in the paper, 20 in its script).
+        teacher_sync_steps: optimiser steps between two averages or copies, with teacher="ema" or
+            "synced" (RLSD: 10 in the paper, 20 in its script).
         trust_region_mix: the student's share in the teacher's logits, with teacher="reference"
             (SDPO's trust region); 0: the reference alone.
         rlsd_mix, rlsd_clip_low, rlsd_clip_high, rlsd_log_prob: mix, clip and log_prob of
             ``fused_sd.Evidence``.
         rlsd_mix_warmup_steps, rlsd_mix_hold_steps, rlsd_mix_decay_steps: of
-            ``fused_sd.EvidenceSchedule``, in verl's training steps; with fused_sd's trainer, which
-            knows them.
-        rlsd_dual_clip: bound c > 1 on the loss of tokens with A' < 0; None: no bound.
+            ``fused_sd.EvidenceSchedule``, in verl's training steps; they need fused_sd's trainer,
+            because verl's losses do not know the step.
+        rlsd_dual_clip: bound c > 1 on the loss of tokens with a negative advantage; None: no bound.
         backend, chunk_size: as in ``fused_sd.divergence_loss``.
 
     Raises:
-        ValueError: a value is out of its range, settings do not go together, or one is given that
-            is not read.
+        ValueError: a value is out of its range, settings do not go together, or a setting is given
+            that nothing reads.
     """
 
     loss_mode: str = TOPK_LOSS
@@ -101,9 +104,11 @@ class FusedSDLossConfig(DistillationLossConfig):
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        from fused_sd.integrations.verl import plugin  # which imports this module
+        # verl's __post_init__ looks the loss up in its registry.  Register ours first, because verl
+        # may have loaded no plugin (VERL_USE_EXTERNAL_PLUGINS=none).  The plugin imports this file.
+        from fused_sd.integrations.verl import plugin
 
-        plugin.register_losses()  # verl's own check looks the loss up, and may load no plugins
+        plugin.register_losses()
         super().__post_init__()
         checks.check_one_of("teacher", self.teacher, TEACHERS)
         checks.check_unit_interval("ema_rate", self.ema_rate)
@@ -112,7 +117,7 @@ class FusedSDLossConfig(DistillationLossConfig):
         checks.check_backend_choice(self.backend)
         if self.chunk_size is not None:
             checks.check_positive_int("chunk_size", self.chunk_size)
-        check_read(self)
+        check_unread(self)
         if self.loss_mode == TOPK_LOSS:
             check_divergence(self)
         elif self.loss_mode == RLSD_LOSS:
@@ -126,7 +131,7 @@ class FusedSDLossConfig(DistillationLossConfig):
             )
 
     def to_settings(self) -> dict[str, Any]:
-        """The divergence, as keywords of ``divergence_loss`` and ``topk_divergence_loss``."""
+        """Return the keywords of ``divergence_loss`` and ``topk_divergence_loss``."""
         return {
             "divergence": self.to_divergence(),
             "remainder": self.remainder,
@@ -136,6 +141,7 @@ class FusedSDLossConfig(DistillationLossConfig):
         }
 
     def to_divergence(self) -> Divergence:
+        """Return the divergence with its parameter."""
         if self.divergence == "jsd":
             return Jsd(self.beta)
         if self.divergence == "mixed_kl":
@@ -143,27 +149,27 @@ class FusedSDLossConfig(DistillationLossConfig):
         return self.divergence
 
     def to_support(self) -> Support:
-        """The entries compared with a teacher in the training process."""
+        """Return the entries on which a teacher in the training process is compared."""
         kind = SUPPORTS[self.support][1]
         return FULL_VOCABULARY if kind is None else kind(self.topk)
 
     def to_evidence(self) -> Evidence:
-        """RLSD's reweighting of the advantages."""
+        """Return RLSD's reweighting of the advantages."""
         clip = (self.rlsd_clip_low, self.rlsd_clip_high)
         return Evidence(clip, self.rlsd_mix, self.rlsd_log_prob)  # type: ignore[arg-type]
 
     def to_schedule(self) -> EvidenceSchedule | None:
-        """RLSD's mix over the training steps; None: it is constant."""
+        """Return RLSD's mix over the training steps; None if it is constant."""
         steps = self.rlsd_mix_warmup_steps, self.rlsd_mix_hold_steps, self.rlsd_mix_decay_steps
         schedule = EvidenceSchedule(self.rlsd_mix, *steps)
         return schedule if any(steps) else None
 
 
-def settings_of(loss_config: DistillationLossConfig) -> FusedSDLossConfig:
-    """The configuration of one of our losses, which verl's own class cannot be.
+def require_own_config(loss_config: DistillationLossConfig) -> FusedSDLossConfig:
+    """Return the settings of one of our losses, which verl's own class does not hold.
 
     Raises:
-        ValueError: the configuration is verl's.
+        ValueError: the settings are an instance of verl's class.
     """
     if not isinstance(loss_config, FusedSDLossConfig):
         target = f"{FusedSDLossConfig.__module__}.{FusedSDLossConfig.__qualname__}"

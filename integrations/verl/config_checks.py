@@ -1,7 +1,4 @@
-"""What the settings of a distillation loss in verl are refused for.
-
-A setting that the chosen loss does not read is refused as well, unless it is left as it is.
-"""
+"""Checks of ``FusedSDLossConfig``: ranges, combinations, and settings that nothing reads."""
 
 from dataclasses import fields
 from typing import TYPE_CHECKING
@@ -20,7 +17,7 @@ SUPPORTS = {
     "union_topk": ("union", UnionTopK),
 }
 
-# settings that only one loss reads, and settings read only beside a certain other one
+# loss_mode -> settings that this loss alone reads
 _READ_BY = {
     TOPK_LOSS: (
         "divergence",
@@ -44,6 +41,7 @@ _READ_BY = {
         "rlsd_dual_clip",
     ),
 }
+# setting -> the other setting, and the values of it, with which this one is read
 _READ_WITH = {
     "beta": ("divergence", ("jsd",)),
     "forward_weight": ("divergence", ("mixed_kl",)),
@@ -53,23 +51,23 @@ _READ_WITH = {
 }
 
 
-def check_read(config: "FusedSDLossConfig") -> None:
-    """Refuse a setting that nothing reads."""
+def check_unread(config: "FusedSDLossConfig") -> None:
+    """Refuse a setting that nothing reads, unless it has its default value."""
     for loss, names in _READ_BY.items():
         if loss != config.loss_mode:
-            _check_left(config, names, f"loss_mode={config.loss_mode!r}")
+            _check_default(config, names, f"loss_mode={config.loss_mode!r}")
     for name, (other, values) in _READ_WITH.items():
         if getattr(config, other) not in values:
-            _check_left(config, (name,), f"{other}={getattr(config, other)!r}")
+            _check_default(config, (name,), f"{other}={getattr(config, other)!r}")
     if config.loss_mode in _READ_BY:
-        _check_left(config, ("use_chunked_topk",), "a loss that holds no logits")
+        _check_default(config, ("use_chunked_topk",), "a loss that holds no logits")
         read = (config.loss_mode, config.remainder, config.teacher)
         if read != (TOPK_LOSS, "drop", "server"):
-            _check_left(config, ("log_prob_min_clamp",), f"{', '.join(map(repr, read))}")
+            _check_default(config, ("log_prob_min_clamp",), f"{', '.join(map(repr, read))}")
 
 
-def _check_left(config: "FusedSDLossConfig", names: tuple[str, ...], where: str) -> None:
-    """Settings that are not read stand as they are by default."""
+def _check_default(config: "FusedSDLossConfig", names: tuple[str, ...], where: str) -> None:
+    """Refuse settings that differ from their defaults; ``where`` says who does not read them."""
     defaults = {field.name: field.default for field in fields(config)}
     for name in names:
         if getattr(config, name) != defaults[name]:
@@ -82,7 +80,7 @@ def _check_left(config: "FusedSDLossConfig", names: tuple[str, ...], where: str)
 
 
 def check_divergence(config: "FusedSDLossConfig") -> None:
-    """What ``fused_sd_topk`` reads."""
+    """Check the settings that ``fused_sd_topk`` reads."""
     checks.check_one_of("divergence", config.divergence, DIVERGENCES)
     checks.check_one_of("support", config.support, SUPPORTS)
     config.to_divergence()  # checks beta and forward_weight
@@ -123,11 +121,11 @@ def check_divergence(config: "FusedSDLossConfig") -> None:
 
 
 def check_rlsd(config: "FusedSDLossConfig") -> None:
-    """What ``fused_sd_rlsd`` reads."""
+    """Check the settings that ``fused_sd_rlsd`` reads."""
     config.to_evidence()
     config.to_schedule()
     checks.check_ratio_clip((config.clip_ratio_low, config.clip_ratio_high))
-    _check_left(config, ("clip_ratio",), "RLSD (clip_ratio_low and clip_ratio_high bound it)")
+    _check_default(config, ("clip_ratio",), "RLSD (clip_ratio_low and clip_ratio_high bound it)")
     if config.rlsd_dual_clip is not None and not config.rlsd_dual_clip > 1:
         bound = config.rlsd_dual_clip
         checks.fail("rlsd_dual_clip", "be above 1", bound, "RLSD uses 3.0; null is no bound")

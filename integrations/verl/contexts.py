@@ -1,10 +1,8 @@
-"""What the teacher is shown, a class for each kind of context: chosen by Hydra's ``_target_``.
+"""Contexts: classes that write the teacher's prompt from a rollout.
 
-distillation.context._target_=fused_sd.integrations.verl.contexts.SiblingContext
-
-Another class will do as well: an object with ``teacher_prompt(rollout, tokenizer)``, which returns
-the tokens of the teacher's prompt, generation header included, or None where there is nothing to
-show.
+Hydra chooses one with
+``distillation.context._target_=fused_sd.integrations.verl.contexts.SiblingContext``.  A class of
+your own works as well, if it has the method of ``Context``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,10 +24,10 @@ from fused_sd.integrations.shared.verdicts import CORRECT_PHRASE, DELIMITER, WRO
 
 @dataclass(frozen=True)
 class PromptTokenizer:
-    """Tokenizes prompts as verl's rollouts do.
+    """Tokenizes prompts as verl's rollout workers do.
 
     Attributes:
-        tokenizer: transformers'.
+        tokenizer: a tokenizer of transformers.
         chat_settings: ``data.apply_chat_template_kwargs``, and the tools' schemas.
     """
 
@@ -37,37 +35,40 @@ class PromptTokenizer:
     chat_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Tokens of chat messages, with the generation header."""
+        """Return the tokens of chat messages, with the generation header."""
         encoded = self.tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=True, **self.chat_settings
         )
-        return normalize_token_ids(encoded)
+        return normalize_token_ids(encoded)  # transformers 5 returns a BatchEncoding
 
     def text(self, text: str) -> list[int]:
-        """Tokens of text inside a sequence."""
+        """Return the tokens of text that stands inside a sequence."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class Context(Protocol):
-    def teacher_prompt(self, rollout: Rollout, tokenizer: PromptTokenizer) -> list[int] | None: ...
+    """What ``distillation.context`` must be."""
+
+    def teacher_prompt(self, rollout: Rollout, tokenizer: PromptTokenizer) -> list[int] | None:
+        """Return the teacher's prompt tokens, generation header included; None: nothing to show."""
 
 
 @dataclass
 class SiblingContext:
-    """SDPO's: the first successful response to the same prompt, feedback on one's own, or both.
+    """SDPO's context: the first successful response to the same prompt, feedback, or both.
 
-    Defaults and templates are those of the official configuration (arXiv 2601.20802).
+    Names, defaults and templates are those of the official configuration (arXiv 2601.20802).
 
     Args:
-        success_reward_threshold: reward from which on a response teaches the others.
-        use_successful_as_teacher: show siblings at all.
-        dont_reprompt_on_self_success: show a response no success of its own.
-        remove_thinking_from_demonstration: leave ``<think>`` spans out of a sibling.
-        include_environment_feedback: show what the reward function said.
-        environment_feedback_only_without_solution: ... but not beside a sibling.
-        include_own_attempt: show the attempt before the feedback on it.
-        reprompt_template, solution_template, feedback_template, attempt_template: of the last user
-            turn, and of its parts.
+        success_reward_threshold: least reward of a response that is shown to others.
+        use_successful_as_teacher: show successful responses at all.
+        dont_reprompt_on_self_success: do not show a response to itself.
+        remove_thinking_from_demonstration: leave ``<think>`` spans out of a shown response.
+        include_environment_feedback: show the reward function's feedback on the response.
+        environment_feedback_only_without_solution: show feedback only if no response is shown.
+        include_own_attempt: show the response before the feedback on it.
+        reprompt_template, solution_template, feedback_template, attempt_template: templates of the
+            last user turn and of its parts.
     """
 
     success_reward_threshold: float = 0.5
@@ -97,11 +98,11 @@ class SiblingContext:
 
 @dataclass
 class ReferenceContext:
-    """OPSD's and RLSD's: the dataset's reference solution or answer.
+    """OPSD's and RLSD's context: the dataset's reference solution or answer.
 
     Args:
-        reprompt_template: of the last user turn, from {prompt} and {privileged}.  The default is
-            OPSD's (arXiv 2601.18734).
+        reprompt_template: template of the last user turn, with {prompt} and {privileged}.  The
+            default is OPSD's (arXiv 2601.18734).
     """
 
     reprompt_template: str = (
@@ -122,14 +123,14 @@ class ReferenceContext:
 
 @dataclass
 class AttemptContext:
-    """SD-Zero's second phase: one's own response and a phrase that says whether it was right.
+    """SD-Zero's context (phase 2): the response itself and a phrase that says whether it was right.
 
     Args:
-        success_reward_threshold: a response is right where its reward is above this.
-        correct_phrase, wrong_phrase: what follows the response; those of the official code for Qwen
-            (arXiv 2604.12002).
-        max_length: tokens of the whole sequence, with both copies of the response; a sample over it
-            is shown nothing.
+        success_reward_threshold: a response is right if its reward is above this.
+        correct_phrase, wrong_phrase: the phrase behind the response; the defaults are those of the
+            official code for Qwen (arXiv 2604.12002).
+        max_length: most tokens of the whole sequence, which holds the response twice; a longer
+            sample gets no context.
     """
 
     success_reward_threshold: float = 0.5
@@ -146,6 +147,6 @@ class AttemptContext:
         phrase = self.correct_phrase if is_correct else self.wrong_phrase
         response = list(rollout.completion_ids)
         if response and response[-1] in set(tokenizer.tokenizer.all_special_ids):
-            response = response[:-1]  # its end: the turn goes on
+            response = response[:-1]  # drop the end-of-turn token: the phrase continues the turn
         shown = [*rollout.prompt_ids, *response, *tokenizer.text(f"{DELIMITER}{phrase}{DELIMITER}")]
         return shown if len(shown) + len(rollout.completion_ids) <= self.max_length else None

@@ -1,24 +1,23 @@
-"""Whether fused_sd works inside the verl that is installed, and if not, why.
+"""A report on whether fused_sd works inside the installed verl, and if not, why.
 
-verl says nothing of a plugin that fails to load, of one that it was told to leave out, or of an
-engine that it chose instead of another.
+verl itself is silent about a plugin that failed to load, about a plugin that it was told to leave
+out, and about which engine it chose.
 """
 
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import NamedTuple
+from unittest import mock
 
 from fused_sd.integrations.verl import RLSD_LOSS, SUPPORTED_VERL, TOPK_LOSS, VENDOR, versions
 
 GROUP, PLUGIN = "verl.plugins", "fused_sd.integrations.verl.plugin"
 DISTRIBUTIONS = ("torch", "transformers", "tensordict", "ray", "megatron-core")
 STRATEGIES = ("fsdp", "fsdp2", "megatron")
-# what training imports of verl, which does not declare all that it needs
+# verl's package does not declare everything that these modules import
 TRAINING = ("verl.workers.engine_workers", "verl.trainer.main_ppo")
 
 
@@ -34,7 +33,7 @@ Section = tuple[str, list[Finding]]
 
 
 def doctor() -> int:
-    """Print what verl has of fused_sd; returns 1 where something does not work, else 0."""
+    """Print the report; return 1 if it holds a problem, else 0."""
     loaded_by_verl = PLUGIN in sys.modules
     sections = [("versions", _versions())]
     if "verl" in sys.modules:
@@ -73,7 +72,7 @@ def _verl() -> Finding:
         if versions.installed("verl") is not None:
             return Finding("verl", f"fails: {_last_line(error)}", True)
         known = None
-    reason = versions.why_not(known)
+    reason = versions.unsupported_reason(known)
     return Finding("verl", reason or f"{known} (supported: {SUPPORTED_VERL})", reason is not None)
 
 
@@ -86,9 +85,9 @@ def _imported(module: str) -> Finding:
 
 
 def _plugins(loaded_by_verl: bool) -> list[Finding]:
-    """Every entry point of verl's, tried, and whether verl itself loaded ours."""
+    """Load every plugin of verl's, and tell whether verl itself had loaded ours."""
     found = list(entry_points(group=GROUP))
-    findings = [_tried(point) for point in found]
+    findings = [_loaded(point) for point in found]
     if not any(point.value == PLUGIN for point in found):
         remedy = "pip install fused_sd, or set VERL_USE_EXTERNAL_MODULES=" + PLUGIN
         findings.append(Finding("fused_sd", f"no entry point; {remedy}", not loaded_by_verl))
@@ -98,7 +97,7 @@ def _plugins(loaded_by_verl: bool) -> list[Finding]:
     return findings
 
 
-def _tried(point: EntryPoint) -> Finding:
+def _loaded(point: EntryPoint) -> Finding:
     try:
         point.load()
     except Exception as error:
@@ -107,12 +106,12 @@ def _tried(point: EntryPoint) -> Finding:
 
 
 def _last_line(error: Exception) -> str:
-    """The traceback's."""
+    """Return the last line of a traceback: the exception's type and message."""
     return traceback.format_exception_only(error)[-1].strip()
 
 
 def _environment() -> list[Finding]:
-    """verl's variables, and what their values mean."""
+    """Report the environment variables that verl reads, and what their values mean."""
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
     vendor, device = os.environ.get("VERL_ENGINE_VENDOR"), os.environ.get("VERL_ENGINE_DEVICE")
     meanings = {"auto": "every plugin is loaded", "none": "no plugin is loaded"}
@@ -135,12 +134,12 @@ def _device_means(device: str | None) -> str:
 
 
 def _registered() -> list[Finding]:
-    """What came of each part; engines that nothing asked for are tried all the same."""
+    """Report the outcome of each part; try those that nothing asked for as well."""
     plugin = importlib.import_module(PLUGIN)
     findings = []
     for part, status in plugin.STATUS.items():
         if status == plugin.NOT_ASKED_FOR:
-            plugin.attempt(part)
+            plugin.try_to_register(part)
             if plugin.STATUS[part] == plugin.REGISTERED:
                 findings.append(Finding(part, f"works, {status}"))
                 continue
@@ -153,9 +152,9 @@ def _registered() -> list[Finding]:
 
 
 def _megatron_core() -> list[Finding]:
-    """What its fused forward lacks; verl's own path with logits needs none of it."""
+    """Report what Megatron-Core lacks; no problem, as verl's path with logits does not need it."""
     engine = importlib.import_module("fused_sd.integrations.verl.megatron_engine")
-    reason = engine.why_not()
+    reason = engine.missing_feature()
     return [] if reason is None else [Finding("fused Megatron", reason)]
 
 
@@ -167,12 +166,13 @@ def _losses() -> list[Finding]:
 
 
 def _engines() -> list[Finding]:
-    """The class that verl chooses for each strategy, on a GPU where this machine has none."""
+    """Report the engine class that verl chooses for each strategy on the training device."""
     from verl.workers.engine import EngineRegistry
 
     asked_for = os.environ.get("VERL_ENGINE_VENDOR") == VENDOR
     findings = []
-    with _on(os.environ.get("VERL_ENGINE_DEVICE") or _device()):
+    device = os.environ.get("VERL_ENGINE_DEVICE") or _device()
+    with mock.patch.dict(os.environ, VERL_ENGINE_DEVICE=device):  # where verl reads it
         for strategy in STRATEGIES:
             try:
                 engine = EngineRegistry.get_engine_cls("language_model", strategy)
@@ -186,22 +186,8 @@ def _engines() -> list[Finding]:
 
 
 def _device() -> str:
-    """verl's name of the device that training would run on: a GPU, where here is none."""
+    """Return verl's name of the training device; a machine with CPUs alone counts as a GPU's."""
     from verl.utils.device import get_device_name
 
     name = get_device_name()
     return "cuda" if name == "cpu" else name
-
-
-@contextmanager
-def _on(device: str) -> Iterator[None]:
-    """verl reads the device from the environment."""
-    before = os.environ.get("VERL_ENGINE_DEVICE")
-    os.environ["VERL_ENGINE_DEVICE"] = device
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["VERL_ENGINE_DEVICE"]
-        else:
-            os.environ["VERL_ENGINE_DEVICE"] = before

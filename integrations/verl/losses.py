@@ -1,7 +1,7 @@
-"""Distillation losses in verl's registry.
+"""The distillation losses that verl finds in its registry.
 
-Each is called with what the engine returned for a micro-batch and gives the loss of each response
-token, which verl clamps, aggregates and adds to the policy loss.
+verl calls a loss with what the engine returned for a micro-batch.  The loss returns a value for
+each response token, which verl clamps, aggregates and adds to the policy loss.
 
 Dimension key:  B sequences, R response tokens of the longest
 """
@@ -19,10 +19,10 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from fused_sd.checks import fail
 from fused_sd.integrations.verl import EVIDENCE_MIX, RLSD_LOSS, TOPK_LOSS, VENDOR
-from fused_sd.integrations.verl.config import FusedSDLossConfig, settings_of
+from fused_sd.integrations.verl.config import FusedSDLossConfig, require_own_config
 from fused_sd.terms.surrogate import Surrogate, surrogate
 
-_LOGGED = {
+_METRIC_KEYS = {
     "evidence": "distillation/evidence",
     "evidence_weight": "distillation/evidence_weight",
     "evidence_clip_fraction": "distillation/evidence_clip_fraction",
@@ -36,20 +36,24 @@ def topk_loss(
     model_output: dict[str, Tensor],
     data: TensorDict,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The divergence that the engine formed beside the hidden states; verl's metrics of a top-k.
+    """Return the divergence that the engine computed, with the metrics of verl's top-k loss.
 
-    It is not clamped at 0, as verl's own is: with a tail or renormalised it is never below.
+    verl clamps its own forward KL at 0, which it needs because a truncated KL can be negative.
+    This loss is not clamped: with a tail or renormalised it is never negative, and a clamp has no
+    gradient.
 
     Returns:
-        (B, R) losses and metrics.
+        (B, R) losses, and metrics.
 
     Raises:
-        ValueError: another engine than ours ran, which knows one divergence alone, or none.
+        ValueError: an engine other than ours ran.  verl's engines compute a forward KL whatever
+            ``loss_mode`` says, or with fused kernels no divergence at all.
     """
-    settings_of(distillation_config.distillation_loss)
-    foreign = config.strategy == "veomni" or "overlap_count" in model_output
-    if foreign or "distillation_losses" not in model_output:
-        got = "verl's own forward KL" if foreign else "no divergence"
+    require_own_config(distillation_config.distillation_loss)
+    # verl's eager path also returns overlap counts, and VeOmni has a fused forward KL of its own
+    is_foreign = config.strategy == "veomni" or "overlap_count" in model_output
+    if is_foreign or "distillation_losses" not in model_output:
+        got = "verl's own forward KL" if is_foreign else "no divergence"
         fail(
             f"loss_mode={TOPK_LOSS!r}",
             "run in fused_sd's engine, which forms the divergence",
@@ -59,12 +63,15 @@ def topk_loss(
             f"actor_rollout_ref.model.fused_kernel_options.impl_backend={VENDOR}; "
             "python -m fused_sd.integrations.verl doctor tells what is missing",
         )
-    counted = _taught(data) if "self_distillation_mask" in data else data
-    _, metrics = compute_forward_kl_topk(config, distillation_config, model_output, counted)
+    has_contexts = "self_distillation_mask" in data
+    _, metrics = compute_forward_kl_topk(
+        config, distillation_config, model_output, _with_context(data) if has_contexts else data
+    )
     losses = no_padding_2_padding(model_output["distillation_losses"], data)
-    if "self_distillation_mask" in data:
+    if has_contexts:
         losses = torch.where(_has_context(data), losses, 0)
-        if data["batch_num_tokens"] == 0:  # no context in the whole batch: verl would divide by it
+        if data["batch_num_tokens"] == 0:
+            # no sample of the global batch has a context, and verl divides by this number
             tu.assign_non_tensor(data, batch_num_tokens=1)
     return losses, metrics
 
@@ -75,40 +82,41 @@ def rlsd_loss(
     model_output: dict[str, Tensor],
     data: TensorDict,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """RLSD: the clipped policy surrogate whose advantages a teacher's log-probabilities reweight.
+    """Return RLSD's clipped policy surrogate, whose advantages a teacher reweights.
 
-    The teacher's log-probabilities of the sampled tokens are ``teacher_logprobs`` of the batch (a
-    server's, or a worker's), or with a teacher in the engine ``model_output["teacher_log_probs"]``.
-    Where verl corrects for the rollout engine, its weights multiply the loss, as in verl's policy
-    losses.
+    The teacher's log-probabilities of the sampled tokens are the batch's ``teacher_logprobs`` (from
+    a server or a worker) or, with a teacher in the engine, ``model_output["teacher_log_probs"]``.
+    If verl corrects for the rollout engine, its ``rollout_is_weights`` multiply the loss, as in
+    verl's policy losses.  A sample without a context has the loss of GRPO.
 
     Returns:
-        (B, R) losses and metrics.
+        (B, R) losses, and metrics.
 
     Raises:
         ValueError: the batch lacks what RLSD reads.
     """
-    settings = settings_of(distillation_config.distillation_loss)
+    settings = require_own_config(distillation_config.distillation_loss)
     mask = _padded(data["response_mask"]).bool()
     log_prob = no_padding_2_padding(model_output["log_probs"], data)
-    inputs = {
+    given = {
         "advantages": _padded(data["advantages"]),
         "old_log_probs": _padded(data["old_log_probs"]),
         "teacher_log_probs": _teacher_log_probs(settings, model_output, data),
     }
-    # what a token outside the mask holds is not read
-    known = {
-        name: torch.where(mask, values.detach(), 0).to(log_prob) for name, values in inputs.items()
+    # tokens outside the mask may hold NaN, which a product with 0 would not remove
+    inputs = {
+        name: torch.where(mask, values.detach(), 0).to(log_prob) for name, values in given.items()
     }
-    known["mix"] = torch.ones_like(log_prob) * _mix(settings, data)
-    if "self_distillation_mask" in data:  # without a context it is GRPO
-        known["mix"] = torch.where(_has_context(data), known["mix"], 0)
-    now = torch.where(mask, log_prob, 0)
-    term = surrogate(_surrogate(settings), now.detach(), known)
-    loss = term.loss + term.dlog_prob * (now - now.detach())  # the surrogate and its derivative
+    inputs["mix"] = torch.ones_like(log_prob) * _evidence_mix(settings, data)
+    if "self_distillation_mask" in data:
+        inputs["mix"] = torch.where(_has_context(data), inputs["mix"], 0)
+    current = torch.where(mask, log_prob, 0)
+    term = surrogate(_surrogate(settings), current.detach(), inputs)
+    # the surrogate's value, with its derivative w.r.t. the log-probability as gradient
+    loss = term.loss + term.dlog_prob * (current - current.detach())
     if "rollout_is_weights" in data:
         loss = loss * torch.where(mask, _padded(data["rollout_is_weights"]), 0)
-    logged = {key: term.metrics[name] for name, key in _LOGGED.items()}
+    logged = {key: term.metrics[name] for name, key in _METRIC_KEYS.items()}
     logged["distillation/ppo_kl"] = -term.metrics["ratio"].log()
     return loss, {
         key: Metric(AggregationType.MEAN, values[mask].mean()) for key, values in logged.items()
@@ -116,26 +124,26 @@ def rlsd_loss(
 
 
 def _has_context(data: TensorDict) -> Tensor:
-    """(B, 1) bool: whether the trainer's stage found something to show the teacher."""
+    """Return (B, 1) bool: whether the trainer had something to show the sample's teacher."""
     return data["self_distillation_mask"][:, None] != 0
 
 
-def _taught(data: TensorDict) -> TensorDict:
-    """The batch whose response mask leaves out samples without a context, if that leaves a token.
+def _with_context(data: TensorDict) -> TensorDict:
+    """Mask the responses without a context, unless that leaves no token.
 
-    verl takes extremes of the masses over that mask, and has none of no tokens.
+    verl logs extremes of the masses over ``response_mask``; the minimum of no tokens is an error.
     """
     mask = _padded(data["response_mask"])
     kept = torch.where(_has_context(data), mask, 0)
     if not kept.any():
         return data
-    counted = data.copy()
-    counted["response_mask"] = kept
-    return counted
+    masked = data.copy()
+    masked["response_mask"] = kept
+    return masked
 
 
-def _mix(settings: FusedSDLossConfig, data: TensorDict) -> Tensor | float:
-    """The evidence's share in the advantages: (B, 1) where the trainer changes it."""
+def _evidence_mix(settings: FusedSDLossConfig, data: TensorDict) -> Tensor | float:
+    """Return the evidence's share in the advantages: (B, 1) if the trainer changes it."""
     if settings.to_schedule() is None:
         return settings.rlsd_mix
     if EVIDENCE_MIX not in data:
@@ -150,30 +158,31 @@ def _mix(settings: FusedSDLossConfig, data: TensorDict) -> Tensor | float:
 
 
 def _padded(values: Tensor) -> Tensor:
-    """(B, R), 0 behind each sequence's end."""
+    """Return (B, R), padded with 0 behind each sequence's end."""
     return values.to_padded_tensor(0) if values.is_nested else values
 
 
 def _teacher_log_probs(
     settings: FusedSDLossConfig, model_output: dict[str, Tensor], data: TensorDict
 ) -> Tensor:
-    """The teacher's log-probabilities of the sampled tokens: (B, R)."""
-    # of a server, or where the trainer's stage let a worker score the privileged sequences
+    """Return the teacher's log-probabilities of the sampled tokens: (B, R)."""
+    # teacher_logprobs come from a server, or from a worker with scored_by="worker"
     is_scored = settings.teacher == "server" or "teacher_logprobs" in data
     key = "teacher_logprobs" if is_scored else "teacher_log_probs"
     holder = data if is_scored else model_output
     if key not in holder:
-        remedies = {
-            "server": "set distillation.enabled=True and a teacher model, or choose another "
-            "distillation_loss.teacher",
-        }
-        local = f"run in fused_sd's engine: VERL_ENGINE_VENDOR={VENDOR}"
-        where = "the batch" if holder is data else "model_output"
+        remedy = f"run in fused_sd's engine: VERL_ENGINE_VENDOR={VENDOR}"
+        if settings.teacher == "server":
+            remedy = (
+                "set distillation.enabled=True and a teacher model, or choose another "
+                "distillation_loss.teacher"
+            )
+        where = "the batch" if is_scored else "model_output"
         fail(
             f"{where}[{key!r}]",
             f"be there for RLSD with teacher={settings.teacher!r}",
             "nothing",
-            remedies.get(settings.teacher, local),
+            remedy,
         )
     values = no_padding_2_padding(holder[key], data)
     if values.dim() == 3 and values.shape[-1] != 1:

@@ -1,16 +1,16 @@
-"""verl's Megatron engine with this library's losses in place of the output layer.
+"""verl's Megatron engine with the losses in place of the output layer.
 
-The engine, its packing and its schedule stay verl's.  verl's fused forward hands Megatron-Core
-(0.18 and later) an ``output_processor`` that knows no teacher; while a micro-batch's forward runs,
-that function's name in verl's module stands for ours, and afterwards for verl's again.
+The engine, its packing and its schedule stay verl's.  verl's fused forward passes Megatron-Core
+(0.18 and later) an ``output_processor`` that knows no teacher, and offers no way to choose another.
+It looks that function up in its module whenever it runs, so while a micro-batch's forward runs, the
+name ``fused_output_processor`` in ``verl.models.mcore.model_forward_fused`` stands for ours.
 
-What was run, against verl's own path with logits, in two processes on CPUs (gloo, float64, one
-layer with stand-ins for fused attention and norm), losses and the gradient of every parameter:
-tensor parallelism, with and without sequence parallelism, tied and untied; context parallelism
-(zig-zag); pipeline parallelism; Megatron-Core 0.18.2.  What was not: GPUs, NCCL, Transformer
-Engine, Apex's norms, the distributed optimizer, FP8, dynamic context parallelism, mixtures of
-experts and vision models; there all but the step from hidden states to losses is verl's and
-Megatron's own code.
+Tested against verl's own path with logits, in two processes on CPUs (gloo, float64, one layer with
+stand-ins for fused attention and norm), by the losses and the gradient of every parameter: tensor
+parallelism with and without sequence parallelism, tied and untied; context parallelism (zig-zag);
+pipeline parallelism; Megatron-Core 0.18.2.  Not run: GPUs, NCCL, Transformer Engine, Apex's norms,
+the distributed optimizer, FP8, dynamic context parallelism, mixtures of experts and vision models.
+There, everything but the step from hidden states to losses is verl's and Megatron's own code.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,13 +30,13 @@ from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHe
 
 from fused_sd.checks import fail
 from fused_sd.integrations.verl import VENDOR
-from fused_sd.integrations.verl.forward import flag, has_local_teacher, loss_config_of
+from fused_sd.integrations.verl.head_request import flag, has_local_teacher, loss_config_of
 from fused_sd.integrations.verl.megatron_output import OutputProcessor
-from fused_sd.integrations.verl.rows import predicting_rows, response_values
+from fused_sd.integrations.verl.packed_rows import predicting_rows, response_values
 
 
-def why_not() -> str | None:
-    """What the installed Megatron-Core lacks for the fused forward, or None."""
+def missing_feature() -> str | None:
+    """Say what the installed Megatron-Core lacks for the fused forward; None: nothing."""
     if model_forward_fused._supports_output_processor_hook(model_forward_fused.GPTModel):
         return None
     return (
@@ -46,21 +46,25 @@ def why_not() -> str | None:
 
 
 class FusedSDMegatronEngine(MegatronEngineWithLMHead):
-    """verl's engine, and with ``use_fused_kernels=True`` and ``impl_backend=fused_sd`` fused.
+    """verl's engine; with ``use_fused_kernels=True`` and ``impl_backend=fused_sd`` it is fused.
 
-    Distils from a teacher server's entries; log-probs and entropy are for verl's other losses.
+    It distils from a teacher server's entries, and computes log-probabilities and entropy for
+    verl's other losses.
 
     Raises:
         ValueError: the fused forward was asked for and cannot run with this model or Megatron-Core.
     """
 
     @property
-    def _asked_for(self) -> bool:
+    def _chooses_fused_sd(self) -> bool:
         options = self.model_config.fused_kernel_options or {}
         return options.get("impl_backend") == VENDOR
 
     def _maybe_enable_fused_kernels(self) -> None:
-        asked_for = self._asked_for and self.engine_config.use_fused_kernels
+        # verl switches use_fused_kernels off, with a warning, for settings that its fused forward
+        # cannot run, and falls back to a forward patch for models without the hook.  Then our
+        # processor would never be called, so both are errors here.
+        asked_for = self._chooses_fused_sd and self.engine_config.use_fused_kernels
         super()._maybe_enable_fused_kernels()
         if not asked_for:
             return
@@ -78,7 +82,7 @@ class FusedSDMegatronEngine(MegatronEngineWithLMHead):
                     "the model's forward",
                     "take Megatron-Core's output_processor",
                     type(unwrap_model(model)).__qualname__,
-                    why_not() or "pass use_fused_kernels=False",
+                    missing_feature() or "pass use_fused_kernels=False",
                 )
 
     def forward_step(
@@ -88,25 +92,26 @@ class FusedSDMegatronEngine(MegatronEngineWithLMHead):
         logits_processor_func: Callable[..., Any] | None,
         postprocess_micro_batch_func: Callable[..., Any],
     ) -> tuple[Any, Callable[..., Any]]:
-        """verl's step; the output has what a distillation loss reads."""
-        if not (self._asked_for and self.engine_config.use_fused_kernels):
+        """Run verl's step; its output then also has what a distillation loss reads."""
+        if not (self._chooses_fused_sd and self.engine_config.use_fused_kernels):
             return super().forward_step(
                 batch_iter, model, logits_processor_func, postprocess_micro_batch_func
             )
+        # verl's step takes its micro-batch from the iterator: take it first, and hand it on
         batch = next(batch_iter).to(get_device_id())
         processor = self._output_processor(batch, unwrap_model(model), logits_processor_func)
-        with standing_in(processor):
+        with replaced_output_processor(processor):
             output, postprocess = super().forward_step(
                 iter([batch]), model, logits_processor_func, postprocess_micro_batch_func
             )
-        if isinstance(output, dict):  # the last pipeline stage
+        if isinstance(output, dict):  # on the last pipeline stage; others return hidden states
             output.update(split_columns(output.pop("log_probs"), processor.columns))
         return output, postprocess
 
     def _output_processor(
         self, batch: TensorDict, model: Any, loss_function: Callable[..., Any] | None
     ) -> OutputProcessor:
-        """What this micro-batch asks for."""
+        """Build the output processor of a micro-batch."""
         rows, loss_config = predicting_rows(batch), loss_config_of(loss_function)
         if has_local_teacher(loss_config):
             fail(
@@ -116,8 +121,8 @@ class FusedSDMegatronEngine(MegatronEngineWithLMHead):
                 'pass teacher="server" with a teacher model, or train with FSDP2',
             )
         teacher = {}
-        is_taught = flag(batch, "distillation_use_topk")
-        if is_taught:
+        has_server_teacher = flag(batch, "distillation_use_topk")
+        if has_server_teacher:
             teacher["teacher_token_ids"] = batch["teacher_ids"]
             teacher["teacher_log_probs"] = batch["teacher_logprobs"]
             if "old_log_probs" in batch:
@@ -130,12 +135,17 @@ class FusedSDMegatronEngine(MegatronEngineWithLMHead):
             self.model_config.hf_config.get_text_config().vocab_size,
             log_probs=not flag(batch, "distillation_only"),
             entropy=flag(batch, "calculate_entropy"),
-            loss_config=loss_config if is_taught else None,
+            loss_config=loss_config if has_server_teacher else None,
             teacher=teacher,
         )
 
     def _packing(self, batch: TensorDict, model: Any) -> Callable[[Tensor], Tensor]:
-        """How verl packs the labels, without the roll by which they are the next tokens."""
+        """Return a function that packs a jagged tensor as verl's fused forward packs the labels.
+
+        The arguments are those of ``fused_forward_model_engine`` except ``need_roll``: labels are
+        rolled to become the next tokens, and verl already keeps a teacher's values at the row that
+        predicts their token.  Packing decides which context-parallel rank has which row.
+        """
         bucket = (
             self.engine_config.pad_to_length_bucket if self.engine_config.pad_to_length else None
         )
@@ -152,8 +162,8 @@ class FusedSDMegatronEngine(MegatronEngineWithLMHead):
 
 
 @contextmanager
-def standing_in(processor: OutputProcessor) -> Iterator[None]:
-    """verl's fused forward hands Megatron this processor instead of its own."""
+def replaced_output_processor(processor: OutputProcessor) -> Iterator[None]:
+    """Let verl's fused forward pass this processor to Megatron instead of its own."""
     own = model_forward_fused.fused_output_processor
     model_forward_fused.fused_output_processor = processor
     try:
@@ -163,7 +173,7 @@ def standing_in(processor: OutputProcessor) -> Iterator[None]:
 
 
 def split_columns(jagged: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """A jagged (sequences, length, columns) as one jagged (sequences, length) for each name."""
+    """Split a jagged (sequences, length, columns) into a jagged (sequences, length) per name."""
     offsets = jagged.offsets()  # type: ignore[attr-defined]
     return {
         name: torch.nested.nested_tensor_from_jagged(column, offsets)
@@ -172,7 +182,7 @@ def split_columns(jagged: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def _at_rows(batch: TensorDict, rows: Tensor, values: Tensor) -> Tensor:
-    """Values of packed rows, jagged like ``input_ids`` and 0 elsewhere."""
+    """Write values of packed rows into zeros that are jagged like ``input_ids``."""
     ids = batch["input_ids"]
-    spread = values.new_zeros(ids.values().shape[0]).index_copy(0, rows, values)
-    return torch.nested.nested_tensor_from_jagged(spread, ids.offsets())
+    packed = values.new_zeros(ids.values().shape[0]).index_copy(0, rows, values)
+    return torch.nested.nested_tensor_from_jagged(packed, ids.offsets())

@@ -1,10 +1,11 @@
-"""What Megatron computes instead of logits: log-probs, entropy and distillation loss of each token,
-from hidden states and this rank's rows of the output layer.
+"""Megatron's ``output_processor``: per-token outputs in place of the output layer's logits.
 
-Megatron-Core calls an ``output_processor`` in place of its output layer (0.18 and later).
+Megatron-Core 0.18 and later call an ``output_processor`` instead of the output layer if they are
+given one.  Ours computes log-probabilities, entropy and the distillation loss of each token from
+hidden states and this rank's rows of the output layer's weight.
 
 Dimension key:  S sequence on this context-parallel rank, B batch (1 where sequences are packed),
-                H hidden size, V vocabulary, R tensor-parallel ranks, K entries of the teacher
+                H hidden size, V vocabulary, R tensor-parallel ranks, K entries sent by a server
 """
 
 from collections.abc import Callable, Mapping
@@ -19,25 +20,25 @@ from verl.workers.config import DistillationLossConfig
 
 from fused_sd import LMHead
 from fused_sd.checks import fail
-from fused_sd.integrations.verl.fused_terms import fused_terms
+from fused_sd.integrations.verl.token_outputs import token_outputs
 
-DISTILLATION = ("distillation_losses", "student_mass", "teacher_mass")
+DISTILLATION_COLUMNS = ("distillation_losses", "student_mass", "teacher_mass")
 
 
 @dataclass(frozen=True, eq=False)
 class OutputProcessor:
-    """Megatron's ``output_processor`` for one micro-batch of verl's.
+    """An ``output_processor`` for one micro-batch of verl's.
 
-    Jagged tensors are (sequences, length, ...), one row for each of the student's tokens.
+    Its jagged tensors are (sequences, length, ...), with one row for each of the student's tokens.
 
     Args:
-        pack: jagged into (B, S, ...), as the labels were packed.
-        needed: jagged, 0 where nothing reads a token's row: it costs nothing, its results are 0.
-        num_tokens: size of the vocabulary without Megatron's padding.
-        log_probs, entropy: what is asked for of the labels and of the distributions.
-        loss_config: of a distillation from a server's entries; None: no distillation.
+        pack: packs a jagged tensor into (B, S, ...) as verl packs the labels.
+        needed: jagged; rows where it is 0 cost nothing and are 0 in the outputs.
+        num_tokens: size of the vocabulary without the entries that Megatron pads it with.
+        log_probs, entropy: whether to compute them.
+        loss_config: settings of a distillation from a server's entries; None: no distillation.
         teacher: jagged ``teacher_token_ids`` and ``teacher_log_probs`` (..., K), and
-            ``old_log_probs`` where the loss corrects for them.
+            ``old_log_probs`` if the batch has them.
     """
 
     pack: Callable[[Tensor], Tensor]
@@ -50,32 +51,37 @@ class OutputProcessor:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What the last dimension of the returned ``log_probs`` holds, by verl's names."""
+        """Names, in verl's words, of the columns that the returned ``log_probs`` holds.
+
+        verl's fused forward unpacks only ``log_probs`` and ``entropy`` and gathers them over the
+        context-parallel ranks; other fields of the output are lost.  It keeps trailing dimensions,
+        so everything that a distillation loss needs travels as columns of ``log_probs``.
+        """
         names = ("log_probs",) if self.log_probs else ()
-        return names if self.loss_config is None else (*DISTILLATION, *names)
+        return names if self.loss_config is None else (*DISTILLATION_COLUMNS, *names)
 
     def __call__(
         self,
         *,
         hidden_states: Tensor,  # (S, B, H), or (S / R, B, H) with sequence parallelism
         output_layer: Any,
-        output_weight: Tensor | None,  # (V / R, H) of tied embeddings
+        output_weight: Tensor | None,  # (V / R, H) if tied to the embeddings
         labels: Tensor,  # (B, S)
         context: Any,
         config: Any,
         scale_logits: Callable[[Tensor], Tensor] | None = None,
         **_unread: object,
     ) -> CausalLMOutputForPPO:
-        """Compute the columns; ``log_probs`` is (B, S, columns), and ``entropy`` (B, S)."""
+        """Compute the columns: ``log_probs`` is (B, S, columns) and ``entropy`` is (B, S)."""
         _check_layer(output_layer, config)
         group = output_layer.tp_group
         if config.sequence_parallel:
-            # its backward adds the ranks' gradients as it scatters them
+            # the output layer's own forward would gather; so must its replacement
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
         teacher: dict[str, Any] = {
             name: self._packed(jagged, labels) for name, jagged in self.teacher.items()
         }
-        terms = fused_terms(
+        outputs = token_outputs(
             hidden_states.transpose(0, 1),
             _head(output_layer, output_weight, self.num_tokens, scale_logits),
             labels,
@@ -85,11 +91,13 @@ class OutputProcessor:
             log_probs=self.log_probs,
             entropy=self.entropy,
             process_group=group if group.size() > 1 else None,
+            # Each rank has its vocabulary rows' part of the states' gradient.  The gather above
+            # adds the parts up in its backward; without it the output layer would have done so.
             reduce_dhidden=not config.sequence_parallel,
             **teacher,
         )
-        columns = torch.stack([terms[name] for name in self.columns], -1)
-        return CausalLMOutputForPPO(log_probs=columns, entropy=terms.get("entropy"))
+        columns = torch.stack([outputs[name] for name in self.columns], -1)
+        return CausalLMOutputForPPO(log_probs=columns, entropy=outputs.get("entropy"))
 
     def _packed(self, jagged: Tensor, labels: Tensor) -> Tensor:
         packed = self.pack(jagged)
@@ -104,7 +112,7 @@ class OutputProcessor:
 
 
 def _check_layer(layer: Any, config: Any) -> None:
-    """Refuse what is not a product with a weight, of which the loss would know nothing."""
+    """Refuse an output layer whose forward or backward does more than the loss reproduces."""
     if getattr(type(layer), "forward", None) is not ColumnParallelLinear.forward:
         fail(
             "the model's output_layer",
@@ -113,6 +121,7 @@ def _check_layer(layer: Any, config: Any) -> None:
             "pass use_fused_kernels=False",
         )
     if config.defer_embedding_wgrad_compute:
+        # ColumnParallelLinear.forward stores its inputs for a later weight gradient; it never runs
         fail(
             "defer_embedding_wgrad_compute",
             "be off: the loss forms the output layer's gradient itself",
@@ -127,7 +136,11 @@ def _head(
     num_tokens: int,
     scale_logits: Callable[[Tensor], Tensor] | None,
 ) -> LMHead:
-    """This rank's rows, with what the model does to their product."""
+    """Describe this rank's rows of the head, and what the model does to their product.
+
+    Megatron gives ``scale_logits`` as a function that multiplies by a constant: its value at 1 is
+    that constant.
+    """
     own: Tensor = layer.weight if weight is None else weight
     scale = (
         1.0 if scale_logits is None else float(scale_logits(torch.ones((), dtype=torch.float64)))

@@ -1,11 +1,16 @@
-"""The entry point that verl imports: importing this module registers what fused_sd has for verl.
+"""The entry point that verl imports: importing this module registers losses, engines and trainers.
 
-verl drops whatever an entry point raises, so nothing is raised here: what came of each part is kept
-in ``STATUS`` and, where it is a failure, logged as a warning.
+verl only imports an entry point, and logs at DEBUG level whatever that raises.  So registration is
+a side effect of the import, and nothing is raised: ``STATUS`` keeps the outcome of each part, and a
+failure is logged as a warning.
 
-Engines and trainers are registered where ``VERL_ENGINE_VENDOR=fused_sd`` asks for them, as it must
-for verl to choose the engines: verl's own, which they extend, take seconds to import, and not every
-process needs them.
+Engines and trainers are registered only if ``VERL_ENGINE_VENDOR`` is ``fused_sd``.  verl would not
+choose our engines otherwise, and the verl modules that they extend take seconds to import, in every
+process that imports verl.
+
+verl looks an engine up under (device, vendor) and falls back to the device alone.  Engines are
+registered under a vendor of their own because verl accepts no new backend name
+(``FSDPEngineConfig.strategy`` is checked) and refuses a key that is taken.
 """
 
 import importlib
@@ -23,7 +28,7 @@ NOT_ASKED_FOR = f"not asked for: set VERL_ENGINE_VENDOR={VENDOR} where verl is i
 NO_MEGATRON = "Megatron-Core is not installed"
 
 STATUS: dict[str, str] = {}
-"""What came of each part: REGISTERED, NOT_ASKED_FOR, NO_MEGATRON or why it failed."""
+"""The outcome of each part: REGISTERED, NOT_ASKED_FOR, NO_MEGATRON or the reason of a failure."""
 
 ENGINES = {
     # part: module, class, verl's backends
@@ -36,19 +41,19 @@ _logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Register every part that is wanted here; what fails is recorded, not raised."""
-    attempt("losses")
+    """Register every part that is wanted in this process; record failures instead of raising."""
+    try_to_register("losses")
     for part in (*ENGINES, "trainer"):
         if part == "megatron" and importlib.util.find_spec("megatron") is None:
             STATUS[part] = NO_MEGATRON
         elif os.environ.get("VERL_ENGINE_VENDOR") == VENDOR:
-            attempt(part)
+            try_to_register(part)
         else:
             STATUS.setdefault(part, NOT_ASKED_FOR)
 
 
-def attempt(part: str) -> None:
-    """Register a part of ``STATUS``; record and log what fails."""
+def try_to_register(part: str) -> None:
+    """Register one part; record and log a failure in ``STATUS``."""
     try:
         if part == "losses":
             register_losses()
@@ -56,7 +61,7 @@ def attempt(part: str) -> None:
             register_trainer()
         else:
             register_engine(part)
-    except Exception as error:  # verl would drop it, so it is told here
+    except Exception as error:  # verl would drop it without a word
         STATUS[part] = f"failed: {type(error).__name__}: {error}"
         _logger.warning("fused_sd is not registered with verl (%s): %s", part, error)
 
@@ -65,7 +70,7 @@ def register_losses() -> None:
     """Put the losses into verl's registry of distillation losses, once.
 
     Raises:
-        ValueError: the verl that is installed is not supported, or a name is another plugin's.
+        ValueError: the installed verl is not supported, or another plugin has a name of ours.
     """
     _check_version()
     from verl.trainer.distillation import losses as registry
@@ -77,7 +82,7 @@ def register_losses() -> None:
     }
     known = registry.DISTILLATION_LOSS_REGISTRY
     missing = [name for name in wanted if not _is_ours(f"loss_mode {name!r}", known.get(name))]
-    for name in missing:  # only after every name was found free
+    for name in missing:  # after all names were found free, so that a clash registers none
         function, kind = wanted[name]
         settings = registry.DistillationLossSettings(names=[name], **kind)
         registry.register_distillation_loss(settings)(function)
@@ -89,10 +94,10 @@ def register_engine(part: str, devices: Sequence[str] = ("cuda",)) -> None:
 
     Args:
         part: a key of ``ENGINES``.
-        devices: verl's names of the devices it is to run on.
+        devices: verl's names of the devices that the engine is registered for.
 
     Raises:
-        ValueError: the verl that is installed is not supported, or the key is another plugin's.
+        ValueError: the installed verl is not supported, or another plugin has the key.
         ImportError: what the engine extends is not installed.
     """
     _check_version()
@@ -116,8 +121,8 @@ def register_trainer() -> None:
     """Put the trainers of self-distillation into verl's registry, once.
 
     Raises:
-        ValueError: the verl that is installed is not supported, or a name is another plugin's.
-        ImportError: what verl's trainer needs is not installed.
+        ValueError: the installed verl is not supported, or another plugin has a name of ours.
+        ImportError: something that verl's trainer needs is not installed.
     """
     _check_version()
     importlib.import_module(f"{_PACKAGE}.trainer").register()
@@ -127,13 +132,17 @@ def register_trainer() -> None:
 def _check_version() -> None:
     import verl
 
-    reason = versions.why_not(verl.__version__)
+    reason = versions.unsupported_reason(verl.__version__)
     if reason is not None:
         raise ValueError(reason)
 
 
 def _is_ours(what: str, holder: Any) -> bool:
-    """Whether an entry is there already; False where it is free."""
+    """Whether a registry's entry is already ours; False if it is free.
+
+    Raises:
+        ValueError: the entry is another plugin's.
+    """
     if holder is None:
         return False
     if not holder.__module__.startswith(f"{_PACKAGE}."):

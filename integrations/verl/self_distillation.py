@@ -1,6 +1,7 @@
-"""Settings of self-distillation in verl: its distillation settings, without teacher servers.
+"""The settings of self-distillation in verl: its distillation settings without teacher servers.
 
-distillation._target_=fused_sd.integrations.verl.self_distillation.SelfDistillationConfig
+Hydra builds them with
+``distillation._target_=fused_sd.integrations.verl.self_distillation.SelfDistillationConfig``.
 """
 
 from dataclasses import dataclass
@@ -10,30 +11,30 @@ from verl.workers.config import DistillationConfig
 
 from fused_sd.checks import check_one_of, check_positive_int, fail
 from fused_sd.integrations.verl import RLSD_LOSS
-from fused_sd.integrations.verl.config import FusedSDLossConfig, settings_of
+from fused_sd.integrations.verl.config import FusedSDLossConfig, require_own_config
 
 SCORED_BY = ("engine", "worker")
 
 
 @dataclass
 class SelfDistillationConfig(DistillationConfig):
-    """verl's distillation settings where the model that is trained teaches itself.
+    """verl's distillation settings for a model that teaches itself.
 
-    The servers' settings (teacher_models, nnodes, teacher_key) are not read.
+    The settings of teacher servers (teacher_models, nnodes, teacher_key) are not read.
 
     Args:
         distillation_loss: a FusedSDLossConfig whose ``teacher`` is not ``"server"``.
-        context: what the teacher is shown; see ``contexts``.
+        context: builds what the teacher reads; see ``fused_sd.integrations.verl.contexts``.
         max_prompt_length: tokens of the teacher's prompt; a longer one loses its beginning.
-        reference_key: where a dataset row holds the reference that a context shows, a path such as
-            ``"extra_info.answer"``; null: nowhere.
-        feedback_key: where the reward function's result holds feedback; null: nowhere.
-        check_prompts: make sure, once a batch, that the teacher's tokenisation of a prompt without
-            context is the student's.  Off for agent loops that write prompts of their own.
-        scored_by: of RLSD, ``"engine"``: the teacher's log-probabilities are formed beside the
-            student's in the update, by fused_sd's engine.  ``"worker"``: before it, by verl's
-            log-probability pass of the policy (teacher="live") or of its reference worker
-            (teacher="reference"); any engine will do.
+        reference_key: dotted path to the reference that a context shows, inside a dataset row, such
+            as ``"extra_info.answer"``; null: there is none.
+        feedback_key: key of the feedback in the reward function's result; null: there is none.
+        check_prompts: once a batch, compare the teacher's tokens of a prompt without context with
+            the student's.  Switch it off for agent loops that write prompts of their own.
+        scored_by: who computes RLSD's teacher log-probabilities.  ``"engine"``: fused_sd's engine,
+            beside the student's, during the update.  ``"worker"``: verl's log-probability pass
+            before the update, of the policy (teacher="live") or of its reference worker
+            (teacher="reference"), with any engine.
 
     Raises:
         ValueError: a value is out of its range, or settings do not go together.
@@ -47,7 +48,8 @@ class SelfDistillationConfig(DistillationConfig):
     scored_by: str = "engine"
 
     def __post_init__(self) -> None:
-        # verl's own reads the servers' settings alone
+        # verl's __post_init__ is not called: it demands teacher models, and GPUs for them.  verl's
+        # defaults hold an empty teacher_model, which is dropped.
         self.teacher_models: dict[str, Any] = {}
         loss = self.loss
         if loss.teacher == "server":
@@ -72,11 +74,12 @@ class SelfDistillationConfig(DistillationConfig):
 
     @property
     def loss(self) -> FusedSDLossConfig:
-        return settings_of(self.distillation_loss)
+        """The loss's settings, typed."""
+        return require_own_config(self.distillation_loss)
 
     @property
     def is_policy_loss(self) -> bool:
-        """Whether samples without a context have a loss all the same."""
+        """Whether samples without a context have a loss, too."""
         return self.loss.loss_mode == RLSD_LOSS or self.loss.use_task_rewards
 
     def _check_worker(self) -> None:

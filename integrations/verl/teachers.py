@@ -1,7 +1,7 @@
-"""Teachers inside the engine: other weights than the student's, on the privileged sequences.
+"""Teachers with weights other than the student's, inside verl's FSDP engine.
 
-A teacher with weights of its own is a second module, built and sharded as the student is when it is
-first needed, from the model that the run started from.
+Such a teacher is a second module.  It is built and sharded like the student when it is first
+needed, from the checkpoint that the run started from.
 
 Dimension key:  R rows that are computed, D hidden size
 """
@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,73 +20,83 @@ from torch.distributed.tensor import DTensor
 from verl.utils.device import get_device_name
 from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
 
-from fused_sd import LMHead
+from fused_sd import LMHead, Teacher, trust_region_states
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.completion_scores import with_head
 from fused_sd.integrations.transformers import Request, unwrap
 from fused_sd.integrations.verl.config import FusedSDLossConfig
 from fused_sd.integrations.verl.engine import FusedSDEngine
-from fused_sd.integrations.verl.forward import TeacherSide, flag
-from fused_sd.teaching.teacher import Kind, Teacher
-from fused_sd.teaching.trust_region import trust_region_states
+from fused_sd.integrations.verl.head_request import LocalTeacher, flag
 
-ADAPTED = ("base_layer", "original_module")  # attributes of PEFT's layers
-KINDS: dict[str, Kind] = {"ema": "ema", "synced": "synced", "reference": "frozen"}
+PEFT_LAYER_ATTRIBUTES = ("base_layer", "original_module")
+"""PEFT's LoRA layers have the first, its fully trained copies (``modules_to_save``) the second."""
+
+TEACHER_KINDS: dict[str, Literal["ema", "synced", "frozen"]] = {
+    "ema": "ema",
+    "synced": "synced",
+    "reference": "frozen",
+}
+"""``FusedSDLossConfig.teacher`` -> kind of ``fused_sd.Teacher``."""
 
 
 class TeachingEngine(FusedSDEngine):
     """``FusedSDEngine`` with every teacher of ``FusedSDLossConfig.teacher``.
 
     ``"ema"`` and ``"synced"`` follow the student after each optimiser step whose gradient was
-    finite, shard by shard, and are saved and loaded with the checkpoint; a checkpoint without one
-    makes the teacher a copy of the student that it holds.  ``"reference"`` is the model that the
-    run started from; with LoRA it is the model without adapter, and no second copy is made.
+    finite, shard by shard.  They are saved and loaded with the checkpoint; a run that resumes from
+    a checkpoint without a teacher starts its teacher as a copy of the loaded student.
+    ``"reference"`` is the model that the run started from; with LoRA it is the model without its
+    adapter, so that no second copy is made.
     """
 
-    scaler: Any  # verl's, of fp16 gradients
+    scaler: Any  # verl's gradient scaler, for fp16
     _teacher: Teacher | None = None
-    _loaded: dict[str, Any] | None = None  # a checkpoint's teacher, until there is one
+    _loaded: dict[str, Any] | None = None  # a checkpoint's teacher, until the teacher is built
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict]:
         if flag(micro_batch, "distillation_only") and "self_distillation_mask" in micro_batch:
+            # The trainer clears loss_mask in samples without a context.  predicting_rows reads
+            # response_mask; with loss_mask in its place those samples cost nothing.
             micro_batch = micro_batch.copy()
-            # rows of samples without a context cost nothing
             micro_batch["response_mask"] = micro_batch["loss_mask"]
         return super().prepare_model_inputs(micro_batch)
 
-    def teacher_rows(self, micro_batch: TensorDict, rows: Tensor) -> TeacherSide:
+    def teacher_rows(self, micro_batch: TensorDict, rows: Tensor) -> LocalTeacher:
+        """Compute the states of the configured teacher; see ``FusedSDEngine.teacher_rows``."""
         config = self._loss_config
         if not isinstance(config, FusedSDLossConfig) or config.teacher == "live":
             return super().teacher_rows(micro_batch, rows)
-        keeps = not self._shares_head
-        with self._acting(config) as module:
-            keeper = _HeadKeeper(module, keeps=keeps)
+        keeps_head = not self._shares_head
+        with self._teacher_module(config) as module:
+            keeper = _HeadKeeper(module, keeps_head=keeps_head)
             states = self._privileged_rows(micro_batch, rows, keeper)
         mix = config.trust_region_mix
         student = self._privileged_rows(micro_batch, rows) if mix else None
 
-        def side(student_states: Tensor, student_head: LMHead) -> tuple[Tensor, LMHead]:
+        def local_teacher(student_states: Tensor, student_head: LMHead) -> tuple[Tensor, LMHead]:
             head = student_head if keeper.head is None else keeper.head
             if student is None:
                 return states, head
             return trust_region_states(states, head, student, student_head, mix)
 
-        return side
+        return local_teacher
 
     def _privileged_rows(
         self, micro_batch: TensorDict, rows: Tensor, module: nn.Module | None = None
     ) -> Tensor:
+        """Compute a module's states (R, D) on the teacher's sequences; None: the student's."""
         ids, positions = micro_batch["teacher_input_ids"], micro_batch["teacher_position_ids"]
         return self.hidden_rows(micro_batch, ids, positions, rows, module)
 
     @property
     def _shares_head(self) -> bool:
-        """Whether the teacher's head is the student's: LoRA elsewhere than on the head."""
+        """Whether the teacher's head is the student's: with LoRA that leaves the head alone."""
         head = unwrap(self.module).get_output_embeddings()
-        return self._is_lora and not any(hasattr(head, name) for name in ADAPTED)
+        return self._is_lora and not any(hasattr(head, name) for name in PEFT_LAYER_ATTRIBUTES)
 
     @contextmanager
-    def _acting(self, config: FusedSDLossConfig) -> Iterator[nn.Module]:
+    def _teacher_module(self, config: FusedSDLossConfig) -> Iterator[nn.Module]:
+        """Yield the module that teaches, in the state in which it teaches."""
         if self._is_lora:
             if config.teacher != "reference":
                 fail(
@@ -104,17 +114,20 @@ class TeachingEngine(FusedSDEngine):
             yield module
 
     def _build_teacher(self, config: FusedSDLossConfig) -> Teacher:
-        kind = KINDS[config.teacher]
+        """Build the second module, and put it where a checkpoint or the student is."""
+        kind = TEACHER_KINDS[config.teacher]
         if kind != "frozen" and self.engine_config.strategy != "fsdp2":
+            # Teacher averages FSDP2's DTensors shard by shard; FSDP1 has flat buffers instead
             fail(
                 "actor.strategy",
                 f'be "fsdp2" for a teacher that follows the student ({config.teacher!r})',
                 repr(self.engine_config.strategy),
                 'or choose teacher="live" or "reference"',
             )
+        # _build_fsdp_module also makes a new gradient scaler: keep the one in use, with its scale
         scaler = self.scaler
         weights = self._build_fsdp_module(self._build_module())
-        self.scaler = scaler  # the building has made another one
+        self.scaler = scaler
         teacher = Teacher(
             self.module,
             kind=kind,
@@ -123,58 +136,65 @@ class TeachingEngine(FusedSDEngine):
             weights=weights,
         )
         if self._loaded is not None:
-            teacher.load_state_dict(_sharded_alike(self._loaded, teacher))
+            teacher.load_state_dict(_sharded_state(self._loaded, teacher))
             self._loaded = None
         elif kind != "frozen":
-            teacher.sync()  # the student may come from a checkpoint
+            teacher.sync()  # the student may have been loaded from a checkpoint
         return teacher
 
     def optimizer_step(self) -> float:
         grad_norm = super().optimizer_step()
         if self._teacher is not None:
+            # verl skips the student's step if the norm is not finite
             self._teacher.update(finite=math.isfinite(grad_norm))
         return grad_norm
 
     def to(
         self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True
     ) -> None:
+        """Move the teacher along: verl empties the GPU with this while the rollout engine runs."""
         super().to(device=device, model=model, optimizer=optimizer, grad=grad)
         if self._teacher is not None and model:
-            moves = device == get_device_name()
-            move = load_fsdp_model_to_gpu if moves else offload_fsdp_model_to_cpu
+            is_load = device == get_device_name()
+            move = load_fsdp_model_to_gpu if is_load else offload_fsdp_model_to_cpu
             move(self._teacher.module)
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """Save this rank's shard of the teacher beside verl's files; a frozen one needs none."""
         super().save_checkpoint(local_path, *args, **kwargs)
         if self._teacher is None or self._teacher.kind == "frozen":
             return
         state = self._teacher.state_dict()
+        # local shards: a pickled DTensor would carry its device mesh along
         weights = {name: _local(value).cpu() for name, value in state["weights"].items()}
         os.makedirs(local_path, exist_ok=True)
-        torch.save({**state, "weights": weights}, _file(local_path))
+        torch.save({**state, "weights": weights}, _teacher_file(local_path))
         dist.barrier()
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        found = None
-        if os.path.exists(_file(local_path)):
-            found = torch.load(_file(local_path), map_location="cpu", weights_only=True)
         super().load_checkpoint(local_path, *args, **kwargs)
+        found = None
+        if os.path.exists(_teacher_file(local_path)):
+            found = torch.load(_teacher_file(local_path), map_location="cpu", weights_only=True)
         if self._teacher is None:
             self._loaded = found
         elif found is not None:
-            self._teacher.load_state_dict(_sharded_alike(found, self._teacher))
+            self._teacher.load_state_dict(_sharded_state(found, self._teacher))
 
 
 class _HeadKeeper(nn.Module):
-    """Runs a module, and keeps its head beyond the forward after which it is sharded again."""
+    """Runs a module and copies its head, which FSDP shards again after the forward.
 
-    def __init__(self, module: nn.Module, *, keeps: bool) -> None:
+    The student's loss needs the teacher's head later, inside the student's own forward.
+    """
+
+    def __init__(self, module: nn.Module, *, keeps_head: bool) -> None:
         super().__init__()
-        self.module, self.keeps, self.training = module, keeps, module.training
+        self.module, self.keeps_head, self.training = module, keeps_head, module.training
         self.head: LMHead | None = None
 
     def forward(self, *args: Any, fused_sd: Request, **kwargs: Any) -> Any:
-        if not self.keeps:
+        if not self.keeps_head:
             return self.module(*args, fused_sd=fused_sd, **kwargs)
 
         def compute(hidden: Tensor, head: LMHead) -> Any:
@@ -186,8 +206,8 @@ class _HeadKeeper(nn.Module):
         return self.module(*args, fused_sd=request, **kwargs)
 
 
-def _file(folder: str) -> str:
-    """Each rank's, named as verl names a model's."""
+def _teacher_file(folder: str) -> str:
+    """Return this rank's file, named like verl's ``model_world_size_*_rank_*.pt``."""
     return os.path.join(
         folder, f"teacher_world_size_{dist.get_world_size()}_rank_{dist.get_rank()}.pt"
     )
@@ -197,8 +217,8 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _sharded_alike(state: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
-    """A saved state, its shards placed as the teacher's are."""
+def _sharded_state(state: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
+    """Turn a saved state's local shards into DTensors placed like the teacher's weights."""
     own = teacher.state_dict()["weights"]
     weights = {}
     for name, value in state["weights"].items():

@@ -1,10 +1,11 @@
-"""The stage in verl's trainer that shows the teacher what the student did not see.
+"""verl's trainers with one more stage, which builds what the teacher reads.
 
-trainer.v1.trainer_mode=fused_sd_sync
+``trainer.v1.trainer_mode=fused_sd_sync`` chooses the synchronous one.
 
-After the rewards and advantages are known, each sample's group, feedback or reference becomes a
-prompt for the teacher, and the teacher's sequences join the batch (see ``privileged``).  Everything
-else is verl's.  No teacher server is started: the teacher lives in the training workers.
+The stage runs once rewards and advantages are known.  It turns each sample's group, feedback or
+reference into a prompt for the teacher, and adds the teacher's sequences to the batch (see
+``teacher_sequences``).  Everything else is verl's.  No teacher server is started: the teacher lives
+in the training workers.
 """
 
 import copy
@@ -24,53 +25,63 @@ from verl.utils.debug import marked_timer
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.verl import EVIDENCE_MIX
+from fused_sd.integrations.verl.batch_rollouts import FIELDS, read_rollouts
 from fused_sd.integrations.verl.contexts import PromptTokenizer
-from fused_sd.integrations.verl.privileged import (
+from fused_sd.integrations.verl.self_distillation import SelfDistillationConfig
+from fused_sd.integrations.verl.teacher_sequences import (
     TeacherBatch,
     lengths_of,
-    rows_of,
-    taught_tokens,
+    mask_without_context,
     teacher_batch,
 )
-from fused_sd.integrations.verl.samples import FIELDS, rollouts_of
-from fused_sd.integrations.verl.self_distillation import SelfDistillationConfig
 from fused_sd.integrations.verl.worker_scores import WorkerScores
 
 
 class SelfDistillationStage(WorkerScores):
-    """Put before one of verl's trainers."""
+    """A mixin for verl's trainers that adds the teacher's sequences after the advantages.
+
+    verl's trainers know distillation from teacher servers only, and ``distillation.enabled`` turns
+    on four things at once: the distillation loss in the training workers, which is wanted, and a
+    resource pool, a server manager and requests from the rollout workers, which are not.
+    """
 
     verl_mode: str
 
     def __init__(self, config: DictConfig) -> None:
         own = copy.deepcopy(config)
-        own.trainer.v1.trainer_mode = self.verl_mode  # by which verl's trainer knows what it is
+        # verl's trainers compare the mode with their own names, to choose a replay buffer and more
+        own.trainer.v1.trainer_mode = self.verl_mode
         self.self_distillation = self_distillation_config(own)
         super().__init__(own)  # type: ignore[call-arg]
-        self.use_teacher_policy = False
-        # the rollout workers are made from the caller's: they are to ask no teacher server
+        self.use_teacher_policy = False  # read by _setup, which would start the server manager
+        # main_ppo builds the rollout workers from its own config, which is this object: switched
+        # off, they ask no teacher server.  The training workers are built from the copy above.
         config.distillation.enabled = False
 
     def _init_resource_pool_mgr(self) -> None:
-        with _switched(self.config.distillation, enabled=False):  # no GPUs for servers
+        # verl demands GPUs for the servers if distillation is enabled here
+        with _temporarily(self.config.distillation, enabled=False):
             super()._init_resource_pool_mgr()
 
     def _setup(self) -> None:
         super()._setup()
+        # _setup leaves None here without servers, and _update_actor reads the loss's settings
         self.distillation_config = self.self_distillation
         self._check_reference_worker()
+        # the teacher's prompts must be tokenised as verl's agent loop tokenised the student's
         settings = dict(self.config.data.get("apply_chat_template_kwargs", {}))
         if getattr(self.train_dataset, "tool_schemas", None) is not None:
             settings["tools"] = self.train_dataset.tool_schemas
         self.prompt_tokenizer = PromptTokenizer(self.tokenizer, settings)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        # verl's steps have no hook; this method is the last one before the update
         batch = super()._compute_advantage(batch, metrics)
         with marked_timer("teacher_context", self.timing_raw, color="olive"):
             return self._add_teacher(batch, metrics)
 
     def _add_teacher(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        """Write the teacher's sequences, and what says which tokens it teaches."""
+        """Add the teacher's sequences, or its scores, and the masks of what it teaches."""
         config = self.self_distillation
         path = () if config.reference_key is None else (config.reference_key.split(".")[0],)
         data = tq.kv_batch_get(
@@ -79,46 +90,47 @@ class SelfDistillationStage(WorkerScores):
             select_fields=[*FIELDS, *path, "old_log_probs", "multi_modal_inputs"],
         )
         _refuse_images(data)
-        rollouts = rollouts_of(
+        rollouts = read_rollouts(
             data,
             batch.keys,
             self.tokenizer,
             reference_key=config.reference_key,
             feedback_key=config.feedback_key,
         )
+        # verl adds synthetic samples until its mini-batches divide the batch; nobody teaches them
         is_sample = [not tag.get("is_padding", False) for tag in batch.tags]
-        given = [rollout if there else None for rollout, there in zip(rollouts, is_sample)]
+        rollouts = [rollout if real else None for rollout, real in zip(rollouts, is_sample)]
         if config.check_prompts:
-            _check_prompts(given, self.prompt_tokenizer)
+            _check_prompts(rollouts, self.prompt_tokenizer)
         contexts = [
             None
             if rollout is None
             else config.context.teacher_prompt(rollout, self.prompt_tokenizer)
-            for rollout in given
+            for rollout in rollouts
         ]
         teacher = teacher_batch(
-            rows_of(data["prompts"]),
-            rows_of(data["responses"]),
+            data["prompts"].unbind(),
+            data["responses"].unbind(),
             contexts,
             max_prompt_length=config.max_prompt_length,
         )
         metrics.update(_metrics(teacher, sum(is_sample)))
         if config.scored_by == "worker":
-            scores = self._worker_scores(batch, data, teacher)
             fields = {
-                "teacher_logprobs": scores,
+                "teacher_logprobs": self._worker_scores(batch, data, teacher),
                 "self_distillation_mask": teacher.mask,
             }
         else:
             fields = teacher.fields()
         schedule = config.loss.to_schedule()
         if schedule is not None:
-            schedule.num_steps = self.global_steps - 1  # verl's first update is step 1
+            schedule.num_steps = self.global_steps - 1  # verl counts its steps from 1
             metrics["self_distillation/evidence_mix"] = schedule.value
             fields[EVIDENCE_MIX] = torch.full((len(batch),), schedule.value)
         if not config.is_policy_loss:
-            # verl divides by the tokens of loss_mask, and takes extremes over response_mask
-            fields["loss_mask"] = taught_tokens(data["response_mask"], teacher.mask)
+            # The engines divide the loss by the number of tokens in loss_mask.  response_mask stays
+            # as it is: verl's metrics fail on a micro-batch whose response_mask keeps no token.
+            fields["loss_mask"] = mask_without_context(data["response_mask"], teacher.mask)
         return tq.kv_batch_put(
             keys=batch.keys,
             partition_id=batch.partition_id,
@@ -127,13 +139,13 @@ class SelfDistillationStage(WorkerScores):
 
 
 class SelfDistillationSync(SelfDistillationStage, PPOTrainerSync):
-    """verl's synchronous trainer with a teacher's context."""
+    """verl's synchronous trainer with a teacher that reads a context."""
 
     verl_mode = "sync"
 
 
 class SelfDistillationColocateAsync(SelfDistillationStage, PPOTrainerColocateAsync):
-    """verl's colocated asynchronous trainer with a teacher's context."""
+    """verl's colocated asynchronous trainer with a teacher that reads a context."""
 
     verl_mode = "colocate_async"
 
@@ -147,6 +159,8 @@ TRAINERS = {
 def register() -> None:
     """Put the trainers into verl's registry, where ``trainer.v1.trainer_mode`` finds them.
 
+    verl accepts the same class twice.
+
     Raises:
         ValueError: a name is another plugin's.
     """
@@ -155,10 +169,10 @@ def register() -> None:
 
 
 def self_distillation_config(config: DictConfig) -> SelfDistillationConfig:
-    """The checked settings of a whole verl configuration.
+    """Build and check the self-distillation settings of a whole verl configuration.
 
     Raises:
-        ValueError: they are verl's own, are switched off or do not go together.
+        ValueError: the settings are verl's own class, are switched off or do not go together.
     """
     settings = omega_conf_to_dataclass(config.distillation)
     if not isinstance(settings, SelfDistillationConfig) or not settings.enabled:
@@ -174,7 +188,11 @@ def self_distillation_config(config: DictConfig) -> SelfDistillationConfig:
 
 
 def _check_prompts(rollouts: list[Rollout | None], tokenizer: PromptTokenizer) -> None:
-    """Make sure that the teacher's prompt differs from the student's by the context alone."""
+    """Make sure that teacher and student tokenise a prompt alike.
+
+    Otherwise the teacher's prompt would differ from the student's by more than the context.  The
+    first rollout stands for all.
+    """
     rollout = next((rollout for rollout in rollouts if rollout is not None), None)
     if rollout is None:
         return
@@ -191,6 +209,7 @@ def _check_prompts(rollouts: list[Rollout | None], tokenizer: PromptTokenizer) -
 
 
 def _refuse_images(data: TensorDict) -> None:
+    """Refuse multi-modal samples, whose images a text prompt would lose."""
     name = "multi_modal_inputs"
     if name in data.keys() and any(data[name]):  # noqa: SIM118  a TensorDict iterates over rows
         fail(
@@ -202,6 +221,7 @@ def _refuse_images(data: TensorDict) -> None:
 
 
 def _metrics(teacher: TeacherBatch, num_samples: int) -> dict[str, float]:
+    """Return the shares of samples with a context and of cut contexts, and the mean length."""
     num_taught = float(teacher.mask.sum())
     return {
         "self_distillation/context_fraction": num_taught / max(num_samples, 1),
@@ -211,8 +231,8 @@ def _metrics(teacher: TeacherBatch, num_samples: int) -> dict[str, float]:
 
 
 @contextmanager
-def _switched(section: DictConfig, **values: Any) -> Iterator[None]:
-    """A section of the configuration with other values for a while."""
+def _temporarily(section: DictConfig, **values: Any) -> Iterator[None]:
+    """Give a section of the configuration other values while a with block runs."""
     before = {name: section[name] for name in values}
     with open_dict(section):
         section.update(values)

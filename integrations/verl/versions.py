@@ -1,4 +1,4 @@
-"""Which verl this adapter was written against, and what is installed."""
+"""Version checks: the installed verl must be one that this adapter supports."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -8,15 +8,15 @@ from fused_sd.integrations.verl import SUPPORTED_VERL
 
 
 def installed(distribution: str) -> str | None:
-    """The version of an installed distribution, or None."""
+    """Return the version of an installed distribution, or None."""
     try:
         return version(distribution)
     except PackageNotFoundError:
         return None
 
 
-def why_not(verl_version: str | None) -> str | None:
-    """What is wrong with a verl of this version, or None where it is supported."""
+def unsupported_reason(verl_version: str | None) -> str | None:
+    """Say why this version of verl is not supported; return None if it is."""
     if verl_version is None:
         return f"verl is not installed; pip install 'verl{SUPPORTED_VERL}'"
     if SpecifierSet(SUPPORTED_VERL).contains(verl_version, prereleases=True):

@@ -1,31 +1,30 @@
-"""RLSD's teacher scored by verl's own log-probability pass, before the update.
+"""Scores RLSD's teacher with verl's own log-probability pass, before the update.
 
-distillation.scored_by=worker
+Chosen by ``distillation.scored_by=worker``; it needs no engine of fused_sd.
 """
 
 from typing import Any
 
-import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
 
 from fused_sd.checks import fail
-from fused_sd.integrations.verl.privileged import (
+from fused_sd.integrations.verl.self_distillation import SelfDistillationConfig
+from fused_sd.integrations.verl.teacher_sequences import (
     TeacherBatch,
+    at_student_rows,
+    jagged,
     lengths_of,
     response_rows,
-    rows_of,
-    student_rows,
 )
-from fused_sd.integrations.verl.self_distillation import SelfDistillationConfig
 
-TEACHER_PARTITION = "fused_sd_teacher"  # of the transfer queue, while a worker scores
+TEACHER_PARTITION = "fused_sd_teacher"  # of the TransferQueue, while a worker scores
 
 
 class WorkerScores:
-    """Put before one of verl's trainers, whose workers it asks."""
+    """A mixin for verl's trainers, whose worker groups it calls."""
 
     self_distillation: SelfDistillationConfig
     config: Any
@@ -35,18 +34,21 @@ class WorkerScores:
     use_reference_policy: bool
 
     def _worker_scores(self, batch: KVBatchMeta, data: TensorDict, teacher: TeacherBatch) -> Tensor:
-        """The teacher's log-probabilities of the response, where verl has a server's.
+        """Return the teacher's log-probabilities of the response, shaped like a server's.
 
-        The samples go through verl's own log-probability pass with the teacher's prompts in place
-        of theirs.  Without a context a token has its old log-probability.
+        The samples go through verl's log-probability pass with the teacher's prompts in place of
+        their own.  A token of a sample without a context gets its old log-probability.
+
+        verl's workers read their inputs from the TransferQueue and write ``log_probs`` back under
+        the same keys.  The pass therefore runs in a partition of its own: in the training partition
+        it would overwrite the student's sequences and log-probabilities.
         """
         lengths = lengths_of(data["responses"])
         fields = {
             "input_ids": teacher.input_ids,
             "position_ids": teacher.position_ids,
-            "prompts": torch.nested.as_nested_tensor(
-                [ids[: len(ids) - n] for ids, n in zip(rows_of(teacher.input_ids), lengths)],
-                layout=torch.jagged,
+            "prompts": jagged(
+                [ids[: len(ids) - n] for ids, n in zip(teacher.input_ids.unbind(), lengths)]
             ),
             "responses": data["responses"],
             "response_mask": data["response_mask"],
@@ -58,6 +60,7 @@ class WorkerScores:
             **place,
             tags=batch.tags,
             extra_info={
+                # as in verl's own _compute_ref_log_prob
                 "calculate_entropy": False,
                 "compute_loss": False,
                 "temperature": self.config.actor_rollout_ref.rollout.temperature,
@@ -68,20 +71,23 @@ class WorkerScores:
             found = tq.kv_batch_get(**place, select_fields=["log_probs"])["log_probs"]
         finally:
             tq.kv_clear(**place)
-        scores = zip(response_rows(found, lengths), rows_of(data["old_log_probs"]), teacher.mask)
+        scores = zip(response_rows(found, lengths), data["old_log_probs"].unbind(), teacher.mask)
         known = [score if has_context else old.to(score) for score, old, has_context in scores]
-        return student_rows(known, rows_of(data["prompts"]))
+        return at_student_rows(known, data["prompts"].unbind())
 
     def _score(self, request: KVBatchMeta) -> None:
+        """Let the workers that hold the teacher's weights score the request."""
         if self.self_distillation.loss.teacher == "live":
             self.actor_rollout_wg.compute_log_prob(request)
         elif self.ref_in_actor:
+            # with LoRA verl has no reference worker: the policy without its adapter is one
             request.extra_info["no_lora_adapter"] = True
             self.actor_rollout_wg.compute_log_prob(request)
         else:
             self.ref_policy_wg.compute_ref_log_prob(request)
 
     def _check_reference_worker(self) -> None:
+        """Refuse a reference teacher if verl has not started a reference worker."""
         config = self.self_distillation
         needs = config.scored_by == "worker" and config.loss.teacher == "reference"
         if needs and not (self.use_reference_policy or self.ref_in_actor):

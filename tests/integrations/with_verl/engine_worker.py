@@ -38,7 +38,7 @@ def train(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     engine = _engine(FusedSDEngine if run.library else FSDPEngineWithLMHead, run, folder)
     batch, loss = make_batch(run), make_loss(run)
     left: dict[str, Any] = {"losses": [], "grad_norms": [], "rows": []}
-    with mock.patch.object(*_terms(run, left["rows"])):
+    with mock.patch.object(*_counted_outputs(run, left["rows"])):
         if run.loss == "topk":  # the others train first
             left["inferred"] = _infer(engine, batch.clone())
         for _ in range(run.steps):
@@ -61,21 +61,21 @@ def train(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     return left
 
 
-def _terms(run: Run, rows: list[int]) -> tuple[Any, str, Any]:
-    """Where the engine's terms are, and how this run forms them; ``rows`` is told how many."""
-    from fused_sd.integrations.verl import fused_terms
+def _counted_outputs(run: Run, rows: list[int]) -> tuple[Any, str, Any]:
+    """Arguments of ``mock.patch.object``: a ``token_outputs`` that appends its rows to ``rows``."""
+    from fused_sd.integrations.verl import token_outputs
 
-    usual = fused_terms.fused_terms
+    usual = token_outputs.token_outputs
 
-    def formed(hidden: Tensor, head: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def counted(hidden: Tensor, head: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         rows.append(len(hidden))
         if not run.exact_head:
             return usual(hidden, head, *args, **kwargs)
         head = dataclasses.replace(head, weight=head.weight.double())
-        terms = usual(hidden.double(), head, *args, **kwargs)
-        return {name: values.float() for name, values in terms.items()}
+        outputs = usual(hidden.double(), head, *args, **kwargs)
+        return {name: values.float() for name, values in outputs.items()}
 
-    return fused_terms, "fused_terms", formed
+    return token_outputs, "token_outputs", counted
 
 
 def _forwards() -> tuple[Any, ...]:

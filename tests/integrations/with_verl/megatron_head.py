@@ -15,8 +15,8 @@ from verl.trainer.distillation.megatron.losses import _VocabParallelKLDivergence
 
 from fused_sd import reference
 from fused_sd.integrations.verl.config import FusedSDLossConfig
-from fused_sd.integrations.verl.fused_terms import fused_terms
 from fused_sd.integrations.verl.megatron_output import OutputProcessor
+from fused_sd.integrations.verl.token_outputs import token_outputs
 
 NUM_TOKENS = 61  # of the padded vocabulary
 
@@ -112,7 +112,7 @@ def oracle(floor: float | None) -> dict[str, float]:
         hidden, weight = states.clone().requires_grad_(), whole.chunk(2)[rank].clone()
         weight.requires_grad_()
         if ours:
-            terms = fused_terms(
+            terms = token_outputs(
                 hidden,
                 weight,
                 ids[..., 0],

@@ -337,9 +337,9 @@ def staged(config: Any) -> Any:
     from chat_tokenizer import ids, tokenizer
     from verl.utils import tensordict_utils as tu
 
+    from fused_sd.integrations.verl.batch_rollouts import read_rollouts
     from fused_sd.integrations.verl.contexts import PromptTokenizer
-    from fused_sd.integrations.verl.privileged import rows_of, taught_tokens, teacher_batch
-    from fused_sd.integrations.verl.samples import rollouts_of
+    from fused_sd.integrations.verl.teacher_sequences import mask_without_context, teacher_batch
     from fused_sd.integrations.verl.trainer import self_distillation_config
 
     words = PromptTokenizer(tokenizer())
@@ -362,13 +362,13 @@ def staged(config: Any) -> Any:
         }
     )
     keys = [f"u_{n}_0" for n in range(4)]
-    rollouts = rollouts_of(data, keys, tokenizer(), reference_key=None, feedback_key="feedback")
+    rollouts = read_rollouts(data, keys, tokenizer(), reference_key=None, feedback_key="feedback")
     context = self_distillation_config(config).context
     prompts = [rollout and context.teacher_prompt(rollout, words) for rollout in rollouts]
-    teacher = teacher_batch(rows_of(data["prompts"]), responses, prompts)
+    teacher = teacher_batch(data["prompts"].unbind(), responses, prompts)
     for name, values in teacher.fields().items():
         data[name] = values
-    data["loss_mask"] = taught_tokens(data["response_mask"], teacher.mask)
+    data["loss_mask"] = mask_without_context(data["response_mask"], teacher.mask)
     for name in ("uid", "raw_prompt", "extra_fields"):
         tu.pop(data, name)
     return tu.index_select_tensor_dict(data, [2 * dist.get_rank(), 2 * dist.get_rank() + 1])

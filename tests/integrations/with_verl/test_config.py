@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from verl.workers.config import DistillationConfig, DistillationLossConfig
 
 from fused_sd import FULL_VOCABULARY, Jsd, MixedKl, StudentTopK, TeacherTopK, UnionTopK
-from fused_sd.integrations.verl.config import FusedSDLossConfig, settings_of
+from fused_sd.integrations.verl.config import FusedSDLossConfig, require_own_config
 
 RLSD = {"loss_mode": "fused_sd_rlsd", "use_task_rewards": False}
 
@@ -36,7 +36,7 @@ def test_hydra_makes_it_inside_verls_configuration():
     config = instantiate(OmegaConf.create(yaml.safe_load(text)), _convert_="partial")
     assert isinstance(config, DistillationConfig)
     loss = config.distillation_loss
-    assert settings_of(loss) is loss
+    assert require_own_config(loss) is loss
     assert (loss.topk, loss.beta, loss.chunk_size) == (32, 0.25, 64)
     assert (loss.loss_settings.use_topk, loss.loss_settings.use_estimator) == (True, False)
 
@@ -154,4 +154,4 @@ def test_verls_own_losses_may_be_chosen_with_verls_settings():
 def test_our_losses_need_our_settings():
     plain = DistillationLossConfig(loss_mode="fused_sd_topk", use_policy_gradient=False)
     with pytest.raises(ValueError, match=r"_target_=fused_sd\..*FusedSDLossConfig"):
-        settings_of(plain)
+        require_own_config(plain)

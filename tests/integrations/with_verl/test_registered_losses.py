@@ -12,7 +12,7 @@ from verl.workers.config import DistillationLossConfig
 
 from fused_sd import Evidence, rlsd_loss, token_log_probs
 from fused_sd.integrations.verl.config import FusedSDLossConfig
-from fused_sd.integrations.verl.fused_terms import fused_terms
+from fused_sd.integrations.verl.token_outputs import token_outputs
 
 VERLS = {
     "topk": micro_batch.TOPK,
@@ -25,7 +25,7 @@ VERLS = {
 
 def output_of(batch, loss_config, **more):
     """The model output of an engine that is ours."""
-    terms = fused_terms(
+    terms = token_outputs(
         batch.hidden,
         batch.weight,
         batch.labels,

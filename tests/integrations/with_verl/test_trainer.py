@@ -16,7 +16,6 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from fused_sd.integrations.verl import trainer as module
 from fused_sd.integrations.verl.contexts import PromptTokenizer
-from fused_sd.integrations.verl.privileged import rows_of
 from fused_sd.integrations.verl.trainer import SelfDistillationSync, self_distillation_config
 from fused_sd.integrations.verl.worker_scores import TEACHER_PARTITION
 
@@ -97,7 +96,7 @@ class Workers:
     def compute_log_prob(self, meta):
         data = tq.kv_batch_get(keys=meta.keys, partition_id=meta.partition_id)
         self.seen.append((data, dict(meta.extra_info)))
-        rows = [torch.roll(row, -1) / self.scale for row in rows_of(data["input_ids"])]
+        rows = [torch.roll(row, -1) / self.scale for row in data["input_ids"].unbind()]
         jagged = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
         fields = data.empty()
         fields["log_probs"] = jagged
@@ -126,7 +125,7 @@ def run(trainer, batch):
     trainer._compute_advantage(batch, metrics)
     data = tq.kv_batch_get(keys=batch.keys, partition_id="train")
     columns = {
-        name: rows_of(value) if value.is_nested else value
+        name: value.unbind() if value.is_nested else value
         for name, value in data.items()
         if isinstance(value, torch.Tensor)
     }
@@ -220,7 +219,7 @@ def test_a_worker_scores_the_privileged_sequences_for_rlsd(batch):
     ((data, asked),) = policy.seen
     assert asked["temperature"] == 1.0
     assert not asked["compute_loss"]
-    assert any("two" in text(row) for row in rows_of(data["input_ids"]))
+    assert any("two" in text(row) for row in data["input_ids"].unbind())
     for key, row in found.items():
         assert "teacher_input_ids" not in row
         scores = row["teacher_logprobs"][:, 0]

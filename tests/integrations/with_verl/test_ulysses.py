@@ -7,9 +7,9 @@ from engine_runs import RUNS, assert_same_training, remains
 from verl.utils import tensordict_utils as tu
 from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
 
-from fused_sd.integrations.verl.rows import (
+from fused_sd.integrations.verl.packed_rows import (
     Shard,
-    moved_rows,
+    matching_rows,
     predicting_rows,
     response_values,
 )
@@ -109,7 +109,7 @@ def test_without_responses_rows_are_those_before_counted_tokens(samples):
 
 def test_a_teachers_rows_predict_the_same_tokens(batch):
     rows, longer = predicting_rows(batch), batch["teacher_input_ids"]
-    there = moved_rows(rows, batch["input_ids"].offsets(), longer.offsets())
+    there = matching_rows(rows, batch["input_ids"].offsets(), longer.offsets())
     assert torch.equal(longer.values()[there + 1], batch["input_ids"].values()[rows + 1])
 
 
@@ -122,7 +122,7 @@ def test_shards_together_hold_each_row_once(batch, size):
         shard = Shard(offsets, rank * num_rows, num_rows)
         here = shard.owned(rows)
         own = values[rank * num_rows :][:num_rows][shard.positions(here)]
-        found.append(shard.spread(own, here))
+        found.append(shard.scatter(own, here))
     expected = torch.zeros_like(values)
     expected[rows] = values[rows]
     assert torch.equal(torch.cat(found), expected)

@@ -12,7 +12,7 @@ from verl.workers.config import DistillationLossConfig
 
 from fused_sd import divergence_loss, reference
 from fused_sd.integrations.verl.config import FusedSDLossConfig
-from fused_sd.integrations.verl.fused_terms import MASSES, fused_terms
+from fused_sd.integrations.verl.token_outputs import MASSES, token_outputs
 
 TEMPERATURE = 0.7
 
@@ -24,7 +24,7 @@ def terms_of(batch, loss_config, **more):
         "teacher_log_probs": batch.teacher_log_probs,
     }
     more = {"temperature": TEMPERATURE, **more}
-    return fused_terms(
+    return token_outputs(
         batch.hidden, batch.weight, batch.labels, loss_config=loss_config, **server, **more
     )
 
@@ -169,13 +169,13 @@ def test_a_server_that_sends_other_than_topk_entries_is_refused(topk):
 def test_a_divergence_without_any_teacher_is_refused():
     batch = micro_batch.make()
     with pytest.raises(ValueError, match="neither teacher_ids and teacher_logprobs in the batch"):
-        fused_terms(batch.hidden, batch.weight, batch.labels, loss_config=FusedSDLossConfig())
+        token_outputs(batch.hidden, batch.weight, batch.labels, loss_config=FusedSDLossConfig())
 
 
 def test_without_a_distillation_loss_there_are_log_probs_alone():
     batch = micro_batch.make()
-    assert set(fused_terms(batch.hidden, batch.weight, batch.labels)) == {"log_probs"}
-    both = fused_terms(batch.hidden, batch.weight, batch.labels, log_probs=False, entropy=True)
+    assert set(token_outputs(batch.hidden, batch.weight, batch.labels)) == {"log_probs"}
+    both = token_outputs(batch.hidden, batch.weight, batch.labels, log_probs=False, entropy=True)
     assert set(both) == {"entropy"}
 
 
@@ -186,7 +186,7 @@ def test_a_teacher_in_the_process_is_compared_by_divergence_loss(support):
     config = FusedSDLossConfig(
         teacher="live", support=support, topk=5, divergence="jsd", chunk_size=4
     )
-    terms = fused_terms(
+    terms = token_outputs(
         batch.hidden,
         batch.weight,
         batch.labels,
@@ -219,7 +219,7 @@ def test_rlsd_with_a_teacher_in_the_process_gets_its_log_probs_of_the_tokens():
     batch = micro_batch.make()
     teacher = torch.randn(micro_batch.NUM_ROWS, micro_batch.HIDDEN, dtype=torch.float64)
     config = FusedSDLossConfig(loss_mode="fused_sd_rlsd", use_task_rewards=False, teacher="live")
-    terms = fused_terms(
+    terms = token_outputs(
         batch.hidden,
         batch.weight,
         batch.labels,

@@ -1,6 +1,6 @@
-"""What the engines compute of each token where verl takes logits: divergence, masses, log-prob.
+"""Per-token outputs that verl's engines would compute from logits, computed from hidden states.
 
-Dimension key:  N tokens, D and D' hidden sizes, V and V' vocabularies, K a server's entries
+Dimension key:  N tokens, D and D' hidden sizes, V and V' vocabularies, K entries sent by a server
 """
 
 from typing import Any
@@ -21,13 +21,13 @@ from fused_sd import (
     topk_divergence_loss,
 )
 from fused_sd.integrations.verl import RLSD_LOSS, TOPK_LOSS
-from fused_sd.integrations.verl.config import settings_of
+from fused_sd.integrations.verl.config import require_own_config
 
 VERL_TOPK_LOSS = "forward_kl_topk"
 MASSES = ("student_mass", "teacher_mass")
 
 
-def fused_terms(
+def token_outputs(
     hidden: Tensor,  # (N, D)
     head: Tensor | LMHead,  # (V, D)
     token_ids: Tensor,  # (N,)
@@ -44,29 +44,33 @@ def fused_terms(
     process_group: "dist.ProcessGroup | None" = None,
     reduce_dhidden: bool = True,
 ) -> dict[str, Tensor]:
-    """What verl's model output holds of each token, from the states that enter lm_head.
+    """Compute what verl's ``model_output`` holds of each token, without the logits.
 
     Args:
         hidden, head: the student's states at the rows that predict ``token_ids``, and its lm_head.
         token_ids: int64, the next tokens.
-        loss_config: ``distillation_config.distillation_loss``, with loss_mode ``"fused_sd_topk"``
-            or verl's own ``"forward_kl_topk"``, whose values it then has.  None: no divergence.
-        teacher_token_ids, teacher_log_probs: integers and nats, verl's teacher server's top-k at
-            the same rows, at temperature 1,
-        teacher: or states and head of a teacher in this process, without gradient.
-        old_log_probs: of ``token_ids`` when they were sampled, for ``importance_cap``.
-        token_weights: 0 where a token does not count: its row may hold anything, its terms are 0.
-        temperature: divides the student's logits, and a teacher's in this process.
-        log_probs, entropy: whether they are wanted.
+        loss_config: ``distillation_config.distillation_loss``; None: no divergence.  With verl's
+            own loss_mode ``"forward_kl_topk"`` the values are those of verl.
+        teacher_token_ids, teacher_log_probs: integers and nats, the top-k of verl's teacher server
+            at the same rows, at temperature 1.
+        teacher: states and head, without gradient, of a teacher in this process.  Give this or a
+            server's top-k.
+        old_log_probs: nats, of ``token_ids`` under the policy that sampled them; read by
+            ``importance_cap``.
+        token_weights: rows where this is 0 cost nothing, may hold anything, and have outputs of 0.
+        temperature: divides the logits of the student and of a teacher in this process.
+        log_probs, entropy: whether to compute them.
         process_group, reduce_dhidden: as in ``fused_sd.divergence_loss``.
 
     Returns:
-        Those asked for, (N,), fp32 (fp64 for fp64 states): differentiable and not weighted
-        ``distillation_losses``, ``log_probs`` and ``entropy``; detached ``student_mass`` and
-        ``teacher_mass`` on the support.
+        The outputs asked for, (N,) each, fp32 (fp64 for fp64 states).  ``distillation_losses``,
+        ``log_probs`` and ``entropy`` are differentiable and not weighted.  ``student_mass``,
+        ``teacher_mass`` (on the support) and ``teacher_log_probs`` (RLSD with a teacher in this
+        process) are detached.
 
     Raises:
-        ValueError: a server sent other than topk entries, or what the settings need is missing.
+        ValueError: the server sent another number of entries than topk, or a tensor that the
+            settings need is missing.
     """
     run: dict[str, Any] = {
         "token_weights": None if token_weights is None else (token_weights != 0).float(),
@@ -77,11 +81,11 @@ def fused_terms(
     if loss_config is not None:
         run["backend"] = loss_config.get("backend", "auto")
         run["chunk_size"] = loss_config.get("chunk_size")
-    wanted = {"log_prob": "log_probs"} if log_probs else {}
+    wanted = {"log_prob": "log_probs"} if log_probs else {}  # the library's names and verl's
     if entropy:
         wanted["entropy"] = "entropy"
     if loss_config is None or loss_config.loss_mode == RLSD_LOSS:
-        return _sampled_terms(hidden, head, token_ids, teacher, wanted, run)
+        return _sampled_token_outputs(hidden, head, token_ids, teacher, wanted, run)
     run |= {"token_ids": token_ids, "with_grad": tuple(wanted)}
     run |= _importance(loss_config, old_log_probs)
     if teacher is not None:
@@ -89,20 +93,13 @@ def fused_terms(
     else:
         served = teacher_token_ids, teacher_log_probs
         output = _server_divergence(loss_config, hidden, head, *served, run)
-    masses = output.metrics or dict.fromkeys(MASSES, _counted(output.loss, run["token_weights"]))
-    beside = {wanted[name]: values for name, values in (output.with_grad or {}).items()}
-    return {"distillation_losses": output.loss, **masses, **beside}
+    # verl logs both masses for every top-k loss; over the whole vocabulary they are 1
+    masses = output.metrics or dict.fromkeys(MASSES, _ones(output.loss, run["token_weights"]))
+    others = {wanted[name]: values for name, values in (output.with_grad or {}).items()}
+    return {"distillation_losses": output.loss, **masses, **others}
 
 
-def server_settings(loss_config: DistillationLossConfig) -> dict[str, Any]:
-    """Keywords of ``topk_divergence_loss`` for a loss on a server's top-k."""
-    floor = {"log_prob_floor": loss_config.log_prob_min_clamp}
-    if loss_config.loss_mode == VERL_TOPK_LOSS:
-        return {"divergence": "forward_kl", "remainder": "drop", **floor}
-    return {**settings_of(loss_config).to_settings(), **floor}
-
-
-def _sampled_terms(
+def _sampled_token_outputs(
     hidden: Tensor,
     head: Tensor | LMHead,
     token_ids: Tensor,
@@ -110,18 +107,18 @@ def _sampled_terms(
     wanted: dict[str, str],
     run: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """What is known of the sampled tokens alone: student's terms, and a teacher's for RLSD."""
-    terms: dict[str, Tensor] = {}
+    """Compute the outputs of a loss without a divergence: of the sampled tokens alone."""
+    outputs: dict[str, Tensor] = {}
     if wanted:
         scored = token_log_probs(hidden, head, token_ids, entropy="entropy" in wanted, **run)
         found = {"log_prob": scored.log_probs, "entropy": scored.entropy}
-        terms = {key: found[name] for name, key in wanted.items()}  # type: ignore[misc]
+        outputs = {key: found[name] for name, key in wanted.items()}  # type: ignore[misc]
     if teacher is not None:
         states, teacher_head = teacher
         with torch.no_grad():
             known = token_log_probs(states, teacher_head, token_ids, **run)
-        terms["teacher_log_probs"] = known.log_probs
-    return terms
+        outputs["teacher_log_probs"] = known.log_probs
+    return outputs
 
 
 def _local_divergence(
@@ -131,7 +128,8 @@ def _local_divergence(
     teacher: tuple[Tensor, Tensor | LMHead],
     run: dict[str, Any],
 ) -> LossOutput:
-    settings = settings_of(loss_config)
+    """Compute the divergence from a teacher whose states and head are in this process."""
+    settings = require_own_config(loss_config)
     support = settings.to_support()
     states, teacher_head = teacher
     return divergence_loss(
@@ -155,6 +153,7 @@ def _server_divergence(
     log_probs: Tensor | None,
     run: dict[str, Any],
 ) -> LossOutput:
+    """Compute the divergence from the top-k log-probabilities that a teacher server sent."""
     if ids is None or log_probs is None:
         checks.fail(
             "teacher",
@@ -173,9 +172,18 @@ def _server_divergence(
         log_probs,
         reduction="none",
         metrics=MASSES,
-        **server_settings(loss_config),
+        **_server_settings(loss_config),
         **run,
     )
+
+
+def _server_settings(loss_config: DistillationLossConfig) -> dict[str, Any]:
+    """Return the keywords of ``topk_divergence_loss`` for a loss on a server's top-k."""
+    floor = {"log_prob_floor": loss_config.log_prob_min_clamp}
+    if loss_config.loss_mode == VERL_TOPK_LOSS:
+        # verl's compute_forward_kl_topk sums p (log p - log q) over the entries, without a tail
+        return {"divergence": "forward_kl", "remainder": "drop", **floor}
+    return {**require_own_config(loss_config).to_settings(), **floor}
 
 
 def _importance(
@@ -196,6 +204,7 @@ def _importance(
 
 
 def _check_topk(topk: int | None, teacher_token_ids: Tensor) -> None:
+    """Refuse a server's answer of another size than topk, as from a server with a lower limit."""
     got = teacher_token_ids.shape[-1]
     if got != topk:
         checks.fail(
@@ -207,6 +216,6 @@ def _check_topk(topk: int | None, teacher_token_ids: Tensor) -> None:
         )
 
 
-def _counted(values: Tensor, token_weights: Tensor | None) -> Tensor:
-    """1 where a token counts, else 0."""
+def _ones(values: Tensor, token_weights: Tensor | None) -> Tensor:
+    """Return 1 for each token that has a weight and 0 for the others, shaped like ``values``."""
     return torch.ones_like(values) if token_weights is None else token_weights.to(values.dtype)

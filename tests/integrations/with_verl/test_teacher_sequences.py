@@ -13,11 +13,10 @@ from fused_sd.integrations.verl.contexts import (
     ReferenceContext,
     SiblingContext,
 )
-from fused_sd.integrations.verl.privileged import (
+from fused_sd.integrations.verl.teacher_sequences import (
+    at_student_rows,
+    mask_without_context,
     response_rows,
-    rows_of,
-    student_rows,
-    taught_tokens,
     teacher_batch,
 )
 
@@ -61,20 +60,6 @@ def test_a_sample_without_a_prompt_or_with_an_empty_context_is_refused():
         teacher_batch(PROMPTS, RESPONSES, [None])
 
 
-def test_padded_batches_have_the_rows_of_jagged_ones():
-    jagged = torch.nested.as_nested_tensor(PROMPTS, layout=torch.jagged)
-    padded = torch.tensor([[0, 1, 2], [0, 0, 3], [4, 5, 6]])
-    mask = torch.tensor([[0, 1, 1], [0, 0, 1], [1, 1, 1]])
-    for found in (rows_of(jagged), rows_of(padded, mask, padded="left")):
-        assert [row.tolist() for row in found] == [[1, 2], [3], [4, 5, 6]]
-    right = rows_of(padded.flip(1), mask.flip(1))
-    assert [row.tolist() for row in right] == [[2, 1], [3], [6, 5, 4]]
-    with pytest.raises(ValueError, match="have its zeros on the right"):
-        rows_of(padded, mask)
-    with pytest.raises(ValueError, match=r"mask must be \(3, 3\) for padded ids, got none"):
-        rows_of(padded)
-
-
 def test_the_rows_that_predict_the_response_go_onto_the_students():
     teacher = teacher_batch(PROMPTS, RESPONSES, [[7, 8, 9, 9], [7], None])
     # at each row the token that it predicts, as a log-probability would stand there
@@ -85,7 +70,7 @@ def test_the_rows_that_predict_the_response_go_onto_the_students():
     lengths = torch.tensor([3, 0, 1])
     found = response_rows(predicted, lengths)
     assert [row.tolist() for row in found] == [[10, 11, 12], [], [13]]
-    placed = student_rows(found, PROMPTS)
+    placed = at_student_rows(found, PROMPTS)
     assert [row[:, 0].tolist() for row in placed.unbind()] == [
         [0, 10, 11, 12, 0],
         [0],
@@ -103,7 +88,7 @@ def test_verl_reads_the_students_rows_as_a_servers():
         "responses": torch.nested.as_nested_tensor(RESPONSES, layout=torch.jagged),
     }
     values = [torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([]), torch.tensor([-4.0])]
-    read = no_padding_2_padding(student_rows(values, PROMPTS), tu.get_tensordict(jagged))
+    read = no_padding_2_padding(at_student_rows(values, PROMPTS), tu.get_tensordict(jagged))
     assert read.squeeze(-1).tolist() == [[-1, -2, -3], [0, 0, 0], [-4, 0, 0]]
 
 
@@ -112,7 +97,7 @@ def test_tokens_of_samples_without_a_context_are_not_taught():
         [torch.tensor([1, 0, 1]), torch.tensor([], dtype=torch.int64), torch.tensor([1])],
         layout=torch.jagged,
     )
-    assert lists(taught_tokens(mask, torch.tensor([1.0, 1.0, 0.0]))) == [[1, 0, 1], [], [0]]
+    assert lists(mask_without_context(mask, torch.tensor([1.0, 1.0, 0.0]))) == [[1, 0, 1], [], [0]]
 
 
 PROMPT = [{"role": "system", "content": "Sum."}, {"role": "user", "content": "1+1?"}]
@@ -268,6 +253,6 @@ def test_rlsd_reads_a_workers_scores_where_the_batch_has_them():
     data, output = micro_batch([1.0, 1.0])
     del output["teacher_log_probs"]
     known = [torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -1.0])]
-    data["teacher_logprobs"] = student_rows(known, [torch.tensor([1]), torch.tensor([2])])
+    data["teacher_logprobs"] = at_student_rows(known, [torch.tensor([1]), torch.tensor([2])])
     losses, _ = rlsd_loss(*settings(loss_mode="fused_sd_rlsd"), output, data)
     torch.testing.assert_close(losses, torch.tensor([[-1.0, -1.0], [-0.9, -1.0]]))

@@ -1,4 +1,4 @@
-"""What verl's batch knows of each sample when the teacher's prompts are written.
+"""Reads the rollouts of a training step from verl's batch, to write the teacher's prompts.
 
 Dimension key:  B samples
 """
@@ -11,12 +11,12 @@ from tensordict import TensorDict
 
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.rollouts import Rollout, Sibling
-from fused_sd.integrations.verl.privileged import rows_of
 
 FIELDS = ("uid", "raw_prompt", "prompts", "responses", "response_mask", "rm_scores", "extra_fields")
+"""The columns of verl's batch that ``read_rollouts`` reads."""
 
 
-def rollouts_of(
+def read_rollouts(
     data: TensorDict,
     keys: Sequence[str],
     tokenizer: Any,
@@ -24,28 +24,28 @@ def rollouts_of(
     reference_key: str | None,
     feedback_key: str | None,
 ) -> list[Rollout | None]:
-    """Each sample with its group, the responses to the same prompt.
+    """Return each sample as a rollout, together with its group: the responses to its prompt.
 
     Args:
-        data: ``FIELDS``, and what ``reference_key`` begins with.
-        keys: verl's, ``{uid}_{session}_{output}``.
+        data: ``FIELDS``, and the column that ``reference_key`` begins with.
+        keys: verl's key of each sample, ``{uid}_{session}_{output}``.  A session is one of the
+            ``rollout.n`` generations; an agent loop may write several outputs in one session.
         tokenizer: decodes responses.
-        reference_key: path of the reference in a row.
-        feedback_key: of the feedback in ``reward_extra_info``.
+        reference_key: dotted path of the reference in a dataset row.
+        feedback_key: key of the feedback in ``reward_extra_info``.
 
     Returns:
-        None for samples that continue another one of their session: their prompt is not the
-        dataset's.
+        B rollouts; None for a later output of a session, whose prompt is not the dataset's.
 
     Raises:
-        ValueError: a path leads nowhere.
+        ValueError: reference_key begins with a column that the batch does not have.
     """
-    responses = rows_of(data["responses"])
+    responses = data["responses"].unbind()
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
-    rewards = [float(scores.sum()) for scores in rows_of(data["rm_scores"])]
-    places = [key.rsplit("_", 2)[1:] for key in keys]
-    sessions, groups = _groups(list(data["uid"]), places, texts, rewards)
-    extras, prompts = list(data["extra_fields"]), rows_of(data["prompts"])
+    rewards = [float(scores.sum()) for scores in data["rm_scores"].unbind()]
+    sessions, outputs = zip(*(map(int, key.rsplit("_", 2)[1:]) for key in keys))
+    groups = _groups(list(data["uid"]), sessions, outputs, texts, rewards)
+    extras, prompts = list(data["extra_fields"]), data["prompts"].unbind()
     references = [None] * len(keys) if reference_key is None else _column(data, reference_key)
     rollouts: list[Rollout | None] = []
     for n, (uid, raw_prompt) in enumerate(zip(data["uid"], data["raw_prompt"])):
@@ -63,28 +63,32 @@ def rollouts_of(
             index=sessions[n],
             group=groups[uid],
         )
-        rollouts.append(rollout if int(places[n][1]) == 0 else None)
+        rollouts.append(rollout if outputs[n] == 0 else None)
     return rollouts
 
 
 def _groups(
-    uids: list[str], places: list[list[str]], texts: list[str], rewards: list[float]
-) -> tuple[list[int], dict[str, list[Sibling]]]:
-    """Each sample's session, and each prompt's sessions by their last outputs, in their order."""
+    uids: Sequence[str],
+    sessions: Sequence[int],
+    outputs: Sequence[int],
+    texts: Sequence[str],
+    rewards: Sequence[float],
+) -> dict[str, list[Sibling]]:
+    """Return each prompt's sessions in their order, each by its last output.
+
+    verl's GRPO takes the last output for the session, too.
+    """
     last: dict[str, dict[int, int]] = defaultdict(dict)
-    sessions = [int(session) for session, _ in places]
-    for n, uid in enumerate(uids):
-        before = last[uid].get(sessions[n])
-        if before is None or int(places[before][1]) < int(places[n][1]):
-            last[uid][sessions[n]] = n
-    return sessions, {
+    for n in sorted(range(len(uids)), key=outputs.__getitem__):
+        last[uids[n]][sessions[n]] = n
+    return {
         uid: [Sibling(session, texts[n], rewards[n]) for session, n in sorted(found.items())]
         for uid, found in last.items()
     }
 
 
 def _column(data: TensorDict, path: str) -> list[Any]:
-    """The value of each row at a dotted path; None where the row has none."""
+    """Return each row's value at a dotted path; None for a row that has none."""
     name, *inner = path.split(".")
     if name not in data.keys():  # noqa: SIM118  a TensorDict iterates over rows
         known = ", ".join(sorted(data.keys()))
