@@ -1,4 +1,4 @@
-"""A tokenizer of words and special tokens with a chat template, made without a download."""
+"""A tokenizer of characters and special tokens with a chat template, made without a download."""
 
 import functools
 
@@ -14,7 +14,7 @@ TEMPLATE = (
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Every character of ASCII is a token, so that text and tokens are each other's."""
+    """Make each ASCII character a token, so that text and tokens determine each other."""
     characters = [chr(code) for code in (10, *range(32, 127))]
     vocabulary = {token: place for place, token in enumerate([*SPECIAL, *characters])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))

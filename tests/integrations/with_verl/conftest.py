@@ -10,13 +10,13 @@ OURS = "fused_sd|integrations|test_|conftest"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if HAS_VERL:  # warnings are errors where this project's own lines cause them
+    if HAS_VERL:  # only warnings that this project's own lines cause are errors
         config.addinivalue_line("filterwarnings", f"ignore:::(?!{OURS})")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def losses_registered() -> None:
-    """As the entry point does where fused_sd is installed."""
+    """Register the losses, as the entry point does if fused_sd is installed."""
     from fused_sd.integrations.verl import plugin
 
     plugin.register_losses()

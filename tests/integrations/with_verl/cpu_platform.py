@@ -1,7 +1,7 @@
-"""What lets verl's FSDP2 engine run on CPUs: a platform, chosen by ``VERL_PLATFORM=cpu``, for gloo.
+"""A platform on which verl's FSDP2 engine runs on CPUs with gloo, chosen by ``VERL_PLATFORM=cpu``.
 
-Named in ``VERL_USE_EXTERNAL_MODULES``, it is imported by verl in every process.  verl has none
-itself.  FSDP1 refuses CPUs in torch itself.
+verl has no such platform.  Named in ``VERL_USE_EXTERNAL_MODULES``, this module is imported by verl
+in every process.  FSDP1 cannot run on CPUs: torch refuses it.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ class PlatformCPU(PlatformBase):
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        return False  # chosen by name alone
+        return False  # so that it is chosen by name only
 
     def current_device(self) -> Any:
         return "cpu"  # verl hands it to Tensor.to
@@ -79,7 +79,7 @@ class PlatformCPU(PlatformBase):
 def all_to_all_by_gloo(
     outputs: list[Tensor], inputs: list[Tensor], group: Any = None, async_op: bool = False
 ) -> None:
-    """``dist.all_to_all``, whose lists gloo does not take."""
+    """``dist.all_to_all`` for gloo, which implements only the form with single tensors."""
     assert not async_op
     received = torch.empty(sum(part.numel() for part in inputs), dtype=inputs[0].dtype)
     dist.all_to_all_single(received, torch.cat([part.flatten() for part in inputs]), group=group)
@@ -88,7 +88,7 @@ def all_to_all_by_gloo(
 
 
 def use_ulysses_attention() -> None:
-    """An attention for CPUs that exchanges heads for tokens as verl's flash attention does."""
+    """Register an attention for CPUs that exchanges heads for tokens as verl's flash attention."""
     from transformers import AttentionInterface
     from verl.utils import ulysses
 

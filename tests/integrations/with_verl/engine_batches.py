@@ -1,6 +1,6 @@
-"""What a run of the engine is, and the samples and the loss that verl would hand to its actor.
+"""Training runs of the engine, with the samples and the loss that verl would give its actor.
 
-verl is imported in functions, for processes that choose its platform first.
+verl is imported inside functions, because each process chooses verl's platform first.
 """
 
 import functools
@@ -13,35 +13,35 @@ import torch.distributed as dist
 from torch import Tensor
 
 VOCAB, TOPK, CONTEXT, TEMPERATURE = 512, 8, 4, 0.8
-# prompt and response lengths of the four samples.  Under Ulysses the first two are packed, an odd
-# number of tokens, and the first process has rows of a prompt alone
+# Prompt and response lengths of the four samples.  Ulysses packs the first two: they have an odd
+# number of tokens, and all rows of the first process belong to a prompt.
 LENGTHS = ((30, 6), (3, 12), (4, 6), (4, 9))
 NO_RESPONSE = ((5, 9), (3, 12), (17, 0), (4, 0))  # the second process's
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run of both processes.
+    """One training run of both processes.
 
     Attributes:
-        library: the library's engine runs; else verl's own.
+        library: run the library's engine instead of verl's own.
         backend: ``fused_kernel_options.impl_backend``; None: no fused kernels.
-        tied: the head's weight is that of the embeddings.
-        policy: a policy loss and an entropy bonus beside the distillation loss.
+        tied: tie the head's weight to the embeddings.
+        policy: add a policy loss and an entropy bonus to the distillation loss.
         loss: "topk": verl's forward KL on the server's top-k.  "live": the library's full reverse
             KL to the model itself in a privileged context.  "policy": the policy loss alone.
-            "summed": a sum of divergences and log-probabilities, which is 0 where there are none;
-            verl's metrics need a token.
-        adapter: trains LoRA.  Not of the head, which verl cannot shard then.
-        dtype: of parameters in forward and backward.
-        exact_head: what follows the backbone in float64.
-        sequence_parallel: Ulysses over both processes, which share their samples then.
+            "summed": a sum of divergences and log-probabilities, for processes without response
+            tokens, where verl's metrics fail.
+        adapter: train LoRA, but not on the head, which verl cannot shard then.
+        dtype: dtype of parameters in forward and backward.
+        exact_head: compute everything behind the backbone in float64.
+        sequence_parallel: use Ulysses over both processes, which then share their samples.
         packed: verl's ``use_remove_padding``.
-        checkpointing: of the layers' activations.
+        checkpointing: checkpoint the layers' activations.
         floor: verl's ``log_prob_min_clamp``.
         lengths: prompt and response lengths of the four samples.
-        steps: of the optimiser.
-        watched: also what it refuses and the largest piece of memory are looked at.
+        steps: number of optimiser steps.
+        watched: also record what the engine refuses and its largest allocation.
     """
 
     library: bool = True
@@ -107,7 +107,10 @@ def summed_loss(
     dp_group: Any = None,
     student_logits: Tensor | None = None,
 ) -> Any:
-    """Divergences less log-probabilities, over the tokens of all; of the logits where verl asks."""
+    """Sum of divergences minus log-probabilities over all processes' tokens.
+
+    Like verl's loss it is also called as logits processor, with ``student_logits``.
+    """
     from verl.trainer.distillation.losses import compute_topk_loss
 
     if student_logits is not None:
@@ -124,7 +127,7 @@ def summed_loss(
 
 
 def make_batch(run: Run) -> Any:
-    """This process's samples; of four, both processes have all or half of them."""
+    """This process's samples: all four under Ulysses, else two of them."""
     from verl.utils import tensordict_utils as tu
 
     samples = list(make_samples(run.lengths))
@@ -151,7 +154,7 @@ def make_batch(run: Run) -> Any:
 
 
 def make_samples(lengths: tuple[tuple[int, int], ...]) -> Iterator[dict[str, Tensor]]:
-    """Samples as verl's trainer hands them to an actor, with a privileged context before each."""
+    """Samples as verl's trainer gives them to an actor, and each with a privileged context."""
     generator = torch.Generator().manual_seed(7)
     for prompt, response in lengths:
         length = prompt + response

@@ -1,4 +1,4 @@
-"""The runs of two processes that the tests of the engine compare, and what is left of them."""
+"""The runs of two processes that the engine tests compare, and their results."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ import torch
 from engine_batches import NO_RESPONSE, VOCAB, Run
 
 EAGER = {"library": False, "backend": None}
-# the policy loss's runs clamp what is far below
+# the runs with a policy loss also clamp log-probabilities
 KINDS = {
     f"{'tied' if tied else 'untied'}{', policy' if policy else ''}": {
         "tied": tied,
@@ -42,7 +42,7 @@ RUNS = {
     "live, padded": Run(loss="live", packed=False),
     "live, ulysses": Run(loss="live", sequence_parallel=True),
     "not fused": Run(backend=None, steps=1),
-    # last: verl's own fused kernels replace the forward of the class, for good
+    # last, because verl's own fused kernels replace the forward of the class for good
     "torch": Run(backend="torch", tied=True, loss="policy", steps=1),
     "torch, verl's": Run(library=False, backend="torch", tied=True, loss="policy", steps=1),
 }
@@ -72,7 +72,7 @@ def save_model(folder: pathlib.Path, *, tied: bool) -> pathlib.Path:
 
 @functools.cache
 def remains() -> dict[str, list[dict[str, Any]]]:
-    """What each of the two processes has at the end of each run; they are started once."""
+    """The results of each run in each of the two processes, which are started once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -90,7 +90,7 @@ def remains() -> dict[str, list[dict[str, Any]]]:
 def assert_same_training(
     one: list[dict[str, Any]], other: list[dict[str, Any]], tolerance: float = 1e-5
 ) -> None:
-    """Losses and gradient norms of each step, and the parameters after the last."""
+    """Compare losses and gradient norms of each step, and the parameters after the last."""
     for mine, yours in zip(one, other, strict=True):
         for name in ("losses", "grad_norms"):
             left, right = torch.tensor(mine[name]), torch.tensor(yours[name])

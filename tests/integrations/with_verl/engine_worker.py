@@ -1,7 +1,4 @@
-"""One of two processes that train verl's FSDP2 engine, its own or the library's, on CPUs.
-
-Runs with the same data are compared by the test; a run is a name and what is special about it.
-"""
+"""One of two processes that train verl's FSDP2 engine, or the library's, on CPUs."""
 
 import dataclasses
 import os
@@ -16,7 +13,7 @@ from torch import Tensor
 
 
 def main(rank: int, port: int, folder: str, runs: dict[str, Run]) -> None:
-    """Do each run, and leave what is left of it in ``folder``."""
+    """Do each run and save its results in ``folder``."""
     os.environ.update(VERL_PLATFORM="cpu", TOKENIZERS_PARALLELISM="false")
     torch.set_num_threads(1)
     import cpu_platform
@@ -29,7 +26,7 @@ def main(rank: int, port: int, folder: str, runs: dict[str, Run]) -> None:
 
 
 def train(run: Run, folder: pathlib.Path) -> dict[str, Any]:
-    """What is left of a run."""
+    """Do one run and return its results."""
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
     from fused_sd.integrations.verl.engine import FusedSDEngine
@@ -39,13 +36,13 @@ def train(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     batch, loss = make_batch(run), make_loss(run)
     left: dict[str, Any] = {"losses": [], "grad_norms": [], "rows": []}
     with mock.patch.object(*_counted_outputs(run, left["rows"])):
-        if run.loss == "topk":  # the others train first
+        if run.loss == "topk":
             left["inferred"] = _infer(engine, batch.clone())
         for _ in range(run.steps):
             with engine.train_mode():
                 output = engine.train_batch(batch.clone(), loss)
             left["losses"].append(_summed_over_data(engine, output["loss"]))
-            # verl tells it to the first rank of a sequence parallel group alone
+            # verl reports it on the first rank of a sequence-parallel group only
             left["grad_norms"].append(float(output["metrics"].get("grad_norm", torch.nan)))
     left["parameters"] = {
         name: parameter.full_tensor().detach().clone()
@@ -79,7 +76,7 @@ def _counted_outputs(run: Run, rows: list[int]) -> tuple[Any, str, Any]:
 
 
 def _forwards() -> tuple[Any, ...]:
-    """What verl's own fused kernels replace for all models of a class."""
+    """The class-level forwards that verl's own fused kernels replace."""
     from transformers import Qwen3ForCausalLM, Qwen3Model
 
     return Qwen3ForCausalLM.forward, Qwen3Model.forward, torch.nn.Linear.forward
@@ -117,7 +114,7 @@ def _engine(kind: type, run: Run, folder: pathlib.Path) -> Any:
         optimizer_config=FSDPOptimizerConfig(
             lr=1e-3,
             total_training_steps=run.steps,
-            # a gradient that is rounding alone makes no step
+            # with Adam's usual eps, a gradient of rounding errors would make a full step
             override_optimizer_config={"eps": 1e-6},
         ),
         checkpoint_config=CheckpointConfig(),
@@ -127,7 +124,7 @@ def _engine(kind: type, run: Run, folder: pathlib.Path) -> Any:
 
 
 def _infer(engine: Any, batch: Any) -> dict[str, Tensor]:
-    """Log-probabilities and entropy as ``compute_log_prob`` asks for them, padded: (B, tokens)."""
+    """Log-probabilities and entropy as in verl's ``compute_log_prob``, padded: (B, tokens)."""
     from verl.utils import tensordict_utils as tu
     from verl.workers.utils.padding import no_padding_2_padding
 
@@ -146,7 +143,7 @@ def _infer(engine: Any, batch: Any) -> dict[str, Tensor]:
 
 
 def _refusals(engine: Any, batch: Any) -> dict[str, str]:
-    """What is said to settings that verl's fused kernels do not have either."""
+    """The error messages for settings that verl's fused kernels do not support either."""
     from verl.utils import tensordict_utils as tu
 
     said = {}

@@ -1,6 +1,6 @@
-"""What is computed of hidden states and a rank's rows of the head, against whole vocabularies.
+"""Checks of the outputs on a rank's rows of the head, against the whole vocabulary.
 
-Imported in the two processes alone.
+Imported only inside the two processes.
 """
 
 from types import SimpleNamespace
@@ -22,10 +22,10 @@ NUM_TOKENS = 61  # of the padded vocabulary
 
 
 def processor(objective: str, sequence_parallel: bool) -> dict[str, float]:
-    """Called as Megatron calls it, on two ranks, against the definitions on the whole vocabulary.
+    """Call the processor as Megatron does, on two ranks; compare with the definitions.
 
-    Without sequence parallelism every rank has the states and needs their whole gradient, which
-    the loss adds up; with it each rank has its part, and Megatron adds up as it scatters.
+    Without sequence parallelism each rank has all states and needs their whole gradient, which the
+    loss sums over ranks.  With it each rank has a part, and Megatron sums as it scatters.
     """
     lay_out(Layout(tensor=2))
     rank, num_rows = dist.get_rank(), 8
@@ -42,7 +42,7 @@ def processor(objective: str, sequence_parallel: bool) -> dict[str, float]:
     labels = torch.randint(NUM_TOKENS, (1, num_rows))
     needed = torch.ones(1, num_rows)
     needed[0, 2] = 0
-    # what verl pads with: one id K times, of which each has probability 1
+    # verl pads with one id K times, each with probability 1
     ids[0, 2], log_t[0, 2] = 0, 0.0
     weights = torch.rand(3, num_rows, dtype=torch.float64)
 
@@ -96,9 +96,9 @@ def processor(objective: str, sequence_parallel: bool) -> dict[str, float]:
 
 
 def oracle(floor: float | None) -> dict[str, float]:
-    """verl's forward KL over a teacher's top-k, from this rank's logits, and the library's.
+    """Compare the library's forward KL over a teacher's top-k with verl's from a rank's logits.
 
-    verl computes in float32 whatever it is given.
+    verl computes in float32 whatever dtype it gets.
     """
     lay_out(Layout(tensor=2))
     group, rank = parallel_state.get_tensor_model_parallel_group(), dist.get_rank()
@@ -130,7 +130,7 @@ def oracle(floor: float | None) -> dict[str, float]:
                 hidden @ weight.t(), log_t, ids, floor
             )[:3]
         (loss * upstream).sum().backward()
-        # each rank has its columns' part of the states' gradient
+        # each rank has its vocabulary entries' part of the states' gradient
         dist.all_reduce(hidden.grad)
         found.append((loss, *masses, hidden.grad, weight.grad))
     names = ("loss", "student_mass", "teacher_mass", "dhidden", "dweight")
@@ -138,6 +138,6 @@ def oracle(floor: float | None) -> dict[str, float]:
     if floor is not None:
         clamped = (states @ whole.t()).log_softmax(-1).gather(-1, ids) < floor
         assert 0 < int(clamped.sum()) < clamped.numel()
-        # verl's masses are of clamped log-probabilities
+        # verl's masses are sums of clamped probabilities
         del differences["student_mass"], differences["teacher_mass"]
     return differences

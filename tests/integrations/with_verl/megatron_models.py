@@ -1,7 +1,7 @@
-"""Tiny Megatron models, engines of verl's around them and batches, on CPUs.
+"""Tiny Megatron models on CPUs, verl's engines around them, and batches.
 
-Megatron runs on a CPU where every weight is made there; its fused attention and norms do not, so
-that a layer's are stood in for.
+Megatron runs on a CPU if every weight is made there.  Its fused attention and norms do not, so
+stand-ins replace them.
 """
 
 import contextlib
@@ -37,7 +37,10 @@ DTYPE = torch.float64
 
 
 def stand_in_for_cuda() -> None:
-    """Megatron's buffers go where it is told, and its dropout, which is off, needs no generator."""
+    """Let Megatron put its buffers on the CPU, and switch off its CUDA generators.
+
+    Dropout is off in these tests, so no generator is needed.
+    """
     torch.cuda.current_device, torch.cuda.synchronize = lambda: "cpu", lambda: None
     tracker = megatron_random.CudaRNGStatesTracker
     tracker.fork = lambda *_args, **_kwargs: contextlib.nullcontext()
@@ -55,7 +58,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal, within each packed sequence."""
+    """Causal attention within each packed sequence."""
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         super().__init__()
@@ -74,14 +77,14 @@ class Attention(nn.Module):
 
 
 class OwnToken(Attention):
-    """Every token attends to itself: sequences may lie on several ranks."""
+    """Attention of each token to itself alone, for sequences split over ranks."""
 
     def forward(self, *query_key_value_mask: Tensor, **_kwargs: Any) -> Tensor:
         return query_key_value_mask[2].flatten(1)
 
 
 class HookedGPT(GPTModel):
-    """Megatron-Core 0.18's ``output_processor`` for a version before it."""
+    """A model with Megatron-Core 0.18's ``output_processor`` for older versions."""
 
     def forward(
         self,
@@ -118,7 +121,7 @@ def gpt(
     tied: bool = False,
     vocab: int = VOCAB,
 ) -> GPTModel:
-    """One layer on each stage in float64, its weights those of one process."""
+    """A float64 model with one layer on each stage, and the weights that one process would have."""
     config = TransformerConfig(
         num_layers=pipeline_parallel,
         hidden_size=HIDDEN,
@@ -161,7 +164,7 @@ def gpt(
 def engine(
     kind: type, model: Any, *, fused: bool, backend: str = "fused_sd", mtp: bool = False
 ) -> Any:
-    """verl's engine around a model that needs no bridge from Hugging Face."""
+    """verl's engine around a model that does not come from Hugging Face."""
     made = object.__new__(kind)
     made.engine_config = SimpleNamespace(
         use_fused_kernels=fused,
@@ -191,7 +194,7 @@ def engine(
 
 
 def batch(*, fused: bool, policy: bool, temperature: float = 0.8, distil: bool = True) -> Any:
-    """Four samples as verl's trainer hands them to an actor, two in each micro-batch."""
+    """Four samples as verl's trainer gives them to an actor, two in each micro-batch."""
     samples = list(_samples())
     tensors = {
         name: torch.nested.as_nested_tensor([one[name] for one in samples], layout=torch.jagged)

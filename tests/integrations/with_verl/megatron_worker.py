@@ -1,6 +1,6 @@
-"""One of two processes that run Megatron's parallelisms on CPUs and compare with what is known.
+"""One of two processes that run Megatron's parallelisms on CPUs and compare with references.
 
-Every check returns the largest differences, each relative to the largest value compared.
+Each check returns the largest differences, relative to the largest value compared.
 """
 
 import functools
@@ -58,7 +58,7 @@ LAYOUTS = {
 
 @functools.cache
 def results() -> dict[str, list[Any]]:
-    """What each check found on both ranks; the processes start once for all test files."""
+    """The results of each check on both ranks; the processes start once for all test files."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(main, (folder,), nprocs=2)
         found = [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(2)]
@@ -66,7 +66,7 @@ def results() -> dict[str, list[Any]]:
 
 
 def main(rank: int, folder: str) -> None:
-    """Do each check, and leave what it found, or an error, in ``folder``."""
+    """Do each check and save its result, or its error, in ``folder``."""
     os.environ.update(VERL_PLATFORM="cpu", TOKENIZERS_PARALLELISM="false")
     torch.set_num_threads(1)
     import cpu_platform  # noqa: F401, registers the platform
@@ -98,7 +98,7 @@ def main(rank: int, folder: str) -> None:
             left[name] = check()
         except Exception:
             left[name] = traceback.format_exc()
-            break  # the other process waits no longer
+            break  # end, so that the other process's collectives fail instead of waiting
     torch.save(left, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -117,7 +117,7 @@ def difference(value: Tensor, expected: Tensor) -> float:
 
 
 def verl_loss(loss_config: Any, policy: bool) -> Callable[..., Any]:
-    """As verl's worker makes it."""
+    """Make the loss function as verl's worker does."""
     from verl.trainer.distillation import distillation_ppo_loss
     from verl.workers.config import ActorConfig
 
@@ -142,7 +142,7 @@ def topk_config(policy: bool, floor: float | None) -> Any:
 
 
 def trained(layout: Layout, loss: Callable[..., Any], *, fused: bool, policy: bool) -> Any:
-    """An engine after forward and backward of two micro-batches, and the losses."""
+    """Run forward and backward of two micro-batches; return the engine and the losses."""
     import megatron_models as models
     from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
 
@@ -163,7 +163,7 @@ def trained(layout: Layout, loss: Callable[..., Any], *, fused: bool, policy: bo
 
 
 def training(layout: Layout) -> dict[str, float]:
-    """verl's own path with logits, and ours: losses and the gradient of every parameter."""
+    """Compare our path with verl's path with logits: losses and every parameter's gradient."""
     worst = {}
     for policy, floor in ((False, None), (False, -5.0), (True, -10.0)):
         loss = verl_loss(topk_config(policy, floor), policy)
@@ -179,7 +179,7 @@ def training(layout: Layout) -> dict[str, float]:
 
 
 def sharded_objective() -> dict[str, float]:
-    """An objective that verl has not: two ranks that share the vocabulary, and whole."""
+    """Compare an objective that verl lacks on a sharded vocabulary and on a whole one."""
     from fused_sd.integrations.verl.config import FusedSDLossConfig
 
     settings = {"divergence": "reverse_kl", "topk": 6, "importance_cap": 2.0}
@@ -200,7 +200,7 @@ def sharded_objective() -> dict[str, float]:
 
 
 def inference() -> dict[str, Any]:
-    """Log-probs and entropy as ``compute_log_prob`` asks for them, and verl's function after it."""
+    """Compare log-probs and entropy as in ``compute_log_prob``; is verl's processor back after?"""
     import megatron_models as models
     from verl.models.mcore import model_forward_fused
     from verl.utils import tensordict_utils

@@ -1,4 +1,4 @@
-"""A micro-batch as verl's engines have it: packed sequences, some response tokens not counted."""
+"""A micro-batch as in verl's engines: packed sequences, some response tokens without a loss."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ NUM_ROWS = sum(map(sum, LENGTHS))
 
 @dataclass
 class MicroBatch:
-    """The model's states at every packed row, and verl's data."""
+    """The model's states at each packed row, and verl's data."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
@@ -33,12 +33,12 @@ class MicroBatch:
         return self.data["teacher_logprobs"].values()
 
     def jagged(self, values: Tensor) -> Tensor:
-        """Values of every packed row as the engines return them."""
+        """Turn values of each packed row into the engines' jagged form."""
         offsets = self.data["input_ids"].offsets()
         return torch.nested.nested_tensor_from_jagged(values, offsets)
 
     def at_responses(self, values: Tensor) -> Tensor:
-        """Values of every packed row, padded: (B, R)."""
+        """Select the rows that predict the response, padded: (B, R)."""
         from verl.workers.utils.padding import no_padding_2_padding
 
         return no_padding_2_padding(values, self.data)
@@ -54,7 +54,7 @@ def jagged(rows: list[Tensor]) -> Tensor:
 
 
 def make(dtype: torch.dtype = torch.float64, k: int = TOPK) -> MicroBatch:
-    """Rows without a teacher's entries hold id 0 and log-probability 0 k times, as verl pads."""
+    """Make a micro-batch.  Like verl, fill rows without a teacher with k times id 0, log-prob 0."""
     hidden = torch.randn(NUM_ROWS, HIDDEN, dtype=dtype).requires_grad_()
     weight = torch.randn(VOCAB, HIDDEN, dtype=dtype).requires_grad_()
     ids = [torch.randint(0, VOCAB, (p + r,)) for p, r in LENGTHS]
@@ -89,7 +89,7 @@ def make(dtype: torch.dtype = torch.float64, k: int = TOPK) -> MicroBatch:
 
 
 def actor(strategy: str = "fsdp2") -> SimpleNamespace:
-    """What the losses read of verl's actor configuration."""
+    """The part of verl's actor configuration that the losses read."""
     return SimpleNamespace(
         strategy=strategy,
         loss_agg_mode="token-mean",

@@ -8,7 +8,7 @@ from textwrap import dedent
 ROOT = pathlib.Path(__file__).parents[3]
 OURS = "fused_sd.integrations.verl.plugin"
 
-# plugins of others: they do their worst where an environment variable tells them to
+# other plugins, which misbehave if an environment variable tells them to
 THIEF = """
     import os
 
@@ -55,7 +55,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
 
 
 def environment(folder: pathlib.Path, **more: str) -> dict[str, str]:
-    """Of a process that finds these distributions and this checkout."""
+    """The environment of a process that finds these distributions and this checkout."""
     cleaned = {k: v for k, v in os.environ.items() if not k.startswith("VERL_")}
     path = [str(folder), str(ROOT), str(ROOT / "tests" / "integrations" / "with_verl")]
     return {**cleaned, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", **more}

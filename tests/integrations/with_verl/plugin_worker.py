@@ -1,8 +1,8 @@
-"""Fresh imports of verl with plugins installed, each in a fork of a process that has verl's needs.
+"""Fresh imports of verl with plugins installed, each in a fork.
 
-``python plugin_worker.py DISTS`` imports what verl imports and forks for each case, so that each
-costs the import of verl alone; DISTS is the folder of ``plugin_dists.write``.  Prints a JSON object
-of the cases' results; a case that raised has its traceback.
+``python plugin_worker.py DISTS`` imports verl's dependencies and then forks for each case, so that
+a case costs only the import of verl.  DISTS is the folder of ``plugin_dists.write``.  The output is
+a JSON object of the cases' results, or of the traceback of a case that raised.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import warnings
 
 warnings.simplefilter("ignore")
 
-# slow to import, and none of them knows of a plugin
+# slow to import, and independent of verl's plugins
 PRELOADED = (
     "accelerate",
     "datasets",
@@ -39,7 +39,7 @@ CASES = {}
 
 
 def case(**environment):
-    """A function that runs with environment variables, in a fresh process."""
+    """Mark a function as a case, which runs with these variables in a fresh process."""
 
     def note(function):
         CASES[function.__name__] = (function, environment)
@@ -49,7 +49,7 @@ def case(**environment):
 
 
 def state():
-    """What the plugin did, and which engines verl chooses."""
+    """Return what the plugin registered, and which engines verl chooses."""
     from verl.trainer.distillation.losses import DISTILLATION_SETTINGS_REGISTRY
     from verl.workers.engine import EngineRegistry
 
@@ -73,7 +73,7 @@ def state():
 
 @case(VERL_ENGINE_VENDOR="fused_sd", THIEF="other engine")
 def engines_asked_for():
-    """Another plugin's engine under another vendor is no obstacle."""
+    """Another plugin's engine under another vendor does not disturb."""
     import verl
 
     assert "fused_sd.integrations.verl.plugin" in sys.modules, verl.__version__
@@ -208,7 +208,7 @@ def doctor_of_another_verl():
 
 
 def doctored(hide=False):
-    """The doctor's words and exit status."""
+    """Return the doctor's output and exit status."""
     import importlib.metadata
 
     if hide:
@@ -223,7 +223,7 @@ def doctored(hide=False):
 
 
 def run(function, environment):
-    """A case's result, from a fork."""
+    """Run a case in a fork and return its result."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

@@ -11,7 +11,7 @@ RECIPES = "fused_sd.integrations.verl.recipes"
 
 
 def composed(recipe: str, *overrides: str) -> DictConfig:
-    """Overrides are ``name=value``, of names that the configuration has."""
+    """Compose a recipe; overrides are ``name=value`` of settings that the recipe has."""
     config = copy.deepcopy(_as_it_is(recipe))
     for override in overrides:
         name, value = override.split("=", 1)

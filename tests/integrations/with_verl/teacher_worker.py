@@ -1,4 +1,4 @@
-"""One of two processes in which verl's FSDP2 engine is taught by weights other than its own."""
+"""One of two processes that train verl's FSDP2 engine with a teacher inside it, on CPUs."""
 
 import functools
 import os
@@ -21,16 +21,16 @@ MASK = (1.0, 1.0, 1.0, 0.0)
 
 @dataclass(frozen=True)
 class Lesson:
-    """A training run of both processes.
+    """One training run of both processes.
 
     Attributes:
-        settings: of the loss.
-        steps: of the optimiser.
+        settings: settings of the loss.
+        steps: number of optimiser steps.
         same_context: the teacher reads the student's own sequence.
-        lora: rank of the student's adapter; 0: all weights are trained.
-        saved_after: the step after which a checkpoint is written, and from which a second engine
-            takes the last steps again.
-        broken: a step with an infinite gradient follows the last.
+        lora: rank of the student's adapter; 0: train all weights.
+        saved_after: write a checkpoint after this step, and repeat the later steps from it with a
+            second engine.
+        broken: end with a step whose gradient is infinite.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -73,7 +73,7 @@ QUESTION = [{"role": "user", "content": "1+1?"}]
 
 
 def main(rank: int, port: int, folder: str) -> None:
-    """Do each lesson and the recipe's, and leave what is left of them in ``folder``."""
+    """Do each lesson and the recipe's run, and save their results in ``folder``."""
     os.environ.update(
         VERL_PLATFORM="cpu",
         TOKENIZERS_PARALLELISM="false",
@@ -86,7 +86,7 @@ def main(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     import cpu_platform  # noqa: F401  registers the platform
 
-    # verl asks the device's module for them
+    # verl reads these from the device's module
     torch.cpu.set_rng_state = torch.set_rng_state
     torch.cpu.empty_cache = lambda: None
     for size in ("allocated", "reserved"):
@@ -105,7 +105,7 @@ def main(rank: int, port: int, folder: str) -> None:
 
 
 def teach(lesson: Lesson, model: pathlib.Path) -> dict[str, Any]:
-    """Losses, and the weights of both sides before each step."""
+    """Return the losses, and the weights of student and teacher before each step."""
     engine = make_engine(lesson, model)
     batch, loss = make_batch(lesson), make_loss(lesson)
     left: dict[str, Any] = {"steps": [], "batch": samples(lesson)}
@@ -145,7 +145,7 @@ def take_step(engine: Any, batch: Any, loss: Any) -> dict[str, Any]:
 
 
 def broken_step(engine: Any, batch: Any, loss: Any) -> dict[str, Any]:
-    """What both sides are before and after a gradient that is not finite."""
+    """Return student and teacher before and after a step whose gradient is not finite."""
     before, age = weights_of(engine, teacher=True), engine._teacher.age
     batch["advantages"] = torch.nested.nested_tensor_from_jagged(
         batch["advantages"].values() * torch.inf, batch["advantages"].offsets()
@@ -160,7 +160,7 @@ def broken_step(engine: Any, batch: Any, loss: Any) -> dict[str, Any]:
 
 
 def weights_of(engine: Any, *, teacher: bool = False) -> dict[str, Tensor] | None:
-    """Whole weights, of a teacher in its second module after a step; None where it has none."""
+    """Return the student's whole weights, or the teacher's; None if it has no module of its own."""
     module = engine.module
     if teacher:
         if engine._teacher is None:
@@ -179,7 +179,7 @@ def make_engine(lesson: Lesson, model: pathlib.Path) -> Any:
 
     from fused_sd.integrations.verl.teachers import TeachingEngine
 
-    torch.manual_seed(0)  # of an adapter's first weights
+    torch.manual_seed(0)  # adapters start with random weights
     engine = TeachingEngine(
         model_config=HFModelConfig(
             path=str(model),
@@ -228,7 +228,7 @@ def is_policy(lesson: Lesson) -> bool:
 
 
 def samples(lesson: Lesson) -> list[dict[str, Tensor]]:
-    """All four, with what the trainer's stage adds."""
+    """Return all four samples, with what the trainer's stage adds."""
     found = []
     for sample, mask in zip(make_samples(LENGTHS), MASK, strict=True):
         sample = {**sample, "self_distillation_mask": torch.tensor(mask)}
@@ -243,7 +243,7 @@ def samples(lesson: Lesson) -> list[dict[str, Tensor]]:
 
 
 def make_batch(lesson: Lesson) -> Any:
-    """This process's two samples."""
+    """Return this process's two samples."""
     from verl.utils import tensordict_utils as tu
 
     own = samples(lesson)[2 * dist.get_rank() : 2 * dist.get_rank() + 2]
@@ -273,7 +273,7 @@ def make_batch(lesson: Lesson) -> Any:
 
 
 def follow_recipe(model: pathlib.Path) -> dict[str, Any]:
-    """Two updates by verl's own worker, built from a recipe, on what the trainer's stage writes."""
+    """Do two updates with verl's worker, built from a recipe, on the trainer stage's output."""
     from recipes_config import composed
     from verl.utils import tensordict_utils as tu
     from verl.workers.engine_workers import ActorRolloutRefWorker
@@ -333,7 +333,7 @@ def follow_recipe(model: pathlib.Path) -> dict[str, Any]:
 
 
 def staged(config: Any) -> Any:
-    """This process's two of four samples, as they come out of the trainer's stage."""
+    """Return this process's two of four samples, as the trainer's stage writes them."""
     from chat_tokenizer import ids, tokenizer
     from verl.utils import tensordict_utils as tu
 

@@ -1,5 +1,4 @@
-"""What the engines compute in place of logits, against verl's own functions of logits and against
-float64 formulas."""
+"""The engines' per-token outputs, against verl's functions of logits and float64 formulas."""
 
 import math
 
@@ -17,8 +16,8 @@ from fused_sd.integrations.verl.token_outputs import MASSES, token_outputs
 TEMPERATURE = 0.7
 
 
-def terms_of(batch, loss_config, **more):
-    """The terms of every packed row, with a server's teacher."""
+def outputs_of(batch, loss_config, **more):
+    """The outputs of every packed row, taught by a server."""
     server = {
         "teacher_token_ids": batch.teacher_ids,
         "teacher_log_probs": batch.teacher_log_probs,
@@ -27,6 +26,14 @@ def terms_of(batch, loss_config, **more):
     return token_outputs(
         batch.hidden, batch.weight, batch.labels, loss_config=loss_config, **server, **more
     )
+
+
+def taught_locally(batch, loss_config, **more):
+    """The random states of a teacher that shares the student's head, and the outputs."""
+    teacher = torch.randn(micro_batch.NUM_ROWS, micro_batch.HIDDEN, dtype=torch.float64)
+    sides = batch.hidden, batch.weight, batch.labels
+    local = teacher, batch.weight.detach()
+    return teacher, token_outputs(*sides, loss_config=loss_config, teacher=local, **more)
 
 
 def logits_of(batch):
@@ -49,7 +56,7 @@ def test_verls_own_loss_mode_has_verls_values_and_gradients(floor):
         micro_batch.distillation(config),
         "thd",
     )
-    ours = terms_of(batch, config, token_weights=batch.counted)
+    ours = outputs_of(batch, config, token_weights=batch.counted)
     rows = batch.counted
     if floor is not None:
         assert (batch.teacher_log_probs[rows] < floor).any()
@@ -76,7 +83,7 @@ def test_each_divergence_of_a_servers_entries_is_the_formulas(divergence, remain
     config = FusedSDLossConfig(
         divergence=divergence, remainder=remainder, topk=micro_batch.TOPK, **parameter
     )
-    ours = terms_of(batch, config, token_weights=batch.counted, entropy=True)
+    ours = outputs_of(batch, config, token_weights=batch.counted, entropy=True)
     rows, ids = batch.counted, batch.teacher_ids.long()
     served = reference.served_teacher(ids, batch.teacher_log_probs, micro_batch.VOCAB)
     logits = logits_of(batch)
@@ -112,19 +119,19 @@ def test_importance_multiplies_each_token_by_its_capped_ratio():
     batch = micro_batch.make()
     plain = FusedSDLossConfig(topk=micro_batch.TOPK)
     capped = FusedSDLossConfig(topk=micro_batch.TOPK, importance_cap=1.5)
-    without = terms_of(batch, plain)
+    without = outputs_of(batch, plain)
     old = without["log_probs"].detach() + torch.linspace(-1, 1, micro_batch.NUM_ROWS)
     ratio = (without["log_probs"] - old).exp().clamp(max=1.5).detach()
     assert (ratio == 1.5).any()
     assert (ratio < 1).any()
-    losses = terms_of(batch, capped, old_log_probs=old)["distillation_losses"]
+    losses = outputs_of(batch, capped, old_log_probs=old)["distillation_losses"]
     expected = without["distillation_losses"] * ratio
     assert_close(losses, expected, torch.float64)
     (got,) = torch.autograd.grad(losses.sum(), batch.hidden)
     (want,) = torch.autograd.grad(expected.sum(), batch.hidden)
     assert_close(got, want, torch.float64)
     with pytest.raises(ValueError, match="importance_cap must come with old_log_probs"):
-        terms_of(batch, capped)
+        outputs_of(batch, capped)
 
 
 @pytest.mark.parametrize("remainder", ["tail", "renormalize", "drop"])
@@ -134,11 +141,11 @@ def test_a_padded_row_of_one_id_repeated_is_finite_and_weighs_nothing(remainder)
     assert (batch.teacher_ids[padded] == 0).all()
     assert int(padded.sum()) == len(micro_batch.LENGTHS)
     config = FusedSDLossConfig(remainder=remainder, topk=micro_batch.TOPK)
-    everywhere = terms_of(batch, config)["distillation_losses"]
+    everywhere = outputs_of(batch, config)["distillation_losses"]
     assert everywhere.isfinite().all()
     (gradient,) = torch.autograd.grad(everywhere[padded].sum(), batch.hidden)
     assert gradient.isfinite().all()
-    counted = terms_of(batch, config, token_weights=~padded)
+    counted = outputs_of(batch, config, token_weights=~padded)
     for name in ("distillation_losses", *MASSES, "log_probs"):
         assert torch.equal(counted[name][padded], torch.zeros_like(counted[name][padded])), name
 
@@ -146,11 +153,11 @@ def test_a_padded_row_of_one_id_repeated_is_finite_and_weighs_nothing(remainder)
 def test_rows_that_do_not_count_may_hold_anything():
     batch = micro_batch.make()
     config = FusedSDLossConfig(topk=micro_batch.TOPK)
-    clean = terms_of(batch, config, token_weights=batch.counted)
+    clean = outputs_of(batch, config, token_weights=batch.counted)
     with torch.no_grad():
         batch.hidden[~batch.counted] = math.nan
         batch.teacher_log_probs[~batch.counted] = math.nan
-    dirty = terms_of(batch, config, token_weights=batch.counted)
+    dirty = outputs_of(batch, config, token_weights=batch.counted)
     for name, values in clean.items():
         assert torch.equal(dirty[name], values), name
     dirty["distillation_losses"].sum().backward()
@@ -163,7 +170,7 @@ def test_a_server_that_sends_other_than_topk_entries_is_refused(topk):
     batch = micro_batch.make()
     message = f"teacher_ids must hold the {topk} entries of distillation_loss.topk, got 4 in shape"
     with pytest.raises(ValueError, match=message):
-        terms_of(batch, FusedSDLossConfig(topk=topk))
+        outputs_of(batch, FusedSDLossConfig(topk=topk))
 
 
 def test_a_divergence_without_any_teacher_is_refused():
@@ -182,19 +189,11 @@ def test_without_a_distillation_loss_there_are_log_probs_alone():
 @pytest.mark.parametrize("support", ["full", "student_topk", "teacher_topk", "union_topk"])
 def test_a_teacher_in_the_process_is_compared_by_divergence_loss(support):
     batch = micro_batch.make()
-    teacher = torch.randn(micro_batch.NUM_ROWS, micro_batch.HIDDEN, dtype=torch.float64)
     config = FusedSDLossConfig(
         teacher="live", support=support, topk=5, divergence="jsd", chunk_size=4
     )
-    terms = token_outputs(
-        batch.hidden,
-        batch.weight,
-        batch.labels,
-        loss_config=config,
-        teacher=(teacher, batch.weight.detach()),
-        token_weights=batch.counted,
-        temperature=TEMPERATURE,
-    )
+    more = {"token_weights": batch.counted, "temperature": TEMPERATURE}
+    teacher, outputs = taught_locally(batch, config, **more)
     expected = divergence_loss(
         batch.hidden,
         batch.weight,
@@ -206,27 +205,20 @@ def test_a_teacher_in_the_process_is_compared_by_divergence_loss(support):
         temperature=TEMPERATURE,
         token_weights=batch.counted.double(),
     )
-    assert_close(terms["distillation_losses"], expected.token_loss, torch.float64)
+    assert_close(outputs["distillation_losses"], expected.token_loss, torch.float64)
     ones = batch.counted.double()
     for name in MASSES:
-        assert_close(terms[name], expected.metrics.get(name, ones), torch.float64, name)
-    (got,) = torch.autograd.grad(terms["distillation_losses"].sum(), batch.hidden)
+        assert_close(outputs[name], expected.metrics.get(name, ones), torch.float64, name)
+    (got,) = torch.autograd.grad(outputs["distillation_losses"].sum(), batch.hidden)
     (want,) = torch.autograd.grad(expected.loss, batch.hidden)
     assert_close(got, want, torch.float64)
 
 
 def test_rlsd_with_a_teacher_in_the_process_gets_its_log_probs_of_the_tokens():
     batch = micro_batch.make()
-    teacher = torch.randn(micro_batch.NUM_ROWS, micro_batch.HIDDEN, dtype=torch.float64)
     config = FusedSDLossConfig(loss_mode="fused_sd_rlsd", use_task_rewards=False, teacher="live")
-    terms = token_outputs(
-        batch.hidden,
-        batch.weight,
-        batch.labels,
-        loss_config=config,
-        teacher=(teacher, batch.weight.detach()),
-    )
+    teacher, outputs = taught_locally(batch, config)
     expected = reference.token_log_prob(teacher @ batch.weight.t(), batch.labels)
-    assert_close(terms["teacher_log_probs"], expected.detach(), torch.float64)
-    assert not terms["teacher_log_probs"].requires_grad
-    assert set(terms) == {"teacher_log_probs", "log_probs"}
+    assert_close(outputs["teacher_log_probs"], expected.detach(), torch.float64)
+    assert not outputs["teacher_log_probs"].requires_grad
+    assert set(outputs) == {"teacher_log_probs", "log_probs"}
