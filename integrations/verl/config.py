@@ -9,7 +9,7 @@ from typing import Any
 
 from verl.workers.config import DistillationLossConfig
 
-from fused_sd import FULL_VOCABULARY, Jsd, MixedKl, checks
+from fused_sd import FULL_VOCABULARY, Evidence, EvidenceSchedule, Jsd, MixedKl, checks
 from fused_sd.integrations.verl import RLSD_LOSS, TOPK_LOSS
 from fused_sd.integrations.verl.config_checks import (
     SUPPORTS,
@@ -18,7 +18,6 @@ from fused_sd.integrations.verl.config_checks import (
     check_unread,
 )
 from fused_sd.terms.divergence import Divergence
-from fused_sd.terms.evidence import Evidence, EvidenceSchedule
 from fused_sd.terms.support import Support
 
 TEACHERS = ("server", "live", "ema", "synced", "reference")
