@@ -1,0 +1,5 @@
+"""The documented path of ``make_teacher`` and ``AdapterTeacher``, teachers for PEFT students."""
+
+from fused_sd.integrations.shared.adapter_teacher import AdapterTeacher, make_teacher
+
+__all__ = ["AdapterTeacher", "make_teacher"]
