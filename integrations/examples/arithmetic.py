@@ -1,4 +1,4 @@
-"""A verifiable task in which a hint helps: sums, with their worked solution as the reference."""
+"""A task whose answers can be verified and where a hint helps: sums, with worked solutions."""
 
 import random
 import re
@@ -12,7 +12,14 @@ SUFFIX = "Reason step by step and end with the answer as a number."
 
 
 def questions(num: int, *, seed: int = 0, digits: int = 3, num_terms: int = 3) -> Dataset:
-    """Chat prompts, their worked solutions (``privileged_context``) and answers."""
+    """Make a dataset of chat prompts, worked solutions (``privileged_context``) and answers.
+
+    Args:
+        num: the number of questions.
+        seed: of the random terms.
+        digits: the most digits of a term.
+        num_terms: the number of terms in a sum.
+    """
     rng = random.Random(seed)
     rows = [[rng.randrange(10**digits) for _ in range(num_terms)] for _ in range(num)]
     return Dataset.from_list([_question(terms) for terms in rows])
@@ -32,23 +39,23 @@ def _question(terms: Sequence[int]) -> dict[str, Any]:
 
 
 def reward(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
-    """1 where the last number is the answer."""
+    """Return 1 for a completion whose last number is the answer, else 0."""
     return [float(_last_number(c) == wanted) for c, wanted in zip(completions, answer)]
 
 
 def feedback(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[str | None]:
-    """What an environment would say: whether the result is too small or too large."""
-    said: list[str | None] = []
+    """Say of each wrong result whether it is too small or too large, as an environment would."""
+    answers: list[str | None] = []
     for completion, wanted in zip(completions, answer):
         found = _last_number(completion)
         if found is None:
-            said.append("The response holds no number.")
+            answers.append("The response holds no number.")
         elif found == wanted:
-            said.append(None)
+            answers.append(None)
         else:
             side = "small" if int(found) < int(wanted) else "large"
-            said.append(f"The result {found} is too {side}.")
-    return said
+            answers.append(f"The result {found} is too {side}.")
+    return answers
 
 
 def _last_number(completion: Any) -> str | None:

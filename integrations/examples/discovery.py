@@ -1,4 +1,4 @@
-"""Test-time self-distillation: one hard sum, tried until a response passes.
+"""Test-time self-distillation: train on one sum until a response passes.
 
 python -m fused_sd.integrations.examples.discovery --model Qwen/Qwen3-1.7B --num_questions 1
 """

@@ -1,4 +1,4 @@
-"""GRPO on sums: the baseline on the same rollouts.
+"""GRPO on sums: the baseline, on the rollouts of the other methods.
 
 python -m fused_sd.integrations.examples.grpo --model Qwen/Qwen3-1.7B
 """

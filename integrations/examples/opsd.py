@@ -1,4 +1,4 @@
-"""OPSD on sums: forward KL to the initial model that has read the solution.
+"""OPSD on sums: forward KL to the initial model, which reads the solution.
 
 python -m fused_sd.integrations.examples.opsd --model Qwen/Qwen3-1.7B
 """

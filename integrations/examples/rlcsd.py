@@ -1,4 +1,4 @@
-"""RLCSD on sums: GRPO moved by the contrast of right with wrong hints.
+"""RLCSD on sums: GRPO whose advantages change by the contrast of right and wrong hints.
 
 python -m fused_sd.integrations.examples.rlcsd --model Qwen/Qwen3-1.7B
 """

@@ -1,4 +1,4 @@
-"""RLSD on sums: GRPO whose advantages a teacher with the solution weighs token by token.
+"""RLSD on sums: GRPO whose advantages a teacher with the solution weights, token by token.
 
 python -m fused_sd.integrations.examples.rlsd --model Qwen/Qwen3-1.7B
 """

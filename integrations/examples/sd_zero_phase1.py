@@ -2,8 +2,8 @@
 
 python -m fused_sd.integrations.examples.sd_zero_phase1 --model Qwen/Qwen3-1.7B --output sd-zero-srt
 
-A run that is killed while it collects goes on where it stopped.  ``SDZeroTrainer`` takes the
-result as the model of the second phase.
+A run that was killed while it collected continues where it stopped.  The second phase,
+``sd_zero_phase2``, starts from the saved model.
 """
 
 import argparse
@@ -21,22 +21,28 @@ from fused_sd.integrations.trl.srt_stages import sequential_srt
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="SD-Zero, phase 1: self-revision training")
     parser.add_argument("--model", default="Qwen/Qwen3-1.7B", help="path or name")
     parser.add_argument("--output", default="sd-zero-srt", help="folder of traces and model")
     parser.add_argument("--questions", type=int, default=256)
-    parser.add_argument("--digits", type=int, default=4, help="of each number in a sum")
+    parser.add_argument("--digits", type=int, default=4, help="digits of each number in a sum")
     parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=32, help="prompts of one generation")
+    parser.add_argument("--batch-size", type=int, default=32, help="prompts in one generation")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--learning-rate", type=float, default=5e-6)
-    parser.add_argument("--stages", action="store_true", help="two trainings, as the official code")
-    parser.add_argument("--stage2-traces", type=int, default=100, help="of the revision stage")
+    parser.add_argument(
+        "--stages", action="store_true", help="train in two stages, as the official code does"
+    )
+    parser.add_argument(
+        "--stage2-traces", type=int, default=100, help="traces of the revision stage"
+    )
     parser.add_argument("--cpu", action="store_true")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Collect traces, train on them and save the model."""
     options = parse(arguments)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")

@@ -1,4 +1,4 @@
-"""SD-Zero's phase 2 on sums: start from the model that sd_zero_phase1 saved.
+"""SD-Zero's second phase on sums; pass the model that sd_zero_phase1 saved.
 
 python -m fused_sd.integrations.examples.sd_zero_phase2 --model Qwen/Qwen3-1.7B
 """

@@ -1,4 +1,4 @@
-"""SDFT on sums: forward KL to a moving average that has seen a demonstration.
+"""SDFT on sums: forward KL to the model's moving average, which reads a demonstration.
 
 python -m fused_sd.integrations.examples.sdft --model Qwen/Qwen3-1.7B
 """

@@ -1,4 +1,4 @@
-"""SDPO on sums: the teacher sees a successful sibling, or what was wrong with the response.
+"""SDPO on sums: the teacher sees a successful sibling, or feedback on the response.
 
 python -m fused_sd.integrations.examples.sdpo --model Qwen/Qwen3-1.7B
 """

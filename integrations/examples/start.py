@@ -1,4 +1,4 @@
-"""What the example scripts share: a command line, a model, the task."""
+"""What the example scripts share: the command line, the model and the task."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from fused_sd.integrations.examples.arithmetic import questions, reward
 
 @dataclass
 class Script:
-    """Arguments of an example beside those of the method's configuration."""
+    """The arguments of an example beside those of the method's configuration."""
 
     model: str = field(default="Qwen/Qwen3-1.7B", metadata={"help": "A name or a folder."})
     num_questions: int = field(default=1000, metadata={"help": "Sums to train on."})
@@ -23,11 +23,12 @@ def train(trainer: Any, config: Any, *, rewarded: bool = True, **given: Any) -> 
     """Train a method on sums, and save the model.
 
     Args:
-        rewarded: pass the task's reward function.
-        given: other arguments of the trainer.
+        trainer, config: the method's classes.
+        rewarded: whether to pass the task's reward function.
+        given: further arguments of the trainer.
 
     Returns:
-        The trainer.
+        The trainer, after training.
     """
     kinds: Any = [Script, config]
     parser = TrlParser(kinds)

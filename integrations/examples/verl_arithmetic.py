@@ -1,4 +1,4 @@
-"""Sums for verl: a parquet file for each split, and a reward function that says what was wrong.
+"""Sums for verl: a parquet file for each split, and a reward function with feedback.
 
 python -m fused_sd.integrations.examples.verl_arithmetic FOLDER
 """
@@ -15,14 +15,17 @@ from fused_sd.integrations.examples.arithmetic import feedback, questions, rewar
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **_: Any
 ) -> dict[str, Any]:
-    """verl's ``reward.custom_reward_function``: the score, and what SDPO's teacher is shown."""
+    """Return the score, and the feedback that SDPO's teacher reads.
+
+    To be named in verl's setting ``reward.custom_reward_function``.
+    """
     (score,) = reward([solution_str], [ground_truth])
-    (said,) = feedback([solution_str], [ground_truth])
-    return {"score": score, "feedback": said or ""}
+    (answer,) = feedback([solution_str], [ground_truth])
+    return {"score": score, "feedback": answer or ""}
 
 
 def split(num: int, *, seed: int) -> Dataset:
-    """Questions in verl's columns; ``extra_info.answer`` is the worked solution."""
+    """Make a dataset with verl's columns; ``extra_info.answer`` is the worked solution."""
     rows = [
         {
             "data_source": "sums",
@@ -36,6 +39,7 @@ def split(num: int, *, seed: int) -> Dataset:
 
 
 def main() -> None:
+    """Write the two splits into the folder that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=pathlib.Path)
     folder = parser.parse_args().folder

@@ -1,4 +1,4 @@
-"""Collecting SD-Zero's revision traces into a file; a run that was killed goes on where it ends.
+"""Collect SD-Zero's revision traces into a file.  A run that was killed can be continued.
 
 generate = transformers_generate(model, tokenizer, max_new_tokens=1024)
 traces, counts = collect_traces(generate, dataset, reward, tokenizer, "traces.jsonl")
@@ -45,17 +45,18 @@ def collect_traces(
     """Sample, verify, revise and verify again, for each question that is not in the file yet.
 
     Args:
-        generate: makes one completion for each of a list of prompts, all as token ids.
+        generate: returns one completion for each of a list of prompts, all as token ids.
         dataset: rows with a "prompt" (text or messages); other columns go to the reward.
-        reward_func: TRL's: called with prompts, completions and the dataset's columns, each with
-            one entry for each completion; returns numbers, or None for no verdict.  A revision is
-            judged by itself, without the response before it.
+        reward_func: a reward function as TRL's.  It is called with prompts, completions and the
+            dataset's columns, each with one entry for each completion, and returns numbers, or None
+            for no verdict.  A revision is judged by itself, without the response before it.
         processing_class: the tokenizer.
-        path: a JSONL file; made where there is none, continued where there is one.
-        config: how; None: ``TraceConfig()``.
-        questions_per_batch: questions in one call of ``generate``; what a killed run can lose.
+        path: a JSONL file, which is created or continued.
+        config: how traces are collected; None: ``TraceConfig()``.
+        questions_per_batch: the number of questions in one call of ``generate``.  A killed run
+            loses at most one batch.
         max_traces: stop after the batch that reaches this number.
-        report: called after each batch with the counts so far; ``print`` will do.
+        report: is called after each batch with the counts so far; ``print`` will do.
 
     Returns:
         All traces in the file, and their counts.
@@ -88,6 +89,7 @@ def collect_traces(
             for line in reviser.revise({index: dataset[index] for index in batch}):
                 file.write(json.dumps(line) + "\n")
                 counts += counts_of(line)
+            # The batch is on the disk before the next one costs time.
             file.flush()
             os.fsync(file.fileno())
             if report is not None:
@@ -96,6 +98,7 @@ def collect_traces(
 
 
 def _fingerprint(value: Iterable[Any]) -> str:
+    """Return a short hash by which a continued run recognises its dataset and tokenizer."""
     digest = hashlib.sha256()
     for item in value:
         digest.update(json.dumps(item, sort_keys=True, default=str).encode())

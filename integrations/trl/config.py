@@ -1,4 +1,9 @@
-"""What the methods' configurations have in common."""
+"""The settings that all methods share.
+
+The methods' configurations extend TRL's ``SDPOConfig`` (1.6 to 1.16), so that TRL's command line,
+vLLM and generation settings work.  SDPOConfig has settings that a method does not read; its
+configuration lists them in ``unread``, and giving one is an error.
+"""
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -11,6 +16,7 @@ from fused_sd.integrations.trl.sparse_gradients import GradientSettings
 
 LOSS_TYPES = ("bnpo", "dapo", "grpo", "dr_grpo")
 TEACHERS = ("live", "base", "ema", "synced", "trust_region")
+# groups of settings, of which some methods read none
 DIVERGENCE_SETTINGS = (
     "distillation_alpha",
     "distillation_mode",
@@ -34,14 +40,18 @@ POLICY_SETTINGS = ("epsilon", "epsilon_high", "scale_rewards", "advantage_epsilo
 
 @dataclass
 class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
-    """Settings of every method: TRL's of SDPO, and a few more.  Base of the methods' own classes.
+    """Base of the methods' configurations: TRL's settings of SDPO, and a few more.
 
-    TRL's names keep TRL's meaning.  ``loss_type`` reduces every loss here, not only the policy's:
-    ``"bnpo"`` is the mean over the micro-batch's tokens, ``"dapo"`` over the tokens of the whole
-    accumulated batch on all processes, ``"grpo"`` the mean of all sequences' means and
-    ``"dr_grpo"`` divides by ``max_completion_length``.  ``teacher_model_kind`` may also be
-    ``"synced"``, a hard copy every ``teacher_sync_steps`` steps, and ``"trust_region"``, the
-    initial weights and the student mixed in log space at ``teacher_update_rate``.
+    TRL's names keep TRL's meaning, with two extensions.
+
+    ``loss_type`` reduces every loss, not only the policy's.  ``"bnpo"`` is the mean over the
+    micro-batch's tokens, ``"dapo"`` that over the tokens of the whole accumulated batch on all
+    processes, ``"grpo"`` the mean of all sequences' means; ``"dr_grpo"`` divides the sum by the
+    number of sequences times ``max_completion_length``.
+
+    ``teacher_model_kind`` may also be ``"synced"``, a hard copy every ``teacher_sync_steps`` steps,
+    or ``"trust_region"``, which mixes the initial weights' and the student's log-probabilities at
+    ``teacher_update_rate``.
 
     Raises:
         ValueError: a value is out of its range, or a setting is given that the method does not
@@ -53,10 +63,10 @@ class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
         "importance_sampling_level",
         "use_teacher_server",
     )
-    """Settings of TRL's that the method does not read: giving one is an error."""
+    """TRL's settings that the method does not read."""
 
     distillation_mode: Literal["sampled_token", "full_logits", "topk_logits"] = field(
-        default="full_logits", metadata={"help": "Read by SDPO alone."}
+        default="full_logits", metadata={"help": "Only SDPO reads this."}
     )
     advantage_epsilon: float = field(
         default=1e-6,
@@ -65,8 +75,8 @@ class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
     observe: bool = field(
         default=True,
         metadata={
-            "help": "Form and log entropies, KLs, masses and ratios beside the loss; without them "
-            "a loss over a renormalised top-k needs fewer logits."
+            "help": "Compute and log entropies, KLs, masses and ratios beside the loss; without "
+            "them a loss over a renormalised top-k needs fewer logits."
         },
     )
     padding_free: bool = field(
@@ -85,7 +95,8 @@ class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
     )
 
     def __post_init__(self) -> None:
-        for setting in fields(self):  # before TRL fills in what was left out
+        # Before TRL's __post_init__, which gives values to settings that were left out.
+        for setting in fields(self):
             if setting.name in self.unread and getattr(self, setting.name) != _default(setting):
                 fail(
                     setting.name,
@@ -108,7 +119,7 @@ class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
 
 
 def check_pair(name: str, values: Sequence[float]) -> None:
-    """Two bounds, as a command line gives them: a list."""
+    """Refuse a pair of bounds that is not two numbers; a command line gives a list."""
     if len(values) != 2:
         fail(name, "hold two numbers, the lower and the upper", values, "give both")
 

@@ -1,7 +1,7 @@
 """Test-time self-distillation: SDPO on one question until a response passes.
 
-A reward that says only "failed" teaches nothing, but what the environment says of a failure does:
-the model distils its own corrected view into itself and tries again.
+A reward of 0 for every response teaches nothing.  Feedback about a failure does: the teacher reads
+it, and the student learns from the teacher before it tries again.
 """
 
 from collections.abc import Sequence
@@ -19,20 +19,26 @@ from fused_sd.integrations.trl.sdpo import SDPOConfig, SDPOTrainer
 
 @dataclass
 class DiscoveryConfig(SDPOConfig):
-    """One question, 16 attempts a step; defaults are the paper's (arXiv 2601.20802).
+    """Settings of test-time SDPO; defaults are the paper's (arXiv 2601.20802).
 
-    ``max_steps`` is set from ``max_attempts``.
+    ``max_steps`` is computed from ``max_attempts``.
     """
 
     max_attempts: int = field(
         default=2750, metadata={"help": "Responses to sample before giving up."}
     )
-    stop_at_success: bool = field(default=True, metadata={"help": "End at the first success."})
-    num_generations: int = field(default=16, metadata={"help": "Attempts of a step."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Attempts at once."})
-    distillation_alpha: float = field(default=1.0, metadata={"help": "KL(s||t)."})
-    distillation_topk: int | None = field(default=20, metadata={"help": "The student's support."})
-    teacher_update_rate: float = field(default=0.01, metadata={"help": "Of the moving average."})
+    stop_at_success: bool = field(default=True, metadata={"help": "Stop at the first success."})
+    num_generations: int = field(default=16, metadata={"help": "Attempts in a step."})
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "Attempts in a forward."}
+    )
+    distillation_alpha: float = field(default=1.0, metadata={"help": "1: KL(s||t)."})
+    distillation_topk: int | None = field(
+        default=20, metadata={"help": "Size of the student's support."}
+    )
+    teacher_update_rate: float = field(
+        default=0.01, metadata={"help": "Rate of the moving average."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,9 +54,9 @@ class DiscoveryTrainer(SDPOTrainer):
     """SDPO on one row of data; ``train()`` ends with the first success or the last attempt.
 
     Attributes:
-        rewards: of all attempts, in the order of sampling.
-        first_success: number of the attempt that passed first, from 1; None: none did.
-        solution: its text.
+        rewards: the rewards of all attempts, in the order of sampling.
+        first_success: the number of the first attempt that passed, counted from 1, or None.
+        solution: the text of that attempt, or None.
     """
 
     config_cls = DiscoveryConfig
@@ -64,13 +70,15 @@ class DiscoveryTrainer(SDPOTrainer):
         if len(self.train_dataset) != 1:
             got = f"{len(self.train_dataset)} rows"
             fail("train_dataset", "be one question", got, "make a trainer for each")
-        # a generation batch that holds the group more than once samples the question again
+        # TRL fills a generation batch with different rows: one that holds several groups needs as
+        # many copies of the question.
         copies = self.args.generation_batch_size // self.num_generations
         self.train_dataset = Dataset.from_list(list(self.train_dataset) * copies)
         if self.args.stop_at_success:
             self.add_callback(_StopAtSuccess(self))
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Record the attempts; rewards come back gathered, and texts are gathered to match."""
         per_function = super()._calculate_rewards(*args, **kwargs)
         weighted = (per_function * self.reward_weights.to(per_function)).nansum(1).tolist()
         for text, reward in zip(gather_object(self._texts), weighted):
@@ -81,6 +89,8 @@ class DiscoveryTrainer(SDPOTrainer):
 
 
 class _StopAtSuccess(TrainerCallback):
+    """Stops training once an attempt has passed."""
+
     def __init__(self, trainer: DiscoveryTrainer) -> None:
         self.trainer = trainer
 
@@ -89,7 +99,11 @@ class _StopAtSuccess(TrainerCallback):
 
 
 def discovery_probability(first_successes: Sequence[int | None], num_attempts: int) -> float:
-    """The paper's discovery@k: the share of runs that passed within ``num_attempts`` attempts.
+    """Return the paper's discovery@k: the share of runs that passed within k attempts.
+
+    Args:
+        first_successes: ``DiscoveryTrainer.first_success`` of each run.
+        num_attempts: k.
 
     Raises:
         ValueError: there is no run.

@@ -1,4 +1,4 @@
-"""Completions of many prompts, all as token ids, from transformers or vLLM."""
+"""Functions that sample completions from transformers or vLLM, with token ids in and out."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from fused_sd.checks import check_positive_int, fail
 
 Generate = Callable[[list[list[int]]], list[list[int]]]
-"""Takes prompts, returns one completion for each, which ends with its end token if it has one."""
+"""Takes prompts and returns one completion for each, up to its end token if it has one."""
 
 
 def transformers_generate(
@@ -21,14 +21,18 @@ def transformers_generate(
     top_p: float = 0.9,
     batch_size: int = 16,
 ) -> Generate:
-    """Sample from a transformers model, with the global random generator.
+    """Return a function that samples from a transformers model, with the global random generator.
 
     Args:
-        model: put in evaluation mode while it generates.
-        tokenizer: for the padding token.
+        model: is in evaluation mode while it generates.
+        tokenizer: gives the padding token.
+        max_new_tokens: the longest completion.
         temperature: 0 takes the most likely token.
-        top_p: mass of the nucleus; the official SD-Zero code's 0.9, its paper has 0.7.
-        batch_size: prompts in one call, padded on the left.
+        top_p: mass of the nucleus; 0.9 is the official SD-Zero code's, 0.7 the paper's.
+        batch_size: the number of prompts in one call; they are padded on the left.
+
+    Raises:
+        ValueError: a number is not positive.
     """
     check_positive_int("max_new_tokens", max_new_tokens)
     check_positive_int("batch_size", batch_size)
@@ -37,9 +41,10 @@ def transformers_generate(
     ends = [ends] if isinstance(ends, int) else list(ends or ())
     pad = tokenizer.pad_token_id
     if pad is None:
-        pad = ends[0] if ends else 0  # hidden by the mask
+        pad = ends[0] if ends else 0  # any token, since the mask hides it
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    # what the model's own settings have and these lack would be taken over
+    # generate fills settings that are left out here from the model's own generation config, which
+    # for many models has a top_k and a repetition penalty.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
@@ -48,7 +53,7 @@ def transformers_generate(
         **(sampling if temperature > 0 else {"do_sample": False}),
     )
 
-    sampler: Any = model  # the annotation of its generate is none of a callable
+    sampler: Any = model  # the type checker does not take its ``generate`` for a function
 
     def generate(prompts: list[list[int]]) -> list[list[int]]:
         was_training = model.training
@@ -77,16 +82,20 @@ def transformers_generate(
 
 
 def _until_end(ids: list[int], ends: list[int]) -> list[int]:
-    """Up to the first end token, and with it."""
+    """Return the tokens up to the first end token, that token included."""
     places = [place for place, token in enumerate(ids) if token in ends]
     return ids[: places[0] + 1] if places else ids
 
 
 def vllm_generate(llm: Any, sampling_params: Any) -> Generate:
-    """Sample from a ``vllm.LLM``.
+    """Return a function that samples from a ``vllm.LLM``.
 
     Args:
-        sampling_params: ``vllm.SamplingParams``; ``n`` stays 1, since prompts are repeated.
+        llm: the engine.
+        sampling_params: ``vllm.SamplingParams`` with n=1: ``num_initial`` repeats prompts instead.
+
+    Raises:
+        ValueError: n is not 1.
     """
     if sampling_params.n != 1:
         fail("sampling_params.n", "be 1", sampling_params.n, "let num_initial repeat the prompts")

@@ -1,4 +1,4 @@
-"""What a method's trainer logs, under names that say what is meant."""
+"""The metrics that a method's trainer logs beside TRL's."""
 
 from typing import Any
 
@@ -13,7 +13,13 @@ QUANTILES = (0.05, 0.5, 0.95)
 
 
 def record(trainer: Any, output: LossOutput, inputs: dict[str, Any]) -> None:
-    """Append a step's numbers to the trainer's metrics; every process takes part."""
+    """Append a micro-batch's numbers to the trainer's metrics: a collective call.
+
+    Args:
+        trainer: a ``SelfDistillationTrainer``.  TRL logs and clears its ``_metrics``.
+        output: of the loss.
+        inputs: the micro-batch.
+    """
     mask = inputs["loss_mask"].float()
     metrics = {"loss": output.token_loss, **output.metrics}
     means = completion.masked_means(metrics, mask, trainer.accelerator.gather)
@@ -36,7 +42,7 @@ def record(trainer: Any, output: LossOutput, inputs: dict[str, Any]) -> None:
 
 
 def _evidence(metrics: dict[str, Tensor]) -> Tensor | None:
-    """Delta, log P_T - log P_S of the sampled token (B, T), where both were observed."""
+    """Return log P_T - log P_S of the sampled tokens (B, T), or None where it was not observed."""
     if "evidence" in metrics:
         return metrics["evidence"]
     student = metrics.get("student_log_prob", metrics.get("log_prob"))
@@ -46,7 +52,8 @@ def _evidence(metrics: dict[str, Tensor]) -> Tensor | None:
 
 
 def _quantiles(accelerator: Any, values: Tensor, mask: Tensor) -> list[float]:
-    """Quantiles over the counted tokens of all processes."""
+    """Return the quantiles over the counted tokens of all processes; [] where there are none."""
+    # Processes have different numbers of tokens, and gather needs equal shapes.
     counted = values[mask > 0].float()
     padded = accelerator.pad_across_processes(counted, pad_index=float("nan"))
     gathered = accelerator.gather(padded)

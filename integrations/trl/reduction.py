@@ -1,4 +1,4 @@
-"""TRL's ``loss_type`` as weights of tokens.
+"""TRL's ``loss_type`` expressed as token weights.
 
 Dimension key:  B sequences, T completion tokens
 """
@@ -17,12 +17,14 @@ def loss_type_weights(
     max_length: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Weights (B, T) whose weighted sum is the average that ``loss_type`` names.
+    """Return weights (B, T) whose weighted sum is the average that ``loss_type`` names.
 
     Args:
-        step_tokens: tokens that a micro-batch of one process has on average over the batch, whose
-            multiple "dapo" divides by: gradient accumulation and data parallelism average, so that
-            the whole is a mean over all tokens.
+        mask: 1 where a token counts.
+        loss_type: TRL's name of the average.
+        step_tokens: the divisor of "dapo": the average number of tokens that a micro-batch of one
+            process has.  Gradient accumulation and data parallelism then average the micro-batches'
+            losses, which makes the whole a mean over all tokens of the step.
         max_length: what "dr_grpo" takes for the length of each sequence.
         dtype: of the weights.
     """

@@ -1,4 +1,4 @@
-"""Revision traces as training data: batches with a mask for each term, and plain SFT records.
+"""Revision traces as training data: batches with a mask for each term, or plain SFT records.
 
 Dimension key:  B traces, L positions
 """
@@ -21,10 +21,14 @@ COLUMNS = ("input_ids", "generation_start", "revision_start", "corrected")
 
 @dataclass
 class TraceCollator:
-    """Pads traces on the right.
+    """Makes batches of traces, padded on the right.
 
-    Returns a batch of input_ids, attention_mask, generation_mask (the assistant's turn) and
-    revision_mask, (B, L) each, and corrected (B,).
+    A batch has input_ids, attention_mask, generation_mask (1 on the assistant's turn) and
+    revision_mask (1 on the revision), each (B, L), and corrected (B,), whether the initial response
+    was wrong.
+
+    Args:
+        pad_to_multiple_of: L is a multiple of this; None: no padding but to the longest trace.
     """
 
     pad_to_multiple_of: int | None = None
@@ -33,7 +37,8 @@ class TraceCollator:
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         longest, multiple = int(lengths.max()), self.pad_to_multiple_of or 1
         longest = -(-longest // multiple) * multiple
-        input_ids = torch.zeros(len(rows), longest, dtype=torch.long)  # any token, hidden by masks
+        # padding is any token, since the masks hide it
+        input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
         for ids, row in zip(input_ids, rows, strict=True):
             ids[: len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
         place = torch.arange(longest)
@@ -47,7 +52,10 @@ class TraceCollator:
 
 
 def trace_dataset(traces: Sequence[Trace], max_length: int | None = None) -> Dataset:
-    """What ``TraceCollator`` reads.  Longer traces are left out, with one warning.
+    """Return the dataset that ``TraceCollator`` reads.
+
+    Args:
+        max_length: longer traces are left out, with one warning; None: no limit.
 
     Raises:
         ValueError: no trace is left.
@@ -77,11 +85,17 @@ def trace_dataset(traces: Sequence[Trace], max_length: int | None = None) -> Dat
 
 
 def sft_dataset(traces: Sequence[Trace], objective: str = "joint") -> Dataset:
-    """The same losses for any trainer of causal language models: input_ids and labels.
+    """Return records of input_ids and labels, for any trainer of causal language models.
 
-    A generation record has labels on the assistant's turn, a revision record on the revision,
-    -100 elsewhere; "joint" has both of each trace.  A mean over the tokens of both kinds is not the
-    sum of two means, so that training on them differs from ``SRTTrainer`` by the terms' weights.
+    A generation record has labels on the assistant's turn, a revision record on the revision; other
+    labels are -100.  A mean over the tokens of both kinds is not the sum of two means, so that the
+    two terms have other weights than in ``SRTTrainer``.
+
+    Args:
+        objective: "generation", "revision", or "joint" for both records of each trace.
+
+    Raises:
+        ValueError: the objective is none of these.
     """
     check_one_of("objective", objective, OBJECTIVES)
     rows = []
@@ -95,5 +109,5 @@ def sft_dataset(traces: Sequence[Trace], objective: str = "joint") -> Dataset:
 
 
 def token_counts(batch: dict[str, Tensor]) -> Tensor:
-    """(2,) tokens of the assistant's turns and of the revisions."""
+    """Return the number of tokens of the assistant's turns and of the revisions, (2,)."""
     return torch.stack([batch["generation_mask"].sum(), batch["revision_mask"].sum()])

@@ -1,6 +1,6 @@
 """SRT as SD-Zero's official code runs it: two trainings one after the other, on different traces.
 
-The paper's objective is joint; that is ``SRTTrainer`` with its defaults.
+The paper trains both terms jointly, which is ``SRTTrainer`` with its defaults.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from fused_sd.integrations.trl.traces import Trace
 def split_traces(
     traces: Sequence[Trace], num_revision_traces: int = 1000, *, seed: int = 0
 ) -> dict[str, list[Trace]]:
-    """Traces of the two stages, none in both, in random order.
+    """Split traces into those of the two stages, in random order.
 
-    "revision" gets ``num_revision_traces``: those whose initial response was right first, then
-    others.  "generation" gets the remaining ones whose initial response was wrong.
+    "revision" gets ``num_revision_traces`` traces: first those whose initial response was right,
+    then others.  "generation" gets the remaining traces whose initial response was wrong.
 
     Raises:
         ValueError: a stage is left without traces.
@@ -65,15 +65,17 @@ def sequential_srt(
     Checkpoints go to the folders ``generation`` and ``revision`` of ``args.output_dir``.
 
     Args:
-        traces: split by ``split_traces`` with ``args.seed``.
-        kwargs: of ``SRTTrainer``, for both stages; optimizers are made anew for each.
+        model: a causal language model or its name.
+        args: the settings of both stages.
+        traces: are split by ``split_traces`` with ``args.seed``.
+        num_revision_traces: of the second stage.
+        kwargs: further arguments of ``SRTTrainer``, for both stages.
 
     Returns:
-        The second stage's trainer, which has trained; ``save_model`` writes the result.
+        The second stage's trainer, after training; its ``save_model`` writes the result.
 
     Raises:
-        ValueError: a stage has no traces, or parameters are sharded: then run the stages in two
-            processes, the second from what the first saved.
+        ValueError: a stage has no traces, or parameters are sharded.
     """
     stages = split_traces(traces, num_revision_traces, seed=args.seed)
     for objective, selected in stages.items():
@@ -81,6 +83,7 @@ def sequential_srt(
             args, objective=objective, output_dir=str(Path(args.output_dir or ".") / objective)
         )
         trainer = SRTTrainer(model, settings, selected, **kwargs)
+        # A second trainer cannot wrap a model whose parameters the first has sharded.
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             remedy = "run each stage with SRTTrainer and split_traces, in a process of its own"
             fail("args", "shard no parameters", "FSDP or DeepSpeed", remedy)

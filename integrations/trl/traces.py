@@ -1,10 +1,10 @@
-"""SD-Zero's revision traces, and the files they are kept in.
+"""SD-Zero's revision traces, and the files that hold them.
 
-A trace is one assistant turn: an initial response, a phrase that says whether it was right, and a
-revision that is right.  Tokens stay as they were sampled.
+A trace is one assistant turn: an initial response, a phrase that says whether the response was
+right, and a revision that is right.  Tokens stay as they were sampled.
 
-A file is JSONL.  Its first line says what was collected and how, each other line holds one
-question.  A last line without its end was cut off by a kill: it does not count.
+A file is JSONL.  Its first line says what was collected and how; each further line holds one
+question.  A last line without a line end was cut off when its run was killed, and is ignored.
 
 Reference:
     SD-Zero (arXiv 2604.12002), section 2.1.
@@ -25,21 +25,21 @@ FORMAT = "fused_sd traces 1"
 
 @dataclass(frozen=True)
 class Trace:
-    """One assistant turn that corrects itself: initial, verdict, revision.
+    """One assistant turn that revises itself: initial response, verdict, revision.
 
     Attributes:
-        question: its row in the dataset.
+        question: the index of its row in the dataset.
         prompt: text or chat messages.
         prompt_ids: the prompt's tokens, up to where the assistant begins.
         initial_ids: the first response without its end token.
         phrase: the verdict.
-        verdict_ids: its tokens, with a blank line on both sides.
+        verdict_ids: the verdict's tokens, with a blank line on both sides.
         revision_ids: the second response as sampled; ends with the end token, unless it was cut.
         initial_correct: whether the first response was right.
         initial_reward, revision_reward: what the reward function returned.
 
     Raises:
-        ValueError: prompt or revision hold no token.
+        ValueError: prompt or revision has no token.
     """
 
     question: int
@@ -69,7 +69,7 @@ class Trace:
 
 @dataclass
 class TraceCounts:
-    """What was sampled, and what became of it."""
+    """How many responses were sampled, and what became of them."""
 
     questions: int = 0
     initial: int = 0
@@ -79,7 +79,7 @@ class TraceCounts:
     revisions_of_wrong: int = 0
     corrected: int = 0  # right revisions of wrong responses
     kept: int = 0
-    empty: int = 0  # right, but without a token before the end
+    empty: int = 0  # right revisions without a token before the end
     sycophantic: int = 0
     duplicates: int = 0
     generated_tokens: int = 0
@@ -117,10 +117,10 @@ class Collected(NamedTuple):
 
 
 def load_traces(path: str | os.PathLike[str]) -> Collected:
-    """Traces of a file that ``collect_traces`` wrote; an unfinished last line is left out.
+    """Return the traces of a file that ``collect_traces`` wrote; an unfinished line is ignored.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: ``collect_traces`` did not write the file.
     """
     records = read_records(Path(path))
     traces = [_trace(kept) for record in records for kept in record["traces"]]
@@ -128,7 +128,7 @@ def load_traces(path: str | os.PathLike[str]) -> Collected:
 
 
 def record(question: int, traces: Iterable[Trace], counts: TraceCounts) -> dict[str, Any]:
-    """A question's line."""
+    """Return the line of one question, as a dict."""
     return {
         "question": question,
         "counts": asdict(counts),
@@ -137,7 +137,7 @@ def record(question: int, traces: Iterable[Trace], counts: TraceCounts) -> dict[
 
 
 def counts_of(line: Mapping[str, Any]) -> TraceCounts:
-    """The counts in a question's line."""
+    """Return the counts in a question's line."""
     return TraceCounts(**line["counts"])
 
 
@@ -149,13 +149,14 @@ def _trace(kept: Mapping[str, Any]) -> Trace:
 
 
 def start_file(path: Path, header: Mapping[str, Any]) -> None:
-    """Write the header of a new file; check that of an old one, and cut off an unfinished line.
+    """Write the header of a new file; check an old file's, and cut off its unfinished line.
 
     Raises:
-        ValueError: the old one is of something else.
+        ValueError: the old file's traces were collected in another way or from other data.
     """
     content = path.read_bytes() if path.exists() else b""
     whole = content.rfind(b"\n") + 1
+    # A run that was killed while it wrote the header has left a beginning of it.
     if not whole and json.dumps(header).encode().startswith(content):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
@@ -175,7 +176,7 @@ def start_file(path: Path, header: Mapping[str, Any]) -> None:
 
 
 def _differences(found: Any, wanted: Any) -> list[tuple[str, Any, Any]]:
-    """Names of settings that two headers do not share, with both values."""
+    """Return the settings in which two headers differ, with both values."""
     pairs = []
     for name in sorted({*found, *wanted}):
         old, new = found.get(name), wanted.get(name)
@@ -187,6 +188,7 @@ def _differences(found: Any, wanted: Any) -> list[tuple[str, Any, Any]]:
 
 
 def _header(path: Path) -> dict[str, Any]:
+    """Return a file's header; refuse a file of another format."""
     with path.open(encoding="utf-8") as file:
         line = file.readline()
     try:
@@ -200,7 +202,7 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The questions of a file."""
+    """Return the questions of a file, without an unfinished last line."""
     _header(path)
     with path.open(encoding="utf-8") as file:
         lines = file.readlines()[1:]
