@@ -1,21 +1,30 @@
 """Losses inside the forward of a transformers causal language model.
 
-``attach(model)`` lets ``model(**inputs, fused_sd=Request(compute))`` run the backbone, hand its
-hidden states and the output head to ``compute`` and return what that returns.  All of it happens
-inside the wrapped forward, and ``compute`` inside the forward of the head's own module: only there
-do DDP, FSDP2 and ZeRO-3 hold the head's weight whole, and only then do their hooks fire again
-before backward.  Without ``fused_sd`` the original forward runs, so generation is untouched.
+``attach(model)`` replaces the model's forward.  ``model(**inputs, fused_sd=Request(compute))`` then
+runs the backbone, calls ``compute`` with the hidden states and the output head, and returns what
+``compute`` returned.  Without ``fused_sd`` the original forward runs, so generation is untouched.
 
     attach(model)
     score = Request(lambda h, head: token_log_probs(h, head, ids), completion_positions(T))
     model(input_ids=input_ids, attention_mask=mask, fused_sd=score).result.log_probs
+
+``compute`` runs inside the wrapped model's forward, and there inside the forward of the head's own
+module.  Wrappers that shard parameters force both:
+
+* FSDP2 and ZeRO-3 gather the head's weight in a pre-forward hook and free it afterwards.  A weight
+  that is captured in the forward and used after it has no storage any more, or only a shard.
+* Their hooks that gather the weight again for backward hang on the tensors that the wrapped forward
+  returns.  DDP finds the parameters that a loss used from the same tensors.
+* A head that is an FSDP2 unit of its own is whole only while its own module runs.
+
+(Read in torch 2.13, accelerate 1.15 and transformers 5.24.)
 
 Dimension key:  B sequences, L positions, D hidden size, V vocabulary
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
@@ -25,107 +34,75 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
-from fused_sd import LMHead
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.output_head import Compute, Projection, output_head
+from fused_sd.integrations.shared.request import (
+    FusedOutput,
+    Request,
+    completion_positions,
+    hidden_states,
+)
 from fused_sd.integrations.shared.self_check import check_rebuilt_logits, is_whole
+
+__all__ = [
+    "Attachment",
+    "FusedOutput",
+    "Request",
+    "attach",
+    "completion_positions",
+    "detach",
+    "hidden_states",
+    "is_attached",
+    "unwrap",
+]
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 ATTACHMENT = "_fused_sd_attachment"
 
 
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What a forward computes instead of logits.
-
-    Args:
-        compute: called with the selected hidden states and the head; returns tensors, in tuples,
-            named tuples or dicts if there are several, so that the wrappers find them.
-        positions: a slice of the sequence, whose states are (B, length, D); or a (B, L) bool mask,
-            whose states are (N, D); or places among the B L positions, an integer tensor of any
-            shape, whose states are (*shape, D); None: all, (B, L, D).
-    """
-
-    # a function hides its tensors from wrappers, which cast those that they find in arguments
-    compute: Compute
-    positions: slice | Tensor | None = None
-
-    def select(self, hidden: Tensor) -> Tensor:
-        if self.positions is None:
-            return hidden
-        if isinstance(self.positions, slice):
-            return hidden[:, self.positions]
-        if self.positions.dtype == torch.bool:
-            return hidden[self.positions]
-        return hidden.flatten(0, 1)[self.positions]
-
-
-@dataclass
-class FusedOutput(ModelOutput):
-    """What ``compute`` returned.  A ModelOutput, whose tensors the wrappers find."""
-
-    result: Any = None
-
-    def __post_init__(self) -> None:
-        # ModelOutput's own would take any mapping apart; wrappers make copies from one of fields
-        if isinstance(self.result, Mapping) and list(self.result) == ["result"]:
-            self.result = self.result["result"]
-        if self.result is not None:
-            self["result"] = self.result
-
-
-def hidden_states(hidden: Tensor, head: LMHead) -> Tensor:
-    """A ``compute`` that returns the states that enter the head."""
-    return hidden
-
-
-def completion_positions(length: int) -> slice:
-    """The positions that predict the last ``length`` tokens."""
-    return slice(-length - 1, -1)
-
-
 @dataclass
 class Attachment:
-    """What ``attach`` leaves on a model."""
+    """The state that ``attach`` keeps on a model."""
 
-    original: Callable[..., Any] | None  # a forward that was already wrapped; None: the class's own
+    original: Callable[..., Any] | None  # a forward set on the instance; None: the class's own
     installed: Callable[..., Any]  # the function that answers requests
     autocast: Autocast
     checked: bool = False
-    # attentions that were seen to keep packed sequences apart
+    # names of the attention implementations that were seen to keep packed sequences apart
     packs_with: set[str] = field(default_factory=set)
 
     def forward(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward as it was before."""
+        """Run the model's forward as it was before ``attach``."""
         if self.original is None:
             return type(model).forward(model, *args, **kwargs)
         return self.original(*args, **kwargs)
 
 
 def attach(model: nn.Module, *, autocast: Autocast | None = None) -> nn.Module:
-    """Let a causal language model answer ``fused_sd`` requests.  Does nothing a second time.
+    """Let a causal language model answer ``fused_sd`` requests.  A second call does nothing.
 
-    Before that it compares logits rebuilt from hidden states and head with the model's own, for a
-    few tokens; where parameters are sharded, on the first request instead.
+    Logits of a few tokens, rebuilt from hidden states and head, are first compared with the model's
+    own.  Where parameters are sharded, the bare model cannot run; then the first request compares
+    them.
 
     Args:
         model: a PreTrainedModel, or one inside PEFT, DDP or another wrapper.
-        autocast: makes the context in which requests run.  Needed only for a model that accelerate
-            has prepared: its autocast wraps the forward that a request leaves out.  Pass
-            ``accelerator.autocast``.
+        autocast: makes the context in which requests run.  Only a model that accelerate has
+            prepared needs it: accelerate puts autocast around the forward that was there before,
+            and a request does not run that forward.  Pass ``accelerator.autocast``.
 
     Returns:
         The model it was given.
 
     Raises:
-        ValueError: the head is missing, quantised or adapted in a way that is not reproduced here,
-            or rebuilt logits are not those of the model.
+        ValueError: the head is missing, quantised or adapted in a way that cannot be reproduced, or
+            rebuilt logits differ from the model's.
     """
     inner = unwrap(model)
     if ATTACHMENT in inner.__dict__:
         return model
+    # Accelerator.prepare_model leaves this attribute where it has wrapped forward in autocast.
     if "_original_forward" in inner.__dict__ and autocast is None:
         fail(
             "autocast",
@@ -142,6 +119,7 @@ def attach(model: nn.Module, *, autocast: Autocast | None = None) -> nn.Module:
     if is_whole(inner):
         _check_once(inner, state)
     setattr(inner, ATTACHMENT, state)
+    # A bound method, because accelerate wraps ``forward.__func__`` and binds the result again.
     inner.forward = MethodType(installed, inner)
     return model
 
@@ -171,14 +149,15 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Whether a model answers requests."""
+    """Return whether a model answers requests."""
     return ATTACHMENT in unwrap(model).__dict__
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The PreTrainedModel inside DDP, FSDP, a compiled module, DeepSpeed's engine and PEFT."""
+    """Return the PreTrainedModel inside DDP, FSDP, torch.compile, DeepSpeed's engine and PEFT."""
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
+        # PeftModel.base_model is the tuner (LoraModel); PEFT's own method goes through it
         if hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
             continue
@@ -190,14 +169,17 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def _answering(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that answers requests, with the name and arguments of the class's own."""
+    """Return a forward that answers requests, with the name and signature of the class's own.
 
-    # generate and Trainer read the names of a model's arguments from its forward
+    generate, Trainer and TRL read from the signature which arguments a model takes.
+    """
+
     @functools.wraps(inspect.unwrap(forward))
     def answering(
         self: PreTrainedModel, *args: Any, fused_sd: Request | None = None, **kwargs: Any
     ) -> Any:
-        # the state is found on the model, so that a deep copy uses its own weights
+        # Read from ``self``, not from a closure: a deep copy of the model shares this function, and
+        # a teacher made by copying must run on its own weights.
         state: Attachment = self.__dict__[ATTACHMENT]
         if fused_sd is None:
             return state.forward(self, *args, **kwargs)
@@ -212,6 +194,7 @@ def _answer(
     model: PreTrainedModel, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Run the backbone, then the request inside the head's module."""
+    # PeftModelForCausalLM.forward passes labels=None, which a backbone's forward would refuse.
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     for name in ("labels", "logits_to_keep"):
         if name in kwargs:
@@ -221,19 +204,15 @@ def _answer(
                 type(kwargs[name]).__name__,
                 "select positions with Request(compute, positions)",
             )
+    # Otherwise the model's config decides, which mostly asks for a cache that nobody reads.
     kwargs["use_cache"] = kwargs.get("use_cache", False)
     hidden = _backbone(model)(*args, **kwargs).last_hidden_state
     return _inside_head(model, request.compute, request.select(hidden))
 
 
-def _own_memory(value: Any) -> Any:
-    """FSDP2 hangs its backward hook on outputs; an in-place operation on a view would lose it."""
-    is_view = isinstance(value, Tensor) and value.requires_grad and value._is_view()
-    return value.clone() if is_view else value
-
-
 def _backbone(model: PreTrainedModel) -> nn.Module:
-    """The model without its head; looked up on each call, since wrappers replace modules."""
+    """Return the model without its head; looked up on each call, since wrappers replace modules."""
+    # ``base_model`` also runs a vision tower where there is one; ``get_decoder()`` would skip it.
     backbone = model.base_model
     if backbone is model:
         fail(
@@ -243,13 +222,16 @@ def _backbone(model: PreTrainedModel) -> nn.Module:
 
 
 def _inside_head(model: PreTrainedModel, compute: Compute, hidden: Tensor) -> Any:
-    """Call ``compute`` as the forward of the head's module, with that module's hooks around it."""
+    """Call ``compute`` as the forward of the head's module, so that the module's hooks run.
+
+    The hooks gather a sharded weight before the call and register its backward after it.
+    """
     module = output_head(model).module
 
     def forward(states: Tensor) -> Any:
-        # read here: the hooks that gather the weight have run
+        # Read again: the hooks have replaced the sharded parameter by the whole weight.
         projection: Projection = output_head(model)
-        return tree_map(_own_memory, compute(*projection.operands(states)))
+        return tree_map(_without_view, compute(*projection.operands(states)))
 
     replaced = module.__dict__.get("forward")
     module.forward = forward
@@ -261,8 +243,18 @@ def _inside_head(model: PreTrainedModel, compute: Compute, hidden: Tensor) -> An
             module.forward = replaced
 
 
+def _without_view(value: Any) -> Any:
+    """Copy an output that is a view of another tensor.
+
+    FSDP2 hooks backward's gathering to a module's output tensors.  An in-place operation on a view
+    drops the hook, and backward then reads a weight that is not there.
+    """
+    is_view = isinstance(value, Tensor) and value.requires_grad and value._is_view()
+    return value.clone() if is_view else value
+
+
 def _check_once(model: PreTrainedModel, state: Attachment) -> None:
-    """Compare logits rebuilt from a request with the model's own, once."""
+    """Compare logits rebuilt from a request with the model's own, the first time only."""
     if state.checked:
         return
 
@@ -272,6 +264,8 @@ def _check_once(model: PreTrainedModel, state: Attachment) -> None:
     def original(ids: Tensor) -> Tensor:
         return state.forward(model, input_ids=ids, use_cache=False).logits
 
+    # The same autocast on both sides: the original forward of a model that accelerate has not
+    # prepared has none of its own.
     with torch.no_grad(), state.autocast():
         check_rebuilt_logits(model, request, original)
     state.checked = True

@@ -1,8 +1,10 @@
-"""A teacher for a student that trains LoRA: a second adapter on the same model, no second copy.
+"""A teacher for a student that trains LoRA: a second adapter on the student's own model.
 
-The average of two adapters' A and B is not the average of their products BA: with ``kind="ema"``
-the teacher's update of a weight is ((1 - r) B + r B') ((1 - r) A + r A').  A copy (``"synced"``,
-``sync()``) is exact.
+With ``kind="ema"`` A and B are averaged, each by itself, and their product is not the average of
+the products: one step takes a weight's update from B A to ((1 - r) B + r B') ((1 - r) A + r A'),
+where A' and B' are the student's and r is the rate.  A copy (``"synced"``, ``sync()``) is exact.
+
+(What is said of PEFT was read in 0.21; it is supported from 0.13 on.)
 """
 
 import copy
@@ -15,26 +17,30 @@ import torch
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
+from fused_sd import Teacher
 from fused_sd.checks import fail
 from fused_sd.teaching.parameters import reshard
-from fused_sd.teaching.teacher import Kind, Teacher
+from fused_sd.teaching.teacher import Kind
 
 ADAPTER = "teacher"
 
 
 class AdapterTeacher(Teacher):
-    """``Teacher`` for LoRA, DoRA and ``modules_to_save``, with the student's base weights.
+    """``Teacher`` for LoRA, DoRA and ``modules_to_save``, which shares the student's base weights.
 
-    A frozen teacher of an adapter that does nothing yet is the model without adapter.  Every other
-    is a second adapter ``"teacher"``, which is never trained; ``save_pretrained`` writes it beside
-    the student's, in a folder of its own.  Make it before the model is sharded.
+    The teacher is a second adapter, ``"teacher"``, which is never trained.  ``save_pretrained``
+    writes it beside the student's, in a folder of its own.  A frozen teacher needs no adapter while
+    the student's still changes nothing: it is the model with its adapter switched off.
+
+    Make the teacher before the model is sharded: PEFT adds whole parameters, which FSDP and ZeRO
+    then shard like the student's.
 
     Args:
         student: a PeftModel with one active LoRA adapter, or one inside a wrapper.
         kind, rate, every: as in ``Teacher``.
 
     Raises:
-        ValueError: the adapter cannot be doubled, or a setting is out of range.
+        ValueError: the adapter cannot be copied, or a setting is out of range.
     """
 
     def __init__(
@@ -57,18 +63,19 @@ class AdapterTeacher(Teacher):
 
     @property
     def uses_base(self) -> bool:
-        """Whether the teacher is the model without adapter."""
+        """Whether the teacher is the model with its adapter switched off."""
         return self.kind == "frozen" and ADAPTER not in self._peft.peft_config
 
     @contextmanager
     def acting(self) -> Iterator[nn.Module]:
-        """As ``Teacher.acting``; the student's adapter is active again afterwards."""
+        """Run the teacher as ``Teacher.acting`` does, with its adapter in the student's place."""
         with super().acting() as module:
             if self.kind == "live":
                 yield module
                 return
-            # PEFT makes the parameters of an adapter that it activates trainable
-            with _trainable_as_before(self._peft):
+            # PEFT's set_adapter and disable_adapter also switch requires_grad: of the adapter that
+            # becomes active on, of the others off.  The optimizer would train the teacher.
+            with _keeping_trainability(self._peft):
                 if self.uses_base:
                     with self._peft.disable_adapter():
                         yield module
@@ -81,13 +88,13 @@ class AdapterTeacher(Teacher):
                     self._peft.set_adapter(active)
 
     def sync(self) -> None:
-        """Copy the student's adapter now."""
+        """Copy the student's weights now; a frozen teacher without adapter gets one for them."""
         if self.uses_base:
             self._add_adapter()
         super().sync()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As ``Teacher.load_state_dict``; whether the teacher has an adapter is the state's too."""
+        """Restore a ``state_dict``; add or delete the teacher's adapter, if the state says so."""
         if self.uses_base and state["weights"]:
             self._add_adapter()
         elif self.kind == "frozen" and not self.uses_base and not state["weights"]:
@@ -95,23 +102,26 @@ class AdapterTeacher(Teacher):
         super().load_state_dict(state)
 
     def _weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        # the adapters alone: both sides share the base weights
         if self.kind == "live" or self.uses_base:
             return {}, {}
         reshard(self._peft)
         return _adapter_tensors(self._peft, self._name), _adapter_tensors(self._peft, ADAPTER)
 
     def _add_adapter(self) -> None:
-        """Put a copy of the student's adapter beside it."""
+        """Add a copy of the student's adapter to the model."""
         if ADAPTER in self._peft.peft_config:
             fail("student", f"have no adapter {ADAPTER!r}", "one", "delete or rename it")
         config: Any = copy.deepcopy(self._peft.peft_config[self._name])
-        # some initialisations change the base weight; the values are replaced below
+        # PiSSA, OLoRA, CorDA and others change the base weight when an adapter is made.  The plain
+        # initialisation does not, and the values are replaced below.
         config.init_lora_weights = True
-        # only newer releases of PEFT do this themselves
-        with _trainable_as_before(self._peft):
+        # Older releases of PEFT freeze or unfreeze other parameters when they add an adapter.
+        with _keeping_trainability(self._peft):
             self._peft.add_adapter(ADAPTER, config)
         students, teachers = self._weights()
         for name, teacher in teachers.items():
+            # ``data``, not ``copy_``: an adapter may be made in another dtype than the student's
             teacher.data = students[name].detach().clone()
             teacher.requires_grad_(False)
 
@@ -124,10 +134,13 @@ def make_teacher(
     every: int = 1,
     weights: nn.Module | None = None,
 ) -> Teacher:
-    """The teacher that fits: an adapter for a student that trains LoRA, else a copy.
+    """Make an ``AdapterTeacher`` for a student that trains LoRA, else a ``Teacher``.
 
     Args:
         student, kind, rate, every, weights: as in ``Teacher``.
+
+    Raises:
+        ValueError: as both classes do.
     """
     peft_model = find_peft_model(student)
     if kind != "live" and weights is None and peft_model is not None and _is_lora(peft_model):
@@ -136,7 +149,8 @@ def make_teacher(
 
 
 def find_peft_model(module: nn.Module) -> PeftModel | None:
-    """The PeftModel inside DDP, FSDP, a compiled module and DeepSpeed's engine, if there is one."""
+    """Return the PeftModel inside DDP, FSDP, torch.compile and DeepSpeed's engine, or None."""
+    # From ``_modules``, not by ``hasattr``: models answer for attributes of what they hold.
     while not isinstance(module, PeftModel):
         inner = [module._modules.get(name) for name in ("module", "_orig_mod")]
         found = next((part for part in inner if part is not None), None)
@@ -151,13 +165,14 @@ def _is_lora(model: PeftModel) -> bool:
 
 
 def _check_adapter(model: PeftModel) -> None:
-    """Refuse what a second adapter would not double."""
+    """Refuse a student that a second adapter would not reproduce."""
     remedy = "use Teacher, which copies the whole model"
     if not _is_lora(model):
         fail("student", "train LoRA", str(model.peft_type), remedy)
     if len(model.active_adapters) != 1:
         fail("student", "have one active adapter", model.active_adapters, "activate one of them")
     config: Any = model.peft_config[model.active_adapter]
+    # Those biases belong to the base model, which both sides share: training moves the teacher.
     if config.bias != "none":
         fail("student", "leave the base's biases alone", f"bias={config.bias!r}", remedy)
     for name, tensor in _adapter_tensors(model, model.active_adapter).items():
@@ -166,7 +181,7 @@ def _check_adapter(model: PeftModel) -> None:
 
 
 def _adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """Parameters and buffers of one adapter by name, each once."""
+    """Return the parameters and buffers of one adapter by name, each tensor once."""
     found: dict[str, Tensor] = {}
     for path, container, held in _containers(model, adapter):
         tensors = {"": held}
@@ -180,9 +195,19 @@ def _adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
 
 
 def _containers(model: PeftModel, adapter: str) -> Iterator[tuple[str, str, Any]]:
-    """What each layer holds for an adapter: its module's path, what it is, a module or tensor."""
+    """Yield what each layer holds for an adapter.
+
+    PEFT lists in ``adapter_layer_names`` the attributes in which a layer keeps its adapters by name
+    (``lora_A``, ``modules_to_save``).  ``get_peft_model_state_dict`` would go through the whole
+    model's ``state_dict``, and loading would have to undo its renaming.
+
+    Yields:
+        path: the layer's name.
+        container: the attribute's name.
+        held: the adapter's module, or its tensor.
+    """
     for path, part in model.named_modules():
-        # DoRA names its magnitudes a second time
+        # each once: DoRA appends the name of its magnitudes, in some releases for each adapter
         for container in dict.fromkeys(getattr(part, "adapter_layer_names", ())):
             held = attrgetter(container)(part)
             if adapter in held:
@@ -190,7 +215,11 @@ def _containers(model: PeftModel, adapter: str) -> Iterator[tuple[str, str, Any]
 
 
 def _does_nothing(model: PeftModel) -> bool:
-    """Whether the active adapter is still the identity; False where that is not seen at once."""
+    """Return whether the active adapter still changes nothing.
+
+    LoRA's B is zero before training (for embeddings it is A's role); a copy in ``modules_to_save``
+    equals its original.  False where it is not known.
+    """
     for path, container, held in _containers(model, model.active_adapter):
         layer: Any = model.get_submodule(path)
         if container in ("lora_A", "lora_embedding_B"):
@@ -210,8 +239,8 @@ def _does_nothing(model: PeftModel) -> bool:
 
 
 @contextmanager
-def _trainable_as_before(model: nn.Module) -> Iterator[None]:
-    """Parameters leave as trainable as they came; new ones are left alone."""
+def _keeping_trainability(model: nn.Module) -> Iterator[None]:
+    """Restore each parameter's ``requires_grad`` afterwards; new parameters are left alone."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield

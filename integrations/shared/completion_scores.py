@@ -1,7 +1,8 @@
-"""What a self-distillation trainer asks of a completion's forward, and what it does with it.
+"""Forwards over prompt and completion, and the scores that a self-distillation trainer needs.
 
-The functions that return a function return a ``compute`` for ``Request``: called with hidden states
-and head inside the model's forward.
+``CompletionForward`` is a forward that has not run yet.  ``log_probs``, ``entries``,
+``student_entries``, ``with_head`` and ``full_divergence`` each return a ``compute`` to run it with:
+a function that is called with hidden states and head inside the model's forward.
 
 Dimension key:  B sequences, T completion tokens, K entries, D hidden size
 """
@@ -36,14 +37,14 @@ DIVERGENCE_METRICS = ("student_entropy", "teacher_entropy", "forward_kl", "rever
 
 @dataclass(frozen=True, eq=False)
 class CompletionForward:
-    """A forward over prompt and completion that has not been made yet.
+    """A forward over prompts and completions that has not run yet.
 
     Attributes:
-        model: attached.
+        model: a model that ``attach`` has seen, or a wrapper around one.
         input_ids, attention_mask: (B, L).
-        length: T, of the completions.
-        padding_free: run the backbone on one row without padding.  States of padding then are those
-            of some token: ``compute`` has to give them weight 0.
+        length: T, the length of the padded completions at the end of each row.
+        padding_free: run the backbone on one row without padding.  The states at padding are then
+            those of some other token, so that ``compute`` has to give them weight 0.
     """
 
     model: nn.Module
@@ -53,7 +54,11 @@ class CompletionForward:
     padding_free: bool = False
 
     def __call__(self, compute: Compute) -> Any:
-        """Make it, and return what ``compute`` makes of the completion's states (B, T, D)."""
+        """Run the model, and return what ``compute`` returns for the completions' states (B, T, D).
+
+        Raises:
+            ValueError: something has replaced the forward that ``attach`` installed.
+        """
         positions = completion_positions(self.length)
         if self.padding_free:
             check_packing(self.model)
@@ -64,6 +69,8 @@ class CompletionForward:
             inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
             request = Request(compute, positions)
         output = self.model(**inputs, use_cache=False, fused_sd=request)
+        # Trainer applies Liger when training starts, after ``attach``: its fused head replaces the
+        # instance's forward, swallows unknown keywords and returns logits.
         if not hasattr(output, "result"):
             fail(
                 "model.forward",
@@ -77,12 +84,13 @@ class CompletionForward:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What is left of two forwards.
+    """What a distillation loss keeps of the student's and the teacher's forward.
 
     Attributes:
-        token_loss: (B, T) distillation loss, importance ratio included.
-        log_probs: (B, T) of the completion by the student, where needed.
-        loss: (), reduced already; None: reduce ``token_loss``, which then is differentiable.
+        token_loss: (B, T) distillation loss of each token, times its importance ratio.
+        log_probs: (B, T) log-probabilities of the completion by the student, or None where nothing
+            needs them.
+        loss: (), the reduced loss; None: ``token_loss`` is differentiable and still to be reduced.
         metrics: (B, T) each, detached.
     """
 
@@ -95,7 +103,14 @@ class Scores:
 def log_probs(
     token_ids: Tensor, mask: Tensor, temperature: float, *, entropy: bool = False
 ) -> Callable[[Tensor, LMHead], TokenLogProbs]:
-    """Log-probabilities (B, T) of the completion."""
+    """Return a ``compute`` for the log-probabilities (B, T) of the completion.
+
+    Args:
+        token_ids: (B, T).
+        mask: (B, T), 0 where no log-probability is needed.
+        temperature: divides the logits.
+        entropy: also compute the entropy (B, T).
+    """
 
     def compute(hidden: Tensor, head: LMHead) -> TokenLogProbs:
         return token_log_probs(
@@ -108,7 +123,13 @@ def log_probs(
 def entries(
     k_or_ids: int | Tensor, mask: Tensor, temperature: float
 ) -> Callable[[Tensor, LMHead], EntryLogProbs]:
-    """Log-probabilities (B, T, K) of the top-k, or of given entries."""
+    """Return a ``compute`` for log-probabilities (B, T, K): of the top k, or of given entries.
+
+    Args:
+        k_or_ids: k, or token ids (B, T, K).
+        mask: (B, T), 0 where no log-probability is needed.
+        temperature: divides the logits.
+    """
 
     def compute(hidden: Tensor, head: LMHead) -> EntryLogProbs:
         return entry_log_probs(hidden, head, k_or_ids, temperature=temperature, token_weights=mask)
@@ -125,13 +146,20 @@ def student_entries(
     token_mask: Tensor,
     differentiable: bool = False,
 ) -> Callable[[Tensor, LMHead], tuple[EntryLogProbs, Tensor | None]]:
-    """The student's entries, and its log-probabilities of the completion where ids are given."""
+    """Return a ``compute`` for the student's entries, and the completion's log-probabilities.
+
+    Args:
+        k_or_ids, mask, temperature: as in ``entries``.
+        token_ids: (B, T), the completion; None: no log-probabilities of it are needed.
+        token_mask: (B, T), 0 where no log-probability of the completion is needed.
+        differentiable: whether the completion's log-probabilities need a gradient.
+    """
 
     def compute(hidden: Tensor, head: LMHead) -> tuple[EntryLogProbs, Tensor | None]:
         own = entries(k_or_ids, mask, temperature)(hidden, head)
         if token_ids is None:
             return own, None
-        # an importance ratio is a constant: its log-probabilities need no backward
+        # an importance ratio is a constant of the loss: its log-probabilities need no backward
         with contextlib.nullcontext() if differentiable else torch.no_grad():
             return own, log_probs(token_ids, token_mask, temperature)(hidden, head).log_probs
 
@@ -139,10 +167,11 @@ def student_entries(
 
 
 def with_head(outlives_forward: bool) -> Callable[[Tensor, LMHead], Any]:
-    """Hidden states, and the head they belong to.
+    """Return a ``compute`` that returns the hidden states and their head.
 
     Args:
-        outlives_forward: copy the head: its weight is sharded again after this forward.
+        outlives_forward: copy the head's weight.  FSDP and ZeRO-3 shard it again when this forward
+            ends, while the loss reads it later, in the student's forward.
     """
 
     def compute(hidden: Tensor, head: LMHead) -> tuple[Tensor, "HeldHead"]:
@@ -155,13 +184,23 @@ def with_head(outlives_forward: bool) -> Callable[[Tensor, LMHead], Any]:
 
 
 class HeldHead:
-    """A head on its way out of a forward, in a wrapping that no cast of outputs looks into."""
+    """Carries a head out of a forward.
+
+    Wrappers go through the tuples and dicts that a forward returns, FSDP1 and DDP through
+    dataclasses too.  accelerate's autocast casts all 16-bit tensors that it finds to fp32, which
+    would copy the weight and hide that both sides share it.  Other objects are left alone.
+    """
 
     def __init__(self, head: LMHead) -> None:
         self.head = head
 
     def beside(self, student: LMHead) -> LMHead:
-        """The head as the teacher's: the student's own where they are one, a constant otherwise."""
+        """Return the head for a loss in the student's forward, where ``student`` is live.
+
+        Teacher and student share one weight where the teacher is live or a LoRA adapter.  The loss
+        recognises that by the weight's identity, and then needs no second head.  Another teacher's
+        head is detached, since a loss refuses a teacher that requires a gradient.
+        """
         head = self.head
         if head.weight is student.weight:
             return student
@@ -181,12 +220,18 @@ def full_divergence(
     policy_mask: Tensor | None,
     observed: bool,
 ) -> Callable[[Tensor, LMHead], tuple[LossOutput, Tensor | None]]:
-    """Divergence over the vocabulary, summed with the weights.
+    """Return a ``compute`` for the divergence over the vocabulary, a weighted sum over tokens.
 
     Args:
-        importance: old log-probabilities (B, T) and the ratio's cap.
-        policy_mask: where log-probabilities of the completion are needed as well.
-        observed: form entropies and KLs for logging.
+        teacher_hidden: (B, T, D).
+        teacher_head: the head of those states.
+        alpha: 0 for KL(t||s), 1 for KL(s||t), between them the generalised Jensen-Shannon.
+        temperature: divides both sides' logits.
+        token_ids: (B, T), the completion.
+        token_weights: (B, T).
+        importance: old log-probabilities (B, T) and the ratio's cap, or None for no ratio.
+        policy_mask: (B, T), where the completion's log-probabilities are needed too; None: nowhere.
+        observed: compute entropies and KLs for logging.
     """
     metrics = DIVERGENCE_METRICS if observed else ()
     cap = None
@@ -213,12 +258,6 @@ def full_divergence(
     return compute
 
 
-def sequence_mean_weights(mask: Tensor) -> Tensor:
-    """Weights (B, T) of TRL's reduction: each sequence's masked mean, averaged over all B rows."""
-    count = mask.sum(-1, keepdim=True).clamp(min=1)
-    return mask / (count * mask.size(0))
-
-
 def clipped_policy_loss(
     log_probs: Tensor,  # (B, T)
     old_log_probs: Tensor | None,  # (B, T)
@@ -230,7 +269,17 @@ def clipped_policy_loss(
     loss_type: str,
     max_length: int,
 ) -> Tensor:
-    """TRL's clipped policy loss of SDPO, from log-probabilities."""
+    """Compute the clipped policy loss of TRL's SDPOTrainer from log-probabilities.
+
+    ``SDPOTrainer._compute_policy_loss`` (read in TRL 1.6 to 1.16) does the same from logits, which
+    do not exist here.
+
+    Args:
+        epsilon: lower and upper clip of the ratio, as distances from 1.
+        level: ``"token"``, or ``"sequence"`` for one ratio for each sequence, the mean over it.
+        loss_type: TRL's name of the average.
+        max_length: what "dr_grpo" takes for the length of each sequence.
+    """
     old_log_probs = log_probs.detach() if old_log_probs is None else old_log_probs
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     log_ratio = log_probs - old_log_probs
@@ -253,7 +302,16 @@ def clipped_policy_loss(
 def masked_means(
     metrics: dict[str, Tensor], mask: Tensor, gather: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """Means over the masked tokens of all processes; none where no token is masked in."""
+    """Average metrics over the tokens of the mask on all processes: a collective call.
+
+    Args:
+        metrics: (B, T) each.
+        mask: (B, T), 1 where a token counts.
+        gather: accelerate's ``gather``.
+
+    Returns:
+        The means, or {} where no process has a token.
+    """
     sums = [(values * mask).sum().float() for values in metrics.values()]
     gathered = gather(torch.stack([*sums, mask.sum().float()])[None]).sum(0)
     *totals, count = gathered.tolist()

@@ -1,6 +1,9 @@
-"""A transformers model's output head: where its weight is, and what the model does to its product.
+"""A transformers model's output head: its weight, and what the model does to the head's product.
 
-Read anew for each call, since PEFT contexts choose the live weight and wrappers replace parameters.
+``output_head`` is called for each request and its result is not kept: PEFT's contexts
+(``disable_adapter``, ``set_adapter``) choose which weight is live, and FSDP2 and ZeRO-3 replace the
+parameters while the head's module runs.  (Read in transformers 5.24 and PEFT 0.21; the attributes
+of PEFT's layers that are read here are public.)
 
 Dimension key:  N tokens, D hidden size, V vocabulary, R rank of an adapter
 """
@@ -17,16 +20,19 @@ from transformers import PreTrainedModel
 from fused_sd import LMHead
 from fused_sd.checks import fail
 
-Compute = Callable[[Tensor, LMHead], Any]  # runs on hidden states and head, inside a forward
+# runs on hidden states and head, inside the model's forward
+Compute = Callable[[Tensor, LMHead], Any]
 
-# what the installed models multiply their logits by; granite's relatives divide
+# Config settings by which models multiply their logits, by family: cohere; muse_glimmer; falcon_h1.
+# granite's ``logits_scaling`` divides.
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+# Gemma and most others; recurrent_gemma; xlstm.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """One LoRA adapter's update ``scaling * down @ up`` of the head."""
+    """One LoRA adapter of the head, which adds ``scaling * up @ down`` to the weight."""
 
     down: Tensor  # (R, D)
     up: Tensor  # (V, R)
@@ -35,13 +41,14 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """The head as it is at this moment.
+    """The head's live parameters and the shaping of its product.
 
     Attributes:
-        module: whose call runs the hooks that gather the weight.
-        weight: (V, D); bias: (V,) or None.
-        low_rank: adapters that are active.
-        logit_scale, softcap: what becomes of the product.
+        module: the module whose call runs the hooks that gather the weight.
+        weight: (V, D).
+        bias: (V,) or None.
+        low_rank: the active adapters.
+        logit_scale, softcap: are applied to the product, in that order.
     """
 
     module: nn.Module
@@ -52,10 +59,10 @@ class Projection:
     softcap: float | None
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, LMHead]:
-        """Hidden states and head whose product are the logits.
+        """Return hidden states and head whose product is the model's logits.
 
-        An adapter becomes further columns, ``[h, s (h A^T)] [W, B]^T``, so that its gradients go to
-        A and B; that copies the weight once.
+        Adapters become further columns, ``[h, s (h A^T)] [W, B]^T``.  The losses then need not know
+        of LoRA, and autograd takes the gradients to A and B.  Concatenating copies the weight once.
         """
         weight, bias = self.weight, self.bias
         if self.low_rank:
@@ -64,7 +71,8 @@ class Projection:
                 down = adapter.down
                 states.append(nn.functional.linear(hidden.to(down.dtype), down) * adapter.scaling)
                 columns.append(adapter.up)
-            # PEFT keeps adapters of a 16-bit model in fp32; their update is not rounded here either
+            # PEFT keeps the adapters of a 16-bit model in fp32.  Rounding them to 16 bits here
+            # would lose small updates that the model's own forward keeps.
             dtype = _common_dtype(states + columns)
             hidden = torch.cat([part.to(dtype) for part in states], -1)
             weight = torch.cat([part.to(dtype) for part in columns], -1)
@@ -76,53 +84,68 @@ def output_head(model: PreTrainedModel) -> Projection:
     """Find a model's head.
 
     Raises:
-        ValueError: there is none, it is quantised, or adapted in a way not reproduced here.
+        ValueError: there is none, or it is quantised or adapted in a way that cannot be reproduced.
     """
+    # Not ``model.lm_head``: some families give the head another name (embed_out, head).
     module: Any = model.get_output_embeddings()
     if module is None:
         fail(
             "model", "have output embeddings", type(model).__name__, "pass a causal language model"
         )
-    module = _saved_copy(module)
+    module = _live_copy(module)
     low_rank: tuple[LowRank, ...] = ()
     linear: Any = module
-    if hasattr(module, "base_layer"):
-        low_rank = _low_rank(module)
+    if hasattr(module, "base_layer"):  # a PEFT tuner layer around the head
+        low_rank = _active_adapters(module)
         linear = module.base_layer
     weight: Any = getattr(linear, "weight", None)
+    # Quantised weights are subclasses or integers.  A DTensor is a shard outside of the module's
+    # forward, where output_head is called to find the module; inside it, the weight is plain.
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
     if not plain and type(weight).__name__ != "DTensor":
         got = type(weight).__name__ if weight is None else f"{type(weight).__name__} {weight.dtype}"
         fail("lm_head.weight", "be a floating point parameter", got, "keep lm_head unquantised")
+    # A multimodal model keeps the settings of its language model in a nested config.
     scale, softcap = _shaping(model.config.get_text_config())
     return Projection(module, weight, getattr(linear, "bias", None), low_rank, scale, softcap)
 
 
-def _saved_copy(module: Any) -> Any:
-    """The live copy of a head that PEFT trains whole (``modules_to_save``)."""
+def _live_copy(module: Any) -> Any:
+    """Return the copy of the head that runs now, for a head in PEFT's ``modules_to_save``.
+
+    PEFT's wrapper holds the original module and one trained copy for each adapter.  The wrapper's
+    ``weight`` would be the live one too, but a request replaces the forward of the module that owns
+    the weight, because that module's hooks gather it.
+    """
     if not hasattr(module, "original_module"):
         return module
-    if not hasattr(module, "modules_to_save"):
+    if not hasattr(module, "modules_to_save"):  # another wrapper, such as trainable tokens
         _refuse_adapter(type(module).__name__, "train lm_head by LoRA or modules_to_save")
     if module.disable_adapters or not module.active_adapters:
         return module.original_module
     return module.modules_to_save[module.active_adapters[0]]
 
 
-def _low_rank(module: Any) -> tuple[LowRank, ...]:
-    """The active LoRA adapters of a head."""
+def _active_adapters(module: Any) -> tuple[LowRank, ...]:
+    """Return the LoRA adapters that a head's forward would apply now.
+
+    LoRA's forward also has variants, dropout and biases, which two matrices do not reproduce: a
+    head that uses one of them is refused, since its loss would be silently wrong.
+    """
     if not hasattr(module, "lora_A") or not hasattr(module.base_layer, "weight"):
         _refuse_adapter(type(module).__name__, "train lm_head by LoRA or modules_to_save")
     if module.merged:
+        # PEFT's forward unmerges the weight when a merged adapter is disabled; reading it does not.
         if module.disable_adapters:
             _refuse_adapter("a merged one that is disabled", "unmerge the adapter first")
-        return ()  # the update is in the weight
+        return ()  # the weight holds the update already
     if module.disable_adapters:
         return ()
     adapters = []
     for name in module.active_adapters:
         if name not in module.lora_A:
             continue
+        # older PEFT has no ``lora_variant`` and marks DoRA in ``use_dora``
         if name in getattr(module, "lora_variant", {}) or getattr(module, "use_dora", {}).get(name):
             _refuse_adapter(f"a LoRA variant ({name})", "use plain LoRA on lm_head")
         if getattr(module.lora_dropout[name], "p", 0) > 0:
@@ -139,18 +162,22 @@ def _refuse_adapter(got: str, remedy: str) -> None:
 
 
 def _shaping(config: Any) -> tuple[float, float | None]:
-    """The factor and the soft-cap that a model applies, in that order, to its head's product."""
+    """Return the factor and the soft-cap that a model applies to its head's product, in that order.
+
+    A model with a setting that is not listed above is caught by ``check_rebuilt_logits``.
+    """
     scale = 1.0
     for name in MULTIPLIERS:
         scale *= _number(config, name) or 1.0
     divisor = _number(config, "logits_scaling") or 1.0
+    # hyperclovax multiplies by the setting of the same name
     scale = scale * divisor if config.model_type.startswith("hyperclovax") else scale / divisor
     caps = [cap for cap in (_number(config, name) for name in SOFTCAPS) if cap is not None]
     return scale, caps[0] if caps else None
 
 
 def _number(config: Any, name: str) -> float | None:
-    """A setting, None where the model has none; never 0."""
+    """Return a setting, or None where the model has none; 0 is refused."""
     value = getattr(config, name, None)
     if value is None:
         return None

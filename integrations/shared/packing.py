@@ -1,9 +1,10 @@
-"""Batches without padding: all sequences in one row, each attending to itself alone.
+"""Batches without padding: all sequences lie in one row, and each attends to itself alone.
 
-The row's positions start again at each sequence; transformers reads sequences off them.  What is
-saved is the work on padding, which for ragged batches is much of it.  ``flash_attention_2`` works
-on each sequence alone; ``sdpa`` and ``eager`` make a mask of (N, N), so there attention on a row
-that is many times longer than its sequences costs more than padding.
+Packing saves the work on padding, which is much of the work on a ragged batch.  The row's position
+ids start again from 0 at each sequence, and transformers finds the sequences by them
+(``masking_utils.find_packed_sequence_indices``, read in 5.24).  ``flash_attention_2`` works on each
+sequence alone.  ``sdpa`` and ``eager`` build a mask of (N, N): attention on a row that is many
+times longer than its sequences costs more there than padding would.
 
 Dimension key:  B sequences, L positions, N tokens that are no padding, D hidden size
 """
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from fused_sd import LMHead
 from fused_sd.checks import fail
+from fused_sd.integrations.shared.probing import evaluating, probe_ids, product_precision
 from fused_sd.integrations.transformers import (
     ATTACHMENT,
     Request,
@@ -23,8 +25,8 @@ from fused_sd.integrations.transformers import (
     unwrap,
 )
 
-SHAPE = 3, 5  # of the sequences that a model has to keep apart
-FLOOR = 1e-4  # order of additions in fp32; a leak is of the order of 1
+SHAPE = 3, 5  # number and length of the sequences that a model has to keep apart
+FLOOR = 1e-4  # allowed relative difference: the order of additions in fp32; a leak is near 1
 REMEDY = "leave out padding_free for this model, or load it with another attn_implementation"
 
 
@@ -34,10 +36,10 @@ class Packed:
 
     Attributes:
         input_ids: (1, N).
-        position_ids: (1, N), from 0 in each sequence.
-        index: (B, L) place of each token in the row; 0 for padding.
-        boundaries: (number of sequences + 1,) int32, where each starts, and N.
-        longest: length of the longest sequence.
+        position_ids: (1, N), counted from 0 in each sequence.
+        index: (B, L), the place of each token in the row; 0 for padding.
+        boundaries: (number of sequences + 1,) int32, the start of each sequence, and N.
+        longest: the length of the longest sequence.
     """
 
     input_ids: Tensor
@@ -47,10 +49,11 @@ class Packed:
     longest: int
 
     def inputs(self, model: nn.Module) -> dict[str, Any]:
-        """What a model is called with; the boundaries where its attention would look for them."""
+        """Return the arguments that a model is called with."""
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "position_ids": self.position_ids}
         if "flash" in attention_of(model):
-            # otherwise every layer finds them anew, and waits for the device
+            # Without the boundaries every layer derives them from the position ids, which waits for
+            # the device each time.  Other attentions do not take these arguments.
             inputs.update(cu_seq_lens_q=self.boundaries, cu_seq_lens_k=self.boundaries)
             inputs.update(max_length_q=self.longest, max_length_k=self.longest)
         return inputs
@@ -61,11 +64,12 @@ def pack(input_ids: Tensor, attention_mask: Tensor) -> Packed:
 
     Args:
         input_ids: (B, L).
-        attention_mask: (B, L), 1 for tokens, 0 for padding; padding on either side of a sequence,
-            not inside.  A batch of padding alone keeps one token, so that a model can run.
+        attention_mask: (B, L), 1 for tokens, 0 for padding.  Padding may be on both sides of a
+            sequence, but not inside.  A batch of padding alone keeps one token, so that a model can
+            run: on sharded models all ranks have to.
 
     Raises:
-        ValueError: shapes differ, or a sequence has a hole.
+        ValueError: shapes differ, or a sequence has padding inside.
     """
     if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
         fail(
@@ -91,7 +95,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor) -> Packed:
         mask[0, 0] = starts[0, 0] = True
     places = mask.flatten().nonzero()[:, 0]
     index = mask.flatten().cumsum(0).sub(1).mul(mask.flatten()).view_as(mask)
-    # tokens before each one in its sequence
+    # the number of tokens before each one in its sequence
     position = mask.cumsum(1).flatten()[places] - 1
     lengths = mask.sum(1)[mask.any(1)]
     boundaries = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
@@ -100,12 +104,14 @@ def pack(input_ids: Tensor, attention_mask: Tensor) -> Packed:
 
 
 def pack_completions(input_ids: Tensor, attention_mask: Tensor, length: int) -> Packed:
-    """``pack``, for sequences whose last ``length`` tokens are predicted.
+    """Pack sequences whose last ``length`` tokens are completions.
 
     Raises:
-        ValueError: as ``pack``, or a completion has no prompt, whose last state would predict it.
+        ValueError: as ``pack``, or a completion has no prompt: a completion's first token is
+            predicted by the state of the prompt's last token.
     """
     packed = pack(input_ids, attention_mask)
+    # padded on the left, so that a prompt shorter than the completion can be looked up as well
     mask = nn.functional.pad(attention_mask != 0, (length, 0))
     orphans = mask[:, -length:] & ~mask[:, completion_positions(length)]
     if num_orphans := int(orphans.sum()):
@@ -119,17 +125,22 @@ def pack_completions(input_ids: Tensor, attention_mask: Tensor, length: int) -> 
 
 
 def attention_of(model: nn.Module) -> str:
-    """The attention that a model runs."""
+    """Return the name of the attention implementation that a model runs.
+
+    transformers has no public attribute for it (5.24).
+    """
     return str(unwrap(model).config.get_text_config()._attn_implementation)
 
 
 def check_packing(model: nn.Module) -> None:
     """Compare a few sequences' states in one row and in several, once for each attention.
 
-    Made through the wrapped model, so that sharded weights are gathered: a collective call.
+    A model that ignores position ids when it builds its mask lets packed sequences attend to each
+    other, and nothing in its config says so.  The check calls the wrapped model, which gathers
+    sharded weights: it is a collective call.
 
     Args:
-        model: attached.
+        model: a model that ``attach`` has seen.
 
     Raises:
         ValueError: the model mixes sequences that share a row.
@@ -143,7 +154,8 @@ def check_packing(model: nn.Module) -> None:
     (packed, eps), (alone, _) = _states_packed_and_alone(model)
     leak = float("inf")
     if packed.shape == alone.shape:
-        # of each feature's own size: a few are far larger than the others
+        # Each feature is compared to its own size: a few are far larger than the others and would
+        # hide a leak into the rest.
         sizes = alone.square().mean(0, keepdim=True).sqrt().clamp(min=1e-30)
         leak = float(((packed - alone) / sizes).square().mean().sqrt())
     bound = max(FLOOR, 16 * eps)
@@ -158,27 +170,16 @@ def check_packing(model: nn.Module) -> None:
 
 
 def _states_packed_and_alone(model: nn.Module) -> list[tuple[Tensor, float]]:
-    """States (N, D) of the same tokens from one row and from several, and their precision."""
-    embeddings: Any = unwrap(model).get_input_embeddings()
-    vocab_size = unwrap(model).config.get_text_config().vocab_size
-    count = torch.arange(1, SHAPE[0] * SHAPE[1] + 1, device=embeddings.weight.device)
-    ids = (7919 * count).view(SHAPE) % vocab_size
+    """Return states (N, D) of the same tokens, and their precision: from one row, from several."""
+    ids = probe_ids(unwrap(model), *SHAPE)
     mask = torch.ones_like(ids)
     calls = [pack(ids, mask).inputs(model), {"input_ids": ids, "attention_mask": mask}]
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            return [
-                model(**inputs, use_cache=False, fused_sd=Request(_states_and_precision)).result
-                for inputs in calls
-            ]
-    finally:
-        for part in training:
-            part.training = True
+    with evaluating(model), torch.no_grad():
+        return [
+            model(**inputs, use_cache=False, fused_sd=Request(_states_and_precision)).result
+            for inputs in calls
+        ]
 
 
 def _states_and_precision(hidden: Tensor, head: LMHead) -> tuple[Tensor, float]:
-    """States, and the rounding of what autocast or their dtype makes of a product."""
-    product = nn.functional.linear(hidden[:, :1], head.weight[:1])
-    return hidden.flatten(0, 1).float(), torch.finfo(product.dtype).eps
+    return hidden.flatten(0, 1).float(), product_precision(hidden, head)

@@ -1,4 +1,4 @@
-"""What a teacher is asked: a prompt whose last user turn is written anew, with a context in it."""
+"""Teacher prompts: the student's prompt with a new last user turn that holds a context."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -8,7 +8,11 @@ from fused_sd.integrations.shared.rollouts import Rollout, without_thinking
 
 
 def last_user_text(prompt: Any) -> str:
-    """The text that a template's ``{prompt}`` stands for: of the last user turn, or all of it."""
+    """Return the text for a template's ``{prompt}``: of the last user turn, or a text prompt whole.
+
+    Raises:
+        ValueError: a conversation does not end with a user turn.
+    """
     if isinstance(prompt, str):
         return prompt
     if not prompt or prompt[-1].get("role") != "user":
@@ -26,14 +30,14 @@ def last_user_text(prompt: Any) -> str:
 
 
 def with_user_text(prompt: Any, text: str) -> Any:
-    """The prompt with other words in its last user turn; earlier turns stay."""
+    """Return the prompt with another text in its last user turn; earlier turns stay."""
     if isinstance(prompt, str):
         return text
     return [*prompt[:-1], {**prompt[-1], "content": text}]
 
 
 def check_template(name: str, template: str, *needed: str) -> None:
-    """Refuse a template that lacks a placeholder or has one that nobody fills in."""
+    """Refuse a template that lacks a placeholder, or has one that nothing fills."""
     try:
         template.format(**dict.fromkeys(needed, ""))
     except (KeyError, IndexError, ValueError) as error:
@@ -50,13 +54,20 @@ def _braced(fields: Sequence[str]) -> str:
 
 
 def reprompted(prompt: Any, template: str, **parts: str) -> Any:
-    """The prompt whose last user turn is a template, filled with its text as {prompt} and parts."""
+    """Return the prompt with a filled template as its last user turn.
+
+    Args:
+        template: is filled with the user's text as ``{prompt}``, and with ``parts``.
+    """
     text = template.format(prompt=last_user_text(prompt), **parts)
     return with_user_text(prompt, text)
 
 
 class SiblingSettings(Protocol):
-    """Settings of SDPO's contexts, by the names of TRL's SDPOConfig."""
+    """The settings that SDPO's contexts read, under the names that TRL's SDPOConfig gives them.
+
+    A protocol, because TRL's and verl's configurations have them and share no class.
+    """
 
     use_successful_as_teacher: bool
     success_reward_threshold: float
@@ -82,8 +93,11 @@ def check_sibling_templates(settings: SiblingSettings) -> None:
 
 
 def sibling_prompt(rollout: Rollout, feedback: str | None, settings: SiblingSettings) -> Any:
-    """SDPO's teacher prompt: the first successful sibling, feedback, or both; None for neither."""
-    solution = said = ""
+    """Return SDPO's teacher prompt: with a successful sibling, feedback or both; None for neither.
+
+    As in SDPO's official code, the first successful sibling in the order of sampling is shown.
+    """
+    solution = shown_feedback = ""
     if settings.use_successful_as_teacher:
         found = rollout.siblings(
             threshold=settings.success_reward_threshold,
@@ -97,10 +111,11 @@ def sibling_prompt(rollout: Rollout, feedback: str | None, settings: SiblingSett
             solution = settings.solution_template.format(successful_previous_attempt=text)
     unneeded = settings.environment_feedback_only_without_solution and solution
     if settings.include_environment_feedback and (feedback or "").strip() and not unneeded:
-        said = settings.feedback_template.format(feedback_raw=feedback)
-    if not solution and not said:
+        shown_feedback = settings.feedback_template.format(feedback_raw=feedback)
+    if not solution and not shown_feedback:
         return None
     if settings.include_own_attempt:
-        said = settings.attempt_template.format(attempt=rollout.text) + said
+        attempt = settings.attempt_template.format(attempt=rollout.text)
+        shown_feedback = attempt + shown_feedback
     template = settings.reprompt_template
-    return reprompted(rollout.prompt, template, solution=solution, feedback=said)
+    return reprompted(rollout.prompt, template, solution=solution, feedback=shown_feedback)

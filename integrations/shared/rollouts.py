@@ -1,6 +1,6 @@
-"""What a batch of rollouts knows when the teacher's prompts are written.
+"""Rollouts: sampled completions with what is known about them when teacher prompts are written.
 
-Dimension key:  B sequences of this process, G generations of a prompt
+Dimension key:  G generations of a prompt
 """
 
 import re
@@ -13,27 +13,27 @@ THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 @dataclass(frozen=True)
 class Sibling:
-    """A rollout of the same prompt."""
+    """Another rollout of the same prompt, or the rollout itself."""
 
-    index: int  # among all processes' rollouts
+    index: int  # its place among the rollouts of all processes
     text: str
     reward: float
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled completion and what is known of it.
+    """One sampled completion, with its prompt, reward and group.
 
     Attributes:
         prompt: text, or chat messages.
-        prompt_ids: as the student read it, without padding.
-        completion_ids: as sampled, its end included.
+        prompt_ids: the prompt's tokens as the student read them, without padding.
+        completion_ids: the tokens as sampled, the end token included.
         text: the completion without special tokens.
-        reward: the sum of the reward functions.
-        privileged: the dataset row's ``privileged_context``.
-        feedback: what ``feedback_func`` said of this completion.
-        index: among all processes' rollouts.
-        group: all completions of the prompt, this one among them, on whatever process.
+        reward: the weighted sum of the reward functions.
+        privileged: ``privileged_context`` of the dataset's row.
+        feedback: what ``feedback_func`` returned for this completion.
+        index: its place among the rollouts of all processes.
+        group: all completions of the prompt, this one included, from all processes.
     """
 
     prompt: Any
@@ -47,7 +47,13 @@ class Rollout:
     group: Sequence[Sibling]
 
     def siblings(self, *, threshold: float, successful: bool, itself: bool) -> list[Sibling]:
-        """Rollouts of the group on one side of the threshold, in the order of sampling."""
+        """Return the group's rollouts on one side of a reward threshold, in the order of sampling.
+
+        Args:
+            threshold: the reward from which on a rollout is successful.
+            successful: return the successful ones, or the others.
+            itself: whether this rollout may be among them.
+        """
         return [
             sibling
             for sibling in self.group
@@ -57,11 +63,14 @@ class Rollout:
 
 
 def without_thinking(text: str) -> str:
-    """A demonstration without its ``<think>`` spans."""
+    """Return a text without its ``<think>`` spans."""
     return THINKING.sub("", text).strip()
 
 
 def grouped(texts: Sequence[str], rewards: Sequence[float], size: int) -> list[list[Sibling]]:
-    """Groups of G consecutive rollouts, over all processes."""
+    """Split the rollouts of all processes into groups of G consecutive ones.
+
+    Trainers sample a prompt's G completions one after the other, possibly across two processes.
+    """
     every = [Sibling(n, text, reward) for n, (text, reward) in enumerate(zip(texts, rewards))]
     return [every[start : start + size] for start in range(0, len(every), size)]

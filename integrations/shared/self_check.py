@@ -1,4 +1,8 @@
-"""Whether logits rebuilt from hidden states and head are those that a model makes itself."""
+"""Checks that logits rebuilt from hidden states and head are those that a model makes itself.
+
+transformers has no field that says everything a model does to its logits.  ``output_head`` reads
+the settings that are known; this check catches the models that do something else.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,16 +14,21 @@ from transformers import PreTrainedModel
 from fused_sd import LMHead
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.output_head import Compute
+from fused_sd.integrations.shared.probing import evaluating, probe_ids, product_precision
 
 NUM_TOKENS = 8
-LARGE_LOGIT = 60.0  # bends at every soft-cap in use
-FLOOR = 1e-5  # of the largest logit: order of additions in fp32
+LARGE_LOGIT = 60.0  # large enough that every soft-cap in use changes it
+FLOOR = 1e-5  # allowed difference, relative to the largest logit: the order of additions in fp32
 
 
 def is_whole(model: nn.Module) -> bool:
-    """Whether every parameter is here and not sharded, so that the bare model can run."""
+    """Return whether no parameter is sharded or absent, so that the bare model can run.
+
+    Wrappers are recognised by what they leave on parameters, so that neither DeepSpeed nor FSDP has
+    to be imported.
+    """
     return all(
-        type(parameter).__name__ != "DTensor"
+        type(parameter).__name__ != "DTensor"  # FSDP2, tensor parallelism
         and not hasattr(parameter, "ds_id")  # ZeRO-3
         and not hasattr(parameter, "_fsdp_flattened")  # FSDP1
         and parameter.device.type != "meta"
@@ -32,26 +41,21 @@ def check_rebuilt_logits(
     request: Callable[[Compute, Tensor], Any],
     original: Callable[[Tensor], Tensor],
 ) -> None:
-    """Compare a few tokens' logits, as they are and with hidden states enlarged.
+    """Compare a few tokens' logits, with hidden states as they are and with enlarged ones.
 
-    Small logits would hide a soft-cap, so the states that enter the head are multiplied as well, by
-    a hook on its module.
+    A soft-cap hardly changes small logits, so that a missing one would not show.  A hook on the
+    head's module therefore multiplies the states in a second forward.
 
     Args:
-        request: the answer of a ``compute`` for token ids (1, L).
-        original: the model's own logits of them.
+        request: returns what a ``compute`` makes of token ids (1, L).
+        original: returns the model's own logits (1, L, V) of token ids (1, L).
 
     Raises:
         ValueError: a logit differs by more than rounding.
     """
-    embeddings: Any = model.get_input_embeddings().weight
-    module = model.get_output_embeddings()
-    vocab_size = model.config.get_text_config().vocab_size
-    # spread over the vocabulary by a prime
-    ids = (7919 * torch.arange(1, NUM_TOKENS + 1, device=embeddings.device))[None] % vocab_size
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
+    module: Any = model.get_output_embeddings()
+    ids = probe_ids(model, 1, NUM_TOKENS)
+    with evaluating(model):
         rebuilt = request(_rebuild, ids)
         calls = []
 
@@ -66,13 +70,11 @@ def check_rebuilt_logits(
             own_enlarged = original(ids)
         finally:
             handle.remove()
+        # A model that multiplies by the weight without calling the module runs no hook.
         if calls:
             largest = max(largest, _difference(rebuilt.enlarged, own_enlarged))
-    finally:
-        for part in training:
-            part.training = True
     bound = max(FLOOR, 4 * torch.finfo(own.dtype).eps, 4 * rebuilt.precision)
-    if not largest <= bound:
+    if not largest <= bound:  # also where it is NaN
         fail(
             f"logits rebuilt from lm_head ({rebuilt.shaping})",
             f"be those of {type(model).__name__} within {bound:.1e} of the largest",
@@ -83,20 +85,22 @@ def check_rebuilt_logits(
 
 
 class _Rebuilt(NamedTuple):
+    """Logits of a few tokens, made from hidden states and head."""
+
     logits: Tensor  # (1, L, V)
-    enlarged: Tensor  # (1, L, V), from hidden states multiplied by
+    enlarged: Tensor  # (1, L, V), from hidden states times ``factor``
     factor: float
-    precision: float  # of the product
-    shaping: str
+    precision: float  # machine epsilon of the product's dtype
+    shaping: str  # what was done to the product, in words
 
 
 def _rebuild(hidden: Tensor, head: LMHead) -> _Rebuilt:
-    """Logits and enlarged logits, inside the head's module, where its weight is whole."""
+    """Make both kinds of logits; runs inside the head's module, where its weight is whole."""
     product = _product(hidden, head)
     factor = LARGE_LOGIT / max(float(product.abs().max()), 1e-6)
-    precision = torch.finfo(nn.functional.linear(hidden[:, :1], head.weight[:1]).dtype).eps
     shaping = f"scale {head.logit_scale:g}, soft-cap {head.softcap}"
     enlarged = _soft_capped(_product(hidden * factor, head), head)
+    precision = product_precision(hidden, head)
     return _Rebuilt(_soft_capped(product, head), enlarged, factor, precision, shaping)
 
 
@@ -111,7 +115,8 @@ def _product(hidden: Tensor, head: LMHead) -> Tensor:
 
 
 def _difference(rebuilt: Tensor, own: Tensor) -> float:
-    """The largest difference, of the largest logit."""
+    """Return the largest difference, relative to the largest logit."""
+    # A model may pad its logits to more entries than the head has.
     own = own[..., : rebuilt.shape[-1]].float()
     if own.shape != rebuilt.shape:
         return float("inf")

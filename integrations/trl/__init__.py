@@ -1,4 +1,4 @@
-"""Self-distillation trainers on TRL: the same trainers without logits, and the methods it lacks."""
+"""Trainers on TRL: its self-distillation trainers without logits, and methods that it lacks."""
 
 from fused_sd.integrations.trl.collect import collect_traces
 from fused_sd.integrations.trl.credit_maps import CreditMapCallback

@@ -1,4 +1,4 @@
-"""Teacher prompts: contexts filled in, tokens cut and padded.
+"""Teacher prompts: filled templates, cut and padded tokens.
 
 Dimension key:  B sequences, L positions, T completion tokens
 """
@@ -14,13 +14,16 @@ from fused_sd.integrations.shared.rollouts import Rollout
 
 
 class PrivilegedPrompt:
-    """For trainers whose teacher reads the dataset's ``privileged_context`` in a template."""
+    """Mixin for trainers whose teacher reads a hint in ``reprompt_template``."""
 
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
-        if not rollout.privileged:
-            return None
+        """Return the prompt with the row's ``privileged_context``, or None where it has none."""
+        return self.hinted(rollout, rollout.privileged) if rollout.privileged else None
+
+    def hinted(self, rollout: Rollout, hint: str) -> list[int]:
+        """Return the tokens of the rollout's prompt with a hint."""
         template = self.args.reprompt_template
-        return self.tokenize(reprompted(rollout.prompt, template, privileged=rollout.privileged))
+        return self.tokenize(reprompted(rollout.prompt, template, privileged=hint))
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +41,17 @@ def teacher_inputs(
     completion_mask: Tensor,  # (B, T)
     *,
     pad_id: int,
-    max_length: int | None,
+    max_length: int,
 ) -> TeacherInputs:
     """Pad prompts on the left and put the completions behind them.
 
-    A prompt over the limit loses its beginning: its end holds the generation header.
+    A prompt over the limit loses its beginning, because its end holds the generation header.
+
+    Args:
+        pad_id: the padding token.
+        max_length: of a prompt, in tokens.
     """
-    kept = [ids if max_length is None else ids[-max_length:] for ids in prompts]
+    kept = [ids[-max_length:] for ids in prompts]
     longest = max((len(ids) for ids in kept), default=0)
     rows = torch.full((len(kept), longest), pad_id, dtype=completion_ids.dtype)
     mask = torch.zeros(len(kept), longest, dtype=completion_mask.dtype)

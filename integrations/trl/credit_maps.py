@@ -1,4 +1,4 @@
-"""A callback that shows, while a trainer trains, what the teacher says about each token.
+"""A callback that writes maps of what the teacher says about each token of fresh rollouts.
 
 Dimension key:  B sequences, T completion tokens, D hidden size
 """
@@ -27,7 +27,9 @@ from fused_sd.credit import (
     save_png,
 )
 from fused_sd.integrations.shared.completion_scores import CompletionForward, with_head
-from fused_sd.integrations.transformers import attach, unwrap
+from fused_sd.integrations.shared.probing import evaluating
+from fused_sd.integrations.transformers import attach
+from fused_sd.integrations.trl.teachers import teacher_head_is_resharded
 
 NEEDED = (
     "prompt_ids",
@@ -40,21 +42,24 @@ NEEDED = (
 
 
 class CreditMapCallback(TrainerCallback):
-    """Write a credit map of fresh rollouts every so many steps.
+    """Writes a credit map of fresh rollouts every few steps.
 
-    ``step_000050.html`` shows rollouts of the student after 50 steps, ``step_000050.json`` is the
-    same for ``python -m fused_sd credit``.  Weights & Biases and TensorBoard get it too, where the
-    trainer reports to them.
+    ``step_000050.html`` shows rollouts of the student after 50 steps; ``step_000050.json`` holds
+    the same for ``python -m fused_sd credit``.  Where the trainer reports to Weights & Biases or
+    TensorBoard, the maps go there too.
 
         trainer.add_callback(CreditMapCallback(trainer, every=20))
 
     Args:
-        trainer: one of TRL's self-distillation trainers or of ours.
+        trainer: a self-distillation trainer of TRL or of ``fused_sd.integrations.trl``.
         every: steps from one map to the next; the first is made before any step.
-        num_sequences: rollouts on a map, at most; those that the teacher has a signal for.
+        num_sequences: the most rollouts on a map; only those with a teacher's context are shown.
         folder: where to write.  None: ``credit_maps`` in the trainer's ``output_dir``.
         value: what colours the tokens, one of ``fused_sd.credit.VALUES``.
-        png: write pictures as well, with matplotlib.
+        png: also write pictures, with matplotlib.
+
+    Raises:
+        ValueError: a value is out of its range.
     """
 
     def __init__(
@@ -73,31 +78,37 @@ class CreditMapCallback(TrainerCallback):
         self.trainer, self.every, self.num_sequences = trainer, every, num_sequences
         self.folder = None if folder is None else Path(folder)
         self.value, self.png = value, png
-        self._due: int | None = None  # the first step whose rollouts are shown next
+        self._due: int | None = None  # the first step whose rollouts the next map may show
 
     def on_generation_batch_built(self, args: Any, state: Any, **kwargs: Any) -> None:
-        """TRL's event: rollouts and their teacher's contexts are ready."""
+        """Make a map, if one is due, when rollouts and their teacher's contexts are ready.
+
+        TRL's self-distillation trainers dispatch this event, which transformers does not know,
+        after they have put the new batch into ``_buffered_inputs`` (read in 1.16).
+        """
         step = state.global_step
         if self._due is None:
             self._due = -(-step // self.every) * self.every
         if step < self._due:
             return
         self._due = (step // self.every + 1) * self.every
-        # on every process: the forward of a sharded model is collective
+        # On every process: the forward of a sharded model is collective.  One micro-batch of the
+        # buffer is enough to show.
         shown = self._map(self.trainer._buffered_inputs[0], step)
         if state.is_world_process_zero and shown.rows:
             self._write(shown, Path(args.output_dir), step)
             self._report(shown, args, step)
 
     def _map(self, inputs: dict[str, Tensor], step: int) -> CreditMap:
-        """The map of the first rollouts with a teacher's signal."""
+        """Make the map of the first rollouts that have a teacher's context."""
         mask = inputs["completion_mask"]
         has_signal = mask.any(-1)
         if "self_distillation_mask" in inputs:
             has_signal = has_signal & (inputs["self_distillation_mask"] != 0)
         chosen = has_signal.nonzero()[:, 0][: self.num_sequences]
         count = len(chosen)
-        if not count:  # a forward has to be made: other processes may have rollouts to show
+        # A process without such a rollout runs the forwards too, which may be collective.
+        if not count:
             chosen = torch.zeros(1, dtype=torch.long, device=mask.device)
         batch = {name: inputs[name][chosen] for name in NEEDED}
         measures = self._measure(batch)
@@ -127,17 +138,17 @@ class CreditMapCallback(TrainerCallback):
         return dataclasses.replace(shown, rows=tuple(rows[:count]))
 
     def _measure(self, batch: dict[str, Tensor]) -> CreditMeasures:
-        """A forward of the teacher and one of the student."""
+        """Run the teacher and then the student, and return the measures of each token."""
         trainer = self.trainer
         ids, mask = batch["completion_ids"], batch["completion_mask"]
         with torch.no_grad(), self._acting_teacher() as teacher:
+            # TRL's stock trainers have not attached their models.
             attach(teacher, autocast=trainer.accelerator.autocast)
-            is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-            outlives = is_sharded and unwrap(teacher) is not unwrap(trainer.model)
+            is_resharded = teacher_head_is_resharded(trainer, teacher, trainer.model)
             forward = CompletionForward(
                 teacher, batch["teacher_input_ids"], batch["teacher_attention_mask"], ids.size(1)
             )
-            teacher_hidden, teacher_head = forward(with_head(outlives))
+            teacher_hidden, teacher_head = forward(with_head(is_resharded))
 
         def compute(hidden: Tensor, head: LMHead) -> CreditMeasures:
             return credit_measures(
@@ -150,7 +161,7 @@ class CreditMapCallback(TrainerCallback):
                 temperature=trainer.temperature,
             )
 
-        with torch.no_grad(), _evaluating(trainer.model):
+        with torch.no_grad(), evaluating(trainer.model):
             attach(trainer.model, autocast=trainer.accelerator.autocast)
             forward = CompletionForward(
                 trainer.model,
@@ -163,14 +174,18 @@ class CreditMapCallback(TrainerCallback):
 
     @contextmanager
     def _acting_teacher(self) -> Iterator[nn.Module]:
-        """The module that teaches, with the teacher's weights or adapter in place."""
+        """Yield the module that teaches, with the teacher's weights or adapter in place.
+
+        Trainers of ``fused_sd.integrations.trl`` have a ``teacher``, TRL's have a ``teacher_model``
+        and a method whose context switches its adapter.
+        """
         teacher = getattr(self.trainer, "teacher", None)
         if teacher is not None:
             with teacher.acting() as module:
                 yield module
             return
         module = self.trainer.teacher_model
-        with self.trainer._get_teacher_context_for_self_distillation(), _evaluating(module):
+        with self.trainer._get_teacher_context_for_self_distillation(), evaluating(module):
             yield module
 
     def _write(self, shown: CreditMap, output_dir: Path, step: int) -> None:
@@ -192,24 +207,12 @@ class CreditMapCallback(TrainerCallback):
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 text = plain_text(shown, value=self.value)
-                # indented lines are code in Markdown, where nothing is markup
+                # TensorBoard renders Markdown, in which indented lines are shown as they are
                 block = "\n".join(f"    {line}" for line in text.split("\n"))
                 callback.tb_writer.add_text("credit_map", block, step)
                 if self.png:
                     figure = credit_figure(shown, value=self.value)
                     callback.tb_writer.add_figure("credit_map", figure, step)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every part gets back the mode that it had."""
-    modes = [(part, part.training) for part in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _texts(ids: Tensor, mask: Tensor, decode: Any) -> list[str]:

@@ -3,18 +3,44 @@
 Dimension key:  B sequences, T completion tokens, D hidden size
 """
 
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fused_sd import LMHead, LossOutput
+from fused_sd import LMHead, LossOutput, trust_region_states
 from fused_sd.integrations.shared.completion_scores import DIVERGENCE_METRICS
-from fused_sd.integrations.trl.trainer import Run, SelfDistillationTrainer
-from fused_sd.teaching.trust_region import trust_region_states
+from fused_sd.integrations.trl.config import (
+    POLICY_SETTINGS,
+    SIBLING_SETTINGS,
+    SelfDistillationConfig,
+)
+from fused_sd.integrations.trl.trainer import Inputs, Options, SelfDistillationTrainer
+
+StatesAndHead = tuple[Tensor, LMHead]  # states are (B, T, D)
+
+
+@dataclass
+class DivergenceConfig(SelfDistillationConfig):
+    """Settings that OPSD, SDFT and SD-Zero share: a divergence is the whole loss."""
+
+    unread: ClassVar[tuple[str, ...]] = (
+        *SelfDistillationConfig.unread,
+        *SIBLING_SETTINGS,
+        *POLICY_SETTINGS,
+        "distillation_mode",
+        "distillation_is_clip",
+        "distillation_weight",
+    )
+
+    num_generations: int = field(default=1, metadata={"help": "Completions of a prompt."})
+    scale_rewards: str = field(
+        default="none", metadata={"help": "Not read: the loss has no advantage."}
+    )
 
 
 class DivergenceTrainer(SelfDistillationTrainer):
-    """A method writes ``divergence``, the loss between two pairs of states and head."""
+    """Base of methods that override ``divergence``, the loss between two sides' distributions."""
 
     metrics = (*DIVERGENCE_METRICS, "top1_agreement", "student_log_prob", "teacher_log_prob")
     topk_metrics: ClassVar[tuple[str, ...]] = (
@@ -24,28 +50,24 @@ class DivergenceTrainer(SelfDistillationTrainer):
     )
 
     def divergence(
-        self,
-        student: tuple[Tensor, LMHead],
-        teacher: tuple[Tensor, LMHead],
-        inputs: dict[str, Any],
-        run: Run,
+        self, student: StatesAndHead, teacher: StatesAndHead, inputs: Inputs, options: Options
     ) -> LossOutput:
-        """The method's loss; states are (B, T, D)."""
+        """Return the method's loss."""
         raise NotImplementedError
 
-    def further_metrics(self, inputs: dict[str, Any]) -> tuple[str, ...]:
-        """Metrics that the settings or the batch make meaningful."""
+    def further_metrics(self, inputs: Inputs) -> tuple[str, ...]:
+        """Return the metrics that only some settings or batches have."""
         return () if self.args.distillation_topk is None else self.topk_metrics
 
     def method_loss(
-        self, hidden: Tensor, head: LMHead, teacher: Any, inputs: dict[str, Any], run: Run
+        self, hidden: Tensor, head: LMHead, teacher: Any, inputs: Inputs, options: Options
     ) -> LossOutput:
         states, held = teacher
-        known = (states, held.beside(head))
+        other = (states, held.beside(head))
         if self.args.teacher_model_kind == "trust_region":
             rate = self.args.teacher_update_rate
-            known = trust_region_states(*known, hidden.detach(), head, rate)
-        run = {**run, "token_ids": inputs["completion_ids"]}
-        if run["metrics"]:
-            run["metrics"] = (*run["metrics"], *self.further_metrics(inputs))
-        return self.divergence((hidden, head), known, inputs, run)
+            other = trust_region_states(*other, hidden.detach(), head, rate)
+        options = {**options, "token_ids": inputs["completion_ids"]}
+        if options["metrics"]:
+            options["metrics"] = (*options["metrics"], *self.further_metrics(inputs))
+        return self.divergence((hidden, head), other, inputs, options)

@@ -2,10 +2,17 @@
 
     from fused_sd.integrations.trl import FusedSDPOTrainer as SDPOTrainer
 
-Arguments, configuration, rollouts, teachers, reductions and logged names are TRL's.  What changes
-is that a forward returns scores of the completion instead of its logits: TRL's ``_forward_logits``
-gives back the call unmade, and the loss makes it once it knows what it needs, teacher and student
-in the order in which no step needs two heads.
+Arguments, configuration, rollouts, teachers, reductions and logged names are TRL's.  Its
+``compute_loss`` stays too.  It calls these methods (the same code in TRL 1.6 to 1.16):
+
+    _compute_teacher_student_logits     runs student and teacher through _forward_logits
+    _compute_policy_loss                hybrid loss only: reads the student's logits
+    _compute_self_distillation_loss     reads both sides' logits
+
+Here ``_forward_logits`` returns a forward that has not run (``CompletionForward``), and
+``_compute_teacher_student_logits`` puts ``Scores`` where TRL has the student's logits.  Delaying
+the forwards lets the objective choose what they compute and their order.  The sampled token and the
+top-k need one head at a time; only the full divergence reads both in one forward.
 
 Dimension key:  B sequences, T completion tokens, K entries, D hidden size
 """
@@ -24,16 +31,18 @@ from trl.experimental.sdpo.loss_utils import (
     compute_divergence,
 )
 
+from fused_sd import aggregation_weights
 from fused_sd.integrations.shared import completion_scores as completion
-from fused_sd.integrations.transformers import attach, unwrap
+from fused_sd.integrations.transformers import attach
 from fused_sd.integrations.trl.teacher_server import TeacherServerLoss
+from fused_sd.integrations.trl.teachers import teacher_head_is_resharded
 
 
 class FusedSelfDistillationMixin(TeacherServerLoss):
-    """Put before a TRL self-distillation trainer: the same losses, from hidden states.
+    """Mixin before a TRL self-distillation trainer that computes its losses from hidden states.
 
-    Losses given plain logits, and models whose head cannot be reproduced, are left to TRL; the
-    latter with a warning.
+    A model whose head cannot be reproduced is left to TRL's own loss, with a warning.  So is a loss
+    that is called with logits, as subclasses of TRL's trainers may do.
     """
 
     log_fused_metrics = True
@@ -43,9 +52,13 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.args.use_liger_kernel:  # its kernels for the layers, not its head: ours replaces it
+        # Trainer applies Liger when training starts.  Its fused head would replace the forward that
+        # ``attach`` installs below; its kernels for the layers may stay.
+        if self.args.use_liger_kernel:
             layers = {**(self.args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
             self.args.liger_kernel_config = layers
+        # After TRL's __init__, which makes the teacher.  accelerate may have prepared the teacher
+        # there, and its autocast does not reach requests unless it is passed on.
         try:
             for model in (self.model, self.teacher_model):
                 attach(model, autocast=self.accelerator.autocast)
@@ -56,6 +69,7 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
     def _forward_logits(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int
     ) -> Tensor | completion.CompletionForward:
+        """Return the forward unmade; whoever needs scores runs it."""
         if not self._fused:
             return super()._forward_logits(model, input_ids, attention_mask, logits_to_keep)
         return completion.CompletionForward(model, input_ids, attention_mask, logits_to_keep)
@@ -67,11 +81,16 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
         completion_ids: Tensor,
         completion_mask: Tensor,
     ) -> Tensor | None:
+        """Score rollouts before they are trained on, if a ratio will be needed.
+
+        TRL's method would take a log-softmax of what ``_forward_logits`` returns.
+        """
         if not self._fused:
             return super()._compute_rollout_logps(
                 prompt_ids, prompt_mask, completion_ids, completion_mask
             )
         generate_every = self.args.steps_per_generation * self.num_iterations
+        # TRL's condition: rollouts that are used within one optimizer step have ratio 1.
         if self.args.gradient_accumulation_steps % generate_every == 0:
             return None
         forward = completion.CompletionForward(
@@ -86,7 +105,7 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
     def _compute_teacher_student_logits(
         self, model: nn.Module, teacher_model: nn.Module, inputs: dict[str, Any]
     ) -> Any:
-        """TRL's aligned masks, with scores where TRL has logits."""
+        """Return TRL's aligned masks, with scores in the place of the student's logits."""
         aligned = super()._compute_teacher_student_logits(model, teacher_model, inputs)
         if not isinstance(aligned.student_logits, completion.CompletionForward):
             return aligned
@@ -102,7 +121,7 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
         return dataclasses.replace(aligned, student_logits=scores, teacher_logits=None)
 
     def _score_sampled_token(self, aligned: Any, inputs: dict[str, Any]) -> completion.Scores:
-        """The reverse KL's surrogate on the sampled tokens; one head at a time."""
+        """Compute the reverse KL's surrogate on the sampled tokens, with one head at a time."""
         alpha = self.args.distillation_alpha
         if alpha != 1.0:
             raise ValueError(
@@ -122,7 +141,10 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
         return completion.Scores(loss, student.log_probs, None, metrics)
 
     def _score_topk(self, aligned: Any, inputs: dict[str, Any]) -> completion.Scores:
-        """The student's top-k first, then the teacher at those ids: one head at a time."""
+        """Compute the divergence over the student's top-k.
+
+        The student runs first and chooses the ids, then the teacher scores them.
+        """
         k = self.args.distillation_topk
         if k is None:
             raise ValueError(
@@ -148,9 +170,15 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
         return completion.Scores(loss, sampled, None, metrics)
 
     def _score_full(self, aligned: Any, inputs: dict[str, Any]) -> completion.Scores:
-        """The teacher's states first; the divergence inside the student's forward."""
+        """Compute the divergence over the vocabulary.
+
+        The teacher runs first and keeps its states.  The divergence runs in the student's forward.
+        """
+        is_resharded = teacher_head_is_resharded(
+            self, aligned.teacher_logits.model, aligned.student_logits.model
+        )
         teacher_hidden, teacher_head = self._run_teacher(
-            aligned, completion.with_head(self._outlives_forward(aligned))
+            aligned, completion.with_head(is_resharded)
         )
         output, sampled = aligned.student_logits(
             completion.full_divergence(
@@ -159,7 +187,7 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
                 self.args.distillation_alpha,
                 self.temperature,
                 token_ids=aligned.completion_ids,
-                token_weights=completion.sequence_mean_weights(aligned.loss_mask),
+                token_weights=_mean_weights(aligned.loss_mask),
                 importance=self._importance(inputs),
                 policy_mask=inputs["completion_mask"] if self._has_policy_loss() else None,
                 observed=self.log_fused_metrics,
@@ -179,9 +207,14 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
         self._log_scores(model, scores, mask)
         if scores.loss is not None:
             return scores.loss
-        return (scores.token_loss * completion.sequence_mean_weights(mask)).sum()
+        return (scores.token_loss * _mean_weights(mask)).sum()
 
     def _compute_policy_loss(self, inputs: dict[str, Any], student_logits: Any) -> Tensor:
+        """Compute TRL's policy loss from the completion's log-probabilities.
+
+        ``compute_loss`` passes what ``_compute_teacher_student_logits`` returned, or at
+        ``distillation_weight=0`` what ``_forward_logits`` returned.
+        """
         if isinstance(student_logits, completion.Scores):
             current = student_logits.log_probs
         elif isinstance(student_logits, completion.CompletionForward):
@@ -209,7 +242,7 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
         student: Tensor,  # (B, T, K)
         teacher: Tensor,  # (B, T, K)
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """TRL's divergence over K entries, tailed or renormalised: (B, T), and its metrics."""
+        """Return TRL's divergence (B, T) over K entries, tailed or renormalised, and metrics."""
         metrics = {}
         if self.log_fused_metrics:
             metrics["student_topk_mass"] = student.detach().exp().sum(-1)
@@ -225,7 +258,7 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
         return compute_divergence(student, teacher, self.args.distillation_alpha), metrics
 
     def _importance(self, inputs: dict[str, Any]) -> tuple[Tensor, float] | None:
-        """Old log-probabilities (B, T) and cap of the importance ratio, where there is one."""
+        """Return old log-probabilities (B, T) and the cap of the importance ratio, or None."""
         clip, old = self.args.distillation_is_clip, inputs.get("old_per_token_logps")
         return None if clip is None or old is None else (old, clip)
 
@@ -242,21 +275,22 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
         return completion.log_probs(ids, mask, self.temperature, entropy=self.log_fused_metrics)
 
     def _run_teacher(self, aligned: Any, compute: completion.Compute) -> Any:
-        """Run the teacher where TRL would: without gradient, in its adapter's context."""
+        """Run the teacher without gradient, with the adapter that TRL's teacher kind means.
+
+        ``_compute_teacher_student_logits`` has left TRL's context by now, having run nothing in it.
+        """
         with torch.no_grad(), self._get_teacher_context_for_self_distillation():
             return aligned.teacher_logits(compute)
 
-    def _outlives_forward(self, aligned: Any) -> bool:
-        """Whether the teacher's head has to be copied to be whole during the student's forward."""
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        teacher, student = aligned.teacher_logits.model, aligned.student_logits.model
-        return is_sharded and unwrap(teacher) is not unwrap(student)
-
     def _has_policy_loss(self) -> bool:
+        # SDFT has neither the setting nor the loss.
         return getattr(self.args, "distillation_weight", 1.0) < 1.0
 
     def _student_mask(self, inputs: dict[str, Any], loss_mask: Tensor) -> Tensor:
-        """Tokens whose student log-probabilities are needed: the policy loss takes them all."""
+        """Return the tokens (B, T) whose student log-probabilities are needed.
+
+        The policy loss averages over all tokens, the distillation over rollouts with a teacher.
+        """
         return inputs["completion_mask"] if self._has_policy_loss() else loss_mask
 
     def _phase(self, model: nn.Module) -> str:
@@ -266,12 +300,17 @@ class FusedSelfDistillationMixin(TeacherServerLoss):
         """Log what TRL logs, and the metrics of the scores."""
         phase, token_loss = self._phase(model), scores.token_loss.detach()
         mean = (token_loss * mask).sum() / mask.sum().clamp(min=1.0)
-        # on every rank, with tokens or without: gathering is collective
+        # Also where the mask is empty: gathering is collective, and other ranks may have tokens.
         self._log_self_distillation_metric(phase, self.accelerator.gather(mean).mean().item())
         if self.log_fused_metrics:
             means = completion.masked_means(scores.metrics, mask, self.accelerator.gather)
             for name, value in means.items():
                 self._metrics[phase][f"self_distillation/{name}"].append(value)
+
+
+def _mean_weights(mask: Tensor) -> Tensor:
+    """Return weights (B, T) of TRL's reduction: each sequence's mean, averaged over all B rows."""
+    return aggregation_weights(mask, "all_sequences_mean_token_mean")
 
 
 class FusedSDPOTrainer(FusedSelfDistillationMixin, SDPOTrainer):

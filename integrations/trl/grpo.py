@@ -1,4 +1,4 @@
-"""GRPO on the same rollouts: the baseline, and what RLSD and RLCSD reshape.
+"""GRPO on the rollouts of the other methods, and what RLSD and RLCSD share with it.
 
 Dimension key:  B sequences, T completion tokens, D hidden size
 """
@@ -17,14 +17,14 @@ from fused_sd.integrations.trl.config import (
     TEACHER_SETTINGS,
     SelfDistillationConfig,
 )
-from fused_sd.integrations.trl.trainer import Run, SelfDistillationTrainer
+from fused_sd.integrations.trl.trainer import Inputs, Options, SelfDistillationTrainer
 
 PROMPTING_SETTINGS = ("reprompt_template", "max_reprompt_len")
 
 
 @dataclass
 class PolicyConfig(SelfDistillationConfig):
-    """What the clipped policy surrogates have in common."""
+    """Settings that the methods with a clipped policy loss share."""
 
     unread: ClassVar[tuple[str, ...]] = (
         *SelfDistillationConfig.unread,
@@ -38,7 +38,7 @@ class PolicyConfig(SelfDistillationConfig):
     )
     dual_clip: float | None = field(
         default=3.0,
-        metadata={"help": "Bound of the ratio where the advantage is negative; None for none."},
+        metadata={"help": "Cap of the ratio where the advantage is negative; None: no cap."},
     )
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class PolicyConfig(SelfDistillationConfig):
 
 @dataclass
 class GRPOConfig(PolicyConfig):
-    """GRPO as in the baselines of SDPO and RLSD: clip (0.2, 0.28), dual clip 3, no KL."""
+    """GRPO's settings, as in SDPO's and RLSD's baselines: clip (0.2, 0.28), dual clip 3, no KL."""
 
     unread: ClassVar[tuple[str, ...]] = (
         *PolicyConfig.unread,
@@ -66,38 +66,34 @@ class GRPOConfig(PolicyConfig):
 
 
 class PolicyTrainer(SelfDistillationTrainer):
-    """Shared by the methods whose loss is a clipped policy surrogate."""
+    """Base of the methods whose loss is a clipped policy surrogate."""
 
     metrics: ClassVar[tuple[str, ...]] = ("entropy", "ratio", "ratio_clip_fraction")
 
-    def surrogate_settings(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Keywords of ``policy_loss`` that the configuration and the batch decide."""
+    def surrogate_settings(self, inputs: Inputs) -> dict[str, Any]:
+        """Return the keywords of ``policy_loss`` that configuration and batch decide."""
         return {
             "old_log_probs": inputs.get("old_per_token_logps"),
             "ratio_clip": (self.args.epsilon, self.args.epsilon_high),
             "dual_clip": self.args.dual_clip,
         }
 
-    def token_advantages(self, inputs: dict[str, Any]) -> Tensor:
-        """Each sequence's advantage at its tokens, (B, T)."""
-        return inputs["advantages"][:, None].expand(inputs["completion_ids"].shape)
-
 
 class GRPOTrainer(PolicyTrainer):
-    """GRPO (arXiv 2402.03300) from hidden states, on the rollouts that the other methods have."""
+    """GRPO (arXiv 2402.03300) from hidden states, on the rollouts of the other methods."""
 
     config_cls = GRPOConfig
     _name = "GRPO"
     has_teacher = False
 
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
-        return rollout.prompt_ids  # no teacher reads it: every rollout counts
+        return rollout.prompt_ids  # no teacher reads them; None would give the rollout weight 0
 
-    def score_teacher(self, inputs: dict[str, Any]) -> None:
+    def score_teacher(self, inputs: Inputs) -> None:
         return None
 
     def method_loss(
-        self, hidden: Tensor, head: LMHead, teacher: None, inputs: dict[str, Any], run: Run
+        self, hidden: Tensor, head: LMHead, teacher: None, inputs: Inputs, options: Options
     ) -> LossOutput:
         return grpo_loss(
             hidden,
@@ -105,5 +101,5 @@ class GRPOTrainer(PolicyTrainer):
             inputs["completion_ids"],
             self.token_advantages(inputs),
             **self.surrogate_settings(inputs),
-            **run,
+            **options,
         )

@@ -1,40 +1,29 @@
 """OPSD: forward KL to the initial model that has read the reference solution."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor
-
-from fused_sd import LMHead, LossOutput, opsd_loss
+from fused_sd import LossOutput, opsd_loss
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.prompts import check_template
-from fused_sd.integrations.trl.config import (
-    POLICY_SETTINGS,
-    SIBLING_SETTINGS,
-    SelfDistillationConfig,
-)
 from fused_sd.integrations.trl.contexts import PrivilegedPrompt
-from fused_sd.integrations.trl.divergence_trainer import DivergenceTrainer
-from fused_sd.integrations.trl.trainer import Run
+from fused_sd.integrations.trl.divergence_trainer import (
+    DivergenceConfig,
+    DivergenceTrainer,
+    StatesAndHead,
+)
+from fused_sd.integrations.trl.trainer import Inputs, Options
 
 
 @dataclass
-class OPSDConfig(SelfDistillationConfig):
+class OPSDConfig(DivergenceConfig):
     """OPSD's settings; defaults are the paper's (arXiv 2601.18734, v3).
 
-    The official code of March 2026: ``distillation_alpha=0.5, entry_clip=None,
+    For the official code of March 2026 pass ``distillation_alpha=0.5, entry_clip=None,
     distillation_topk=50, temperature=1.1``.
     """
 
-    unread: ClassVar[tuple[str, ...]] = (
-        *SelfDistillationConfig.unread,
-        *SIBLING_SETTINGS,
-        *POLICY_SETTINGS,
-        "distillation_mode",
-        "distillation_is_clip",
-        "distillation_weight",
-        "success_reward_threshold",
-    )
+    unread: ClassVar[tuple[str, ...]] = (*DivergenceConfig.unread, "success_reward_threshold")
 
     reprompt_template: str = field(
         default="{prompt}\n\nHere is a reference solution to this problem:\n{privileged}\nAfter "
@@ -52,10 +41,9 @@ class OPSDConfig(SelfDistillationConfig):
         default=0.05, metadata={"help": "Bound of each vocabulary entry's term; None: no bound."}
     )
     loss_type: str = field(default="bnpo", metadata={"help": "Average of the token losses."})
-    num_generations: int = field(default=1, metadata={"help": "Completions of a prompt."})
-    scale_rewards: str = field(default="none", metadata={"help": "OPSD reads no advantage."})
     teacher_model_kind: str = field(
-        default="base", metadata={"help": "The initial weights; its author found others unstable."}
+        default="base",
+        metadata={"help": "`base`: the initial weights; OPSD's author found others unstable."},
     )
 
     def __post_init__(self) -> None:
@@ -81,16 +69,12 @@ class OPSDTrainer(PrivilegedPrompt, DivergenceTrainer):
     needs_rewards = False
     needs_privileged = True
 
-    def further_metrics(self, inputs: dict[str, Any]) -> tuple[str, ...]:
+    def further_metrics(self, inputs: Inputs) -> tuple[str, ...]:
         clipped = () if self.args.entry_clip is None else ("entry_clip_fraction",)
         return (*super().further_metrics(inputs), *clipped)
 
     def divergence(
-        self,
-        student: tuple[Tensor, LMHead],
-        teacher: tuple[Tensor, LMHead],
-        inputs: dict[str, Any],
-        run: Run,
+        self, student: StatesAndHead, teacher: StatesAndHead, inputs: Inputs, options: Options
     ) -> LossOutput:
         return opsd_loss(
             *student,
@@ -99,5 +83,5 @@ class OPSDTrainer(PrivilegedPrompt, DivergenceTrainer):
             entry_clip=self.args.entry_clip,
             top_k=self.args.distillation_topk,
             remainder="tail" if self.args.distillation_add_tail else "renormalize",
-            **run,
+            **options,
         )

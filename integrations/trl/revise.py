@@ -1,6 +1,7 @@
-"""A batch of questions on its way to revision traces: sampled, verified, revised, verified again.
+"""How a batch of questions becomes revision traces: sample, verify, revise, verify again.
 
-Text is made of tokens only for the reward and the filters; no text becomes tokens again.
+Sampled tokens are kept as they are.  They are decoded for the reward and the filters only, and
+never encoded again, since that could give other tokens than the model sampled.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fused_sd.checks import check_positive_int, fail
-from fused_sd.integrations.shared.verdicts import CORRECT_PHRASE, DELIMITER, WRONG_PHRASE
+from fused_sd.integrations.shared.verdicts import CORRECT_PHRASE, WRONG_PHRASE, verdict_ids
 from fused_sd.integrations.trl.generators import Generate
 from fused_sd.integrations.trl.trace_filters import is_sycophantic, trim_repeats
 from fused_sd.integrations.trl.traces import Trace, TraceCounts, record
@@ -20,20 +21,23 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 @dataclass(frozen=True)
 class TraceConfig:
-    """How traces are collected; defaults are the official code's script.
+    """How traces are collected; defaults are those of the official code's script.
 
     Attributes:
-        num_initial: initial responses to each question.  The paper has 1.
-        num_revisions: revisions of each of them.
+        num_initial: the number of initial responses to each question.  The paper has 1.
+        num_revisions: the number of revisions of each initial response.
         revise_correct: revise right responses too, as in the paper.
         correct_phrase, wrong_phrase: what the model reads after its response.
-        reward_threshold: a response is right where its reward is above this.
-        drop_sycophantic: leave out revisions that open by answering to a user ("You're right").
-            The official code cuts the opening off; that would split tokens.
-        trim_repeats: cut a block that a response repeats until its end down to one copy.
-        chat_template_kwargs: of the chat template, such as ``{"enable_thinking": False}``.
-        source: what generates, in words (model, temperature); a file is only continued from the
+        reward_threshold: a response is right if its reward is above this.
+        drop_sycophantic: leave out revisions that open by answering a user ("You're right").
+            The official code cuts off such openings, which would split tokens.
+        trim_repeats: reduce a block that a response repeats until its end to one copy.
+        chat_template_kwargs: arguments of the chat template, as ``{"enable_thinking": False}``.
+        source: describes what generates (model, temperature); a file is continued only from the
             same source.
+
+    Raises:
+        ValueError: a number is not positive.
     """
 
     num_initial: int = 3
@@ -54,7 +58,7 @@ class TraceConfig:
 
 @dataclass
 class _Response:
-    """A response and its verdict."""
+    """A sampled response and its verdict."""
 
     question: int
     ids: list[int]
@@ -64,7 +68,7 @@ class _Response:
 
 @dataclass
 class Reviser:
-    """Takes questions from prompts to records."""
+    """Makes trace records from questions."""
 
     generate: Generate
     reward_func: RewardFunction
@@ -72,7 +76,11 @@ class Reviser:
     config: TraceConfig
 
     def revise(self, rows: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """One record for each question."""
+        """Return one record for each question.
+
+        Args:
+            rows: the dataset's rows by their index.
+        """
         config = self.config
         prompts = {index: self._prompt_ids(row["prompt"]) for index, row in rows.items()}
         tally = {index: TraceCounts(questions=1) for index in rows}
@@ -83,6 +91,7 @@ class Reviser:
         for initial in initials:
             tally[initial.question].initial += 1
             tally[initial.question].initial_correct += initial.correct
+            # The turn goes on after the response, so that its end token has to go.
             initial.ids = self._cut(self._without_end(initial.ids))
         chosen = [
             initial
@@ -91,7 +100,7 @@ class Reviser:
             for _ in range(config.num_revisions)
         ]
         contexts = [
-            prompts[initial.question] + initial.ids + self._verdict_ids(initial.correct)
+            prompts[initial.question] + initial.ids + self._verdict(initial.correct)
             for initial in chosen
         ]
         revisions = self._respond(rows, contexts, [initial.question for initial in chosen], tally)
@@ -121,7 +130,7 @@ class Reviser:
         revision: _Response,
         count: TraceCounts,
     ) -> Trace | None:
-        """The trace of a right revision, unless a filter takes it out."""
+        """Return the trace of a right revision, or None if a filter drops it."""
         body = self._without_end(revision.ids)
         if not body:
             count.empty += 1
@@ -135,7 +144,7 @@ class Reviser:
             prompt_ids=tuple(prompt_ids),
             initial_ids=tuple(initial.ids),
             phrase=self._phrase(initial.correct),
-            verdict_ids=tuple(self._verdict_ids(initial.correct)),
+            verdict_ids=tuple(self._verdict(initial.correct)),
             revision_ids=tuple(self._cut(body) + revision.ids[len(body) :]),
             initial_correct=initial.correct,
             initial_reward=initial.reward,
@@ -149,7 +158,7 @@ class Reviser:
         questions: list[int],
         tally: Mapping[int, TraceCounts],
     ) -> list[_Response]:
-        """Sample a response to each context, and verify them."""
+        """Sample a response to each context, and verify the responses."""
         if not contexts:
             return []
         completions = [list(ids) for ids in self.generate(contexts)]
@@ -191,12 +200,11 @@ class Reviser:
     def _phrase(self, correct: bool) -> str:
         return self.config.correct_phrase if correct else self.config.wrong_phrase
 
-    def _verdict_ids(self, correct: bool) -> list[int]:
-        text = f"{DELIMITER}{self._phrase(correct)}{DELIMITER}"
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _verdict(self, correct: bool) -> list[int]:
+        return verdict_ids(self.tokenizer, self._phrase(correct))
 
     def _without_end(self, ids: list[int]) -> list[int]:
-        """A response without the special tokens it ends with; the turn goes on after it."""
+        """Return a response without the special tokens at its end."""
         special = set(self.tokenizer.all_special_ids)
         length = len(ids)
         while length and ids[length - 1] in special:

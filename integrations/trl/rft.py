@@ -1,7 +1,7 @@
 """RFT, rejection-sampling fine-tuning: cross entropy on the model's own correct completions."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,12 +15,12 @@ from fused_sd.integrations.trl.config import (
     SelfDistillationConfig,
 )
 from fused_sd.integrations.trl.grpo import PROMPTING_SETTINGS
-from fused_sd.integrations.trl.trainer import Run, SelfDistillationTrainer
+from fused_sd.integrations.trl.trainer import Inputs, Options, SelfDistillationTrainer
 
 
 @dataclass
 class RFTConfig(SelfDistillationConfig):
-    """A completion is kept where its reward reaches ``success_reward_threshold``."""
+    """RFT's settings.  Completions count whose reward reaches ``success_reward_threshold``."""
 
     unread: ClassVar[tuple[str, ...]] = (
         *SelfDistillationConfig.unread,
@@ -37,20 +37,21 @@ class RFTConfig(SelfDistillationConfig):
 
 
 class RFTTrainer(SelfDistillationTrainer):
-    """Cross entropy on correct rollouts, sampled as training goes."""
+    """Cross entropy on correct rollouts, which are sampled during training."""
 
     config_cls = RFTConfig
     _name = "RFT"
     has_teacher = False
 
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
+        # No teacher reads the prompt: None gives a wrong rollout weight 0.
         is_correct = rollout.reward >= self.args.success_reward_threshold
         return rollout.prompt_ids if is_correct else None
 
-    def score_teacher(self, inputs: dict[str, Any]) -> None:
+    def score_teacher(self, inputs: Inputs) -> None:
         return None
 
     def method_loss(
-        self, hidden: Tensor, head: LMHead, teacher: None, inputs: dict[str, Any], run: Run
+        self, hidden: Tensor, head: LMHead, teacher: None, inputs: Inputs, options: Options
     ) -> LossOutput:
-        return cross_entropy_loss(hidden, head, inputs["completion_ids"], **run)
+        return cross_entropy_loss(hidden, head, inputs["completion_ids"], **options)

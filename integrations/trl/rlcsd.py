@@ -1,4 +1,4 @@
-"""RLCSD: advantages moved by the contrast of a correct hint with wrong ones.
+"""RLCSD: GRPO whose advantages are changed by a teacher's contrast of right and wrong hints.
 
 Dimension key:  B sequences, T completion tokens, K wrong hints, L positions
 """
@@ -13,12 +13,12 @@ from torch import Tensor
 from fused_sd import LMHead, LossOutput, rlcsd_loss
 from fused_sd.checks import check_one_of, check_positive_int
 from fused_sd.integrations.shared import completion_scores as completion
-from fused_sd.integrations.shared.prompts import check_template, reprompted
+from fused_sd.integrations.shared.prompts import check_template
 from fused_sd.integrations.shared.rollouts import Rollout, without_thinking
 from fused_sd.integrations.trl.config import check_pair
-from fused_sd.integrations.trl.contexts import teacher_inputs
+from fused_sd.integrations.trl.contexts import PrivilegedPrompt, teacher_inputs
 from fused_sd.integrations.trl.grpo import PolicyConfig, PolicyTrainer
-from fused_sd.integrations.trl.trainer import Run
+from fused_sd.integrations.trl.trainer import Inputs, Options
 
 
 @dataclass
@@ -36,7 +36,7 @@ class RLCSDConfig(PolicyConfig):
         metadata={"help": "`sibling`: a successful rollout; `reference`: `privileged_context`."},
     )
     max_wrong_hints: int = field(
-        default=4, metadata={"help": "K: failed siblings that the teacher is shown in turn."}
+        default=4, metadata={"help": "K: failed siblings that the teacher sees, one at a time."}
     )
     contrast_temperature: float = field(default=0.02, metadata={"help": "tau_c of the tanh."})
     contrast_scale: float = field(default=1.0, metadata={"help": "beta of the residual."})
@@ -75,11 +75,10 @@ class RLCSDConfig(PolicyConfig):
         check_one_of("dual_clip", self.dual_clip, (None,))  # type: ignore[arg-type]
 
 
-class RLCSDTrainer(PolicyTrainer):
-    """RLCSD (arXiv 2606.11709): K + 1 teacher passes, the surrogate's advantages between them.
+class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
+    """RLCSD (arXiv 2606.11709): the teacher scores each rollout with K wrong hints and a right one.
 
-    A rollout without a correct hint or without a wrong one leaves the batch, as in the official
-    code.
+    A rollout without a right hint or without a wrong one has weight 0, as in the official code.
     """
 
     config_cls = RLCSDConfig
@@ -90,16 +89,18 @@ class RLCSDTrainer(PolicyTrainer):
 
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
         hint = self._correct_hint(rollout)
-        return (
-            None if hint is None or not self._wrong_hints(rollout) else self._hinted(rollout, hint)
-        )
+        if hint is None or not self._wrong_hints(rollout):
+            return None
+        return self.hinted(rollout, hint)
 
     def more_inputs(self, rollouts: Sequence[Rollout], output: dict[str, Any]) -> dict[str, Tensor]:
         ids, mask = output["completion_ids"], output["completion_mask"]
+        # Always K rows for each rollout: forwards of sharded models are collective, so that all
+        # processes have to run as many.  ``wrong_mask`` takes out those without a hint.
         num_hints = self.args.max_wrong_hints
         hints = [self._wrong_hints(rollout) for rollout in rollouts]
         shown = [
-            self._hinted(rollout, row[k]) if k < len(row) else rollout.prompt_ids
+            self.hinted(rollout, row[k]) if k < len(row) else rollout.prompt_ids
             for rollout, row in zip(rollouts, hints)
             for k in range(num_hints)
         ]
@@ -117,8 +118,8 @@ class RLCSDTrainer(PolicyTrainer):
             "wrong_mask": torch.arange(num_hints, device=mask.device) < counts[:, None],
         }
 
-    def score_teacher(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Log-probabilities under the correct hint (B, T) and under the wrong ones (B, T, K)."""
+    def score_teacher(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities with the right hint (B, T) and with the wrong ones (B, T, K)."""
         compute = completion.log_probs(
             inputs["completion_ids"], inputs["loss_mask"], self.temperature
         )
@@ -138,12 +139,13 @@ class RLCSDTrainer(PolicyTrainer):
         hidden: Tensor,
         head: LMHead,
         teacher: tuple[Tensor, Tensor],
-        inputs: dict[str, Any],
-        run: Run,
+        inputs: Inputs,
+        options: Options,
     ) -> LossOutput:
         args = self.args
         ids = inputs["completion_ids"]
         settings = self.surrogate_settings(inputs)
+        # The loss has two averages of its own, so that it takes the mask instead of weights.
         return rlcsd_loss(
             hidden,
             head,
@@ -162,15 +164,16 @@ class RLCSDTrainer(PolicyTrainer):
                 "threshold": args.contrast_threshold,
                 "clip": tuple(args.contrast_clip),
             },
-            temperature=run["temperature"],
-            metrics=run["metrics"],
-            gradient=run["gradient"],
-            tolerance=run["tolerance"],
+            temperature=options["temperature"],
+            metrics=options["metrics"],
+            gradient=options["gradient"],
+            tolerance=options["tolerance"],
         )
 
     def _correct_hint(self, rollout: Rollout) -> str | None:
         if self.args.correct_hint == "reference":
             return rollout.privileged or None
+        # The rollout's own text serves only where no other one is right.
         threshold = self.args.success_reward_threshold
         found = rollout.siblings(threshold=threshold, successful=True, itself=False)
         found = found or rollout.siblings(threshold=threshold, successful=True, itself=True)
@@ -180,8 +183,3 @@ class RLCSDTrainer(PolicyTrainer):
         threshold = self.args.success_reward_threshold
         found = rollout.siblings(threshold=threshold, successful=False, itself=False)
         return [without_thinking(sibling.text) for sibling in found[: self.args.max_wrong_hints]]
-
-    def _hinted(self, rollout: Rollout, hint: str) -> list[int]:
-        return self.tokenize(
-            reprompted(rollout.prompt, self.args.reprompt_template, privileged=hint)
-        )

@@ -1,10 +1,10 @@
-"""RLSD: GRPO whose advantages are weighted, token by token, by a teacher that knows the answer.
+"""RLSD: GRPO whose advantages a teacher that knows the answer weights, token by token.
 
 Dimension key:  B sequences, T completion tokens, D hidden size
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,14 +15,14 @@ from fused_sd.integrations.shared.prompts import check_template
 from fused_sd.integrations.trl.config import check_pair
 from fused_sd.integrations.trl.contexts import PrivilegedPrompt
 from fused_sd.integrations.trl.grpo import PolicyConfig, PolicyTrainer
-from fused_sd.integrations.trl.trainer import Run
+from fused_sd.integrations.trl.trainer import Inputs, Options
 
 
 @dataclass
 class RLSDConfig(PolicyConfig):
     """RLSD's settings; defaults are the official script's (arXiv 2604.03128).
 
-    ``privileged_context`` holds the reference: the script gives the final answer alone.
+    ``privileged_context`` is the reference; the official script gives only the final answer.
     """
 
     unread: ClassVar[tuple[str, ...]] = (*PolicyConfig.unread, "success_reward_threshold")
@@ -43,7 +43,7 @@ class RLSDConfig(PolicyConfig):
     )
     evidence_clip: list[float] = field(
         default_factory=lambda: [0.2, 0.2],
-        metadata={"help": "How far a token's weight may leave 1, downwards and upwards."},
+        metadata={"help": "How far a token's weight may be below and above 1."},
     )
     evidence_mix: float = field(
         default=0.5, metadata={"help": "Lambda: share of the weighted advantage at its peak."}
@@ -55,7 +55,7 @@ class RLSDConfig(PolicyConfig):
     )
     evidence_log_prob: str = field(
         default="current",
-        metadata={"help": "The student's side of the evidence: `current` policy, or the `old`."},
+        metadata={"help": "The student's log-probabilities: of the `current` or the `old` policy."},
     )
     negative_only: bool = field(
         default=False, metadata={"help": "Weigh the tokens of failed completions alone."}
@@ -82,8 +82,8 @@ class RLSDTrainer(PrivilegedPrompt, PolicyTrainer):
     needs_signal = False
     metrics = (*PolicyTrainer.metrics, "evidence", "evidence_weight", "evidence_clip_fraction")
 
-    def score_teacher(self, inputs: dict[str, Any]) -> Tensor:
-        """The teacher's log-probabilities of the completions (B, T)."""
+    def score_teacher(self, inputs: Inputs) -> Tensor:
+        """Return the teacher's log-probabilities of the completions (B, T)."""
         ids, mask = inputs["completion_ids"], inputs["loss_mask"]
         return self.run_teacher(
             inputs["teacher_input_ids"],
@@ -92,8 +92,12 @@ class RLSDTrainer(PrivilegedPrompt, PolicyTrainer):
             completion.log_probs(ids, mask, self.temperature),
         ).log_probs
 
-    def evidence(self, inputs: dict[str, Any]) -> Evidence:
-        """Clip and each token's mix at the current step: 0 where no evidence is to be used."""
+    def evidence(self, inputs: Inputs) -> Evidence:
+        """Return the evidence's clip, and each token's mix at the current step.
+
+        The mix is 0 where a row has no reference, and with ``negative_only`` where the advantage is
+        not negative: those tokens train as in GRPO.
+        """
         args = self.args
         schedule = EvidenceSchedule(
             args.evidence_mix,
@@ -110,7 +114,7 @@ class RLSDTrainer(PrivilegedPrompt, PolicyTrainer):
         return Evidence((low, high), mix, args.evidence_log_prob)
 
     def method_loss(
-        self, hidden: Tensor, head: LMHead, teacher: Tensor, inputs: dict[str, Any], run: Run
+        self, hidden: Tensor, head: LMHead, teacher: Tensor, inputs: Inputs, options: Options
     ) -> LossOutput:
         return rlsd_loss(
             hidden,
@@ -120,5 +124,5 @@ class RLSDTrainer(PrivilegedPrompt, PolicyTrainer):
             teacher_log_probs=teacher,
             evidence=self.evidence(inputs),
             **self.surrogate_settings(inputs),
-            **run,
+            **options,
         )

@@ -1,4 +1,4 @@
-"""SD-Zero's second phase: the reviser's distributions are distilled into the generator.
+"""SD-Zero's second phase: the model that revises teaches the model that answers.
 
 Dimension key:  B sequences, T completion tokens
 """
@@ -10,37 +10,31 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fused_sd import LMHead, LossOutput, sd_zero_loss
+from fused_sd import LossOutput, sd_zero_loss
 from fused_sd.checks import check_one_of, check_unit_interval, fail
 from fused_sd.integrations.shared.rollouts import Rollout
-from fused_sd.integrations.shared.verdicts import CORRECT_PHRASE, DELIMITER, WRONG_PHRASE
-from fused_sd.integrations.trl.config import (
-    POLICY_SETTINGS,
-    SIBLING_SETTINGS,
-    SelfDistillationConfig,
+from fused_sd.integrations.shared.verdicts import CORRECT_PHRASE, WRONG_PHRASE, verdict_ids
+from fused_sd.integrations.trl.divergence_trainer import (
+    DivergenceConfig,
+    DivergenceTrainer,
+    StatesAndHead,
 )
-from fused_sd.integrations.trl.divergence_trainer import DivergenceTrainer
-from fused_sd.integrations.trl.trainer import Run
+from fused_sd.integrations.trl.trainer import Inputs, Options
 
 
 @dataclass
-class SDZeroConfig(SelfDistillationConfig):
+class SDZeroConfig(DivergenceConfig):
     """SD-Zero's settings; defaults are the official code's (arXiv 2604.12002).
 
-    Iterative self-evolution, the teacher renewed at plateaus: ``teacher_model_kind="synced",
-    teacher_sync_steps=400``.
+    For the paper's iterative self-evolution, which renews the teacher, pass
+    ``teacher_model_kind="synced", teacher_sync_steps=400``.
     """
 
     unread: ClassVar[tuple[str, ...]] = (
-        *SelfDistillationConfig.unread,
-        *SIBLING_SETTINGS,
-        *POLICY_SETTINGS,
+        *DivergenceConfig.unread,
         "reprompt_template",
-        "distillation_mode",
         "distillation_alpha",
-        "distillation_is_clip",
         "distillation_add_tail",
-        "distillation_weight",
     )
 
     variant: str = field(
@@ -73,8 +67,6 @@ class SDZeroConfig(SelfDistillationConfig):
         },
     )
     loss_type: str = field(default="dapo", metadata={"help": "Average of the token losses."})
-    num_generations: int = field(default=1, metadata={"help": "Completions of a prompt."})
-    scale_rewards: str = field(default="none", metadata={"help": "SD-Zero reads no advantage."})
     teacher_model_kind: str = field(
         default="base", metadata={"help": "The reviser that phase 1 made, frozen."}
     )
@@ -104,51 +96,45 @@ class SDZeroTrainer(DivergenceTrainer):
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
         response, phrase = self._first_copy(rollout)
         if not response and rollout.completion_ids:
-            return None  # prompt and phrase alone fill the teacher's length
+            return None  # prompt and phrase leave no space for the response
         return [*rollout.prompt_ids, *response, *phrase]
 
     def more_inputs(self, rollouts: Sequence[Rollout], output: dict[str, Any]) -> dict[str, Tensor]:
+        # A response that is cut in the teacher's sequence has loss up to the cut.
         mask = output["completion_mask"]
-        room = [self._room(rollout) for rollout in rollouts]
+        lengths = torch.tensor([self._longest(rollout) for rollout in rollouts], device=mask.device)
         columns = torch.arange(mask.size(1), device=mask.device)
-        kept = columns < torch.tensor(room, device=mask.device)[:, None]
-        return {"loss_mask": mask * kept}
+        return {"loss_mask": mask * (columns < lengths[:, None])}
 
     def divergence(
-        self,
-        student: tuple[Tensor, LMHead],
-        teacher: tuple[Tensor, LMHead],
-        inputs: dict[str, Any],
-        run: Run,
+        self, student: StatesAndHead, teacher: StatesAndHead, inputs: Inputs, options: Options
     ) -> LossOutput:
-        top_k = (
-            {} if self.args.distillation_topk is None else {"top_k": self.args.distillation_topk}
-        )
+        # variant="paper" has no support, and ``sd_zero_loss`` does not take None for one
+        top_k = self.args.distillation_topk
+        support = {} if top_k is None else {"top_k": top_k}
         return sd_zero_loss(
             *student,
             *teacher,
             variant=self.args.variant,
             forward_weight=self.args.forward_weight,
-            **top_k,
-            **run,
+            **support,
+            **options,
         )
 
     def _first_copy(self, rollout: Rollout) -> tuple[list[int], list[int]]:
-        """The response without its end, and the verdict's phrase, as tokens."""
+        """Return the tokens of the response without its end, and of the verdict."""
         ends = {*self.end_token_ids, self._tokenizer.pad_token_id}
-        response = rollout.completion_ids[: self._room(rollout)]
+        response = rollout.completion_ids[: self._longest(rollout)]
         if response and response[-1] in ends:
             response = response[:-1]
-        return response, self._phrase(rollout)
+        return response, self._verdict(rollout)
 
-    def _phrase(self, rollout: Rollout) -> list[int]:
+    def _verdict(self, rollout: Rollout) -> list[int]:
         is_correct = rollout.reward > self.args.success_reward_threshold
-        text = self.args.correct_phrase if is_correct else self.args.wrong_phrase
-        return self._tokenizer(f"{DELIMITER}{text}{DELIMITER}", add_special_tokens=False)[
-            "input_ids"
-        ]
+        phrase = self.args.correct_phrase if is_correct else self.args.wrong_phrase
+        return verdict_ids(self._tokenizer, phrase)
 
-    def _room(self, rollout: Rollout) -> int:
-        """Tokens of the response that the teacher's length has room for twice."""
-        taken = len(rollout.prompt_ids) + len(self._phrase(rollout))
+    def _longest(self, rollout: Rollout) -> int:
+        """Return how many tokens of the response fit twice into the teacher's sequence."""
+        taken = len(rollout.prompt_ids) + len(self._verdict(rollout))
         return max((self.args.max_reprompt_len - taken) // 2, 0)

@@ -6,37 +6,32 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fused_sd import LMHead, LossOutput, sdft_loss, skip_first_tokens
+from fused_sd import LossOutput, sdft_loss, skip_first_tokens
 from fused_sd.checks import check_non_negative
 from fused_sd.integrations.shared.prompts import check_template
 from fused_sd.integrations.shared.rollouts import Rollout
-from fused_sd.integrations.trl.config import (
-    POLICY_SETTINGS,
-    SIBLING_SETTINGS,
-    SelfDistillationConfig,
-)
 from fused_sd.integrations.trl.contexts import PrivilegedPrompt
-from fused_sd.integrations.trl.divergence_trainer import DivergenceTrainer
-from fused_sd.integrations.trl.trainer import Run
+from fused_sd.integrations.trl.divergence_trainer import (
+    DivergenceConfig,
+    DivergenceTrainer,
+    StatesAndHead,
+)
+from fused_sd.integrations.trl.trainer import Inputs, Options
 
 
 @dataclass
-class SDFTConfig(SelfDistillationConfig):
+class SDFTConfig(DivergenceConfig):
     """SDFT's settings; defaults are the official code's (arXiv 2601.19897).
 
-    TRL's SDFTConfig: ``distillation_alpha=0.5, distillation_topk=100, teacher_model_kind="base",
-    num_loss_tokens_to_skip=0``.  The official code's correction for the inference engine's
-    log-probabilities is not made: TRL's rollouts do not keep them.
+    For the defaults of TRL's SDFTConfig pass ``distillation_alpha=0.5, distillation_topk=100,
+    teacher_model_kind="base", num_loss_tokens_to_skip=0``.  The official code also corrects for the
+    difference between the inference engine's log-probabilities and the student's.  That is left
+    out, because TRL's rollouts do not keep the engine's.
     """
 
     unread: ClassVar[tuple[str, ...]] = (
-        *SelfDistillationConfig.unread,
-        *SIBLING_SETTINGS,
-        *POLICY_SETTINGS,
-        "distillation_mode",
-        "distillation_is_clip",
+        *DivergenceConfig.unread,
         "distillation_add_tail",
-        "distillation_weight",
         "success_reward_threshold",
     )
 
@@ -55,8 +50,6 @@ class SDFTConfig(SelfDistillationConfig):
         default=3, metadata={"help": "Tokens at a completion's start that have no loss."}
     )
     loss_type: str = field(default="grpo", metadata={"help": "Average of the token losses."})
-    num_generations: int = field(default=1, metadata={"help": "Completions of a prompt."})
-    scale_rewards: str = field(default="none", metadata={"help": "SDFT reads no advantage."})
     teacher_update_rate: float = field(
         default=0.01, metadata={"help": "Share of the student in the moving average."}
     )
@@ -82,16 +75,12 @@ class SDFTTrainer(PrivilegedPrompt, DivergenceTrainer):
         return {"loss_mask": skip_first_tokens(mask, skipped)}
 
     def divergence(
-        self,
-        student: tuple[Tensor, LMHead],
-        teacher: tuple[Tensor, LMHead],
-        inputs: dict[str, Any],
-        run: Run,
+        self, student: StatesAndHead, teacher: StatesAndHead, inputs: Inputs, options: Options
     ) -> LossOutput:
         return sdft_loss(
             *student,
             *teacher,
             alpha=self.args.distillation_alpha,
             top_k=self.args.distillation_topk,
-            **run,
+            **options,
         )

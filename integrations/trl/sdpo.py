@@ -1,4 +1,4 @@
-"""SDPO: distil the model that has seen a successful sibling, or feedback, into itself.
+"""SDPO: the teacher is the model itself, shown a successful sibling or feedback.
 
 Dimension key:  B sequences, T completion tokens, D hidden size
 """
@@ -14,17 +14,17 @@ from fused_sd.checks import fail
 from fused_sd.integrations.shared.prompts import check_sibling_templates, sibling_prompt
 from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.trl.config import SelfDistillationConfig
-from fused_sd.integrations.trl.divergence_trainer import DivergenceTrainer
+from fused_sd.integrations.trl.divergence_trainer import DivergenceTrainer, StatesAndHead
 from fused_sd.integrations.trl.sparse_gradients import mixed_certificate
-from fused_sd.integrations.trl.trainer import Run
+from fused_sd.integrations.trl.trainer import Inputs, Options
 
 
 @dataclass
 class SDPOConfig(SelfDistillationConfig):
     """SDPO's settings; defaults are the official configuration's (arXiv 2601.20802).
 
-    The paper's runs with feedback: ``distillation_alpha=1, distillation_topk=20,
-    teacher_update_rate=0.01``.  TRL's own SDPOConfig starts from other values.
+    For the paper's runs with feedback pass ``distillation_alpha=1, distillation_topk=20,
+    teacher_update_rate=0.01``.  TRL's own SDPOConfig has other defaults.
     """
 
     distillation_alpha: float = field(
@@ -45,22 +45,23 @@ class SDPOConfig(SelfDistillationConfig):
     )
     loss_type: str = field(default="bnpo", metadata={"help": "Average of the token losses."})
     scale_rewards: str = field(
-        default="none", metadata={"help": "Only where `distillation_weight` is below 1."}
+        default="none", metadata={"help": "Read only where `distillation_weight` is below 1."}
     )
     success_reward_threshold: float = field(
-        default=0.5, metadata={"help": "Reward from which on a rollout teaches its siblings."}
+        default=0.5,
+        metadata={"help": "Reward from which on a rollout is shown to its siblings' teacher."},
     )
     include_environment_feedback: bool = field(
         default=True, metadata={"help": "Show the teacher what `feedback_func` said."}
     )
     environment_feedback_only_without_solution: bool = field(
-        default=True, metadata={"help": "... but not beside a successful sibling."}
+        default=True, metadata={"help": "Leave feedback out beside a successful sibling."}
     )
     remove_thinking_from_demonstration: bool = field(
         default=True, metadata={"help": "Leave <think> spans out of a sibling's solution."}
     )
     include_own_attempt: bool = field(
-        default=False, metadata={"help": "Show the teacher the attempt it is to correct."}
+        default=False, metadata={"help": "Show the teacher the student's own attempt."}
     )
     attempt_template: str = field(
         default="\nYour earlier attempt:\n\n{attempt}\n\n",
@@ -80,9 +81,10 @@ class SDPOConfig(SelfDistillationConfig):
 class SDPOTrainer(DivergenceTrainer):
     """SDPO (arXiv 2601.20802) with the official code's contexts, loss and reduction.
 
-    A rollout's teacher sees the first successful sibling, what ``feedback_func`` said (without one,
-    the dataset's ``privileged_context``, as in TRL), or both; one with neither has weight 0.  With
-    ``distillation_weight`` below 1 the rest is GRPO's loss (eq. 3).
+    A rollout's teacher sees the first successful sibling, or feedback, or both.  Feedback is what
+    ``feedback_func`` returned; without that function it is ``privileged_context``, as in TRL.  A
+    rollout with neither has weight 0.  The loss is ``distillation_weight`` times the divergence
+    plus the rest times GRPO's loss (eq. 3).
     """
 
     config_cls = SDPOConfig
@@ -95,62 +97,59 @@ class SDPOTrainer(DivergenceTrainer):
         return None if prompt is None else self.tokenize(prompt)
 
     @property
-    def needs_signal(self) -> bool:  # type: ignore[override]  # GRPO's loss alone needs none
+    def needs_signal(self) -> bool:  # type: ignore[override]
+        """Whether a rollout without context has weight 0: unless GRPO's loss is the whole loss."""
         return bool(self.args.distillation_weight)
 
-    def score_teacher(self, inputs: dict[str, Any]) -> Any:
+    def score_teacher(self, inputs: Inputs) -> Any:
         return super().score_teacher(inputs) if self.args.distillation_weight else None
 
     def method_loss(
-        self, hidden: Tensor, head: LMHead, teacher: Any, inputs: dict[str, Any], run: Run
+        self, hidden: Tensor, head: LMHead, teacher: Any, inputs: Inputs, options: Options
     ) -> LossOutput:
         share = self.args.distillation_weight
         if share == 1:
-            return super().method_loss(hidden, head, teacher, inputs, run)
+            return super().method_loss(hidden, head, teacher, inputs, options)
         args, ids = self.args, inputs["completion_ids"]
         policy = grpo_loss(
             hidden,
             head,
             ids,
-            inputs["advantages"][:, None].expand(ids.shape),
+            self.token_advantages(inputs),
             old_log_probs=inputs.get("old_per_token_logps"),
             ratio_clip=(args.epsilon, args.epsilon_high),
             token_weights=self.token_weights(inputs, inputs["completion_mask"]),
             temperature=self.temperature,
             reduction="sum",
-            gradient=run["gradient"],
-            tolerance=run["tolerance"],
+            gradient=options["gradient"],
+            tolerance=options["tolerance"],
         )
         if share == 0:
             return policy
-        own = super().method_loss(hidden, head, teacher, inputs, run)
+        own = super().method_loss(hidden, head, teacher, inputs, options)
         return own._replace(
             loss=(1 - share) * policy.loss + share * own.loss,
             certificate=mixed_certificate(policy.certificate, own.certificate, share),
         )
 
-    def further_metrics(self, inputs: dict[str, Any]) -> tuple[str, ...]:
+    def further_metrics(self, inputs: Inputs) -> tuple[str, ...]:
         has_ratio = self.args.distillation_is_clip is not None and "old_per_token_logps" in inputs
         capped = ("importance_ratio", "importance_cap_fraction") if has_ratio else ()
         return (*super().further_metrics(inputs), *capped)
 
     def divergence(
-        self,
-        student: tuple[Tensor, LMHead],
-        teacher: tuple[Tensor, LMHead],
-        inputs: dict[str, Any],
-        run: Run,
+        self, student: StatesAndHead, teacher: StatesAndHead, inputs: Inputs, options: Options
     ) -> LossOutput:
         args = self.args
         old, cap = inputs.get("old_per_token_logps"), args.distillation_is_clip
         if args.distillation_mode == "sampled_token":
             importance = None if old is None or cap is None else ImportanceCap(old, cap)
-            observed = ("log_prob", "teacher_log_prob", "entropy") if run["metrics"] else ()
+            observed = ("log_prob", "teacher_log_prob", "entropy") if options["metrics"] else ()
             return sampled_kl_loss(
                 *student,
                 teacher=teacher,
                 importance=importance,
-                **{**run, "metrics": observed},
+                **{**options, "metrics": observed},
             )
         return sdpo_loss(
             *student,
@@ -161,5 +160,5 @@ class SDPOTrainer(DivergenceTrainer):
             tail_floor=args.tail_floor,
             old_log_probs=old,
             importance_cap=cap,
-            **run,
+            **options,
         )

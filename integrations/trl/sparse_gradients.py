@@ -1,4 +1,4 @@
-"""The setting by which a trainer's gradient may be sparse, and what is logged of it.
+"""The settings of sparse gradients, and the metrics that are logged about them.
 
 Dimension key:  (...) tokens
 """
@@ -16,17 +16,17 @@ from fused_sd.checks import check_number, check_one_of, fail
 
 @dataclass
 class GradientSettings:
-    """Put before a configuration of TRL's: how the loss forms its gradient.
+    """Mixin before one of TRL's configurations: how a loss represents its gradient.
 
     Raises:
-        ValueError: a value is out of its range, or a tolerance is given that nothing reads.
+        ValueError: a value is out of its range, or a tolerance is given for a dense gradient.
     """
 
     gradient: Literal["dense", "sparse"] = field(
         default="dense",
         metadata={
-            "help": "`sparse` keeps the largest entries of each token's gradient by the logits, "
-            "where few are enough for `gradient_tolerance`; the other tokens stay dense."
+            "help": "`sparse` keeps the largest entries of a token's gradient w.r.t. its logits "
+            "where few are enough for `gradient_tolerance`; other tokens stay dense."
         },
     )
     gradient_tolerance: float | None = field(
@@ -37,7 +37,7 @@ class GradientSettings:
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # of the configuration that comes behind
+        super().__post_init__()  # of TRL's configuration, which is next in the method order
         check_one_of("gradient", self.gradient, ("dense", "sparse"))
         tolerance = self.gradient_tolerance
         if tolerance is None:
@@ -50,15 +50,18 @@ class GradientSettings:
         check_number("gradient_tolerance", tolerance, rule, ok, remedy)
 
     @property
-    def gradient_run(self) -> dict[str, Any]:
-        """The loss functions' keywords."""
+    def gradient_options(self) -> dict[str, Any]:
+        """The keywords of a loss function."""
         return {"gradient": self.gradient, "tolerance": self.gradient_tolerance}
 
 
 def mixed_certificate(
     one: GradientCertificate | None, other: GradientCertificate | None, share: float
 ) -> GradientCertificate | None:
-    """Of ``(1 - share) * one + share * other``, whose norm is at most the parts' together."""
+    """Return a certificate for the gradient of ``(1 - share) * one + share * other``.
+
+    Norms are interpolated too: by the triangle inequality that bounds the mixture's.
+    """
     if one is None or other is None:
         return None
     return GradientCertificate(
@@ -70,7 +73,12 @@ def mixed_certificate(
 
 
 def certificate_sums(certificate: GradientCertificate) -> Tensor:
-    """(5,) entries kept; tokens with a sparse, tokens with a dense gradient; norm dropped, norm."""
+    """Sum a certificate over its tokens.
+
+    Returns:
+        (5,): entries kept; tokens with a sparse gradient; tokens with a dense one; the dropped
+        gradients' norms; the gradients' norms.
+    """
     has_gradient = certificate.norm != 0
     counts = certificate.kept, has_gradient & ~certificate.dense, certificate.dense
     parts = *counts, certificate.dropped, certificate.norm
@@ -78,12 +86,15 @@ def certificate_sums(certificate: GradientCertificate) -> Tensor:
 
 
 def certificate_means(sums: Sequence[float]) -> dict[str, float]:
-    """What is logged, from sums over all processes; nothing where no token has a gradient."""
+    """Return the metrics to log, from ``certificate_sums`` added over all processes.
+
+    {} where no token has a gradient.
+    """
     kept, num_sparse, num_dense, dropped, norm = sums
     if not num_sparse + num_dense:
         return {}
     return {
-        "gradient_entries": kept / max(num_sparse, 1),  # of a sparse token
+        "gradient_entries": kept / max(num_sparse, 1),  # for each sparse token
         "gradient_dense_fraction": num_dense / (num_sparse + num_dense),
         "gradient_dropped_fraction": dropped / norm,
     }

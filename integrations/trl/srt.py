@@ -1,9 +1,12 @@
 """SD-Zero's first phase: a model learns to revise its own responses, and to do so unasked.
 
-``L_SRT = L_rev + L_gen``, with ``L_rev`` the cross entropy of the revision given the initial
-response and its verdict, ``L_gen`` that of the whole assistant turn.  Both read the same tokens in
-the same order, so one forward gives their sum: a token of the revision counts in both means, one
-before it in the second.
+``L_SRT = L_rev + L_gen``.  ``L_rev`` is the cross entropy of the revision, given the initial
+response and its verdict; ``L_gen`` is that of the whole assistant turn.  Both terms read the same
+tokens in the same order, so that one forward gives their sum: a token of the revision counts in
+both means, a token before it only in the second.
+
+The trainer is TRL's SFTTrainer with other data and another loss.  (The reasons for what it
+overrides were read in TRL 1.16 and transformers 5.24.)
 
 Dimension key:  B traces, L positions
 """
@@ -35,6 +38,7 @@ from fused_sd.integrations.trl.srt_data import (
 )
 from fused_sd.integrations.trl.traces import Trace
 
+# SFTConfig's settings that have no meaning for traces, with the values that leave them alone
 UNREAD = {
     "packing": False,
     "eval_packing": None,
@@ -53,15 +57,15 @@ class SRTConfig(GradientSettings, SFTConfig):
     """SRT's settings; defaults are those of SD-Zero's official script (arXiv 2604.12002).
 
     Raises:
-        ValueError: a value is out of its range, or a setting of SFT's is given that has no meaning
-            for traces.
+        ValueError: a value is out of its range, or a setting of SFTConfig is given that has no
+            meaning for traces.
     """
 
     objective: str = field(
         default="joint",
         metadata={
-            "help": "`joint`: the paper's sum of both; `generation`: the whole turn; `revision`: "
-            "the revision alone."
+            "help": "`joint`: the paper's sum of both terms; `generation`: the term of the whole "
+            "turn; `revision`: the term of the revision."
         },
     )
     max_length: int | None = field(
@@ -69,9 +73,9 @@ class SRTConfig(GradientSettings, SFTConfig):
         metadata={"help": "Longer traces are left out, with a warning; none is ever cut."},
     )
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the traces."})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Traces of a forward."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Traces in a forward."})
     learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Its schedule."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(
         default=0.05, metadata={"help": "Warm-up, in steps or as a share of all."}
     )
@@ -99,17 +103,19 @@ class SRTTrainer(SFTTrainer):
         model: a causal language model or its name.
         args: the settings.
         train_dataset: traces.
-        eval_dataset: traces held out.
-        kwargs: of TRL's SFTTrainer: processing_class, peft_config, callbacks, optimizers...
+        eval_dataset: traces that are held out.
+        processing_class: the tokenizer.
+        kwargs: further arguments of TRL's SFTTrainer: peft_config, callbacks, optimizers...
 
     Raises:
-        ValueError: there is no trace, the model's loss is more than cross entropy, or sequences are
-            cut by context or sequence parallelism.
+        ValueError: there is no trace, the model adds a router loss, or context or sequence
+            parallelism cuts sequences.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "srt"]
     _name = "SRT"
-    loss_is_scaled_for_ga: Any = True  # by the token counts of all micro-batches
+    # compute_loss divides by the token counts of all micro-batches; Trainer must not divide again.
+    loss_is_scaled_for_ga: Any = True
 
     def __init__(
         self,
@@ -136,27 +142,40 @@ class SRTTrainer(SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        # SFTTrainer adds a mixture of experts' router loss, which needs the model's own output.
         if self.aux_loss_enabled:
             remedy = "pass SRTConfig(router_aux_loss_coef=0.0)"
             fail("router_aux_loss_coef", "be 0", self.router_aux_loss_coef, remedy)
+        # Both cut sequences between processes, and a request's positions are of whole sequences.
         parallel: Any = self.accelerator.parallelism_config
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
             remedy = "leave out context and sequence parallelism"
             fail("parallelism_config", "keep sequences whole", "one that cuts them", remedy)
+        # A model that the caller has prepared with accelerate needs its autocast passed on.
         trained: Any = self.model
         attach(trained, autocast=self.accelerator.autocast)
         self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Dataset:
+        """Leave the columns of ``trace_dataset`` alone.
+
+        SFTTrainer's method would apply a chat template and tokenize, for the data it is made with
+        as well as for data that is passed to ``evaluate``, which may be traces.
+        """
         if isinstance(dataset, Dataset):
             return dataset
         return trace_dataset(dataset, self.args.max_length)
 
     def _set_signature_columns_if_needed(self) -> None:
+        # SFTTrainer's columns lack those of traces, which Trainer would drop as unused.
         self._signature_columns: Any = list(COLUMNS)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor]:
-        """The micro-batches of a step, and how many tokens each term has in them."""
+        """Return the micro-batches of a step, and the number of tokens (2,) of each term in them.
+
+        Trainer passes the second to ``compute_loss`` as ``num_items_in_batch``.  Its own count is
+        of labels, which traces do not have, and is one number where two are needed.
+        """
         batches, _ = super().get_batch_samples(*args, **kwargs)
         counts = torch.zeros(2, dtype=torch.long, device=self.args.device)
         for batch in batches:
@@ -172,15 +191,16 @@ class SRTTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """The step's share of the loss that a micro-batch has.
+        """Return a micro-batch's share of the step's loss.
 
         Args:
-            inputs: of ``TraceCollator``.
-            num_items_in_batch: (2,) tokens of both terms; None: those of ``inputs``.
+            inputs: a batch of ``TraceCollator``.
+            num_items_in_batch: (2,) tokens of both terms in the step; None: those in ``inputs``.
         """
         if return_outputs:
             fail("return_outputs", "be False", True, "there are no logits to return")
         counts = token_counts(inputs) if num_items_in_batch is None else num_items_in_batch
+        # A position predicts the next token: masks and ids lose their first, states their last.
         masks = torch.stack([inputs["generation_mask"], inputs["revision_mask"]])[..., 1:]
         terms = {"joint": (1, 1), "generation": (1, 0), "revision": (0, 1)}[self.args.objective]
         shares = torch.tensor(terms, device=masks.device) / counts.clamp(min=1).double()
@@ -194,7 +214,7 @@ class SRTTrainer(SFTTrainer):
                 head,
                 token_ids,
                 token_weights=weights.to(dtype),
-                **self.args.gradient_run,
+                **self.args.gradient_options,
             )
 
         output = model(
@@ -206,7 +226,8 @@ class SRTTrainer(SFTTrainer):
         self._observe(output, masks, inputs)
         loss = output.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # DDP averages over them
+            # The counts are of all processes, and DDP averages their gradients.
+            loss = loss * self.accelerator.num_processes
         return loss
 
     @property
@@ -215,8 +236,9 @@ class SRTTrainer(SFTTrainer):
         return "train" if trained.training else "eval"
 
     def _observe(self, output: LossOutput, masks: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Add a batch to the sums that are logged: both terms, their tokens, traces, corrected, and
-        what is said of a sparse gradient.
+        """Add a batch's numbers to the sums that ``log`` reports.
+
+        Sums, because a term's mean over several batches is not the mean of the batches' means.
         """
         phase = self._phase
         corrected = inputs["corrected"].double()
@@ -237,12 +259,14 @@ class SRTTrainer(SFTTrainer):
         self._sums[phase] = batch if so_far is None else so_far + batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Report the sums since the last call; SFTTrainer's ``log`` averages ``_metrics``."""
         phase, local = self._phase, self._sums[self._phase]
         if local is not None:
             sums = self.accelerator.gather(local[None]).sum(0).tolist()
             generation, revision, turns, revisions, corrected, traces, tokens, *of_gradient = sums
             metrics = {"corrected_fraction": corrected / traces, **certificate_means(of_gradient)}
-            if self.args.objective != "revision":  # otherwise most of the turn is not scored
+            # With objective="revision" tokens before the revision have weight 0 and no loss.
+            if self.args.objective != "revision":
                 metrics["generation_loss"] = generation / turns
             metrics["revision_loss"] = revision / revisions
             if phase == "train":

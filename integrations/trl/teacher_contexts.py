@@ -1,4 +1,7 @@
-"""The object that TRL asks for the teacher's side of a batch.
+"""The builder that makes the teacher's side of a batch, in place of TRL's.
+
+``SDPOTrainer._prepare_training_batch`` calls ``teacher_context_builder.build`` and logs its
+``last_metrics`` (TRL 1.16).
 
 Dimension key:  B sequences, L positions, T completion tokens
 """
@@ -15,7 +18,7 @@ from fused_sd.integrations.trl.contexts import TeacherInputs, teacher_inputs
 
 
 class TeacherContexts:
-    """Asks the trainer's method for each rollout's context, and makes a batch of them."""
+    """Makes a batch of the teacher prompts that the trainer's method returns for rollouts."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -26,12 +29,21 @@ class TeacherContexts:
     def build(
         self, output: dict[str, Any], prompts: Any, rewards: Tensor, feedbacks: Any = None
     ) -> dict[str, Tensor]:
+        """Return the teacher's inputs and the mask of rollouts that have something to learn from.
+
+        Args:
+            output: the batch so far, with TRL's names.
+            prompts: the prompts of this process's rollouts.
+            rewards: (B,) their rewards.
+            feedbacks: the rows' ``privileged_context``, which is read from the rows here.
+        """
         trainer = self.trainer
         rollouts = self._rollouts(output, prompts, rewards)
         contexts = [trainer.teacher_prompts(rollout) for rollout in rollouts]
         active = [context is not None for context in contexts]
         mask = output["completion_mask"]
         self.more_inputs = {"loss_mask": mask, **trainer.more_inputs(rollouts, output)}
+        # A rollout without context still needs a row, which its weight of 0 takes out of the loss.
         given = [
             rollout.prompt_ids if context is None else context
             for rollout, context in zip(rollouts, contexts)
@@ -57,7 +69,10 @@ class TeacherContexts:
         }
 
     def _rollouts(self, output: dict[str, Any], prompts: Any, rewards: Tensor) -> list[Rollout]:
-        """This process's rollouts, each with its group from all processes."""
+        """Return this process's rollouts, each with its group from all processes.
+
+        A group may lie on two processes, since TRL deals out prompts by the generation batch.
+        """
         trainer = self.trainer
         is_training = trainer.model.training
         size = trainer.num_generations if is_training else trainer.num_generations_eval
@@ -83,7 +98,10 @@ class TeacherContexts:
 
 
 def _check_aligned(output: dict[str, Any], inputs: TeacherInputs) -> None:
-    """Make sure that both sides end with the same completions, before anything is learned."""
+    """Refuse a batch whose two sides do not end with the same completions.
+
+    A shift by one token would train on wrong pairs of states, and the loss would still fall.
+    """
     prompt_mask, completion_mask = output["prompt_mask"], output["completion_mask"]
     align_responses(
         torch.cat([output["prompt_ids"], output["completion_ids"]], 1).cpu(),

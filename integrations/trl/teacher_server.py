@@ -1,4 +1,4 @@
-"""The loss of a trainer whose teacher is a server, which returns log-probabilities of few entries.
+"""The loss where the teacher is a vLLM server, which returns log-probabilities of few entries.
 
 Dimension key:  B sequences, T completion tokens, K entries
 """
@@ -8,26 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_sd.integrations.shared.completion_scores import (
-    Scores,
-    log_probs,
-    sequence_mean_weights,
-    student_entries,
-)
+from fused_sd import aggregation_weights
+from fused_sd.integrations.shared.completion_scores import Scores, log_probs, student_entries
 
 
 class TeacherServerLoss:
-    """The server's part of ``FusedSelfDistillationMixin``."""
+    """The part of ``FusedSelfDistillationMixin`` for ``use_teacher_server=True``.
+
+    TRL's generation server holds the student's weights, and scores the teacher's prompts with them
+    (read in TRL 1.16; releases without a teacher server never call this method).
+    """
 
     def _compute_server_distillation_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """TRL's objective on the entries that a teacher server returns."""
+        """Compute TRL's objective on the entries that the server returns.
+
+        TRL's method takes the student's whole logits; this one scores the server's entries in the
+        student's forward.  The other steps follow TRL's, in its order.
+        """
         if not self._fused:
             return super()._compute_server_distillation_loss(model, inputs)
         if self.state.global_step != self._last_loaded_step:
-            # buffered batches outlive an optimizer step; every rank waits for the push
+            # With num_iterations > 1 a batch outlives an optimizer step, and the server would score
+            # it with old weights.  Only the main process pushes, so the others have to wait.
             self.vllm_generation.sync_weights()
             self.accelerator.wait_for_everyone()
             self._last_loaded_step = self.state.global_step
+        # TRL's method, not the mixin's: it aligns the masks and asks for two forwards, which
+        # ``_forward_logits`` returns without running them.  Only the student's is run below.
         aligned = super()._compute_teacher_student_logits(model, model, inputs)
         ids, mask = aligned.completion_ids, aligned.loss_mask
         teacher = self._get_teacher_token_logprobs_from_server(inputs, ids.size(1))
@@ -48,9 +55,11 @@ class TeacherServerLoss:
                     token_mask=mask,
                 )
             )
-            # padding comes as -inf
+            # The server's values end where a completion ends.  TRL fills the rest with -inf, which
+            # would be NaN in the divergence before the weight of 0 takes it out.
             entry_teacher = teacher["topk_logprobs"].masked_fill(~required[..., None], 0)
             loss, metrics = self._entry_divergence(student.log_probs, entry_teacher)
+        # TRL logs this to show a server whose weights are not the student's.
         drift = (sampled.detach() - sampled_teacher).abs()
         mean_drift = (drift * mask).sum() / mask.sum().clamp(min=1.0)
         self._metrics[self._phase(model)]["self_distillation/server_logprob_abs_diff"].append(
@@ -58,4 +67,4 @@ class TeacherServerLoss:
         )
         loss = self._importance_weighted(loss, sampled, inputs)
         self._log_scores(model, Scores(loss, sampled, None, metrics), mask)
-        return (loss * sequence_mean_weights(mask)).sum()
+        return (loss * aggregation_weights(mask, "all_sequences_mean_token_mean")).sum()

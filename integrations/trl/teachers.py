@@ -1,4 +1,7 @@
-"""The teacher in a trainer's life: updated after each good step, saved and loaded with it."""
+"""The teacher in a trainer: it is updated after each good step, saved and loaded.
+
+(What is said of Trainer was read in transformers 5.24.)
+"""
 
 import os
 from typing import Any
@@ -8,34 +11,54 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
-from fused_sd.teaching.teacher import Kind, Teacher
+from fused_sd import Teacher
+from fused_sd.integrations.transformers import unwrap
+from fused_sd.teaching.teacher import Kind
 
 TEACHER_FILE = "teacher.pt"
-KINDS: dict[str, Kind] = {  # of TRL's ``teacher_model_kind``
+KINDS: dict[str, Kind] = {  # by ``teacher_model_kind``
     "live": "live",
     "base": "frozen",
     "ema": "ema",
     "synced": "synced",
-    "trust_region": "frozen",  # its reference; the loss mixes the student in
+    "trust_region": "frozen",  # the reference; DivergenceTrainer mixes the student in
 }
 
 
+def teacher_head_is_resharded(trainer: Any, teacher: nn.Module, student: nn.Module) -> bool:
+    """Return whether the teacher's head must be copied to be whole in the student's forward.
+
+    Args:
+        trainer: a transformers Trainer, which knows whether parameters are sharded.
+        teacher, student: models, wrapped or not.
+    """
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    return is_sharded and unwrap(teacher) is not unwrap(student)
+
+
 def gradients_are_finite(model: nn.Module) -> Tensor:
-    """Whether no gradient of this process holds an infinite or NaN value: () bool."""
+    """Return whether no gradient of this process holds an infinite or NaN value: () bool."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     local = [gradient for gradient in local if gradient.numel()]  # a shard may be empty
     if not local:
         return torch.tensor(True)
+    # one fused call instead of a kernel for each parameter
     sizes = torch._foreach_norm(local, torch.inf)
     return torch.stack([size.to(local[0].device) for size in sizes]).isfinite().all()
 
 
 class TeacherCallback(TrainerCallback):
-    """Update the teacher after each optimiser step whose gradients were finite.
+    """Update the teacher after each optimizer step whose gradients were finite.
 
-    The others are left out altogether, as in SDPO's official code: without gradients an optimiser
-    changes nothing.
+    Steps with an infinite or NaN gradient are left out, as in SDPO's official code.  Trainer offers
+    no way to skip a step, but its ``on_pre_optimizer_step`` comes after clipping and right before
+    ``optimizer.step()``: gradients that are removed there change no parameter and no moment.
+
+    Args:
+        teacher: the teacher to update, or None.
+        accelerator: accelerate's, to agree with the other processes.
+        skip: whether to leave such steps out.
     """
 
     def __init__(self, teacher: Teacher | None, accelerator: Any, *, skip: bool) -> None:
@@ -45,6 +68,7 @@ class TeacherCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         flag = gradients_are_finite(kwargs["model"]).to(self.accelerator.device)
+        # Sharded gradients may be bad on one process only, and all have to skip the same steps.
         self.finite = bool(self.accelerator.gather(flag[None]).all())
         if not self.finite and self.skip:
             kwargs["optimizer"].zero_grad()
@@ -56,7 +80,13 @@ class TeacherCallback(TrainerCallback):
 
 
 def save_teacher(teacher: Teacher, folder: str, *, writes: bool) -> None:
-    """Write a teacher's state beside a checkpoint; every process takes part, one writes."""
+    """Write a teacher's state into a checkpoint's folder.
+
+    All processes have to call it, because gathering a shard is collective.
+
+    Args:
+        writes: whether this process writes.
+    """
     state = teacher.state_dict()
     weights = {}
     for name, value in state["weights"].items():
@@ -68,7 +98,10 @@ def save_teacher(teacher: Teacher, folder: str, *, writes: bool) -> None:
 
 
 def load_teacher(teacher: Teacher, folder: str) -> None:
-    """Read the state that ``save_teacher`` wrote; a checkpoint without one leaves it as it is."""
+    """Load the state that ``save_teacher`` wrote.
+
+    A checkpoint without one, as TRL's own trainers write, leaves the teacher as it is.
+    """
     path = os.path.join(folder, TEACHER_FILE)
     if not os.path.exists(path):
         return

@@ -1,9 +1,15 @@
-"""The trainer that every method is a choice in: a teacher's context, a teacher, and a loss.
+"""The base of the methods' trainers: TRL's ``SDPOTrainer`` with other teachers and losses.
 
-Rollouts, rewards, buffering, logging, checkpoints, vLLM, PEFT and accelerate are TRL's
-``SDPOTrainer``'s.  A method writes ``teacher_prompts`` (what the teacher reads), ``score_teacher``
-(what is kept of its forward) and ``method_loss`` (called with hidden states and head inside the
-student's forward).
+TRL does the rollouts, rewards, buffering, logging and checkpoints, and knows vLLM, PEFT and
+accelerate.  A method overrides three functions:
+
+* ``teacher_prompts``: the tokens that the teacher reads before a completion;
+* ``score_teacher``: runs the teacher, and returns what the loss needs of its forward;
+* ``method_loss``: the loss, called with hidden states and head inside the student's forward.
+
+Everything under "TRL's seams" overrides a method of TRL or transformers.  The reasons given there
+were read in TRL 1.16 and transformers 5.24.  ``tests/integrations/test_seams.py`` names the method
+where another release differs.
 
 Dimension key:  B sequences, T completion tokens, D hidden size
 """
@@ -17,7 +23,7 @@ from torch.utils.data import IterableDataset
 from trl.experimental.sdpo import SDPOTrainer as StockSDPOTrainer
 from trl.models import prepare_fsdp
 
-from fused_sd import LMHead, LossOutput
+from fused_sd import LMHead, LossOutput, Teacher
 from fused_sd.checks import fail
 from fused_sd.integrations.shared import completion_scores as completion
 from fused_sd.integrations.shared.adapter_teacher import make_teacher
@@ -30,25 +36,27 @@ from fused_sd.integrations.trl.credit_maps import CreditMapCallback
 from fused_sd.integrations.trl.drop_in import FusedSelfDistillationMixin
 from fused_sd.integrations.trl.reduction import loss_type_weights
 from fused_sd.integrations.trl.teacher_contexts import TeacherContexts
-from fused_sd.teaching.teacher import Teacher
 
-Run = dict[str, Any]
+Inputs = dict[str, Any]  # a micro-batch, as TRL makes it
+Options = dict[str, Any]  # keywords that every loss of fused_sd takes
 
 
 class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockSDPOTrainer):
     """Base of the methods' trainers.
 
     Args:
-        reward_funcs: TRL's reward functions; needed by methods that read rewards.
+        model: a causal language model, its name or its folder.
+        reward_funcs: TRL's reward functions.  Methods that read no rewards do not need any.
         args: the method's configuration.
-        feedback_func: called as a reward function is; returns for each completion what the
-            environment says of it, or None.
-        others: as TRL's ``SDPOTrainer``.  Dataset columns: ``prompt``, and ``privileged_context``
-            with what only the teacher may see.
+        train_dataset: has a column ``prompt``, and ``privileged_context`` with what only the
+            teacher may see, if the method reads it.
+        others, kwargs: the further arguments of TRL's ``SDPOTrainer``.
+        feedback_func: is called as a reward function is, and returns for each completion what the
+            environment says about it, or None.
 
     Raises:
-        ValueError: rewards, data or a teacher that the method needs are missing, or the model's
-            head cannot be reproduced.
+        ValueError: rewards or data that the method needs are missing, or the model's head cannot be
+            reproduced.
     """
 
     args: Any  # the method's configuration
@@ -59,11 +67,11 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
     config_cls = SelfDistillationConfig
     _name = "Self-distillation"
     _tag_names: ClassVar[list[str]] = ["trl", "fused_sd"]
-    _paper: ClassVar[dict[str, str]] = {}  # model cards name none, rather than SDPO's
+    _paper: ClassVar[dict[str, str]] = {}  # otherwise TRL's model cards would cite SDPO's paper
     needs_rewards: ClassVar[bool] = True
     needs_privileged: ClassVar[bool] = False
     has_teacher: ClassVar[bool] = True
-    metrics: ClassVar[tuple[str, ...]] = ()  # what the loss forms where ``observe`` is set
+    metrics: ClassVar[tuple[str, ...]] = ()  # those the loss computes where ``observe`` is set
 
     def __init__(
         self,
@@ -99,23 +107,29 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
             *others,
             **kwargs,
         )
-        if not has_rewards:  # TRL insists on one
+        # SDPOTrainer.__init__ refuses to have no reward function, but trains without: with empty
+        # lists all rewards are 0, and no reward of ours is logged.
+        if not has_rewards:
             self.reward_funcs, self.reward_func_names = [], []
             self.reward_processing_classes, self.reward_weights = [], torch.zeros(0)
+        # SDPOTrainer.__init__ sets its own builder last.
         self.teacher_context_builder = TeacherContexts(self)
 
-    # what a method chooses
+    # What a method chooses
 
     def reads_privileged(self, args: Any) -> bool:
-        """Whether the dataset must have ``privileged_context``."""
+        """Return whether the dataset must have a column ``privileged_context``."""
         return self.needs_privileged
 
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
-        """Tokens that the teacher reads before the completion; None: no signal, weight 0."""
+        """Return the tokens that the teacher reads before the completion.
+
+        None: there is nothing to teach; the rollout gets weight 0 if the method needs a signal.
+        """
         raise NotImplementedError
 
-    def score_teacher(self, inputs: dict[str, Any]) -> Any:
-        """What the loss needs of the teacher: its states and head."""
+    def score_teacher(self, inputs: Inputs) -> Any:
+        """Run the teacher, and return what the loss needs: here its hidden states and its head."""
         return self.run_teacher(
             inputs["teacher_input_ids"],
             inputs["teacher_attention_mask"],
@@ -124,20 +138,28 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
         )
 
     def method_loss(
-        self, hidden: Tensor, head: LMHead, teacher: Any, inputs: dict[str, Any], run: Run
+        self, hidden: Tensor, head: LMHead, teacher: Any, inputs: Inputs, options: Options
     ) -> LossOutput:
-        """The loss, from the completion's states (B, T, D) and the head.
+        """Return the loss of a micro-batch.
 
         Args:
+            hidden: the completions' states (B, T, D).
+            head: the student's output head.
             teacher: what ``score_teacher`` returned.
-            run: token_weights, reduction, temperature, metrics, gradient and tolerance, for the
-                loss function.
+            inputs: the micro-batch.
+            options: token_weights, reduction, temperature, metrics, gradient and tolerance.
         """
         raise NotImplementedError
 
     # TRL's seams
 
     def _setup_teacher_model(self) -> None:
+        """Make the teacher; TRL calls this in ``__init__``, before accelerate shards the student.
+
+        TRL's own method loads the teacher from the model's path, so that a model whose weights are
+        not those of its path gets a wrong teacher.  It keeps averages in the model's dtype, and has
+        neither hard copies nor trust regions.
+        """
         args = self.args
         if self.has_teacher:
             self.teacher = make_teacher(
@@ -148,6 +170,10 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
             )
             self._shard_teacher(self.teacher.module)
         self.teacher_model = self.model if self.teacher is None else self.teacher.module
+        # Attach here, where an error stops the trainer: FusedSelfDistillationMixin would catch it
+        # and leave the loss to TRL, which does not have these methods.  accelerate prepares the
+        # student only when training starts, and its autocast then surrounds requests as well; it
+        # never prepares the teacher, whose requests need the autocast that is passed here.
         for model in (self.model, self.teacher_model):
             attach(model, autocast=self.accelerator.autocast)
         self._teacher_callback = teachers.TeacherCallback(
@@ -160,19 +186,23 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Inputs,
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
+        """Run the teacher, then the student with the loss inside its forward.
+
+        ``num_items_in_batch`` is None here: Trainer counts labels, and the batch has none.
+        """
         if return_outputs:
             fail("return_outputs", "be False", True, "a fused loss has no outputs")
         teacher = self.score_teacher(inputs)
-        run = {
+        options = {
             "token_weights": self.token_weights(inputs),
             "reduction": "sum",
             "temperature": self.temperature,
             "metrics": self.metrics if self.args.observe else (),
-            **self.args.gradient_run,
+            **self.args.gradient_options,
         }
         student = completion.CompletionForward(
             model,
@@ -181,27 +211,39 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
             inputs["completion_ids"].size(1),
             padding_free=self.args.padding_free,
         )
-        output = student(lambda hidden, head: self.method_loss(hidden, head, teacher, inputs, run))
+        output = student(
+            lambda hidden, head: self.method_loss(hidden, head, teacher, inputs, options)
+        )
         observe.record(self, output, inputs)
+        # TRL sets loss_is_scaled_for_ga, so that Trainer does not divide by the number of
+        # micro-batches.
         return output.loss / (self.current_gradient_accumulation_steps if model.training else 1)
 
     def _save_checkpoint(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Save the teacher too: without it a resumed run would teach with the wrong weights."""
         super()._save_checkpoint(model, *args, **kwargs)
         folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         if self.teacher is not None:
             teachers.save_teacher(self.teacher, folder, writes=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # not with the student's weights, which DeepSpeed loads itself
+        """Load the teacher too.
+
+        Trainer loads the student in ``_load_from_checkpoint``, which it does not call under
+        DeepSpeed.  This method it calls whenever it resumes, once the model is sharded.
+        """
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.teacher is not None and checkpoint is not None:
             teachers.load_teacher(self.teacher, checkpoint)
 
     def _record_reward_diagnostics(self, *args: Any, **kwargs: Any) -> None:
+        # TRL's method warns that rewards are flat, also where there are none.
         if self.reward_funcs:
             super()._record_reward_diagnostics(*args, **kwargs)
 
     def _warn_on_inactive_self_distillation(self, mode: str) -> None:
+        # TRL's method reads counts of successful groups, which ``TeacherContexts`` does not make,
+        # and would warn at each step.
         if self.has_teacher and not self.teacher_context_builder.num_with_signal:
             self._warn_on_degenerate_diagnostics(
                 mode,
@@ -211,12 +253,18 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
         else:
             self._diagnostic_counters[mode]["inactive_self_distillation"] = 0
 
-    # what the methods share
+    # What the methods share
 
     def run_teacher(
-        self, input_ids: Tensor, attention_mask: Tensor, inputs: dict[str, Any], compute: Any
+        self, input_ids: Tensor, attention_mask: Tensor, inputs: Inputs, compute: Any
     ) -> Any:
-        """What ``compute`` makes of the teacher's states (B, T, D) of the completions."""
+        """Run the teacher, and return what ``compute`` returns for the completions' states.
+
+        Args:
+            input_ids, attention_mask: (B, L), the teacher's prompts before the completions.
+            inputs: the micro-batch.
+            compute: is called with states (B, T, D) and the teacher's head.
+        """
         assert self.teacher is not None
         length = inputs["completion_ids"].size(1)
         with self.teacher.acting() as module:
@@ -225,8 +273,17 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
             )
             return forward(compute)
 
-    def token_weights(self, inputs: dict[str, Any], mask: Tensor | None = None) -> Tensor:
-        """Weights (B, T) whose sum is ``loss_type``'s average over one optimiser step."""
+    def token_advantages(self, inputs: Inputs) -> Tensor:
+        """Return each sequence's advantage at all of its tokens, (B, T)."""
+        return inputs["advantages"][:, None].expand(inputs["completion_ids"].shape)
+
+    def token_weights(self, inputs: Inputs, mask: Tensor | None = None) -> Tensor:
+        """Return weights (B, T) whose weighted sum is the average that ``loss_type`` names.
+
+        Args:
+            inputs: the micro-batch.
+            mask: the tokens to average over; None: the loss mask.
+        """
         mask = inputs["loss_mask"] if mask is None else mask
         whole = inputs["num_loss_tokens"] if mask is inputs["loss_mask"] else inputs["num_tokens"]
         steps = self.args.steps_per_generation if self.model.training else 1
@@ -239,13 +296,18 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
         )
 
     def _teacher_outlives_forward(self) -> bool:
+        """Return whether the teacher's head must be copied to be whole in the student's forward."""
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         return is_sharded and self.teacher_model is not self.model
 
     def _shard_teacher(self, module: nn.Module) -> None:
-        """Shard a copy as the student is going to be when training starts."""
+        """Shard a copy of the student as accelerate is going to shard the student.
+
+        Each EMA step pairs the two sides' shards, which therefore have to lie alike.
+        """
         if not self.is_fsdp_enabled or module is self.model:
             return
+        # FSDP1 flattens parameters, so that names and shapes differ, and returns a new module.
         if self.accelerator.state.fsdp_plugin.fsdp_version == 1:
             kind = self.args.teacher_model_kind
             remedy = 'set fsdp_config={"version": 2}, or teacher_model_kind="live", or train LoRA'

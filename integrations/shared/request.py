@@ -1,0 +1,70 @@
+"""Requests: what a model's forward computes instead of logits, and what it returns.
+
+Dimension key:  B sequences, L positions, N positions that are selected, D hidden size
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from fused_sd import LMHead
+from fused_sd.integrations.shared.output_head import Compute
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a forward computes instead of logits.
+
+    Args:
+        compute: is called with the selected hidden states and the head, and returns a tensor, or
+            tensors in tuples, named tuples or dicts.  Wrappers do not look into other containers.
+        positions: selects hidden states.  A slice of the sequence selects (B, length, D); a (B, L)
+            bool mask selects (N, D); an integer tensor of any shape holds places among the B * L
+            positions and selects (*shape, D); None selects all, (B, L, D).
+    """
+
+    # A closure hides the tensors that it uses from FSDP and DDP, which cast, move or scatter the
+    # tensors that they find in a forward's arguments.
+    compute: Compute
+    positions: slice | Tensor | None = None
+
+    def select(self, hidden: Tensor) -> Tensor:
+        if self.positions is None:
+            return hidden
+        if isinstance(self.positions, slice):
+            return hidden[:, self.positions]
+        if self.positions.dtype == torch.bool:
+            return hidden[self.positions]
+        return hidden.flatten(0, 1)[self.positions]
+
+
+@dataclass
+class FusedOutput(ModelOutput):
+    """Holds what ``compute`` returned.
+
+    transformers registers every ModelOutput as a pytree node, so that wrappers find its tensors.
+    """
+
+    result: Any = None
+
+    def __post_init__(self) -> None:
+        # ModelOutput's own __post_init__ would spread a mapping over the fields.  Wrappers rebuild
+        # an output from the mapping of its fields, which is undone here.
+        if isinstance(self.result, Mapping) and list(self.result) == ["result"]:
+            self.result = self.result["result"]
+        if self.result is not None:
+            self["result"] = self.result
+
+
+def hidden_states(hidden: Tensor, head: LMHead) -> Tensor:
+    """Return the states that enter the head; a ``compute`` for ``Request``."""
+    return hidden
+
+
+def completion_positions(length: int) -> slice:
+    """Return the positions whose states predict the last ``length`` tokens."""
+    return slice(-length - 1, -1)
