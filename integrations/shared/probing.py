@@ -28,7 +28,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def probe_ids(model: PreTrainedModel, num_sequences: int, length: int) -> Tensor:
-    """Token ids (num_sequences, length) that are spread over the vocabulary."""
+    """Return token ids (num_sequences, length) that are spread over the vocabulary."""
     embeddings: Any = model.get_input_embeddings()
     count = torch.arange(1, num_sequences * length + 1, device=embeddings.weight.device)
     # multiples of a prime lie far apart and do not repeat early
@@ -36,5 +36,5 @@ def probe_ids(model: PreTrainedModel, num_sequences: int, length: int) -> Tensor
 
 
 def product_precision(hidden: Tensor, head: LMHead) -> float:
-    """Machine epsilon of the dtype that the head's product has, which autocast may have chosen."""
+    """Return the machine epsilon of the head's product, whose dtype autocast may have chosen."""
     return torch.finfo(nn.functional.linear(hidden[:, :1], head.weight[:1]).dtype).eps

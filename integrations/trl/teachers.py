@@ -49,7 +49,7 @@ def gradients_are_finite(model: nn.Module) -> Tensor:
 
 
 class TeacherCallback(TrainerCallback):
-    """Update the teacher after each optimizer step whose gradients were finite.
+    """Updates the teacher after each optimizer step whose gradients were finite.
 
     Steps with an infinite or NaN gradient are left out, as in SDPO's official code.  Trainer offers
     no way to skip a step, but its ``on_pre_optimizer_step`` comes after clipping and right before
