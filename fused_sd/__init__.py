@@ -3,15 +3,11 @@
 from typing import Any
 
 from fused_sd.engine.certificate import GradientCertificate
-from fused_sd.head.projection import LMHead
-from fused_sd.losses.distillation_methods import (
-    gkd_loss,
-    opsd_loss,
-    sd_zero_loss,
-    sdft_loss,
-    sdpo_loss,
-)
+from fused_sd.engine.options import LossOptions, Options
+from fused_sd.head.lm_head import LMHead
 from fused_sd.losses.divergence import divergence_loss, topk_divergence_loss
+from fused_sd.losses.gkd import gkd_loss
+from fused_sd.losses.grpo import grpo_loss
 from fused_sd.losses.log_probs import EntryLogProbs, TokenLogProbs, entry_log_probs, token_log_probs
 from fused_sd.losses.modules import (
     CrossEntropyLoss,
@@ -24,19 +20,32 @@ from fused_sd.losses.modules import (
     SDPOLoss,
     SDZeroLoss,
 )
+from fused_sd.losses.opsd import opsd_loss
 from fused_sd.losses.output import LossOutput
 from fused_sd.losses.policy import policy_loss, sampled_kl_loss
-from fused_sd.losses.policy_methods import grpo_loss, rlcsd_loss, rlsd_loss
+from fused_sd.losses.rlcsd import rlcsd_loss
+from fused_sd.losses.rlsd import rlsd_loss
+from fused_sd.losses.sd_zero import sd_zero_loss
+from fused_sd.losses.sdft import sdft_loss
+from fused_sd.losses.sdpo import sdpo_loss
 from fused_sd.losses.token import cross_entropy_loss
 from fused_sd.teaching.align import Alignment, align_responses, check_alignment
 from fused_sd.teaching.shift import ShiftEvidence, detect_shift
 from fused_sd.teaching.teacher import Teacher
 from fused_sd.teaching.trust_region import trust_region_states
 from fused_sd.terms.advantages import iw_opd_advantages, rlcsd_advantages
-from fused_sd.terms.combinations import METRIC_NEEDS
-from fused_sd.terms.divergence import Jsd, MixedKl, generalized_jsd
+from fused_sd.terms.comparison import Comparison
+from fused_sd.terms.divergence import Jsd, MixedKl, SkewKl, generalized_jsd
 from fused_sd.terms.evidence import Evidence, EvidenceSchedule
-from fused_sd.terms.support import FULL_VOCABULARY, StudentTopK, TeacherTopK, TokenIds, UnionTopK
+from fused_sd.terms.metrics import METRIC_NEEDS
+from fused_sd.terms.support import (
+    FULL_VOCABULARY,
+    StudentTopK,
+    TeacherNucleus,
+    TeacherTopK,
+    TokenIds,
+    UnionTopK,
+)
 from fused_sd.terms.weighting import ImportanceCap, aggregation_weights, skip_first_tokens
 
 _TOOLS = ("Plan", "plan")  # loaded when they are asked for: `import fused_sd` loads no tool
@@ -49,6 +58,7 @@ __all__ = [
     "FULL_VOCABULARY",
     "METRICS",
     "Alignment",
+    "Comparison",
     "CrossEntropyLoss",
     "EntryLogProbs",
     "Evidence",
@@ -59,9 +69,11 @@ __all__ = [
     "ImportanceCap",
     "Jsd",
     "LMHead",
+    "LossOptions",
     "LossOutput",
     "MixedKl",
     "OPSDLoss",
+    "Options",
     "Plan",
     "RLCSDLoss",
     "RLSDLoss",
@@ -69,8 +81,10 @@ __all__ = [
     "SDPOLoss",
     "SDZeroLoss",
     "ShiftEvidence",
+    "SkewKl",
     "StudentTopK",
     "Teacher",
+    "TeacherNucleus",
     "TeacherTopK",
     "TokenIds",
     "TokenLogProbs",

@@ -81,8 +81,21 @@ def kl_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
     return weighted(log_a, log_a - log_b)
 
 
+def log_mixture(log_t: Tensor, log_s: Tensor, teacher_weight: float) -> Tensor:
+    """log m of m = teacher_weight t + (1 - teacher_weight) s: (..., V)."""
+    absent = log_s.isneginf() & log_t.isneginf()  # logaddexp of two -inf has gradient nan
+    weighted_t = log_t.masked_fill(absent, 0.0) + math.log(teacher_weight)
+    return torch.logaddexp(weighted_t, log_s.masked_fill(absent, 0.0) + math.log1p(-teacher_weight))
+
+
 def terms(
-    log_s: Tensor, log_t: Tensor, divergence: str, *, beta: float = 0.5, forward_weight: float = 0.5
+    log_s: Tensor,
+    log_t: Tensor,
+    divergence: str,
+    *,
+    beta: float = 0.5,
+    forward_weight: float = 0.5,
+    student_weight: float = 0.9,
 ) -> Tensor:
     """The terms whose sum over the vocabulary is the divergence: (..., V).
 
@@ -90,6 +103,7 @@ def terms(
     times the one plus 1 - forward_weight times the other.  ``jsd`` is beta KL(t || m) +
     (1 - beta) KL(s || m).  It vanishes with beta and with 1 - beta, where JSD / beta tends to
     KL(t || s) and JSD / (1 - beta) to KL(s || t), so the end points themselves are an error.
+    ``skew_kl`` is KL(t || (1 - student_weight) t + student_weight s), arXiv 2402.03898 eq. 4.
     """
     if divergence == "forward_kl" or (divergence == "mixed_kl" and forward_weight == 1):
         return kl_terms(log_t, log_s)
@@ -99,10 +113,10 @@ def terms(
         forward, reverse = kl_terms(log_t, log_s), kl_terms(log_s, log_t)
         return forward_weight * forward + (1 - forward_weight) * reverse
     if divergence == "jsd":
-        absent = log_s.isneginf() & log_t.isneginf()  # logaddexp of two -inf has gradient nan
-        log_beta_t = log_t.masked_fill(absent, 0.0) + math.log(beta)
-        log_m = torch.logaddexp(log_beta_t, log_s.masked_fill(absent, 0.0) + math.log(1 - beta))
+        log_m = log_mixture(log_t, log_s, beta)
         return beta * kl_terms(log_t, log_m) + (1 - beta) * kl_terms(log_s, log_m)
+    if divergence == "skew_kl":
+        return kl_terms(log_t, log_mixture(log_t, log_s, 1 - student_weight))
     raise ValueError(f"divergence must be a name from the docstring, got {divergence!r}")
 
 
@@ -127,6 +141,15 @@ def teacher_topk(student: Tensor, teacher: Tensor, k: int) -> Tensor:
 def union_topk(student: Tensor, teacher: Tensor, k: int) -> Tensor:
     """The tokens among the k likeliest of either side, each once: (..., V)."""
     return student_topk(student, teacher, k) | teacher_topk(student, teacher, k)
+
+
+def teacher_nucleus(student: Tensor, teacher: Tensor, k: int, mass: float) -> Tensor:
+    """The fewest likeliest tokens of the teacher that reach a mass, at most k: (..., V)."""
+    vocab_size = student.shape[-1]
+    t, ids = log_probs(teacher.detach()).exp().sort(stable=True, dim=-1, descending=True)
+    before = t.cumsum(-1) - t
+    is_needed = (before < mass) & (torch.arange(vocab_size, device=t.device) < k)
+    return given_ids(ids.masked_fill(~is_needed, -1), vocab_size)
 
 
 def served_teacher(token_ids: Tensor, teacher_log_probs: Tensor, vocab_size: int) -> Tensor:
@@ -172,14 +195,13 @@ def divergence(
     teacher: Tensor,  # (..., V)
     *,
     divergence: str = "reverse_kl",
-    beta: float = 0.5,
-    forward_weight: float = 0.5,
     support: Tensor | None = None,  # (..., V), a mask; None compares the whole vocabulary
     remainder: str = "tail",
     tail_floor: float | None = None,
     log_prob_floor: float | None = None,
     entry_clip: float | None = None,
     token_clip: float | None = None,
+    **parameter: float,  # beta, forward_weight or student_weight: see ``terms``
 ) -> Tensor:
     """The divergence of each token, terms cut at ``entry_clip`` and their sum at ``token_clip``.
 
@@ -200,7 +222,7 @@ def divergence(
             log_s, log_t = (
                 torch.where(support, x.clamp(min=log_prob_floor), x) for x in (log_s, log_t)
             )
-        term = terms(log_s, log_t, divergence, beta=beta, forward_weight=forward_weight)
+        term = terms(log_s, log_t, divergence, **parameter)
     return at_most(at_most(term, entry_clip).sum(-1), token_clip)
 
 

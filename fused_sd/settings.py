@@ -1,10 +1,12 @@
-"""Settings of an operator as plain arguments and back: its schema knows text and numbers only.
+"""How settings cross an operator's schema, which knows text and numbers only.
 
-A setting is a named tuple of plain values and of other settings, registered by ``setting``.
-Numbers travel beside the text, since ``torch.compile`` may hold them as symbols that have no text.
+A setting is a named tuple or a frozen dataclass of plain values and other settings, registered with
+``@setting``.  ``encode`` writes it as text; its numbers travel beside the text, because
+``torch.compile`` may hold a number as a symbol that has no text.
 """
 
 import ast
+import dataclasses
 import functools
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,8 +15,8 @@ Kind = TypeVar("Kind", bound=type)
 _KINDS: dict[str, Any] = {}
 
 
-class Spec(NamedTuple):
-    """A setting as an operator takes it."""
+class Encoded(NamedTuple):
+    """A setting in the form that an operator takes."""
 
     text: str  # with a name in place of each number: f0, f1, ... i0, i1, ...
     floats: list[float]
@@ -22,34 +24,45 @@ class Spec(NamedTuple):
 
 
 def setting(kind: Kind) -> Kind:
-    """Register a named tuple whose instances may travel."""
+    """Register a named tuple or a frozen dataclass, so that its instances can be encoded."""
     _KINDS[kind.__name__] = kind
     return kind
 
 
-def encode(value: Any) -> Spec:
-    """A setting, a plain tuple or a plain value for an operator."""
+def _fields(kind: Any) -> list[str]:
+    if dataclasses.is_dataclass(kind):
+        return [field.name for field in dataclasses.fields(kind)]
+    return list(kind._fields)
+
+
+def encode(value: Any) -> Encoded:
+    """Write a setting, a plain tuple or a plain value as text and numbers."""
     floats: list[float] = []
     ints: list[int] = []
     text = _text(value, floats, ints)
-    return Spec(text, floats or [0.0], ints or [0])  # autograd takes an empty list for tensors
+    # autograd would take an empty list for a list of tensors
+    return Encoded(text, floats or [0.0], ints or [0])
 
 
 def _text(value: Any, floats: list[float], ints: list[int]) -> str:
-    if isinstance(value, tuple):
-        parts = ",".join([_text(part, floats, ints) for part in value])
-        return f"{type(value).__name__}({parts})"
     if isinstance(value, float):
         floats.append(value)
         return f"f{len(floats) - 1}"
     if isinstance(value, int) and not isinstance(value, bool):
         ints.append(value)
         return f"i{len(ints) - 1}"
-    return repr(value)
+    if isinstance(value, tuple):
+        parts = list(value)
+    elif dataclasses.is_dataclass(value):
+        parts = [getattr(value, name) for name in _fields(value)]
+    else:
+        return repr(value)
+    texts = [_text(part, floats, ints) for part in parts]
+    return f"{type(value).__name__}({','.join(texts)})"
 
 
 def decode(text: str, floats: list[float], ints: list[int]) -> Any:
-    """The setting that was encoded."""
+    """Rebuild the setting that ``encode`` wrote."""
     return _build(_parse(text), floats, ints)
 
 
@@ -62,7 +75,10 @@ def _build(node: ast.expr, floats: list[float], ints: list[int]) -> Any:
     if isinstance(node, ast.Call):
         assert isinstance(node.func, ast.Name)
         parts = [_build(part, floats, ints) for part in node.args]
-        return tuple(parts) if node.func.id == "tuple" else _KINDS[node.func.id](*parts)
+        if node.func.id == "tuple":
+            return tuple(parts)
+        kind = _KINDS[node.func.id]
+        return kind(**dict(zip(_fields(kind), parts, strict=True)))
     if isinstance(node, ast.Name):
         numbers: list[Any] = [*floats] if node.id[0] == "f" else [*ints]
         return numbers[int(node.id[1:])]

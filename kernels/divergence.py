@@ -6,6 +6,8 @@ Each is handed to a row kernel as a constant and inlined there.  Arguments are f
 import triton
 import triton.language as tl
 
+from fused_sd.terms.divergence import DIVERGENCES
+
 
 @triton.jit
 def expm1_excess(x):
@@ -40,6 +42,15 @@ def excess(log_ratio, a, b):
 
 
 @triton.jit
+def mixture_ratios(r, teacher_weight):
+    """``log m - log s`` and ``log m - log t`` of the mixture m with a given teacher's weight."""
+    larger_s = r >= 0
+    weight = tl.where(larger_s, teacher_weight, 1 - teacher_weight)
+    step = log1p(weight * expm1(-tl.abs(r)))
+    return tl.where(larger_s, step, step - r), tl.where(larger_s, step + r, step)
+
+
+@triton.jit
 def forward_kl(log_s, log_t, parameter):
     s, t, r = tl.exp(log_s), tl.exp(log_t), log_s - log_t
     near = tl.where(tl.abs(r) < 0.5, r, 0.0)
@@ -57,11 +68,7 @@ def reverse_kl(log_s, log_t, parameter):
 def jsd(log_s, log_t, parameter):
     s, t, r = tl.exp(log_s), tl.exp(log_t), log_s - log_t
     m = parameter * t + (1 - parameter) * s
-    larger_s = r >= 0
-    weight = tl.where(larger_s, parameter, 1 - parameter)
-    step = log1p(weight * expm1(-tl.abs(r)))
-    m_over_s = tl.where(larger_s, step, step - r)
-    m_over_t = tl.where(larger_s, step + r, step)
+    m_over_s, m_over_t = mixture_ratios(r, parameter)
     term = (1 - parameter) * excess(m_over_s, m, s) + parameter * excess(m_over_t, m, t)
     return term, tl.where(s == 0, 0.0, -(1 - parameter) * s * m_over_s)
 
@@ -74,4 +81,14 @@ def mixed_kl(log_s, log_t, parameter):
     return term, parameter * dforward + (1 - parameter) * dreverse
 
 
-TERMS = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "mixed_kl": mixed_kl}
+@triton.jit
+def skew_kl(log_s, log_t, parameter):
+    s, t, r = tl.exp(log_s), tl.exp(log_t), log_s - log_t
+    m = (1 - parameter) * t + parameter * s
+    _, m_over_t = mixture_ratios(r, 1 - parameter)
+    change = expm1(-tl.abs(m_over_t))
+    share = tl.where(m_over_t >= 0, -change, tl.exp(-m_over_t) * change)  # 1 - t / m
+    return excess(m_over_t, m, t), tl.where(s == 0, 0.0, parameter * s * share)
+
+
+TERMS = {name: globals()[name] for name in DIVERGENCES}

@@ -66,7 +66,7 @@ def divergence_(
     pair = *_pair(student, teacher), normalizers.state
     settings = term.parameter, term.balance, 0.0 if entry_clip is None else entry_clip
     constants = {"DIVERGENCE": TERMS[term.name], "HAS_CLIP": entry_clip is not None, "STATE": STATE}
-    ratio_share = None if entry_clip is not None else _share_of_mean_ratio(term)
+    ratio_share = None if entry_clip is not None else term.share_of_mean_ratio
     has_gradient = row_weights is not None and out is not None
     if not has_gradient or ratio_share is None:
         totals = loss, total, clipped
@@ -135,14 +135,6 @@ def _join_(state: Tensor, shard: VocabShard) -> None:
     state[:, :4:2], state[:, 1:4:2] = top, log_scale
     shift = (top[:, 0] - top[:, 1]) + (log_scale[:, 0] - log_scale[:, 1])
     state[:, 4] = weighted / scale[:, 0] - shift
-
-
-def _share_of_mean_ratio(term: DivergenceTerm) -> float | None:
-    """Sum over the vocabulary of ``dlog_s``, in units of the mean log-ratio; None: must be summed.
-
-    ``dlog_s`` of a forward KL is ``s - t``, which sums to 0; of a reverse KL ``s r``, the mean.
-    """
-    return {"forward_kl": 0.0, "reverse_kl": 1.0, "mixed_kl": 1 - term.parameter}.get(term.name)
 
 
 def _launch(kernel, like: Tensor, *arguments, **constants) -> None:

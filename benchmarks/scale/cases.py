@@ -19,7 +19,7 @@ from torch import Tensor
 import fused_sd
 from fused_sd.bench.measure import peak_bytes
 from fused_sd.bench.problem import Problem, Shape, make_problem, variant
-from fused_sd.head.projection import LMHead
+from fused_sd.head.lm_head import LMHead
 from fused_sd.losses.log_probs import TokenLogProbs
 from fused_sd.losses.output import LossOutput
 from fused_sd.planning import Plan
@@ -142,6 +142,7 @@ def loss_of(
     tokens = problem.hidden, head, problem.token_ids
     frozen = LMHead(head.weight.detach(), shard_sizes=head.shard_sizes)
     teacher = problem.teacher_hidden, frozen
+    states = dict(zip(("teacher_hidden", "teacher_head"), teacher, strict=True))
     sides = problem.hidden, head, *teacher
     entries = torch.arange(NUM_TOKENS * 32).view(NUM_TOKENS, 32) % case.shape.vocab
     entry_log_probs = torch.full(entries.shape, 1 / 40).log()
@@ -155,7 +156,11 @@ def loss_of(
             problem.hidden, head, entries, entry_log_probs, **run
         ),
         "rlsd": lambda: fused_sd.rlsd_loss(
-            *tokens, problem.advantages, teacher=teacher, **old, **run
+            *tokens,
+            problem.advantages,
+            **states,
+            **old,
+            **run,
         ),
         "cross_entropy": lambda: fused_sd.cross_entropy_loss(*tokens, **run),
         "token_log_probs": lambda: fused_sd.token_log_probs(*tokens, **run),

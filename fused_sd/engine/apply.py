@@ -1,6 +1,13 @@
-"""A row function over the logits of all tokens, differentiably: the way to the one operator.
+"""From a loss to the chunk loop: flatten the tokens, call the one operator, name what it returns.
 
-Dimension key:  N tokens, D hidden size, V vocabulary, J values of a row function for each token
+A public loss in ``losses/`` checks its tensors, chooses an objective (what is done with a chunk of
+logits) and calls ``apply_objective``.  This module brings both sides into the shape that the
+operator takes: hidden states (N, D), the head's rows of this rank, per-token inputs (N, ...), and
+all settings as text and numbers, because an operator's schema knows nothing else.  The operator
+``fused_sd::chunked_run`` (``engine/operator.py``) loops over chunks of tokens; its derivative is
+``engine/backward.py``.  Both are opaque to ``torch.compile``, which traces up to here.
+
+Dimension key:  N tokens, D hidden size, V vocabulary, J values of an objective for each token
 """
 
 from typing import NamedTuple
@@ -9,108 +16,102 @@ import torch
 from torch import Tensor
 
 from fused_sd import checks
-from fused_sd.engine.backward import backward, keep
+from fused_sd.engine.backward import backward, save_for_backward
 from fused_sd.engine.certificate import GradientCertificate
 from fused_sd.engine.chunk import Objective
-from fused_sd.engine.operator import Options, chunked_run, structured
-from fused_sd.engine.options import Execution
-from fused_sd.head.projection import LMHead, accumulation_dtype
+from fused_sd.engine.operator import RunSettings, chunked_run, structured
+from fused_sd.engine.options import Options
+from fused_sd.head.lm_head import LMHead
+from fused_sd.head.projection import accumulation_dtype
 from fused_sd.head.vocab_shard import Shards
 from fused_sd.settings import encode
 
-chunked_run.register_autograd(backward, setup_context=keep)
+chunked_run.register_autograd(backward, setup_context=save_for_backward)
+
+States = tuple[Tensor, LMHead]  # hidden states (..., D) and the head that they enter
 
 
-class ChunkedResult(NamedTuple):
-    """What the walk returns, with the tokens flattened to N."""
+class Applied(NamedTuple):
+    """What an objective returned for all tokens, flattened to N."""
 
-    total: Tensor  # (), sum(row_weights * values); differentiable when the loss is reduced inside
-    values: Tensor  # (N, J); differentiable when it is not
+    total: Tensor  # (), sum(row_weights * values); differentiable where the loss is reduced
+    values: Tensor  # (N, J); differentiable where the loss is not reduced
     extras: list[Tensor]  # (N, ...), detached; 0 for a token without a weight
-    certificate: GradientCertificate | None  # of a gradient that may be sparse
+    certificate: GradientCertificate | None  # of a sparse gradient
 
 
-def walk(
-    rows: Objective,
-    student: tuple[Tensor, LMHead],
-    teacher: tuple[Tensor, LMHead] | None,
+def apply_objective(
+    objective: Objective,
+    student: States,
+    teacher: States | None,
     inputs: list[Tensor],  # each (..., rest)
     token_weights: Tensor | None,  # (...)
-    *,
-    temperature: float,
-    teacher_temperature: float = 1.0,
-    reduced: bool,
-    execution: Execution,
-) -> ChunkedResult:
-    """Apply a row function to the logits of all tokens, differentiably.
+    options: Options,
+) -> Applied:
+    """Apply an objective to the logits of all tokens, differentiably.
 
     Args:
-        rows: the row function.
-        student: hidden states (..., D) and head, differentiated.
-        teacher: hidden states (..., D') and head, constants.
-        inputs: what the row function needs for each token.
-        token_weights: the weight of each token's value; a token of weight 0 is left out.
-        temperature: divides the student's logits.
-        teacher_temperature: divides the teacher's logits.
-        reduced: whether ``total`` is differentiable, or ``values`` are.
-        execution: how the walk runs.
+        objective: what is done with a chunk of logits.
+        student: hidden states and head, differentiated.
+        teacher: hidden states and head, constants; None: the objective needs no teacher's logits.
+        inputs: per-token tensors that the objective reads, constants.
+        token_weights: weight of each token's value; tokens of weight 0 are left out.  May leave out
+            more than ``options.token_weights``, which decide a mean's divisor.
+        options: temperature, reduction and how the run is made.
     """
-    shards = _shards(student[1], None if teacher is None else teacher[1], execution)
+    shards = _shards(student[1], None if teacher is None else teacher[1], options)
     rank = 0 if shards is None else shards.rank
     hidden, weight, bias = student[1].operands(student[0], rank)
-    t_hidden = t_weight = t_bias = t_shaping = None
+    wide = accumulation_dtype(hidden.dtype)
+    teacher_divisor = options.teacher_divisor(teacher is not None)
+    teacher_operands: list[Tensor | None] = [None, None, None]
     if teacher is not None:
-        t_hidden, t_weight, t_bias = teacher[1].operands(teacher[0], rank)
-        t_shaping = teacher[1].shaping(teacher_temperature)
-        t_hidden, t_weight = t_hidden.detach(), t_weight.detach()
-        t_bias = None if t_bias is None else t_bias.detach()
+        operands = teacher[1].operands(teacher[0], rank)
+        teacher_operands = [None if part is None else part.detach() for part in operands]
+    row_weights = None
+    if token_weights is not None:
+        weights = token_weights.detach().to(wide).reshape(-1)
+        row_weights = (weights if options.is_reduced else (weights != 0).to(wide))[:, None]
+    settings = RunSettings(
+        student[1].shaping(options.temperature),
+        None if teacher is None else teacher[1].shaping(teacher_divisor),
+        options.is_reduced,
+        options.compact,
+        options.backend,
+        options.chunk_size,
+        options.sparse_tolerance,
+        shards,
+    )
     wanted = [
         tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
         for tensor in (hidden, weight, bias)
     ]
-    options = Options(
-        student[1].shaping(temperature),
-        t_shaping,
-        reduced,
-        execution.compact,
-        execution.backend,
-        execution.chunk_size,
-        execution.tolerance,
-        shards,
-    )
-    wide = accumulation_dtype(hidden.dtype)
-    row_weights = None
-    if token_weights is not None:
-        weights = token_weights.detach().to(wide).reshape(-1)
-        row_weights = (weights if reduced else (weights != 0).to(wide))[:, None]
     flat = torch.ops.fused_sd.chunked_run(
         hidden,
         weight,
         bias,
-        t_hidden,
-        t_weight,
-        t_bias,
+        *teacher_operands,
         row_weights,
         [_flat(tensor, student[0].shape[:-1]) for tensor in inputs],
-        *encode((rows, options)),
+        *encode((objective, settings)),
         wanted,
     )
     total, values, _, sparse, extras = structured(flat)
     extras = [extra.detach() for extra in extras]
     certificate = None
-    if execution.tolerance is not None and any(wanted):
+    if settings.tolerance is not None and any(wanted):
         is_dense = torch.zeros_like(sparse.kept, dtype=torch.bool)
         is_dense = is_dense.index_fill(0, sparse.dense_tokens, True) & (sparse.norm != 0)
         certificate = GradientCertificate(sparse.kept, is_dense, sparse.dropped, sparse.norm)
         certificate = GradientCertificate(*(tensor.detach() for tensor in certificate))
-    if reduced:
-        return ChunkedResult(total, values.detach(), extras, certificate)
-    return ChunkedResult(total.detach(), values, extras, certificate)
+    if options.is_reduced:
+        return Applied(total, values.detach(), extras, certificate)
+    return Applied(total.detach(), values, extras, certificate)
 
 
-def _shards(student: LMHead, teacher: LMHead | None, execution: Execution) -> Shards | None:
-    """How both sides' vocabulary lies on the ranks, at the same borders."""
-    group, sizes = execution.process_group, student.shard_sizes
+def _shards(student: LMHead, teacher: LMHead | None, options: Options) -> Shards | None:
+    """How both sides' vocabulary is cut between the ranks: at the same borders."""
+    group, sizes = options.process_group, student.shard_sizes
     if group is None or sizes is None or group.size() == 1:
         return None
     counts = student.token_counts()
@@ -124,7 +125,7 @@ def _shards(student: LMHead, teacher: LMHead | None, execution: Execution) -> Sh
                 "shard the teacher's head at the student's borders; the last rank may have more",
             )
         counts = [max(pair) for pair in zip(counts, teacher.token_counts(), strict=True)]
-    return Shards(group.group_name, group.rank(), tuple(counts), execution.reduce_dhidden)
+    return Shards(group.group_name, group.rank(), tuple(counts), options.reduce_dhidden)
 
 
 def _flat(tensor: Tensor, shape: torch.Size) -> Tensor:

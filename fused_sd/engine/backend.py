@@ -1,4 +1,10 @@
-"""Which functions run: Triton's on a GPU, PyTorch's elsewhere.  The only place that decides."""
+"""Which kernels run: Triton's on a GPU, PyTorch's elsewhere.  The only place that decides.
+
+The kernels of both backends are modules with the same functions and arguments (twins):
+``torch_kernels/rows.py`` and ``kernels/rows.py`` work on whole rows of logits,
+``torch_kernels/sparse.py`` and ``kernels/sparse.py`` on chosen entries.  An objective calls them
+through ``chunk.functions`` and never asks which they are.
+"""
 
 import importlib
 import os
@@ -12,17 +18,20 @@ from fused_sd.torch_kernels import rows, sparse
 
 
 class Functions(NamedTuple):
-    """The modules of one backend; those of the others have the same names."""
+    """The modules of one backend."""
 
-    rows: ModuleType  # what is done to whole rows of logits: fused_sd.rows or its twin
-    sparse: ModuleType  # what is done to chosen entries: fused_sd.sparse or its twin
+    rows: ModuleType  # functions on whole rows of logits
+    sparse: ModuleType  # functions on chosen entries of rows
 
 
 TORCH = Functions(rows, sparse)
 
 
 def choose_functions(backend: str, device: torch.device, dtype: torch.dtype) -> Functions:
-    """The functions for logits of a dtype on a device.
+    """The kernels for logits of a dtype on a device.
+
+    Args:
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
         ValueError: when Triton is asked for where it cannot run.

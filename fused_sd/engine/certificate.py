@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fused_sd import checks
-from fused_sd.head.projection import LMHead, accumulation_dtype, as_head
+from fused_sd.head.lm_head import LMHead, as_head
+from fused_sd.head.projection import accumulation_dtype
 from fused_sd.torch_kernels.selection import Selection
 from fused_sd.torch_kernels.slices import slices
 

@@ -1,7 +1,16 @@
-"""What a row function sees of a chunk, and what it is.
+"""The interface between the chunk loop and an objective: ``Chunk`` and the ``Objective`` protocol.
+
+The loop (``engine/operator.py``) makes a chunk's logits and hands an objective a ``Chunk``: the
+logits of both sides, the per-token inputs, the memory for the gradient, and the kernels of the
+backend.  The objective (``objectives/``) returns a few values for each token and, where a gradient
+is wanted, writes the gradient w.r.t. the logits into the chunk.  An objective never sees hidden
+states or heads, and the loop never sees what is computed.
+
+Where ranks share the vocabulary, a chunk holds the columns of one rank; its methods combine what
+the ranks have, so that an objective reads as if the vocabulary were whole.
 
 Dimension key:  C tokens in a chunk, W columns of a chunk's logits, V vocabulary, J values for each
-                token, K entries of a row
+                token, K chosen entries of a row
 """
 
 from collections.abc import Callable
@@ -11,43 +20,44 @@ import torch
 from torch import Tensor
 
 from fused_sd.engine.backend import Functions
-from fused_sd.head.projection import Shaping
+from fused_sd.head.lm_head import Shaping
 from fused_sd.head.vocab_shard import VocabShard
+from fused_sd.terms.support import SideName
 
 
 class Side(NamedTuple):
     """One side's logits of a chunk, in fp32 or fp64, over this rank's columns."""
 
     whole: Tensor | None  # (C, W), -inf behind the vocabulary; may be overwritten; None: not made
-    dot_products: Callable[[Tensor], Tensor]  # of (C, K) columns, where the whole is not made
+    dot_products: Callable[[Tensor], Tensor]  # logits (C, K) at given columns, without the whole
 
 
 class SparseBuffers(NamedTuple):
-    """Where a chunk's sparse gradient goes."""
+    """Where a chunk's gradient goes if it has K values for each token and no others."""
 
     columns: Tensor  # (C, K) int32
     values: Tensor  # (C, K)
-    vocab: int  # the column of a place that is not used
+    vocab: int  # the column that marks a place without a value
 
 
 class Chunk(NamedTuple):
-    """What a row function sees of a chunk."""
+    """What an objective reads and writes of a chunk."""
 
     student_side: Side
     teacher_side: Side | None
-    dlogits: Tensor | None  # (C, W) for the gradient; may be the student's memory
-    entries: SparseBuffers | None  # for the gradient of a row function that only has entries
-    columns: int  # that a comparison of both sides reads
+    dlogits: Tensor | None  # (C, W) for the gradient; may be the memory of the student's logits
+    sparse: SparseBuffers | None  # for the gradient, where the objective has num_sparse_values
+    columns: int  # how many columns a comparison of both sides reads
     width: int  # W
     inputs: list[Tensor]  # per-token inputs, each (C, ...)
     row_weights: Tensor | None  # (C, J) or (C, 1); None where no gradient is wanted
-    shaping: Shaping  # of the student's logits
-    functions: Functions  # of the backend
-    shard: VocabShard  # whose columns these are
+    shaping: Shaping  # from products of states and head to the student's logits
+    functions: Functions  # kernels of the backend
+    shard: VocabShard  # which columns these are
 
     @property
     def student(self) -> Tensor:
-        """The student's whole logits (C, W), for row functions that have them made."""
+        """The student's whole logits (C, W), for an objective that has them made."""
         assert self.student_side.whole is not None
         return self.student_side.whole
 
@@ -55,6 +65,16 @@ class Chunk(NamedTuple):
     def teacher(self) -> Tensor | None:
         """The teacher's whole logits (C, W), where they are made."""
         return None if self.teacher_side is None else self.teacher_side.whole
+
+    def side(self, name: SideName) -> Side:
+        side = self.student_side if name == "student" else self.teacher_side
+        assert side is not None
+        return side
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """The logits (C, columns) of both sides, as a comparison reads them."""
+        assert self.teacher is not None
+        return self.student[:, : self.columns], self.teacher[:, : self.columns]
 
     def part(self, side: Side, ids: Tensor, *, dotted: bool = False) -> Tensor:
         """This rank's part of a side's logits (C, K) at ids: 0 where they are another rank's.
@@ -73,21 +93,23 @@ class Chunk(NamedTuple):
         """Columns of ids; those of other ranks point to the last column, which is padding."""
         return self.shard.columns(ids, self.width - 1)
 
-    def top_k(self, side: Side | None, k: int) -> Tensor:
-        """Ids (C, k) of a side's largest logits."""
-        assert side is not None
-        assert side.whole is not None
-        return self.shard.top_k(self.functions.sparse.top_k, side.whole, k)
+    def top_k(self, side: SideName, k: int) -> Tensor:
+        """Ids (C, k) of a side's largest logits, largest first, equal logits by lowest id."""
+        whole = self.side(side).whole
+        assert whole is not None
+        return self.shard.top_k(self.functions.sparse.top_k, whole, k)
 
-    def log_normalizer(self, side: Side) -> Tensor:
-        """Log-sum-exp (C,) of a side's logits, of all ranks."""
-        lse = self.functions.rows.log_normalizer(side.whole)
+    def log_probs(self, side: SideName, ids: Tensor) -> Tensor:
+        """A side's log-probabilities (C, K) of ids, over the vocabulary of all ranks."""
+        whole = self.side(side).whole
+        lse = self.functions.rows.log_normalizer(whole)
+        [lse], _, [chosen] = self.shard.join([lse], extra_sums=[self.part(self.side(side), ids)])
+        return chosen - lse[:, None]
+
+    def log_normalizer(self, side: SideName) -> Tensor:
+        """Log-sum-exp (C,) of a side's logits over the vocabulary of all ranks."""
+        lse = self.functions.rows.log_normalizer(self.side(side).whole)
         return self.shard.join([lse]).normalizers[0]
-
-    def sides(self) -> tuple[Tensor, Tensor]:
-        """The logits (C, columns) of both sides, as a comparison reads them."""
-        assert self.teacher is not None
-        return self.student[:, : self.columns], self.teacher[:, : self.columns]
 
     def write_gradient_(
         self,
@@ -96,19 +118,21 @@ class Chunk(NamedTuple):
         slope: Tensor | None,  # (C,)
         columns: Tensor,  # (C, K) of this rank; V and above: nowhere
         logits: Tensor,  # (C, K) at the columns
-        values: Tensor,  # (C, K) gradient by the logits there
+        values: Tensor,  # (C, K) gradient w.r.t. the logits there
     ) -> None:
-        """A softmax gradient over whole rows of logits, and entries' own values over it.
+        """Write a gradient that is a softmax over the whole row, but for K entries of their own.
 
-        The entries are set and not added, so that each is rounded once.
+        Outside the columns it is ``exp(x) (constant + slope x)`` of ``x = logit - background``.
+        The entries' values are set and not added, so that each is rounded once.  A soft-cap's
+        derivative is applied here.
         """
         cap, dlogits = self.shaping.cap, self.dlogits
         if cap is not None:
             values = torch.where(values == 0, 0, values * (1 - (logits / cap).square()))
-        if self.entries is not None:
-            vocab = self.entries.vocab
-            self.entries.columns.copy_(columns.clamp(max=vocab))
-            self.entries.values.copy_(values.masked_fill(columns >= vocab, 0))
+        if self.sparse is not None:
+            vocab = self.sparse.vocab
+            self.sparse.columns.copy_(columns.clamp(max=vocab))
+            self.sparse.values.copy_(values.masked_fill(columns >= vocab, 0))
             return
         assert dlogits is not None
         if background is None:
@@ -120,32 +144,33 @@ class Chunk(NamedTuple):
 
 
 class Objective(Protocol):
-    """What is done to a chunk of logits."""
+    """What is done with a chunk of logits."""
 
     def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
-        """Values (C, J) and extras (C, ...); where wanted, the gradient by the product is written.
+        """Compute values (C, J) and extras (C, ...) of a chunk, and write its gradient.
 
-        It is that of ``sum(row_weights * values)``, and goes to the first V columns of
-        ``chunk.dlogits``, or to ``chunk.entries``.
+        Where ``chunk.row_weights`` are given, the gradient of ``sum(row_weights * values)`` w.r.t.
+        the products of hidden states and head goes to the first V columns of ``chunk.dlogits``, or
+        to ``chunk.sparse``.
         """
 
     def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
-        """Of each extra: whether it holds token ids, and its shape behind the token axis."""
+        """For each extra: whether it holds token ids, and its shape behind the token axis."""
 
     @property
     def num_values(self) -> int:
         """J."""
 
     @property
-    def num_entries(self) -> int:
-        """K, where the gradient has so many entries and no others; 0: it may have all."""
+    def num_sparse_values(self) -> int:
+        """How many values a token's gradient has, if it has no others; 0: it may reach all V."""
 
     @property
     def whole_sides(self) -> tuple[bool, bool]:
         """Whether the whole logits of the student, and of a teacher, are read."""
 
     def replay(self, extras: list[Tensor]) -> tuple["Objective", list[Tensor]]:
-        """The row function of a second walk, and inputs for it beside the first walk's.
+        """The objective of a second run in backward, and its inputs beside the first run's.
 
-        A choice that the first walk made must not be made anew.
+        A choice that the first run made must not be made anew.
         """

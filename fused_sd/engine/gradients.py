@@ -1,7 +1,9 @@
-"""Where the gradients by the head's product go: to two GEMMs, or into entries that are kept.
+"""How dlogits become dhidden and dweight: dense (two GEMMs), sparse (kept values), or certified.
 
-Dimension key:  N tokens, A of them that are walked, D hidden size, V vocabulary, K entries of a
-                row, E entries of all, F tokens whose gradient is dense
+A certified gradient is, for each token, one of both: its largest values where they are enough for
+the tolerance, else the whole row.
+
+Dimension key:  N tokens, V vocabulary, K sparse values of a token
 """
 
 from typing import NamedTuple
@@ -13,38 +15,38 @@ from fused_sd.engine.backend import Functions
 from fused_sd.engine.certificate import mean_row, needs_dense, row_share, smallest_kept
 from fused_sd.engine.chunk import SparseBuffers
 from fused_sd.engine.kept_tokens import KeptTokens
-from fused_sd.engine.saved import Dense, Formed, Sparse, starts_of, unfilled
+from fused_sd.engine.saved import Dense, Sparse, Wanted, starts_of, unfilled
 from fused_sd.engine.workspace import Workspace
 from fused_sd.head.projection import accumulation_dtype
 from fused_sd.torch_kernels.selection import Selection
 
-MOST = 512  # entries of a row: beyond, gathering rows of the head is no longer cheaper by far
+MOST = 512  # sparse values of a row; with more, gathering rows of the head saves little
 
 
 class DenseGradients:
     """Two GEMMs turn each group's dlogits into dhidden and dweight."""
 
-    first_row = 0  # of the workspace's gradients, for the next group
+    first_row = 0  # of the workspace's dlogits that the next group may use
 
-    def __init__(self, workspace: Workspace, formed: Formed) -> None:
+    def __init__(self, workspace: Workspace, wanted: Wanted) -> None:
         self.workspace = workspace
-        self.dense = unfilled(workspace, formed)
+        self.dense = unfilled(workspace, wanted)
 
-    def entries(self, at: slice) -> SparseBuffers | None:
-        """Where a chunk's row function writes entries instead."""
+    def sparse_buffers(self, at: slice) -> SparseBuffers | None:
+        """Where a chunk's objective writes sparse values; None: it writes dlogits."""
         return None
 
     def tokens_that_fit(self) -> int:
-        """Tokens that the next group may have."""
+        """How many tokens the next group may have."""
         return self.workspace.layout.group
 
     def accumulate(self, group: slice) -> None:
-        """Take the gradients of a group out of the workspace."""
+        """Take a group's dlogits out of the workspace, whose memory the next group uses."""
         dhidden, dweight, dbias = self.dense
         rows = dhidden[group] if dhidden.numel() else dhidden
         self.workspace.accumulate(group, rows, dweight, dbias, is_first=group.start == 0)
 
-    def finish(self, kept_tokens: KeptTokens) -> tuple[Dense, Sparse]:
+    def finish(self, kept: KeptTokens) -> tuple[Dense, Sparse]:
         """The gradients of all tokens."""
         dhidden, dweight, dbias = self.dense
         if self.workspace.student.hidden.shape[0] == 0:
@@ -52,42 +54,42 @@ class DenseGradients:
         if dhidden.dim() == 2:
             if self.workspace.shard.reduce_dhidden:
                 self.workspace.shard.sum_(dhidden)
-            dhidden = kept_tokens.restored(dhidden)
+            dhidden = kept.restored(dhidden)
         return Dense(dhidden, dweight, dbias), Sparse.none(self.workspace.logits)
 
 
 class SparseGradients(DenseGradients):
-    """Row functions that write entries: they are the gradient."""
+    """An objective that writes sparse values: they are the whole gradient."""
 
-    def __init__(self, workspace: Workspace, num_tokens: int, num_entries: int) -> None:
+    def __init__(self, workspace: Workspace, num_tokens: int, num_values: int) -> None:
         super().__init__(workspace, (False, False, False))
-        shape, vocab = (num_tokens, num_entries), workspace.student.vocab
+        shape, vocab = (num_tokens, num_values), workspace.student.vocab
         hidden = workspace.student.hidden
         self.columns = hidden.new_full(shape, vocab, dtype=torch.int32)
         self.values = workspace.logits.new_zeros(shape)
 
-    def entries(self, at: slice) -> SparseBuffers:
+    def sparse_buffers(self, at: slice) -> SparseBuffers:
         return SparseBuffers(self.columns[at], self.values[at], self.workspace.student.vocab)
 
     def accumulate(self, group: slice) -> None:
-        """They are where they belong."""
+        """Nothing to do: the objective has written them where they stay."""
 
-    def finish(self, kept_tokens: KeptTokens) -> tuple[Dense, Sparse]:
-        num_tokens, num_entries = self.columns.shape
-        num_walked = self.workspace.student.hidden.shape[0]
-        columns, values = self.columns[:num_walked], self.values[:num_walked]
-        places = torch.full((num_walked,), num_entries, device=columns.device)
-        if num_walked < num_tokens:
-            places = kept_tokens.restored(places)
+    def finish(self, kept: KeptTokens) -> tuple[Dense, Sparse]:
+        num_tokens, num_values = self.columns.shape
+        num_kept = self.workspace.student.hidden.shape[0]
+        columns, values = self.columns[:num_kept], self.values[:num_kept]
+        places = torch.full((num_kept,), num_values, device=columns.device)
+        if num_kept < num_tokens:
+            places = kept.restored(places)
         else:  # tokens without a weight have places too, which are not used
-            columns.masked_fill_(~kept_tokens.alive[:, None], self.workspace.student.vocab)
+            columns.masked_fill_(~kept.has_weight[:, None], self.workspace.student.vocab)
         used = columns < self.workspace.student.vocab
         sparse = Sparse.none(values)._replace(
             columns=self.columns.flatten(),
             values=self.values.flatten(),
             starts=starts_of(places),
-            kept=kept_tokens.restored(used.sum(-1)),
-            norm=kept_tokens.restored(values.abs().sum(-1)),
+            kept=kept.restored(used.sum(-1)),
+            norm=kept.restored(values.abs().sum(-1)),
             dropped=values.new_zeros(num_tokens),
         )
         return self.dense, sparse
@@ -106,22 +108,22 @@ class Part(NamedTuple):
 
 
 class CertifiedGradients(DenseGradients):
-    """Rows whose largest entries are enough keep those; the others take the dense way.
+    """Rows whose largest values are enough keep those; the other rows stay dense.
 
-    The dense rows of a group move to the front of the workspace's gradients and wait there for
-    those of the next groups: a GEMM that reads the whole head needs many.
+    A GEMM reads the whole head, so it pays for many rows only.  The dense rows of a group therefore
+    move to the front of the workspace's dlogits and wait there for those of the next groups.
     """
 
     def __init__(
         self,
         workspace: Workspace,
         functions: Functions,
-        formed: Formed,  # what is formed of dense rows at once
+        wanted: Wanted,  # which gradients of dense rows forward finishes
         tolerance: float,
         reduced: bool,
     ) -> None:
-        self.workspace, self.functions, self.formed = workspace, functions, formed
-        self.dense = unfilled(workspace, formed, 0, 0)
+        self.workspace, self.functions, self.wanted = workspace, functions, wanted
+        self.dense = unfilled(workspace, wanted, 0, 0)
         self.tolerance, self.reduced = tolerance, reduced
         self.waiting: list[Tensor] = []  # tokens of the rows that wait
         self.dhidden: list[Tensor] = []
@@ -143,17 +145,18 @@ class CertifiedGradients(DenseGradients):
             selection = self.functions.sparse.select(rows, share, min(MOST, vocab))
         shard = self.workspace.shard
         failed = needs_dense(selection, self.tolerance, self.reduced)
-        is_dense = shard.max(failed.byte()).bool()  # on one rank: on all, who go on alike
+        # a row that is dense on one rank is dense on all, so that all make the same GEMMs
+        is_dense = shard.max(failed.byte()).bool()
         dense = is_dense.nonzero()[:, 0]
-        if 2 * dense.numel() > count:  # the rest would save less than moving the others costs
-            part = _without_entries(selection, group)
+        if 2 * dense.numel() > count:  # moving the dense rows would cost more than it saves
+            part = _all_dense(selection, group)
         else:
             threshold = selection.values.new_zeros(())
             if self.reduced:
                 threshold = smallest_kept(selection, is_dense, self.tolerance)
             part = _cut(selection, is_dense, threshold, dense + group.start, vocab)
         self.parts.append(part)
-        if any(self.formed):
+        if any(self.wanted):
             self._keep(part.dense_tokens - group.start, count)
             self.waiting.append(part.dense_tokens)
             if 2 * self.first_row > self.workspace.layout.group:
@@ -167,27 +170,27 @@ class CertifiedGradients(DenseGradients):
         if rows.numel() == count:
             return
         for part in (rows + to).split(self.workspace.layout.chunk):
-            # no row goes behind where it was, so what is overwritten has moved before
+            # no row moves backwards, so a row that is overwritten has already moved
             gradients[to : to + part.numel()] = gradients.index_select(0, part)
             to += part.numel()
 
     def _flush(self) -> None:
-        """Carry the rows on that wait."""
+        """Accumulate the rows that wait."""
         tokens, self.waiting, self.first_row = torch.cat(self.waiting), [], 0
         is_first = not self.dhidden
         if is_first:
-            self.dense = unfilled(self.workspace, self.formed, 0)
+            self.dense = unfilled(self.workspace, self.wanted, 0)
         _, dweight, dbias = self.dense
-        dhidden = unfilled(self.workspace, (self.formed[0], False, False), tokens.numel()).dhidden
+        dhidden = unfilled(self.workspace, (self.wanted[0], False, False), tokens.numel()).dhidden
         self.dhidden.append(dhidden)
         self.workspace.accumulate(tokens, dhidden, dweight, dbias, is_first=is_first)
 
-    def finish(self, kept_tokens: KeptTokens) -> tuple[Dense, Sparse]:
+    def finish(self, kept: KeptTokens) -> tuple[Dense, Sparse]:
         if self.first_row:
             self._flush()
         parts = Part(*(torch.cat(tensors) for tensors in zip(*self.parts, strict=True)))
         by_token = {
-            name: kept_tokens.restored(getattr(parts, name))
+            name: kept.restored(getattr(parts, name))
             for name in ("kept", "norm", "dropped", "dropped_mass")
         }
         dense = self.dense
@@ -198,14 +201,14 @@ class CertifiedGradients(DenseGradients):
             values=parts.values,
             starts=starts_of(by_token["kept"]),
             mean_row=mean_row(self.workspace.student.weight),
-            dense_tokens=kept_tokens.tokens(parts.dense_tokens),
+            dense_tokens=kept.tokens(parts.dense_tokens),
             **by_token,
         )
         return dense, sparse
 
 
 def _nothing_to_select(rows: Tensor) -> Selection:
-    """Of a rank that has padding alone, in the accumulation's dtype."""
+    """The selection of a rank whose columns are all padding."""
     none = rows.new_zeros(rows.shape[0], dtype=accumulation_dtype(rows.dtype))
     columns = rows.new_empty((rows.shape[0], 0), dtype=torch.int32)
     return Selection(columns, columns.to(none.dtype), none.long(), none, none, none)
@@ -214,7 +217,7 @@ def _nothing_to_select(rows: Tensor) -> Selection:
 def _cut(
     selection: Selection, is_dense: Tensor, threshold: Tensor, dense_tokens: Tensor, vocab: int
 ) -> Part:
-    """The entries from the threshold on of the rows that are not dense."""
+    """Keep the values of at least the threshold, in the rows that are not dense."""
     columns, values = selection.columns, selection.values
     small = values.abs() < threshold
     used = (columns < vocab) & ~small & ~is_dense[:, None]
@@ -232,8 +235,8 @@ def _cut(
     )
 
 
-def _without_entries(selection: Selection, group: slice) -> Part:
-    """Every row of a group is dense."""
+def _all_dense(selection: Selection, group: slice) -> Part:
+    """The part of a group whose rows are all dense."""
     columns, values, count, norm, *_ = selection
     tokens = torch.arange(group.start, group.stop, device=norm.device)
     none = torch.zeros_like(norm)

@@ -1,15 +1,16 @@
-"""The walk over chunks of tokens: every fused loss is this operator with other row functions.
+"""The chunk loop: every fused loss is this one operator with another objective.
 
-A chunk's hidden states become logits, an objective turns them into its values and, where a gradient
-is wanted, into dlogits; two GEMMs turn the dlogits of a few chunks into the gradients w.r.t. hidden
-states and head, and the logits are forgotten.  Extra memory is O(C V), never O(N V).  A
-gradient that has few entries, or may be cut to few (``gradients.py``), is kept as those instead.
+A chunk of hidden states becomes logits (``workspace.fill``), the objective turns the logits into
+values and, where a gradient is wanted, into dlogits, and two GEMMs turn the dlogits of a group of
+chunks into dhidden and dweight (``gradients.accumulate``).  Then the logits are forgotten: extra
+memory is O(C V), never O(N V).  dlogits that are sparse, or that a tolerance allows to be, are kept
+as a few values for each token instead (``gradients.py``).
 
-The gradient is that of ``sum(row_weights * values)``.  Where the loss is reduced inside,
-``row_weights`` is the token weights; otherwise it is 1 where a token has a weight.
+Forward computes the gradient of ``sum(row_weights * values)`` at once where the row weights are
+known: where the loss is reduced inside, they are the token weights.  Otherwise backward runs the
+chunks again, with autograd's gradient as row weights (``backward.py``).
 
-Dimension key:  N tokens, A tokens with a weight, D hidden size, V vocabulary, J values of a row
-                function for each token, K entries of a row
+Dimension key:  N tokens, D hidden size, V vocabulary, J values of an objective for each token
 """
 
 import itertools
@@ -24,17 +25,18 @@ from fused_sd.engine.backend import choose_functions
 from fused_sd.engine.chunk import Chunk, Objective
 from fused_sd.engine.gradients import CertifiedGradients, DenseGradients, SparseGradients
 from fused_sd.engine.kept_tokens import KeptTokens
-from fused_sd.engine.saved import Dense, Sparse
-from fused_sd.engine.workspace import Workspace
-from fused_sd.head.projection import Projection, Shaping, accumulation_dtype
+from fused_sd.engine.saved import Dense, Sparse, Wanted
+from fused_sd.engine.workspace import Needs, Workspace
+from fused_sd.head.lm_head import Shaping
+from fused_sd.head.projection import Projection, accumulation_dtype
 from fused_sd.head.vocab_shard import Shards, VocabShard
 from fused_sd.settings import decode, setting
 from fused_sd.torch_kernels.slices import slices
 
 
 @setting
-class Options(NamedTuple):
-    """How the walk runs, beside its tensors."""
+class RunSettings(NamedTuple):
+    """How the chunks are run, beside the objective and the tensors."""
 
     student: Shaping
     teacher: Shaping | None
@@ -47,14 +49,14 @@ class Options(NamedTuple):
 
 
 class GradientPlan(NamedTuple):
-    """Which gradients a walk forms, and how."""
+    """Which gradients a run computes, and in which form."""
 
-    kind: Literal["nothing", "dense", "entries", "certified"]
-    dense: tuple[bool, bool, bool]  # by hidden, weight, bias: those that backward only scales
+    kind: Literal["nothing", "dense", "sparse", "certified"]
+    dense: Wanted  # which dense gradients forward finishes, so that backward only scales them
 
 
 class Outputs(NamedTuple):
-    """What the operator returns, in this order and flattened; what is not formed is empty."""
+    """What the operator returns, flattened in this order; what is not computed is empty."""
 
     total: Tensor  # (), sum(row_weights * values)
     values: Tensor  # (N, J)
@@ -71,22 +73,25 @@ FIRST_EXTRA = FIRST_SPARSE + len(Sparse._fields)
 
 
 def structured(flat: Sequence[Any]) -> Outputs:
-    """The operator's outputs, or what autograd knows of them, by their names."""
+    """The operator's outputs by name, or what autograd holds in their places."""
     dense, sparse = Dense(*flat[2:FIRST_SPARSE]), Sparse(*flat[FIRST_SPARSE:FIRST_EXTRA])
     return Outputs(flat[0], flat[1], dense, sparse, list(flat[FIRST_EXTRA:]))
 
 
-def plan_gradients(rows: Objective, options: Options, wanted: Sequence[bool]) -> GradientPlan:
-    """What a walk forms: of whole rows, what backward can reach by scaling it."""
+def plan_gradients(
+    objective: Objective, settings: RunSettings, wanted: Sequence[bool]
+) -> GradientPlan:
+    """Decide what a run computes; of dense gradients, those that backward need only scale."""
     nothing = (False, False, False)
     if not any(wanted):
         return GradientPlan("nothing", nothing)
-    if rows.num_entries:
-        return GradientPlan("entries", nothing)
-    hidden_only = tuple(wanted) == (True, False, False) and rows.num_values == 1
+    if objective.num_sparse_values:
+        return GradientPlan("sparse", nothing)
+    # one value a token and a frozen head: backward can scale each row of dhidden by itself
+    hidden_only = tuple(wanted) == (True, False, False) and objective.num_values == 1
     hidden, weight, bias = wanted
-    dense = (hidden, weight, bias) if options.reduced or hidden_only else nothing
-    if options.tolerance is not None:
+    dense = (hidden, weight, bias) if settings.reduced or hidden_only else nothing
+    if settings.tolerance is not None:
         return GradientPlan("certified", dense)
     return GradientPlan("dense" if any(dense) else "nothing", dense)
 
@@ -101,97 +106,91 @@ def chunked_run(
     teacher_bias: Tensor | None,  # (V',)
     row_weights: Tensor | None,  # (N, J) or (N, 1); None: ones
     inputs: list[Tensor],  # each (N, ...)
-    text: str,  # rows and options, encoded
+    text: str,  # objective and settings, encoded
     floats: list[float],
     ints: list[int],
-    wanted: list[bool],  # gradients by hidden, weight, bias
+    wanted: list[bool],  # gradients w.r.t. hidden, weight, bias
 ) -> list[Tensor]:
-    """Walk; returns ``Outputs``, flat."""
-    rows: Objective
-    options: Options
-    rows, options = decode(text, floats, ints)
+    """Run the chunks; returns ``Outputs``, flat."""
+    objective: Objective
+    settings: RunSettings
+    objective, settings = decode(text, floats, ints)
     num_tokens, wide = hidden.shape[0], accumulation_dtype(hidden.dtype)
     if row_weights is None:
         row_weights = hidden.new_ones((num_tokens, 1), dtype=wide)
-    kept_tokens = KeptTokens(row_weights, options.compact)
-    formed = plan_gradients(rows, options, wanted)
-    hidden, row_weights = kept_tokens.select(hidden), kept_tokens.select(row_weights)
-    inputs = [kept_tokens.select(tensor) for tensor in inputs]
+    kept = KeptTokens(row_weights, settings.compact)
+    plan = plan_gradients(objective, settings, wanted)
+    hidden, row_weights = kept.select(hidden), kept.select(row_weights)
+    inputs = [kept.select(tensor) for tensor in inputs]
 
     # fp16: divide the weights by their maximum so that dlogits do not underflow; multiply back in
     # fp32 at the end
     unit = row_weights.abs().amax().clamp(min=1e-30) if _fp16_gradient(hidden) else None
-    student = Projection(hidden, weight, bias, options.student)
+    student = Projection(hidden, weight, bias, settings.student)
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
-        assert options.teacher is not None
-        teacher_hidden = kept_tokens.select(teacher_hidden)
-        teacher = Projection(
-            teacher_hidden, teacher_weight, teacher_bias, options.teacher, other=student
-        )
-    stop = hidden.shape[0]
-    values, *extras = _by_token(rows, hidden, stop)
-    functions = choose_functions(options.backend, hidden.device, wide)
+        assert settings.teacher is not None
+        states = kept.select(teacher_hidden)
+        teacher = Projection(states, teacher_weight, teacher_bias, settings.teacher, other=student)
+    functions = choose_functions(settings.backend, hidden.device, wide)
+    vocab = student.vocab if teacher is None else max(student.vocab, teacher.vocab)
+    shard = VocabShard(settings.shards, vocab)
     sizes = hidden.numel(), weight.numel(), weight.shape[0]
-    vocab = max(student.vocab, teacher.vocab if teacher is not None else 0)
-    shard = VocabShard(options.shards, vocab)
-    workspace = Workspace(
-        student,
-        teacher,
-        rows.whole_sides,
-        functions.sparse.entry_logits,
-        formed.kind in ("dense", "certified"),
-        wide.itemsize * sum(itertools.compress(sizes, formed.dense)),
-        options.chunk_size,
-        shard,
+    needs = Needs(
+        objective.whole_sides,
+        plan.kind in ("dense", "certified"),
+        wide.itemsize * sum(itertools.compress(sizes, plan.dense)),
+        settings.chunk_size,
     )
+    workspace = Workspace(student, teacher, needs, functions.sparse.entry_logits, shard)
     gradients: DenseGradients
-    if formed.kind == "entries":
-        gradients = SparseGradients(workspace, num_tokens, rows.num_entries)
-    elif formed.kind == "certified":
-        assert options.tolerance is not None
+    if plan.kind == "sparse":
+        gradients = SparseGradients(workspace, num_tokens, objective.num_sparse_values)
+    elif plan.kind == "certified":
+        assert settings.tolerance is not None
         if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
             checks.fail(
                 "gradient",
                 "be 'dense' under CUDA graph capture",
                 "'sparse'",
-                "how many entries and dense rows there are must be read from the device",
+                "how many values and dense rows there are must be read from the device",
             )
-        settings = formed.dense, options.tolerance, options.reduced
-        gradients = CertifiedGradients(workspace, functions, *settings)
+        chosen = plan.dense, settings.tolerance, settings.reduced
+        gradients = CertifiedGradients(workspace, functions, *chosen)
     else:
-        gradients = DenseGradients(workspace, formed.dense)
+        gradients = DenseGradients(workspace, plan.dense)
 
-    start = 0
+    start, stop = 0, hidden.shape[0]
+    values, *extras = _by_token(objective, hidden, stop)
     while start < stop:
         group = slice(start, min(start + gradients.tokens_that_fit(), stop))
         for at in slices(group.start, group.stop, workspace.layout.chunk):
             scaled = row_weights[at] if unit is None else row_weights[at] / unit
             chunk = Chunk(
                 *workspace.fill(at, gradients.first_row + at.start - group.start),
-                gradients.entries(at),
-                workspace.width if functions.rows.READS_PADDING else workspace.vocab,
-                workspace.width,
-                [tensor[at] for tensor in inputs],
-                None if formed.kind == "nothing" else scaled,
-                options.student,
-                functions,
-                shard,
+                sparse=gradients.sparse_buffers(at),
+                columns=workspace.width if functions.rows.READS_PADDING else workspace.vocab,
+                width=workspace.width,
+                inputs=[tensor[at] for tensor in inputs],
+                row_weights=None if plan.kind == "nothing" else scaled,
+                shaping=settings.student,
+                functions=functions,
+                shard=shard,
             )
-            values[at], chunk_extras = rows(chunk)
+            values[at], chunk_extras = objective(chunk)
             for buffer, extra in zip(extras, chunk_extras, strict=True):
                 buffer[at] = extra
         gradients.accumulate(group)
         start = group.stop
 
-    kept_tokens.clear_(values)
+    kept.clear_(values)
     total = (row_weights * values).sum()
-    dense, sparse = gradients.finish(kept_tokens)
+    dense, sparse = gradients.finish(kept)
     if unit is not None:
         scaled_too = sparse.values, sparse.dropped_mass, sparse.norm, sparse.dropped
         for gradient in (*dense, *scaled_too):
             gradient *= unit
-    restored = [kept_tokens.restored(buffer) for buffer in (values, *extras)]
+    restored = [kept.restored(buffer) for buffer in (values, *extras)]
     return Outputs(total, restored[0], dense, sparse, restored[1:]).flat()
 
 
@@ -210,36 +209,36 @@ def _(
     ints: list[int],
     wanted: list[bool],
 ) -> list[Tensor]:
-    rows, options = decode(text, floats, ints)
+    objective, settings = decode(text, floats, ints)
     num_tokens, wide = hidden.shape[0], accumulation_dtype(hidden.dtype)
-    formed = plan_gradients(rows, options, wanted)
+    plan = plan_gradients(objective, settings, wanted)
     total = hidden.new_empty((), dtype=wide)
-    values, *extras = _by_token(rows, hidden, num_tokens)
+    values, *extras = _by_token(objective, hidden, num_tokens)
     sparse = Sparse.none(total)
     sizes: list[Any] = [num_tokens, weight.shape[0], weight.shape[0]]
-    if formed.kind in ("entries", "certified"):
-        num_entries = num_tokens * rows.num_entries
+    if plan.kind in ("sparse", "certified"):
+        num_values = num_tokens * objective.num_sparse_values
         by_token = {
             name: getattr(sparse, name).new_empty(num_tokens)
             for name in ("kept", "norm", "dropped")
         }
-        if formed.kind == "certified":  # whose sizes depend on what is in the gradient
+        if plan.kind == "certified":  # whose sizes depend on what is in the gradient
             size = torch.library.get_ctx().new_dynamic_size
-            num_entries, num_dense = size(), size()
-            sizes = [num_dense, *(size() if is_formed else 0 for is_formed in formed.dense[1:])]
+            num_values, num_dense = size(), size()
+            sizes = [num_dense, *(size() if is_wanted else 0 for is_wanted in plan.dense[1:])]
             by_token["dropped_mass"] = total.new_empty(num_tokens)
             by_token["mean_row"] = total.new_empty(weight.shape[1])
             by_token["dense_tokens"] = sparse.dense_tokens.new_empty(num_dense)
         sparse = sparse._replace(
-            columns=sparse.columns.new_empty(num_entries),
-            values=total.new_empty(num_entries),
+            columns=sparse.columns.new_empty(num_values),
+            values=total.new_empty(num_values),
             starts=sparse.starts.new_empty(num_tokens + 1),
             **by_token,
         )
     trailing: list[tuple[int, ...]] = [(hidden.shape[1],), (weight.shape[1],), ()]
     dense = [
-        total.new_empty((size, *rest) if is_formed else 0)
-        for is_formed, size, rest in zip(formed.dense, sizes, trailing, strict=True)
+        total.new_empty((size, *rest) if is_wanted else 0)
+        for is_wanted, size, rest in zip(plan.dense, sizes, trailing, strict=True)
     ]
     return Outputs(total, values, Dense(*dense), sparse, extras).flat()
 
@@ -248,11 +247,11 @@ def _fp16_gradient(hidden: Tensor) -> bool:
     return hidden.is_cuda and hidden.dtype == torch.float16 and hidden.shape[0] > 0
 
 
-def _by_token(rows: Objective, hidden: Tensor, num_tokens: int) -> list[Tensor]:
-    """Memory for values and extras of so many tokens."""
+def _by_token(objective: Objective, hidden: Tensor, num_tokens: int) -> list[Tensor]:
+    """Memory for the values and extras of so many tokens."""
     wide = accumulation_dtype(hidden.dtype)
-    buffers = [hidden.new_empty((num_tokens, rows.num_values), dtype=wide)]
-    for is_ids, trailing in rows.extras():
+    buffers = [hidden.new_empty((num_tokens, objective.num_values), dtype=wide)]
+    for is_ids, trailing in objective.extras():
         dtype = torch.int64 if is_ids else wide
         buffers.append(hidden.new_empty((num_tokens, *trailing), dtype=dtype))
     return buffers

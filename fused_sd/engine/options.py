@@ -1,42 +1,120 @@
-"""How a loss runs, whatever it is: the settings that every loss takes and hands to the walk."""
+"""The options that every loss takes: declared once, checked once, passed on as one object.
 
-from typing import NamedTuple
+This is where a loss call begins inside the library (after the public function in ``losses/``): a
+public loss ends in ``**options: Unpack[LossOptions]``, so that callers write plain keywords, and
+makes one ``Options`` of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
 
 import torch.distributed as dist
+from torch import Tensor
 
 from fused_sd import checks
-from fused_sd.engine.certificate import checked_tolerance
+from fused_sd.engine.certificate import GradientKind, checked_tolerance
+
+Reduction = Literal["sum", "mean", "none"]
 
 
-class Execution(NamedTuple):
-    """How a walk runs, beside what it computes."""
+class LossOptions(TypedDict, total=False):
+    """Keywords that every loss takes; ``Options`` says what they mean."""
 
+    token_weights: Tensor | None
+    temperature: float
+    teacher_temperature: float | None
+    reduction: Reduction
+    metrics: Sequence[str]
+    gradient: GradientKind
+    tolerance: float | None
     compact: bool
     backend: str
     chunk_size: int | None
     process_group: "dist.ProcessGroup | None"
     reduce_dhidden: bool
-    tolerance: float | None  # of a certified sparse gradient; None: a dense one
 
 
-def execution(
-    gradient: str,
-    tolerance: float | None,
-    compact: bool,
-    backend: str,
-    chunk_size: int | None,
-    process_group: "dist.ProcessGroup | None",
-    reduce_dhidden: bool,
-) -> Execution:
-    """The settings, checked."""
-    checks.check_backend_choice(backend)
-    if chunk_size is not None:
-        checks.check_positive_int("chunk_size", chunk_size)
-    return Execution(
-        compact,
-        backend,
-        chunk_size,
-        process_group,
-        reduce_dhidden,
-        checked_tolerance(gradient, tolerance),
-    )
+@dataclass(frozen=True, eq=False)
+class Options:
+    """How a loss is weighted, reduced, observed and run, whatever it compares.
+
+    Args:
+        token_weights: (...) mask, normaliser and advantage in one.  A token of weight 0 contributes
+            exactly 0 and costs nothing, whatever its states hold.  None: ones.
+        temperature: divides the logits of both sides; there is no temperature-squared factor.
+        teacher_temperature: divides the teacher's logits instead, where given.
+        reduction: ``"sum"``; ``"mean"``, the sum divided by the sum of the weights; ``"none"``.
+        metrics: names of what to return per token beside the loss.
+        gradient: ``"dense"``, or ``"sparse"``: of each token's logit gradient the largest entries
+            are kept, the rest is put on the head's mean row, and a token whose gradient is not
+            nearly sparse keeps all of it.  Saves two of four GEMMs where most tokens are nearly
+            decided.  A renormalised support needs neither: its gradient has K entries.
+        tolerance: share of the gradient's L1 norm that a sparse gradient may drop, over the batch;
+            with ``reduction="none"`` of each token.  None: 2**-8.
+        compact: drop tokens of weight 0 before any GEMM.  Their number is read from the device
+            once; False computes and discards them instead.
+        backend: ``"auto"``: Triton on a GPU, PyTorch elsewhere; or one of the two by name.
+        chunk_size: tokens whose logits are held at a time; changes memory and time, and the result
+            in the last bits only.  None: as many as a memory budget allows.
+        process_group: ranks that share the vocabulary (tensor parallelism).  Each passes its own
+            rows of both heads, and the same of everything else; ids count over all ranks.  Every
+            rank returns the same loss, and the gradient of its own rows.  The first call with a
+            given weight runs one all-gather to check that all ranks hold equally many rows; pass
+            ``LMHead(weight, shard_sizes=...)`` to skip it.
+        reduce_dhidden: with ``process_group``, add the ranks' parts of the hidden states' gradient;
+            False where the framework does (Megatron's sequence parallelism, an all-reduce behind
+            the loss).
+
+    Raises:
+        ValueError: when a value is out of range.
+    """
+
+    token_weights: Tensor | None = None
+    temperature: float = 1.0
+    teacher_temperature: float | None = None
+    reduction: Reduction = "sum"
+    metrics: Sequence[str] = ()
+    gradient: GradientKind = "dense"
+    tolerance: float | None = None
+    compact: bool = True
+    backend: str = "auto"
+    chunk_size: int | None = None
+    process_group: "dist.ProcessGroup | None" = None
+    reduce_dhidden: bool = True
+
+    def __post_init__(self) -> None:
+        checks.check_reduction(self.reduction)
+        checks.check_positive("temperature", self.temperature)
+        if self.teacher_temperature is not None:
+            checks.check_positive("teacher_temperature", self.teacher_temperature)
+        checks.check_backend_choice(self.backend)
+        if self.chunk_size is not None:
+            checks.check_positive_int("chunk_size", self.chunk_size)
+        checked_tolerance(self.gradient, self.tolerance)
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether the loss is one number, whose row weights are known in forward."""
+        return self.reduction != "none"
+
+    @property
+    def sparse_tolerance(self) -> float | None:
+        """Tolerance of a sparse gradient; None: the gradient is dense."""
+        return checked_tolerance(self.gradient, self.tolerance)
+
+    def teacher_divisor(self, has_teacher_states: bool) -> float:
+        """What the teacher's logits are divided by.
+
+        Raises:
+            ValueError: when a teacher's temperature is given and there are no logits to divide.
+        """
+        given = self.teacher_temperature
+        if given is not None and not has_teacher_states:
+            checks.fail(
+                "teacher_temperature",
+                "be left out where the teacher is not given by its hidden states",
+                given,
+                "log-probabilities have the temperature that they were computed at",
+            )
+        return self.temperature if given is None else given

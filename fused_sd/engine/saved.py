@@ -1,7 +1,7 @@
-"""What a walk leaves for backward: finished gradients, and entries.
+"""What a chunked run leaves for backward: finished gradients, and sparse values.
 
-Dimension key:  N tokens, D hidden size, V vocabulary, E entries of all, F tokens whose gradient is
-                dense
+Dimension key:  N tokens, D hidden size, V vocabulary, E sparse values of all tokens, F tokens whose
+                gradient is dense
 """
 
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fused_sd.engine.workspace import Workspace
 
-Formed = tuple[bool, bool, bool]  # gradients by hidden states, weight, bias
+Wanted = tuple[bool, bool, bool]  # which gradients: w.r.t. hidden states, weight, bias
 
 
 class Dense(NamedTuple):
-    """Gradients formed by GEMMs, in fp32 or fp64; (0,) where they are not formed."""
+    """Gradients that GEMMs made, in fp32 or fp64; (0,) where they are not wanted."""
 
     dhidden: Tensor  # (N, D); of a certified gradient (F, D)
     dweight: Tensor  # (V, D); of a certified gradient without dense rows (0, D)
@@ -23,17 +23,17 @@ class Dense(NamedTuple):
 
 
 class Sparse(NamedTuple):
-    """A gradient by the product in entries, and what it leaves out; (0,) where there is none."""
+    """The logits' gradient as sparse values, and what it leaves out; (0,) where there is none."""
 
-    columns: Tensor  # (E,) int32; V: a place that is not used
+    columns: Tensor  # (E,) int32; V marks a place that is not used
     values: Tensor  # (E,)
-    starts: Tensor  # (N + 1,) int64
-    dropped_mass: Tensor  # (N,) mass that goes to the mean row of the head
-    mean_row: Tensor  # (D,)
+    starts: Tensor  # (N + 1,) int64, where each token's values begin
+    dropped_mass: Tensor  # (N,) signed sum of what is left out, which goes to the head's mean row
+    mean_row: Tensor  # (D,) mean of the head's rows
     dense_tokens: Tensor  # (F,) int64, ascending
-    kept: Tensor  # (N,) int64
-    norm: Tensor  # (N,)
-    dropped: Tensor  # (N,)
+    kept: Tensor  # (N,) int64, number of values of each token
+    norm: Tensor  # (N,) L1 norm of each token's gradient
+    dropped: Tensor  # (N,) L1 norm of what is left out
 
     @classmethod
     def none(cls, like: Tensor) -> "Sparse":
@@ -45,22 +45,22 @@ class Sparse(NamedTuple):
 
 def unfilled(
     workspace: Workspace,
-    formed: Formed,
-    num_tokens: int | None = None,  # None: all that are walked
+    wanted: Wanted,
+    num_tokens: int | None = None,  # None: all that are run
     num_columns: int | None = None,  # None: V
 ) -> Dense:
-    """Memory for the gradients that are formed; a bias's is added to."""
+    """Memory for the wanted gradients; that of a bias is 0, since its parts are added."""
     student, wide = workspace.student, workspace.logits
     num_tokens = student.hidden.shape[0] if num_tokens is None else num_tokens
     num_columns = student.vocab if num_columns is None else num_columns
     width = student.hidden.shape[1]
     shapes = [(num_tokens, width), (num_columns, width), (num_columns,)]
-    given = zip(formed, shapes, strict=True)
-    tensors = [wide.new_empty(shape if is_formed else 0) for is_formed, shape in given]
+    given = zip(wanted, shapes, strict=True)
+    tensors = [wide.new_empty(shape if is_wanted else 0) for is_wanted, shape in given]
     tensors[2].zero_()
     return Dense(*tensors)
 
 
 def starts_of(counts: Tensor) -> Tensor:
-    """(N + 1,) where the entries of each token begin."""
+    """(N + 1,) where the values of each token begin, and the end of the last."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

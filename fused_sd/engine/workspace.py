@@ -1,10 +1,12 @@
-"""The memory of the chunk loop, and the GEMMs that fill and empty it.
+"""The memory of the chunk loop, and the GEMMs that fill it and empty it.
 
-Logits are held for a chunk at a time, their gradients for a group of chunks.  A gradient as wide as
-its logit takes the logit's place; a 16-bit one has its own memory.
+Logits are held for one chunk at a time, dlogits (their gradients) for a group of chunks.  A dlogit
+as wide as its logit takes the logit's place; 16-bit dlogits have memory of their own.
 
 Dimension key:  C tokens in a chunk, G tokens in a group, D hidden size, V vocabulary, W columns
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,92 +23,99 @@ from fused_sd.head.projection import (
 from fused_sd.head.vocab_shard import VocabShard
 
 
+class Needs(NamedTuple):
+    """What a run needs of its workspace."""
+
+    whole_sides: tuple[bool, bool]  # whether the whole logits of student and teacher are made
+    has_dlogits: bool  # whether gradients of whole rows are held
+    reserved: int  # bytes that finished gradients will take besides
+    chunk_size: int | None  # as the caller chose it
+
+
 class Workspace:
-    """Logits of a chunk and gradients of a group, for one walk."""
+    """Logits of a chunk and dlogits of a group, for one run."""
 
     def __init__(
         self,
         student: Projection,
         teacher: Projection | None,
-        whole: tuple[bool, bool],  # sides whose whole logits are made
-        dot_products: DotProducts,  # for the other sides
-        has_gradient: bool,  # whether gradients by whole rows are
-        reserved: int,  # bytes that finished gradients will take
-        chunk_size: int | None,
+        needs: Needs,
+        dot_products: DotProducts,  # for a side whose whole logits are not made
         shard: VocabShard,
     ) -> None:
         hidden = student.hidden
         wide = accumulation_dtype(hidden.dtype)
         self.student, self.teacher = student, teacher
-        self.whole_student, self.whole_teacher = whole[0], teacher is not None and whole[1]
+        self.whole_student = needs.whole_sides[0]
+        self.whole_teacher = teacher is not None and needs.whole_sides[1]
         self.dot_products = dot_products
         self.shard = shard
         self.vocab = max(student.vocab, teacher.vocab if teacher is not None else 0)
         size = RunSize(
-            max(shard.sizes),  # of all ranks, whose chunks must be the same
+            max(shard.sizes),  # of all ranks, whose chunks must be equally long
             self.whole_student + self.whole_teacher,
             wide.itemsize,
             student.dtype.itemsize,
-            has_gradient,
+            needs.has_dlogits,
         )
         self.width, num_tokens = size.width, hidden.shape[0]
-        budget = budget_on(hidden.device, reserved, shard.alone) if chunk_size is None else 0
-        self.layout: Layout = choose_layout(size, num_tokens, budget, chunk_size)
+        budget = 0
+        if needs.chunk_size is None:
+            budget = budget_on(hidden.device, needs.reserved, shard.alone)
+        self.layout: Layout = choose_layout(size, num_tokens, budget, needs.chunk_size)
         chunk, group = min(self.layout.chunk, num_tokens), min(self.layout.group, num_tokens)
         self.gradients = None  # (G, W)
-        if has_gradient:
+        if needs.has_dlogits:
             self.gradients = hidden.new_empty((group, size.width), dtype=student.dtype)
         self.in_place = size.in_place
         sides = size.sides - size.in_place
         self.logits = hidden.new_empty((sides, chunk, size.width), dtype=wide)
 
     def fill(self, at: slice, row: int) -> tuple[Side, Side | None, Tensor | None]:
-        """Logits of a chunk on both sides, and where their gradient goes.
+        """Make the logits of a chunk on both sides.
 
         Args:
-            row: of the group's gradients, where those of the chunk begin.
+            at: the chunk's tokens.
+            row: first row of the group's dlogits that belongs to the chunk.
 
         Returns:
-            The student's logits, the teacher's, and the gradient's memory (C, W).
+            The student's logits, the teacher's, and the memory (C, W) for dlogits.
         """
         count = at.stop - at.start
         dlogits = None if self.gradients is None else self.gradients[row : row + count]
         student, teacher = self.student, self.teacher
-        logits = theirs = None
+        logits = teacher_logits = None
         places = list(self.logits[:, :count])
         if self.in_place:
             assert dlogits is not None
             places.insert(0, dlogits)
         elif len(places) == 2 and teacher is not None and teacher.weight is student.weight:
-            # one GEMM over both sides' states reads the head once
+            # one GEMM over both sides' states reads the shared head once
             both = self.logits.flatten(0, 1)[: 2 * count]
             states = torch.cat([student.chunk(at), teacher.chunk(at)])
             matmul(states, teacher.weight.t(), both[:, : teacher.vocab])
-            logits, theirs = student.finish_(both[:count]), teacher.finish_(both[count:])
+            logits, teacher_logits = student.finish_(both[:count]), teacher.finish_(both[count:])
         if self.whole_student and logits is None:
             logits = student.logits(at, places.pop(0))
         if teacher is None:
             return self._side(student, at, logits), None, dlogits
-        if self.whole_teacher and theirs is None:
-            theirs = teacher.logits(at, places.pop(0))
-        return self._side(student, at, logits), self._side(teacher, at, theirs), dlogits
+        if self.whole_teacher and teacher_logits is None:
+            teacher_logits = teacher.logits(at, places.pop(0))
+        return self._side(student, at, logits), self._side(teacher, at, teacher_logits), dlogits
 
     def _side(self, projection: Projection, at: slice, whole: Tensor | None) -> Side:
         return Side(whole, lambda columns: projection.entry_logits(at, columns, self.dot_products))
 
     def accumulate(
         self,
-        tokens: slice | Tensor,  # whose gradients lie in the first rows
+        tokens: slice | Tensor,  # whose dlogits lie in the first rows
         dhidden: Tensor,
         dweight: Tensor,
         dbias: Tensor,
         *,
-        is_first: bool,  # then the head's gradient is written, else it is added to
+        is_first: bool,  # then dweight is written, else added to
     ) -> None:
-        """Carry the gradients of a group on to its hidden states, the head and its bias.
-
-        Empty gradients are not formed.
-        """
+        """Turn a group's dlogits into dhidden, dweight and dbias; empty ones are not wanted."""
         if self.gradients is None:
             return
         hidden = self.student.chunk(tokens)

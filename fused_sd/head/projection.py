@@ -1,145 +1,20 @@
 """From hidden states to a chunk of logits and back: the only GEMMs of the library.
 
 Logits leave the GEMM in fp32 whatever the operands' dtype (float64 operands stay in float64), and
-every gradient is accumulated in that same dtype: rounding happens once, where a gradient is handed
+every gradient is accumulated in that same dtype.  Rounding happens once, when a gradient is handed
 back to autograd.
 
-Dimension key:  N tokens, C tokens in a chunk, D hidden size, V vocabulary
+Dimension key:  N tokens, C tokens in a chunk, D hidden size, V vocabulary, K chosen columns
 """
 
-import dataclasses
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from fused_sd import checks
-from fused_sd.checks import tensors as tensor_checks
-from fused_sd.head.vocab_shard import check_even_shards
-from fused_sd.settings import setting
+from fused_sd.head.lm_head import Shaping
 
 DotProducts = Callable[[Tensor, Tensor, Tensor], Tensor]  # (C, D), (V, D), ids (C, K) -> (C, K)
-
-
-@dataclass(frozen=True, eq=False)
-class LMHead:
-    """An output projection with what some models do to its product.
-
-    ``logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``; without a
-    soft-cap just the scaled product.  Accepted wherever a (V, D) weight is.
-
-    Args:
-        weight: (V, D).
-        bias: (V,), or None.
-        logit_scale: multiplies the logits (Cohere's ``logit_scale``, the inverse of Granite's
-            ``logits_scaling``).
-        softcap: Gemma's ``final_logit_softcapping``, or None.
-        valid_vocab: number of leading rows that are tokens; the padding rows behind them have no
-            probability and get no gradient.  None: all V.
-        shard_sizes: where the vocabulary lies on the ranks of a process group and ``weight`` and
-            ``bias`` are this rank's rows: the number of rows of each rank, in rank order.  None:
-            all ranks have as many.  ``valid_vocab`` counts over all ranks.
-
-    Raises:
-        ValueError: when a shape, a dtype or a number is out of range.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    valid_vocab: int | None = None
-    shard_sizes: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        tensor_checks.check_head(self.weight, self.bias)
-        tensor_checks.check_shaping(self.num_rows, self.logit_scale, self.softcap, self.valid_vocab)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the whole head, padding included."""
-        return self.weight.shape[0] if self.shard_sizes is None else sum(self.shard_sizes)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of vocabulary entries that can be predicted."""
-        return self.num_rows if self.valid_vocab is None else self.valid_vocab
-
-    def token_counts(self) -> list[int]:
-        """Vocabulary entries of each rank; of one where the head is whole."""
-        sizes = self.shard_sizes or self.weight.shape[:1]
-        starts = [0, *itertools.accumulate(sizes)]
-        return [max(0, min(size, self.num_tokens - start)) for size, start in zip(sizes, starts)]
-
-    def operands(self, hidden: Tensor, rank: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Hidden states (N, D), weight and bias as the GEMM takes them, under autocast too."""
-        weight, bias = self.weight, self.bias
-        num_valid = self.token_counts()[rank]
-        if num_valid < weight.shape[0]:
-            weight = weight[:num_valid]
-            bias = None if bias is None else bias[:num_valid]
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        device_type = hidden.device.type
-        if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device_type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        return hidden, weight, bias
-
-    def shaping(self, temperature: float) -> "Shaping":
-        """What becomes of the product, the temperature included."""
-        cap = None if self.softcap is None else self.softcap / temperature
-        return Shaping(self.logit_scale / temperature, cap)
-
-
-@setting
-class Shaping(NamedTuple):
-    """``z = cap * tanh(factor * x / cap)`` of the product x; ``cap`` None leaves ``factor * x``."""
-
-    factor: float
-    cap: float | None
-
-
-def as_head(head: "Tensor | LMHead") -> LMHead:
-    """The head a caller means by a weight alone."""
-    return head if isinstance(head, LMHead) else LMHead(head)
-
-
-def placed_head(head: "Tensor | LMHead", process_group: "dist.ProcessGroup | None") -> LMHead:
-    """The head a caller means, with the ranks' shards where the vocabulary lies on a group."""
-    head = as_head(head)
-    if process_group is None:
-        if head.shard_sizes is not None:
-            checks.fail(
-                "process_group",
-                "come with a head that has shard_sizes",
-                "None",
-                "pass the ranks' group, or a whole head without shard_sizes",
-            )
-        return head
-    if not isinstance(process_group, dist.ProcessGroup):
-        checks.fail(
-            "process_group",
-            "be a torch.distributed.ProcessGroup that this rank belongs to, or None",
-            repr(process_group),
-            "pass the tensor-parallel group, such as mesh.get_group('tp')",
-        )
-    rows, rank, num_ranks = head.weight.shape[0], process_group.rank(), process_group.size()
-    if head.shard_sizes is None:
-        check_even_shards(head.weight, process_group)
-        return dataclasses.replace(head, shard_sizes=(rows,) * num_ranks)
-    if len(head.shard_sizes) != num_ranks or head.shard_sizes[rank] != rows:
-        checks.fail(
-            "shard_sizes",
-            f"list the rows of {num_ranks} ranks, of which rank {rank} has {rows}",
-            head.shard_sizes,
-            "pass the number of rows that each rank of process_group holds, in rank order",
-        )
-    return head
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -150,8 +25,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class Projection:
     """One side's hidden states and head inside the chunk loop.
 
-    16-bit operands meet in the GPU's own mixed GEMM; elsewhere they are widened first, a head that
-    both sides share once.
+    A GPU multiplies 16-bit operands with fp32 sums.  A CPU cannot, so there they are widened to
+    fp32 first, and a head that both sides share is widened once.
     """
 
     def __init__(
@@ -186,12 +61,12 @@ class Projection:
         )
 
     def chunk(self, rows: slice | Tensor) -> Tensor:
-        """Hidden states of a chunk, or of chosen tokens: (C, D)."""
+        """Hidden states (C, D) of a chunk, or of chosen tokens."""
         return self.hidden[rows].to(self.dtype)
 
     def entry_logits(self, rows: slice, columns: Tensor, dot_products: DotProducts) -> Tensor:
-        """The chunk's logits (C, K) of columns, -inf behind this side's vocabulary."""
-        if self.vocab == 0:  # a rank that has padding alone
+        """The chunk's logits (C, K) at given columns, -inf behind this side's vocabulary."""
+        if self.vocab == 0:  # a rank whose rows are all padding
             wide = accumulation_dtype(self.dtype)
             return self.hidden.new_full(columns.shape, -torch.inf, dtype=wide)
         known = columns.clamp(max=self.vocab - 1)
@@ -206,7 +81,7 @@ class Projection:
         return self.finish_(out)
 
     def finish_(self, out: Tensor) -> Tensor:
-        """Products (C, >= V) become logits; what lies behind them becomes -inf."""
+        """Turn products (C, >= V) into logits in place, and the columns behind them into -inf."""
         logits = out[:, : self.vocab]
         if self.bias is not None:
             logits += self.bias
@@ -224,12 +99,12 @@ class Projection:
 
 
 def operand_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype in which the GEMMs take their operands, and gradients of logits are kept."""
+    """The dtype of the GEMMs' operands, and of the logits' gradients."""
     return hidden.dtype if hidden.is_cuda else accumulation_dtype(hidden.dtype)
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a @ b`` with the products summed, and kept, in the dtype of ``out``."""
+    """``out = a @ b`` with the products summed in the dtype of ``out``."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -237,7 +112,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def matmul_add_(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out += a @ b`` with the products summed, and kept, in the dtype of ``out``."""
+    """``out += a @ b`` with the products summed in the dtype of ``out``."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     else:

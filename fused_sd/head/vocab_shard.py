@@ -1,11 +1,10 @@
-"""A vocabulary that lies on several ranks: whose column is whose, and what the ranks tell each
-other.
+"""A vocabulary that several ranks share: which columns are whose, and every message between ranks.
 
-Every rank walks all tokens over its own columns, and only numbers that belong to a token travel:
-normalisers (one MAX, one SUM), logits at chosen entries (which ride along), sums over the
-vocabulary, and the candidates of a top-k.  What arrives is the same on every rank, bit by bit, so
-that all of them go on alike.  A vocabulary that is whole is a shard whose ranks have nothing to
-say.
+Each rank runs all tokens over its own columns of the head.  Only numbers that belong to a token are
+sent: normalisers (one MAX, one SUM), logits at chosen entries (in the same SUM), sums over the
+vocabulary, and the candidates of a top-k.  Every rank receives the same bits, so that all ranks
+take the same decisions afterwards.  A whole vocabulary is the special case of one shard, which
+sends nothing.
 
 Dimension key:  C tokens, K entries, W columns of this rank's logits
 """
@@ -24,24 +23,24 @@ from fused_sd.settings import setting
 
 @setting
 class Shards(NamedTuple):
-    """How a vocabulary lies on the ranks of a process group."""
+    """How the ranks of a process group share a vocabulary."""
 
     group: str  # its name
     rank: int
-    sizes: tuple[int, ...]  # token ids of each rank, in its order
+    sizes: tuple[int, ...]  # number of token ids of each rank, in rank order
     reduce_dhidden: bool
 
 
 class Joined(NamedTuple):
-    """What the ranks know together."""
+    """Numbers over the vocabulary of all ranks."""
 
     normalizers: list[Tensor]  # (C,) log-sum-exps
     entropies: list[Tensor]  # (C,) nats
-    extra_sums: list[Tensor]  # sums
+    extra_sums: list[Tensor]
 
 
 class VocabShard:
-    """This rank's columns of the vocabulary, and the way to the other ranks'."""
+    """This rank's columns of the vocabulary, and the messages to the other ranks."""
 
     def __init__(self, shards: Shards | None, vocab: int) -> None:
         self.alone = shards is None
@@ -57,19 +56,19 @@ class VocabShard:
             self.group = _resolve_process_group(shards.group)  # type: ignore[arg-type]
 
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Columns of ids, and whether they are this rank's; None: all are."""
+        """Columns of ids on this rank, and a mask of which ids are its own; None: all are."""
         if self.alone:
             return ids, None
         is_own = (ids >= self.start) & (ids < self.stop)
         return torch.where(is_own, ids - self.start, 0), is_own
 
     def columns(self, ids: Tensor, elsewhere: int) -> Tensor:
-        """Columns of ids; those of other ranks point to the one that is named."""
+        """Columns of ids on this rank; ids of other ranks get the column ``elsewhere``."""
         columns, is_own = self.local(ids)
         return columns if is_own is None else torch.where(is_own, columns, elsewhere)
 
     def sum(self, *parts: Tensor) -> list[Tensor]:
-        """The parts of all ranks, added in one message."""
+        """Add the parts of all ranks, in one message."""
         if self.alone or not parts:
             return list(parts)
         packed = torch.cat([part.reshape(-1) for part in parts])
@@ -78,12 +77,12 @@ class VocabShard:
         return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
 
     def sum_(self, part: Tensor) -> None:
-        """Add the other ranks' parts, in place."""
+        """Add the other ranks' parts to this one, in place."""
         if not self.alone and part.numel():
             dist.all_reduce(part, group=self.group)
 
     def max(self, part: Tensor) -> Tensor:
-        """The largest of all ranks' numbers."""
+        """Elementwise maximum over all ranks."""
         if self.alone:
             return part
         largest = part.clone()
@@ -97,19 +96,19 @@ class VocabShard:
         entropies: Sequence[Tensor] = (),
         extra_sums: Sequence[Tensor] = (),
     ) -> Joined:
-        """Log-sum-exps of this rank's columns become those of all: one MAX and one SUM.
+        """Combine log-sum-exps of each rank's columns into those of all: one MAX and one SUM.
 
         Args:
             normalizers: (C,) each.
-            entropies: (C,) of this rank's columns alone, for the first of the normalisers.
-            extra_sums: what else is to be summed.
+            entropies: (C,) of this rank's columns, each for the normaliser at its place.
+            extra_sums: other tensors to sum over the ranks, in the same message.
         """
         if self.alone:
             return Joined(list(normalizers), list(entropies), list(extra_sums))
         if not normalizers:
             return Joined([], [], self.sum(*extra_sums))
         local = torch.stack(list(normalizers))
-        # finite, so that columns without mass are nothing beside it
+        # finite, so that columns without mass contribute 0 and not NaN
         anchor = self.max(local).clamp(min=torch.finfo(local.dtype).min)
         share = torch.exp(local - anchor)
         below = [
@@ -126,7 +125,7 @@ class VocabShard:
     def top_k(self, top_k: Callable[[Tensor, int], Tensor], logits: Tensor, k: int) -> Tensor:
         """Ids (C, k) of the largest logits (C, W) of all ranks, equal logits by lowest id.
 
-        Every rank sends its candidates, as many as it has.
+        Every rank sends its own k largest, or all it has where it has fewer.
         """
         if self.alone:
             return top_k(logits, k)
@@ -144,19 +143,20 @@ class VocabShard:
         found = torch.cat([theirs[:, :n] for theirs, n in zip(ranks, counts, strict=True)], 1)
         values, bits = found[0].t(), found[1].t().contiguous()
         integer = torch.int32 if logits.dtype == torch.float32 else torch.int64
-        # ranks hold ascending ids, so of equal logits the first has the lowest
+        # ids ascend over the ranks, so a stable sort puts the lowest of equal logits first
         order = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
         return bits.view(integer).gather(1, order).long()
 
 
-WHOLE = VocabShard(None, 0)  # a vocabulary that is whole here
-# heads that were found to be even, and the names of the groups; by the tensor and not by its rows,
-# which another rank may not have seen as often: all ranks must come to ask the same times
+WHOLE = VocabShard(None, 0)  # a vocabulary that is not shared
+# Heads whose even shards were checked, and the names of their groups.  Keyed by the tensor, because
+# the check is an all-gather that all ranks must enter equally often: a key that two tensors share
+# on one rank only, such as the number of rows, would let ranks wait for each other.
 _EVEN: MutableMapping[Tensor, set[str]] = WeakTensorKeyDictionary()
 
 
 def check_even_shards(weight: Tensor, group: "dist.ProcessGroup") -> None:
-    """Every rank has as many rows as this one; the ranks are asked once for each tensor."""
+    """Check that all ranks hold equally many rows, with one all-gather for each tensor."""
     if torch.compiler.is_compiling() or group.group_name in _EVEN.get(weight, ()):
         return
     mine = torch.tensor([weight.shape[0]], device=weight.device)

@@ -1,32 +1,58 @@
-"""Divergence of a student from a teacher, from hidden states: the one mechanism behind the named
-losses.
+"""Divergence of a student from a teacher, from hidden states: what all divergence losses call.
+
+``sdpo_loss`` and its kin (one file each in this folder) choose a divergence, a support and weights,
+and call ``divergence_loss``.  Here the tensors are checked, the settings become one ``Comparison``
+and one ``Options``, and the objective is applied to the chunks (``engine/apply.py``).
 
 Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies, K entries of a support
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fused_sd import checks
 from fused_sd.checks import tensors as tensor_checks
-from fused_sd.engine.certificate import GradientKind
-from fused_sd.engine.options import execution
-from fused_sd.head.projection import LMHead, placed_head
-from fused_sd.losses.compare import compare
-from fused_sd.losses.divergence_checks import TokenClip, check_reach, check_sides, support_kind
-from fused_sd.losses.output import LossOutput, Reduction
-from fused_sd.terms.divergence import Divergence, divergence_term
-from fused_sd.terms.support import FULL_VOCABULARY, FullVocabulary, Remainder, Support, TokenIds
+from fused_sd.engine.apply import States, apply_objective
+from fused_sd.engine.chunk import Objective
+from fused_sd.engine.options import LossOptions, Options
+from fused_sd.head.lm_head import LMHead, placed_head
+from fused_sd.losses.output import LossOutput, reduce_loss
+from fused_sd.objectives.divergence import DivergenceObjective
+from fused_sd.objectives.joint import JointObjective
+from fused_sd.objectives.token import LogProbObjective
+from fused_sd.terms.comparison import Comparison, TokenClip
+from fused_sd.terms.divergence import Divergence
+from fused_sd.terms.metrics import METRIC_NEEDS, check_metric_needs, current_names
+from fused_sd.terms.support import FULL_VOCABULARY, Remainder, Support, TokenIds
 from fused_sd.terms.weighting import ImportanceCap
+
+Head = Tensor | LMHead
+WITH_GRAD = ("student_log_prob", "student_entropy")  # in the order of their values
+
+
+class DivergenceOptions(LossOptions, total=False):
+    """``LossOptions``, and what belongs to the sampled tokens; see ``divergence_loss``."""
+
+    token_ids: Tensor | None
+    importance: ImportanceCap | None
+
+
+class Sampled(NamedTuple):
+    """What belongs to the sampled tokens, and which of their values are wanted with a gradient."""
+
+    token_ids: Tensor | None  # (...)
+    importance: ImportanceCap | None
+    with_grad: Sequence[str]
 
 
 def divergence_loss(
     student_hidden: Tensor,  # (..., D)
-    student_head: Tensor | LMHead,  # (V, D)
+    student_head: Head,  # (V, D)
     teacher_hidden: Tensor,  # (..., D')
-    teacher_head: Tensor | LMHead,  # (V', D')
+    teacher_head: Head,  # (V', D')
     *,
     divergence: Divergence = "reverse_kl",
     support: Support = FULL_VOCABULARY,
@@ -34,21 +60,10 @@ def divergence_loss(
     tail_floor: float | None = None,
     entry_clip: float | None = None,
     token_clip: TokenClip = None,
-    token_weights: Tensor | None = None,  # (...)
     token_ids: Tensor | None = None,  # (...)
     importance: ImportanceCap | None = None,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    reduction: Reduction = "sum",
-    metrics: Sequence[str] = (),
     with_grad: Sequence[str] = (),
-    gradient: GradientKind = "dense",
-    tolerance: float | None = None,
-    compact: bool = True,
-    backend: str = "auto",
-    chunk_size: int | None = None,
-    process_group: "dist.ProcessGroup | None" = None,
-    reduce_dhidden: bool = True,
+    **options: Unpack[LossOptions],
 ) -> LossOutput:
     """Divergence between the next-token distributions of a student and a teacher.
 
@@ -61,46 +76,27 @@ def divergence_loss(
         student_head: its weight, or an ``LMHead`` with bias, scale, soft-cap or padding.
         teacher_hidden: the teacher's states at the same tokens, without gradient.
         teacher_head: as student_head; may be the student's own, which then counts as constant here.
-        divergence: ``"forward_kl"`` KL(t||s), ``"reverse_kl"`` KL(s||t), ``Jsd(beta)`` or
-            ``MixedKl(forward_weight)``.
-        support: the entries compared: ``FULL_VOCABULARY``, ``StudentTopK(k)``, ``TeacherTopK(k)``,
-            ``UnionTopK(k)`` or ``TokenIds(ids)``.
-        remainder: of a truncated support: ``"tail"`` one bucket on each side, ``"renormalize"``
-            both sides over the support, ``"drop"``, or ``"teacher_renormalize"`` (cross entropy of
-            the renormalised teacher against the student's whole softmax).
+        divergence: ``"forward_kl"`` KL(t||s), ``"reverse_kl"`` KL(s||t), ``Jsd(beta)``,
+            ``MixedKl(forward_weight)`` or ``SkewKl(student_weight)``.
+        support: the entries that are compared: ``FULL_VOCABULARY``, ``StudentTopK(k)``,
+            ``TeacherTopK(k)``, ``UnionTopK(k)``, ``TeacherNucleus(k, mass)`` or ``TokenIds(ids)``.
+        remainder: what the other entries of a truncated support become: ``"tail"``, one bucket on
+            each side; ``"renormalize"``, nothing, with both sides normalised over the support;
+            ``"drop"``, nothing, without normalising; ``"teacher_renormalize"``, the cross entropy
+            of the renormalised teacher against the student's whole softmax.
         tail_floor: SDPO's official code keeps the mass on the support below ``exp(-1e-7)``, which
             stops the tail's gradient there; pass 1e-7 for its arithmetic.  None: the exact tail.
         entry_clip: upper bound of each vocabulary entry's term, before the sum (OPSD); the loss may
             then be negative.
         token_clip: upper bound, or (lower, upper), of each token's loss, after the sum.
-        token_weights: mask, normaliser and advantage in one; a token of weight 0 contributes
-            exactly 0 and costs nothing, whatever its states hold.  None: ones.
-        token_ids: sampled tokens, for ``importance`` and the log-prob metrics.
+        token_ids: int64 sampled tokens, for ``importance`` and the log-prob metrics.
         importance: multiplies each token by its capped importance ratio (SDPO).
-        temperature: divides the logits of both sides; there is no temperature-squared factor.
-        teacher_temperature: divides the teacher's logits instead, where given.
-        reduction: ``"sum"``; ``"mean"``, the sum divided by the sum of the weights; ``"none"``.
-        metrics: names from ``fused_sd.METRICS``, returned per token.
-        with_grad: what the same walk returns beside the divergence, differentiable, for a policy
-            loss: ``"log_prob"`` of token_ids, ``"entropy"``.  With ``reduction="none"``.
-        gradient: ``"dense"``, or ``"sparse"``: of each row of the logits' gradient the largest
-            entries are kept, the rest is put on the head's mean row, and rows that are not nearly
-            sparse take the dense way.  It saves two of four GEMMs where most tokens are nearly
-            decided.  A renormalised support needs neither: its gradient has K entries.
-        tolerance: share of the gradient's L1 norm that a sparse gradient may drop, over the batch;
-            with ``reduction="none"`` of each token.  None: 2**-8.
-        compact: drop tokens of weight 0 before any GEMM.  Their number is read from the device
-            once; False computes and discards them instead.
-        backend: ``"auto"``: Triton on a GPU, PyTorch elsewhere; or one of them by name.
-        chunk_size: tokens whose logits are held at a time; changes memory and time, not the result.
-        process_group: ranks on which the vocabulary lies (tensor parallelism).  Each passes its own
-            rows of both heads, and the same of everything else; ids count over all ranks.  Every
-            rank returns the same loss, and the gradient of its own rows.  Ranks ask each other once
-            for each weight whether they have as many rows, and wait for the answer, unless
-            ``LMHead(weight, shard_sizes=...)`` says it.
-        reduce_dhidden: with ``process_group``, add the ranks' parts of the hidden states' gradient;
-            False where the framework does (Megatron's sequence parallelism, an all-reduce behind
-            the loss).
+        with_grad: what the same run returns beside the divergence, differentiable, for a policy
+            loss: ``"student_log_prob"`` of token_ids, ``"student_entropy"``.  Needs
+            ``reduction="none"``.
+        **options: token_weights, temperature, teacher_temperature, reduction, metrics, gradient,
+            tolerance, compact, backend, chunk_size, process_group, reduce_dhidden: see
+            ``fused_sd.Options``.  Metrics are names from ``fused_sd.METRICS``.
 
     Returns:
         Loss, token losses, metrics, and with a sparse gradient its certificate.
@@ -109,55 +105,25 @@ def divergence_loss(
         ValueError: shapes, dtypes or devices disagree, a number is out of range, the teacher
             requires a gradient, or settings do not go together; the message says what to do.
     """
-    student = placed_head(student_head, process_group)
-    teacher = placed_head(teacher_head, process_group)
-    shape = check_sides(student_hidden, student, teacher_hidden, teacher)
-    kind = support_kind(support)
-    term = divergence_term(divergence)
-    check_reach(student.num_tokens, teacher.num_tokens, term.name, kind)
+    chosen = Options(**options)
+    student = placed_head(student_head, chosen.process_group)
+    teacher = placed_head(teacher_head, chosen.process_group)
+    _check_sides(student_hidden, student, teacher_hidden, teacher)
+    clips = tail_floor, None, entry_clip, token_clip
+    comparison = Comparison(divergence, support, remainder, *clips)
+    comparison.check_vocabularies(student.num_tokens, teacher.num_tokens)
     inputs: dict[str, Tensor] = {}
-    k = 0
     if isinstance(support, TokenIds):
-        vocab = max(student.num_tokens, teacher.num_tokens)
+        vocab, shape = max(student.num_tokens, teacher.num_tokens), student_hidden.shape[:-1]
         tensor_checks.check_entry_ids(support.ids, shape, student_hidden.device, vocab)
         inputs["entry_ids"] = support.ids
-        k = support.ids.shape[-1]
-    elif not isinstance(support, FullVocabulary):
-        k = int(support.k)
-        vocab = min(student.num_tokens, teacher.num_tokens)
-        checks.check_support_size(type(support).__name__, k, vocab)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    return compare(
-        (student_hidden, student),
-        (teacher_hidden, teacher),
-        inputs,
-        shape,
-        kind=kind,
-        k=k,
-        divergence=divergence,
-        remainder=remainder,
-        tail_floor=tail_floor,
-        log_prob_floor=None,
-        entry_clip=entry_clip,
-        token_clip=token_clip,
-        token_weights=token_weights,
-        token_ids=token_ids,
-        importance=importance,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        reduction=reduction,
-        metrics=metrics,
-        with_grad=with_grad,
-        execution=execution(
-            gradient, tolerance, compact, backend, chunk_size, process_group, reduce_dhidden
-        ),
-    )
+    sides = (student_hidden, student), (teacher_hidden, teacher)
+    return _compare(*sides, inputs, comparison, Sampled(token_ids, importance, with_grad), chosen)
 
 
 def topk_divergence_loss(
     student_hidden: Tensor,  # (..., D)
-    student_head: Tensor | LMHead,  # (V, D)
+    student_head: Head,  # (V, D)
     teacher_token_ids: Tensor,  # (..., K)
     teacher_log_probs: Tensor,  # (..., K)
     *,
@@ -167,34 +133,27 @@ def topk_divergence_loss(
     log_prob_floor: float | None = None,
     entry_clip: float | None = None,
     token_clip: TokenClip = None,
-    token_weights: Tensor | None = None,  # (...)
     token_ids: Tensor | None = None,  # (...)
     importance: ImportanceCap | None = None,
-    temperature: float = 1.0,
-    reduction: Reduction = "sum",
-    metrics: Sequence[str] = (),
     with_grad: Sequence[str] = (),
-    gradient: GradientKind = "dense",
-    tolerance: float | None = None,
-    compact: bool = True,
-    backend: str = "auto",
-    chunk_size: int | None = None,
-    process_group: "dist.ProcessGroup | None" = None,
-    reduce_dhidden: bool = True,
+    **options: Unpack[LossOptions],
 ) -> LossOutput:
-    """Divergence from a teacher that is known by its log-probabilities of K entries only.
+    """Divergence from a teacher of which only the log-probabilities of K entries are known.
 
-    What a teacher server returns: its top-k ids and their log-probabilities, at the temperature it
-    used.  The settings are those of ``divergence_loss`` with the given entries as support; a tail
-    bucket holds what the K log-probabilities leave of 1.
+    A teacher server returns its top-k ids and their log-probabilities, at the temperature it used.
+    The settings are those of ``divergence_loss`` with the given entries as support; a tail bucket
+    holds what the K log-probabilities leave of 1.
 
     Args:
         student_hidden, student_head: as in ``divergence_loss``.
         teacher_token_ids: (..., K) int64; a repeated id counts once, a negative one not at all.
         teacher_log_probs: (..., K) nats, at most 0; -inf marks padding.
+        divergence, remainder, tail_floor, entry_clip, token_clip, token_ids, importance, with_grad:
+            as in ``divergence_loss``.
         log_prob_floor: lower bound of both sides' log-probabilities, with ``remainder="drop"``
             (verl's ``log_prob_min_clamp``); an entry of the student below it has no gradient.
-        temperature: divides the student's logits.
+        **options: as in ``divergence_loss``, without teacher_temperature; temperature divides the
+            student's logits.
 
     Returns:
         Loss, token losses and metrics.
@@ -202,35 +161,125 @@ def topk_divergence_loss(
     Raises:
         ValueError: as ``divergence_loss``.
     """
-    student = placed_head(student_head, process_group)
+    chosen = Options(**options)
+    student = placed_head(student_head, chosen.process_group)
     tensor_checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
-    shape = student_hidden.shape[:-1]
-    tensor_checks.check_entry_ids(
-        teacher_token_ids, shape, student_hidden.device, student.num_tokens
-    )
+    shape, device = student_hidden.shape[:-1], student_hidden.device
+    tensor_checks.check_entry_ids(teacher_token_ids, shape, device, student.num_tokens)
     tensor_checks.check_teacher_entries(teacher_token_ids, teacher_log_probs)
-    return compare(
-        (student_hidden, student),
-        None,
-        {"entry_ids": teacher_token_ids, "teacher_log_probs": teacher_log_probs},
-        shape,
-        kind="entries",
-        k=teacher_token_ids.shape[-1],
-        divergence=divergence,
-        remainder=remainder,
-        tail_floor=tail_floor,
-        log_prob_floor=log_prob_floor,
-        entry_clip=entry_clip,
-        token_clip=token_clip,
-        token_weights=token_weights,
-        token_ids=token_ids,
-        importance=importance,
-        temperature=temperature,
-        teacher_temperature=1.0,
-        reduction=reduction,
-        metrics=metrics,
-        with_grad=with_grad,
-        execution=execution(
-            gradient, tolerance, compact, backend, chunk_size, process_group, reduce_dhidden
-        ),
+    clips = tail_floor, log_prob_floor, entry_clip, token_clip
+    comparison = Comparison(divergence, TokenIds(teacher_token_ids), remainder, *clips)
+    inputs = {"entry_ids": teacher_token_ids, "teacher_log_probs": teacher_log_probs}
+    sampled = Sampled(token_ids, importance, with_grad)
+    return _compare((student_hidden, student), None, inputs, comparison, sampled, chosen)
+
+
+def mean_by_default(options: Any) -> Any:
+    """The caller's keywords, with the mean as reduction where the caller names none."""
+    return {"reduction": "mean", **options}
+
+
+def _check_sides(
+    student_hidden: Any, student: LMHead, teacher_hidden: Any, teacher: LMHead
+) -> None:
+    """Check that both sides fit their heads and each other."""
+    tensor_checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
+    tensor_checks.check_hidden(teacher_hidden, "teacher_hidden", teacher.weight, "teacher_head")
+    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
+        checks.fail(
+            "teacher_hidden",
+            f"have the tokens {tuple(student_hidden.shape[:-1])} of student_hidden",
+            tuple(teacher_hidden.shape[:-1]),
+            "select the response positions on both sides",
+        )
+    if teacher_hidden.device != student_hidden.device:
+        checks.fail(
+            "teacher_hidden",
+            f"be on {student_hidden.device} as student_hidden",
+            teacher_hidden.device,
+            "move it there",
+        )
+    tensor_checks.check_teacher("teacher_hidden", teacher_hidden, student_hidden)
+    tensor_checks.check_teacher("teacher_head", teacher.weight, student.weight)
+    tensor_checks.check_teacher("teacher_head.bias", teacher.bias, student.bias)
+
+
+def _compare(
+    student: States,
+    teacher: States | None,
+    inputs: dict[str, Tensor],
+    comparison: Comparison,
+    sampled: Sampled,
+    options: Options,
+) -> LossOutput:
+    """Check what both kinds of teacher have in common, and apply the objective."""
+    shape, device = student[0].shape[:-1], student[0].device
+    owner = shape, device, "student_hidden"
+    tensor_checks.check_per_token("token_weights", options.token_weights, *owner)
+    metrics = current_names("metrics", options.metrics, METRIC_NEEDS)
+    given = {
+        "teacher states": teacher is not None,
+        "truncated support": comparison.support.is_truncated,
+        "top-k support": comparison.support.top_k > 0,
+        "token_ids": sampled.token_ids is not None,
+        "entry_clip": comparison.entry_clip is not None,
+        "token_clip": comparison.token_clip is not None,
+        "importance": sampled.importance is not None,
+    }
+    check_metric_needs(metrics.values(), given)
+    if sampled.token_ids is not None:
+        vocab = student[1].num_tokens
+        if teacher is not None:
+            vocab = max(vocab, teacher[1].num_tokens)
+        ids = "token_ids", sampled.token_ids, shape, device
+        tensor_checks.check_ids(*ids, vocab, options.token_weights, "student_hidden")
+        inputs["token_ids"] = sampled.token_ids
+    if sampled.importance is not None:
+        if sampled.token_ids is None:
+            checks.fail("importance", "come with token_ids", "none", "pass the sampled tokens")
+        old = sampled.importance.old_log_probs
+        tensor_checks.check_per_token("old_log_probs", old, *owner)
+        inputs["old_log_probs"] = old
+    objective = DivergenceObjective(
+        comparison.without_tensors(),
+        None if sampled.importance is None else sampled.importance.cap,
+        tuple(inputs),
+        tuple(metrics.values()),
     )
+    names = current_names("with_grad", sampled.with_grad, WITH_GRAD)
+    joint, more = _with_log_probs(objective, tuple(names.values()), sampled.token_ids, options)
+    applied = apply_objective(
+        joint, student, teacher, [*inputs.values(), *more], options.token_weights, options
+    )
+    token_loss, *observed = applied.extras
+    extras = dict(zip(metrics, observed, strict=True))
+    output = reduce_loss(applied, token_loss, extras, shape, options)
+    if not names:
+        return output
+    columns = dict(zip(WITH_GRAD, applied.values.unbind(1)[1:], strict=False))
+    chosen = {name: columns[current].reshape(shape) for name, current in names.items()}
+    return output._replace(with_grad=chosen)
+
+
+def _with_log_probs(
+    objective: DivergenceObjective,
+    names: tuple[str, ...],
+    token_ids: Tensor | None,
+    options: Options,
+) -> tuple[Objective, list[Tensor]]:
+    """The objective with the values that are wanted with a gradient, and their inputs."""
+    if not names:
+        return objective, []
+    if token_ids is None:
+        checks.fail("with_grad", "come with token_ids", "none", "pass the sampled tokens")
+    if options.is_reduced or options.gradient == "sparse":
+        checks.fail(
+            "with_grad",
+            'come with reduction="none" and gradient="dense"',
+            f"reduction={options.reduction!r}, gradient={options.gradient!r}",
+            "its values have gradients of their own: reduce the divergences after the call",
+        )
+    assert token_ids is not None
+    log_probs = LogProbObjective(1, False, False, "student_entropy" in names)
+    joint = JointObjective(objective, log_probs, len(objective.input_names))
+    return joint, [token_ids[..., None]]

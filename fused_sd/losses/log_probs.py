@@ -3,18 +3,31 @@
 Dimension key:  (...) tokens, D hidden size, V vocabulary, K entries
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fused_sd import checks
 from fused_sd.checks import tensors as tensor_checks
-from fused_sd.engine.apply import walk
-from fused_sd.engine.options import execution
-from fused_sd.head.projection import LMHead, placed_head
+from fused_sd.engine.apply import apply_objective
+from fused_sd.engine.options import Options
+from fused_sd.head.lm_head import LMHead, placed_head
 from fused_sd.losses.token import check_tokens
 from fused_sd.objectives.token import LogProbObjective
+
+
+class LogProbOptions(TypedDict, total=False):
+    """The keywords of ``LossOptions`` that mean something without a loss; see ``Options``."""
+
+    token_weights: Tensor | None
+    temperature: float
+    compact: bool
+    backend: str
+    chunk_size: int | None
+    process_group: "dist.ProcessGroup | None"
+    reduce_dhidden: bool
 
 
 class TokenLogProbs(NamedTuple):
@@ -37,28 +50,22 @@ def token_log_probs(
     head: Tensor | LMHead,  # (V, D)
     token_ids: Tensor,  # (...)
     *,
-    temperature: float = 1.0,
     entropy: bool = False,
-    token_weights: Tensor | None = None,  # (...)
-    compact: bool = True,
-    backend: str = "auto",
-    chunk_size: int | None = None,
-    process_group: "dist.ProcessGroup | None" = None,
-    reduce_dhidden: bool = True,
+    **options: Unpack[LogProbOptions],
 ) -> TokenLogProbs:
     """Log-probability of each given token and, where asked for, the entropy of its distribution.
 
-    Both are differentiable; backward walks the chunks again, so that nothing of the vocabulary's
-    size is kept.
+    Both are differentiable.  Backward runs the chunks again, so that nothing of the vocabulary's
+    size is kept between forward and backward.
 
     Args:
         hidden: states that enter lm_head.
         head: lm_head's weight, or an ``LMHead``.
         token_ids: int64 ids.
-        temperature: divides the logits.
         entropy: return the entropies too, nats.
-        token_weights: only says which tokens to leave out: those of weight 0, whose values are 0.
-        compact, backend, chunk_size, process_group, reduce_dhidden: as in ``divergence_loss``.
+        **options: token_weights, temperature, compact, backend, chunk_size, process_group,
+            reduce_dhidden, as in ``divergence_loss``.  token_weights only say which tokens to leave
+            out: those of weight 0, whose values are 0.
 
     Returns:
         fp32 values (fp64 for fp64 operands).
@@ -66,23 +73,13 @@ def token_log_probs(
     Raises:
         ValueError: shapes, dtypes or devices disagree, or an id is not in the vocabulary (CPU).
     """
-    lm_head = placed_head(head, process_group)
-    shape = check_tokens(hidden, lm_head, token_ids, token_weights)
-    checks.check_run("none", temperature)
-    rows = LogProbObjective(1, False, False, bool(entropy))
-    walked = walk(
-        rows,
-        (hidden, lm_head),
-        None,
-        [token_ids[..., None]],
-        token_weights,
-        temperature=temperature,
-        reduced=False,
-        execution=execution(
-            "dense", None, compact, backend, chunk_size, process_group, reduce_dhidden
-        ),
-    )
-    values = walked.values
+    chosen = _options(options)
+    lm_head = placed_head(head, chosen.process_group)
+    shape = check_tokens(hidden, lm_head, token_ids, chosen.token_weights)
+    objective = LogProbObjective(1, False, False, bool(entropy))
+    side, inputs = (hidden, lm_head), [token_ids[..., None]]
+    applied = apply_objective(objective, side, None, inputs, chosen.token_weights, chosen)
+    values = applied.values
     entropies = values[:, 1].reshape(shape) if entropy else None
     return TokenLogProbs(values[:, 0].reshape(shape), entropies)
 
@@ -93,25 +90,18 @@ def entry_log_probs(
     entries: Tensor | int,  # (..., K) or K
     *,
     tail: bool = False,
-    temperature: float = 1.0,
-    token_weights: Tensor | None = None,  # (...)
-    compact: bool = True,
-    backend: str = "auto",
-    chunk_size: int | None = None,
-    process_group: "dist.ProcessGroup | None" = None,
-    reduce_dhidden: bool = True,
+    **options: Unpack[LogProbOptions],
 ) -> EntryLogProbs:
     """Log-probabilities of K entries of each distribution: its own top-k, or given ids.
 
-    With these a top-k divergence can be formed in two steps that never need both heads at once: the
-    student's top-k first, the teacher at the student's ids next.  The ids are not differentiated.
+    With them a top-k divergence can be formed in two steps that never need both heads at once: the
+    student's top-k first, then the teacher at the student's ids.  The ids are not differentiated.
 
     Args:
+        hidden, head: as in ``token_log_probs``.
         entries: K, for the K most likely entries, or (..., K) int64 ids, distinct for each token.
         tail: return the log-mass of all other entries, from their own log-sum-exp.
-        token_weights: as in ``token_log_probs``.
-        hidden, head, temperature, compact, backend, chunk_size, process_group, reduce_dhidden: as
-            in ``token_log_probs``.
+        **options: as in ``token_log_probs``.
 
     Returns:
         Ids, log-probabilities and tail; fp32 (fp64 for fp64 operands).
@@ -119,11 +109,12 @@ def entry_log_probs(
     Raises:
         ValueError: as ``token_log_probs``, or K exceeds the vocabulary, or ids repeat (CPU).
     """
-    lm_head = placed_head(head, process_group)
+    chosen = _options(options)
+    token_weights = chosen.token_weights
+    lm_head = placed_head(head, chosen.process_group)
     tensor_checks.check_hidden(hidden, "hidden", lm_head.weight, "head")
     shape = hidden.shape[:-1]
     tensor_checks.check_per_token("token_weights", token_weights, shape, hidden.device, "hidden")
-    checks.check_run("none", temperature)
     inputs = []
     if isinstance(entries, Tensor):
         tensor_checks.check_entry_ids(entries, shape, hidden.device, lm_head.num_tokens)
@@ -132,23 +123,28 @@ def entry_log_probs(
         k = entries.shape[-1]
     else:
         checks.check_positive_int("entries", entries)
-        checks.check_support_size("entries", entries, lm_head.num_tokens)
+        if entries > lm_head.num_tokens:
+            rule = f"be at most the vocabulary's {lm_head.num_tokens}"
+            checks.fail("entries", rule, entries, "ask for fewer entries")
         k = int(entries)
-    walked = walk(
-        LogProbObjective(k, not inputs, bool(tail), False),
-        (hidden, lm_head),
-        None,
-        inputs,
-        token_weights,
-        temperature=temperature,
-        reduced=False,
-        execution=execution(
-            "dense", None, compact, backend, chunk_size, process_group, reduce_dhidden
-        ),
-    )
-    ids = inputs[0] if inputs else walked.extras[0]
+    objective = LogProbObjective(k, not inputs, bool(tail), False)
+    side = hidden, lm_head
+    applied = apply_objective(objective, side, None, inputs, token_weights, chosen)
+    ids = inputs[0] if inputs else applied.extras[0]
     return EntryLogProbs(
         ids.reshape(*shape, k),
-        walked.values[:, :k].reshape(*shape, k),
-        walked.values[:, k].reshape(shape) if tail else None,
+        applied.values[:, :k].reshape(*shape, k),
+        applied.values[:, k].reshape(shape) if tail else None,
     )
+
+
+def _options(options: LogProbOptions) -> Options:
+    """The options of a call whose values are returned per token.
+
+    Raises:
+        TypeError: when an option of a loss is given that log-probabilities do not have.
+    """
+    for name in options:
+        if name not in LogProbOptions.__annotations__:
+            raise TypeError(f"log-probabilities have no option {name!r}; it belongs to a loss")
+    return Options(**options, reduction="none")

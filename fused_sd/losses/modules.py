@@ -1,4 +1,4 @@
-"""The named losses as modules: they hold the settings and call the functions."""
+"""The named losses as modules that hold their settings and call the functions."""
 
 import inspect
 from collections.abc import Callable
@@ -7,14 +7,20 @@ from typing import Any, ClassVar, get_args, get_type_hints
 from torch import nn
 
 from fused_sd import checks
-from fused_sd.losses import distillation_methods as losses
-from fused_sd.losses import policy_methods as rl_losses
-from fused_sd.losses import token as token_losses
+from fused_sd.losses.gkd import gkd_loss
+from fused_sd.losses.grpo import grpo_loss
+from fused_sd.losses.opsd import opsd_loss
 from fused_sd.losses.output import LossOutput
+from fused_sd.losses.rlcsd import rlcsd_loss
+from fused_sd.losses.rlsd import rlsd_loss
+from fused_sd.losses.sd_zero import sd_zero_loss
+from fused_sd.losses.sdft import sdft_loss
+from fused_sd.losses.sdpo import sdpo_loss
+from fused_sd.losses.token import cross_entropy_loss
 
 
 class LossModule(nn.Module):
-    """A loss whose keyword settings are given once; those of a call go over them.
+    """A loss whose keyword settings are given once; a call may override them.
 
     Args:
         settings: keywords of the function of the same name.
@@ -41,66 +47,66 @@ class LossModule(nn.Module):
 
 
 def _keywords(function: Callable[..., LossOutput]) -> tuple[str, ...]:
-    """Names of a loss's keyword settings, those that it hands on included."""
+    """Names of a loss's keyword settings, with the options that it passes on."""
     names: list[str] = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             names.append(parameter.name)
         elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            (handed_on,) = get_args(parameter.annotation)  # the dict inside Unpack[...]
-            names += get_type_hints(handed_on)
+            (passed_on,) = get_args(parameter.annotation)  # the dict inside Unpack[...]
+            names += get_type_hints(passed_on)
     return tuple(names)
 
 
 class SDPOLoss(LossModule):
     """Module twin of ``sdpo_loss``."""
 
-    function = staticmethod(losses.sdpo_loss)
+    function = staticmethod(sdpo_loss)
 
 
 class SDZeroLoss(LossModule):
     """Module twin of ``sd_zero_loss``."""
 
-    function = staticmethod(losses.sd_zero_loss)
+    function = staticmethod(sd_zero_loss)
 
 
 class OPSDLoss(LossModule):
     """Module twin of ``opsd_loss``."""
 
-    function = staticmethod(losses.opsd_loss)
+    function = staticmethod(opsd_loss)
 
 
 class SDFTLoss(LossModule):
     """Module twin of ``sdft_loss``."""
 
-    function = staticmethod(losses.sdft_loss)
+    function = staticmethod(sdft_loss)
 
 
 class GKDLoss(LossModule):
     """Module twin of ``gkd_loss``."""
 
-    function = staticmethod(losses.gkd_loss)
+    function = staticmethod(gkd_loss)
 
 
 class RLSDLoss(LossModule):
     """Module twin of ``rlsd_loss``."""
 
-    function = staticmethod(rl_losses.rlsd_loss)
+    function = staticmethod(rlsd_loss)
 
 
 class RLCSDLoss(LossModule):
     """Module twin of ``rlcsd_loss``."""
 
-    function = staticmethod(rl_losses.rlcsd_loss)
+    function = staticmethod(rlcsd_loss)
 
 
 class GRPOLoss(LossModule):
     """Module twin of ``grpo_loss``."""
 
-    function = staticmethod(rl_losses.grpo_loss)
+    function = staticmethod(grpo_loss)
 
 
 class CrossEntropyLoss(LossModule):
     """Module twin of ``cross_entropy_loss``."""
 
-    function = staticmethod(token_losses.cross_entropy_loss)
+    function = staticmethod(cross_entropy_loss)

@@ -1,14 +1,13 @@
 """What a loss returns, and how its tokens are reduced."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_sd.engine.apply import ChunkedResult
+from fused_sd.engine.apply import Applied
 from fused_sd.engine.certificate import GradientCertificate
-
-Reduction = Literal["sum", "mean", "none"]
+from fused_sd.engine.options import Options
 
 
 class LossOutput(NamedTuple):
@@ -17,10 +16,11 @@ class LossOutput(NamedTuple):
     Attributes:
         loss: (), or (...) for ``reduction="none"``; differentiable; fp32 (fp64 for fp64 operands).
         token_loss: (...), detached, before weighting; 0 for a token of weight 0.
-        metrics: what was asked for, each (...) and detached; 0 for a token of weight 0.
-        certificate: of ``gradient="sparse"``, where a gradient is wanted: how far it is from dense.
-        with_grad: what was asked for beside the divergence, each (...) and differentiable, not
-            weighted; 0 for a token of weight 0.  None: nothing was.
+        metrics: the metrics asked for, each (...) and detached; 0 for a token of weight 0.
+        certificate: of ``gradient="sparse"``, where a gradient is wanted: how far the gradient is
+            from the dense one.
+        with_grad: the values asked for beside the divergence, each (...), differentiable and not
+            weighted; 0 for a token of weight 0.  None: nothing was asked for.
     """
 
     loss: Tensor
@@ -31,29 +31,28 @@ class LossOutput(NamedTuple):
 
 
 def reduce_loss(
-    walked: ChunkedResult,
+    applied: Applied,
     token_loss: Tensor,  # (N,)
-    extras: dict[str, Tensor],  # each (N, ...)
-    token_weights: Tensor | None,  # (...)
-    reduction: Reduction,
+    metrics: dict[str, Tensor],  # each (N, ...)
     shape: torch.Size,
+    options: Options,
 ) -> LossOutput:
-    """Shape a walk's result as the caller asked for it."""
-    if reduction == "none":
-        loss = walked.values[:, 0].reshape(shape)
+    """Shape and reduce an objective's result as the caller asked for it."""
+    token_weights = options.token_weights
+    if options.reduction == "none":
+        loss = applied.values[:, 0].reshape(shape)
         if token_weights is not None:
             loss = loss * token_weights.to(loss.dtype)
-    elif reduction == "sum":
-        loss = walked.total
+    elif options.reduction == "sum":
+        loss = applied.total
     elif token_weights is None:
-        loss = walked.total / max(shape.numel(), 1)
+        loss = applied.total / max(shape.numel(), 1)
     else:
-        weight = token_weights.sum(dtype=walked.total.dtype)
-        loss = walked.total / torch.where(
-            weight == 0, 1, weight
-        )  # no weight, no loss: 0 and not NaN
-    metrics = {name: values.reshape(*shape, *values.shape[1:]) for name, values in extras.items()}
-    certificate = walked.certificate
+        weight = token_weights.sum(dtype=applied.total.dtype)
+        # without any weight the loss is 0 and not NaN
+        loss = applied.total / torch.where(weight == 0, 1, weight)
+    metrics = {name: values.reshape(*shape, *values.shape[1:]) for name, values in metrics.items()}
+    certificate = applied.certificate
     if certificate is not None:
         certificate = GradientCertificate(*(tensor.reshape(shape) for tensor in certificate))
     return LossOutput(loss, token_loss.reshape(shape).detach(), metrics, certificate)

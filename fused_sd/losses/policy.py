@@ -3,35 +3,43 @@
 Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import warnings
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fused_sd import checks
 from fused_sd.checks import tensors as tensor_checks
-from fused_sd.engine.certificate import GradientKind
-from fused_sd.engine.options import execution
-from fused_sd.head.projection import LMHead, accumulation_dtype
-from fused_sd.losses.output import LossOutput, Reduction
-from fused_sd.losses.token import token_loss
+from fused_sd.engine.options import LossOptions, Options
+from fused_sd.head.lm_head import LMHead
+from fused_sd.head.projection import accumulation_dtype
+from fused_sd.losses.output import LossOutput
+from fused_sd.losses.token import TokenLoss, apply_token_loss
 from fused_sd.terms.evidence import Evidence
-from fused_sd.terms.surrogate import Surrogate
+from fused_sd.terms.surrogate import KlEstimator, Surrogate
 from fused_sd.terms.weighting import ImportanceCap
 
-KlEstimator = Literal["k1", "k2", "k3"]
+Head = Tensor | LMHead
+TokenTeacher = tuple[Tensor, Head] | None  # hidden states and head
+
+
+class PolicyOptions(LossOptions, total=False):
+    """``LossOptions``, and the teacher in the form that it had before ``teacher_hidden``."""
+
+    teacher: TokenTeacher  # deprecated: pass teacher_hidden and teacher_head
 
 
 def policy_loss(
     hidden: Tensor,  # (..., D)
-    head: Tensor | LMHead,  # (V, D)
+    head: Head,  # (V, D)
     token_ids: Tensor,  # (...)
     advantages: Tensor,  # (...)
     *,
     old_log_probs: Tensor | None = None,  # (...)
-    teacher: tuple[Tensor, Tensor | LMHead] | None = None,  # (..., D') and (V', D')
+    teacher_hidden: Tensor | None = None,  # (..., D')
+    teacher_head: Head | None = None,  # (V', D')
     teacher_log_probs: Tensor | None = None,  # (...)
     evidence: Evidence | None = None,
     ratio_clip: tuple[float, float] | None = (0.2, 0.2),
@@ -39,49 +47,36 @@ def policy_loss(
     reference_log_probs: Tensor | None = None,  # (...)
     kl_coefficient: float = 0.0,
     kl_estimator: KlEstimator = "k3",
-    token_weights: Tensor | None = None,  # (...)
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    reduction: Reduction = "sum",
-    metrics: Sequence[str] = (),
-    gradient: GradientKind = "dense",
-    tolerance: float | None = None,
-    compact: bool = True,
-    backend: str = "auto",
-    chunk_size: int | None = None,
-    process_group: "dist.ProcessGroup | None" = None,
-    reduce_dhidden: bool = True,
+    **options: Unpack[PolicyOptions],
 ) -> LossOutput:
     """GRPO's clipped policy loss, with RLSD's evidence from a teacher and a KL to a reference.
 
     ``-min(rho A', clip(rho, 1 - low, 1 + high) A') + kl_coefficient KL`` for each token, where
     ``rho = pi / pi_old`` and ``A' = A ((1 - mix) + mix w)`` with the evidence's weight w, or A
-    without it. Student log-probability, teacher log-probability, weight, ratio, loss and gradient
-    come out of one walk over the chunks.
+    without it.  One run over the chunks forms the student's log-probability, the teacher's, weight,
+    ratio, loss and gradient.
 
     Args:
-        hidden, head: the policy.
+        hidden, head: the policy's states and lm_head.
         token_ids: int64 sampled tokens.
         advantages: A, without gradient.
         old_log_probs: of the policy that sampled, nats; None: the current one (ratio 1).
-        teacher: hidden states and head of the evidence's teacher,
-        teacher_log_probs: or its log-probabilities of the tokens.
+        teacher_hidden, teacher_head: states and head of the evidence's teacher; or
+        teacher_log_probs: the teacher's log-probabilities of the tokens, nats.
         evidence: RLSD's settings; None: advantages as they are.
         ratio_clip: (low, high); None: no clip.
         dual_clip: bound c > 1 on the loss of tokens with A' < 0: at most ``-c A'``.
-        reference_log_probs: of the reference policy, for the KL.
+        reference_log_probs: of the reference policy, nats, for the KL.
         kl_coefficient: weight of the KL to the reference.
         kl_estimator: ``"k1"`` as ``sg(d) log_prob``, ``"k2"`` or ``"k3"`` of d = log_prob -
             reference.  The gradients of k1 and k2 are in expectation that of KL(policy||reference),
             k3's that of KL(reference||policy).
-        token_weights: mask and normaliser; a token of weight 0 contributes exactly 0, and so does,
-            where no metrics are asked for, one of advantage 0 without a KL: neither is computed.
-        temperature: divides the policy's logits, and the teacher's unless
-        teacher_temperature: is given.
-        metrics: of "log_prob", "teacher_log_prob", "evidence" (delta), "evidence_weight",
-            "evidence_clip_fraction", "ratio", "ratio_clip_fraction", "reference_kl", "entropy".
-        reduction, gradient, tolerance, compact, backend, chunk_size, process_group, reduce_dhidden:
-            as in ``divergence_loss``.
+        **options: as in ``divergence_loss``.  A token of weight 0 contributes exactly 0, and so
+            does one of advantage 0 without a KL; where no metrics are asked for, the logits of
+            neither are computed.  Metrics are of "student_log_prob", "teacher_log_prob",
+            "evidence" (delta), "evidence_weight", "evidence_clip_fraction", "importance_ratio",
+            "ratio_clip_fraction", "reference_kl", "student_entropy".  Deprecated names:
+            ``teacher=(hidden, head)``, and the metrics "log_prob", "ratio", "entropy".
 
     Returns:
         Loss, token losses and metrics.
@@ -102,59 +97,54 @@ def policy_loss(
             "a LossOutput",
             "add its loss to the policy loss and differentiate both",
         )
-    settings, inputs, metrics_of = _surrogate(
-        hidden,
-        advantages=advantages,
-        old_log_probs=old_log_probs,
-        has_teacher=teacher is not None,
-        teacher_log_probs=teacher_log_probs,
-        evidence=evidence,
+    tensor_checks.check_tensor("hidden", hidden)
+    tensor_checks.check_tensor("token_ids", token_ids)
+    teacher, chosen = _teacher_and_options(teacher_hidden, teacher_head, options)
+    check_teacher_of_tokens(evidence is not None, teacher, teacher_log_probs)
+    settings = Surrogate(
         ratio_clip=ratio_clip,
         dual_clip=dual_clip,
-        reference_log_probs=reference_log_probs,
-        kl_coefficient=kl_coefficient,
+        evidence_clip=None if evidence is None else evidence.clip,
+        evidence_from_old=evidence is not None and evidence.log_prob == "old",
+        kl_coefficient=float(kl_coefficient),
         kl_estimator=kl_estimator,
     )
-    tensor_checks.check_tensor("token_ids", token_ids)
-    return token_loss(
-        hidden,
-        head,
-        {"token_ids": token_ids, **inputs},
-        settings,
-        teacher,
-        token_weights,
-        temperature=temperature,
-        teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
-        reduction=reduction,
-        metrics=metrics,
-        legal_metrics=metrics_of,
-        execution=execution(
-            gradient, tolerance, compact, backend, chunk_size, process_group, reduce_dhidden
-        ),
-    )
+    if bool(kl_coefficient) != (reference_log_probs is not None):
+        is_given = "missing" if reference_log_probs is None else "given"
+        got = f"kl_coefficient={kl_coefficient!r}, reference {is_given}"
+        rule = "come together with kl_coefficient > 0"
+        checks.fail("reference_log_probs", rule, got, "pass both or neither")
+    metrics = ["student_log_prob", "student_entropy", "importance_ratio", "ratio_clip_fraction"]
+    inputs = {"token_ids": token_ids, "advantages": advantages}
+    if old_log_probs is not None:
+        inputs["old_log_probs"] = old_log_probs
+    if evidence is not None:
+        metrics += ["evidence", "evidence_weight", "evidence_clip_fraction", "teacher_log_prob"]
+        inputs["mix"] = _mix(evidence, hidden)
+        if evidence.log_prob == "old" and old_log_probs is None:
+            remedy = "pass old_log_probs, or Evidence(log_prob='current')"
+            rule = 'be "current" without old_log_probs'
+            checks.fail("evidence.log_prob", rule, "'old'", remedy)
+    if teacher_log_probs is not None:
+        inputs["teacher_log_probs"] = teacher_log_probs
+    if reference_log_probs is not None:
+        metrics.append("reference_kl")
+        inputs["reference_log_probs"] = reference_log_probs
+    loss = TokenLoss(settings, inputs, tuple(metrics))
+    return apply_token_loss(loss, hidden, head, teacher, chosen)
 
 
 def sampled_kl_loss(
     hidden: Tensor,  # (..., D)
-    head: Tensor | LMHead,  # (V, D)
+    head: Head,  # (V, D)
     token_ids: Tensor,  # (...)
     *,
-    teacher: tuple[Tensor, Tensor | LMHead] | None = None,  # (..., D') and (V', D')
+    teacher_hidden: Tensor | None = None,  # (..., D')
+    teacher_head: Head | None = None,  # (V', D')
     teacher_log_probs: Tensor | None = None,  # (...)
     estimator: KlEstimator = "k1",
     importance: ImportanceCap | None = None,
-    token_weights: Tensor | None = None,  # (...)
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    reduction: Reduction = "sum",
-    metrics: Sequence[str] = (),
-    gradient: GradientKind = "dense",
-    tolerance: float | None = None,
-    compact: bool = True,
-    backend: str = "auto",
-    chunk_size: int | None = None,
-    process_group: "dist.ProcessGroup | None" = None,
-    reduce_dhidden: bool = True,
+    **options: Unpack[PolicyOptions],
 ) -> LossOutput:
     """A divergence estimated from the sampled token alone: TRL's default SDPO, verl's k1 to k3.
 
@@ -164,13 +154,14 @@ def sampled_kl_loss(
     KL(t||s)).
 
     Args:
+        hidden, head: the student's states and lm_head.
         token_ids: int64, sampled from the student.
-        teacher: hidden states and head of the teacher,
-        teacher_log_probs: or its log-probabilities of the tokens, nats.
+        teacher_hidden, teacher_head: states and head of the teacher; or
+        teacher_log_probs: the teacher's log-probabilities of the tokens, nats.
+        estimator: of the divergence.
         importance: multiplies each token by its capped importance ratio.
-        metrics: of "log_prob", "teacher_log_prob", "reference_kl" (k3), "entropy".
-        hidden, head, token_weights, temperature, teacher_temperature, reduction, gradient,
-            tolerance, compact, backend, chunk_size: as in ``policy_loss``.
+        **options: as in ``policy_loss``.  Metrics are of "student_log_prob", "teacher_log_prob",
+            "reference_kl" (k3), "student_entropy".
 
     Returns:
         Loss, token losses and metrics.
@@ -184,85 +175,70 @@ def sampled_kl_loss(
     """
     tensor_checks.check_tensor("hidden", hidden)
     tensor_checks.check_tensor("token_ids", token_ids)
-    checks.check_evidence(True, teacher is not None, teacher_log_probs is not None)
-    checks.check_kl(1.0, estimator, True)
-    old = None if importance is None else importance.old_log_probs
-    inputs = {
-        "token_ids": token_ids,
-        "advantages": hidden.new_zeros(hidden.shape[:-1], dtype=torch.float32),
-        "old_log_probs": old,
-        "teacher_log_probs": teacher_log_probs,
-    }
-    cap = None if importance is None else importance.cap
-    return token_loss(
-        hidden,
-        head,
-        {name: tensor for name, tensor in inputs.items() if tensor is not None},
-        Surrogate(None, None, None, False, 1.0, estimator, cap),
-        teacher,
-        token_weights,
-        temperature=temperature,
-        teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
-        reduction=reduction,
-        metrics=metrics,
-        legal_metrics=("log_prob", "teacher_log_prob", "reference_kl", "entropy"),
-        execution=execution(
-            gradient, tolerance, compact, backend, chunk_size, process_group, reduce_dhidden
-        ),
-    )
-
-
-def _surrogate(
-    hidden: Any,
-    *,
-    advantages: Tensor,
-    old_log_probs: Tensor | None,
-    has_teacher: bool,
-    teacher_log_probs: Tensor | None,
-    evidence: Evidence | None,
-    ratio_clip: tuple[float, float] | None,
-    dual_clip: float | None,
-    reference_log_probs: Tensor | None,
-    kl_coefficient: float,
-    kl_estimator: str,
-) -> tuple[Surrogate, dict[str, Tensor], tuple[str, ...]]:
-    """The surrogate's settings, the tensors it reads, and the metrics that it can give."""
-    tensor_checks.check_tensor("hidden", hidden)
-    metrics = ["log_prob", "entropy", "ratio", "ratio_clip_fraction"]
-    inputs: dict[str, Tensor | None] = {"advantages": advantages, "old_log_probs": old_log_probs}
-    checks.check_evidence(evidence is not None, has_teacher, teacher_log_probs is not None)
-    if evidence is not None:
-        dtype = accumulation_dtype(hidden.dtype)
-        tokens = hidden.shape[:-1]
-        if isinstance(evidence.mix, Tensor):
-            tensor_checks.check_leading("evidence.mix", evidence.mix, tokens, "hidden")
-            inputs["mix"] = evidence.mix.to(dtype)
-        else:
-            inputs["mix"] = hidden.new_full(tokens, evidence.mix, dtype=dtype)
-        metrics += ["evidence", "evidence_weight", "evidence_clip_fraction", "teacher_log_prob"]
+    teacher, chosen = _teacher_and_options(teacher_hidden, teacher_head, options)
+    check_teacher_of_tokens(True, teacher, teacher_log_probs)
+    no_advantages = hidden.new_zeros(hidden.shape[:-1], dtype=torch.float32)
+    inputs = {"token_ids": token_ids, "advantages": no_advantages}
+    if importance is not None:
+        inputs["old_log_probs"] = importance.old_log_probs
+    if teacher_log_probs is not None:
         inputs["teacher_log_probs"] = teacher_log_probs
-        if evidence.log_prob == "old" and old_log_probs is None:
-            checks.fail(
-                "evidence.log_prob",
-                'be "current" without old_log_probs',
-                "'old'",
-                "pass old_log_probs, or Evidence(log_prob='current')",
-            )
-    if ratio_clip is not None:
-        checks.check_ratio_clip(ratio_clip)
-    if dual_clip is not None and not dual_clip > 1:
-        checks.fail("dual_clip", "be above 1", dual_clip, "verl and RLSD use 3.0; None is no clip")
-    checks.check_kl(kl_coefficient, kl_estimator, reference_log_probs is not None)
-    if kl_coefficient:
-        inputs["reference_log_probs"] = reference_log_probs
-        metrics.append("reference_kl")
     settings = Surrogate(
-        ratio_clip,
-        dual_clip,
-        None if evidence is None else evidence.clip,
-        evidence is not None and evidence.log_prob == "old",
-        float(kl_coefficient),
-        kl_estimator,
-        None,
+        kl_coefficient=1.0,
+        kl_estimator=estimator,
+        importance_cap=None if importance is None else importance.cap,
     )
-    return settings, {k: v for k, v in inputs.items() if v is not None}, tuple(metrics)
+    metrics = "student_log_prob", "teacher_log_prob", "reference_kl", "student_entropy"
+    loss = TokenLoss(settings, inputs, metrics)
+    return apply_token_loss(loss, hidden, head, teacher, chosen)
+
+
+def check_teacher_of_tokens(
+    is_read: bool, teacher: TokenTeacher, teacher_log_probs: Tensor | None
+) -> None:
+    """Check that the teacher is given once where it is read, and not at all elsewhere."""
+    if teacher is not None and teacher_log_probs is not None:
+        checks.fail(
+            "teacher",
+            "be given once",
+            "teacher_hidden and teacher_log_probs",
+            "pass its states and head, or its log-probabilities",
+        )
+    is_given = teacher is not None or teacher_log_probs is not None
+    if is_read and not is_given:
+        remedy = "pass teacher_hidden and teacher_head, or teacher_log_probs"
+        checks.fail("evidence", "come with a teacher", "none", remedy)
+    if is_given and not is_read:
+        checks.fail("teacher", "come with evidence", "none", "pass evidence=Evidence(...)")
+
+
+def _teacher_and_options(
+    hidden: Tensor | None, head: Head | None, options: Any
+) -> tuple[TokenTeacher, Options]:
+    """The teacher's states and head, in whichever form the caller gave them, and the options."""
+    old: TokenTeacher = options.pop("teacher", None)
+    chosen = Options(**options)
+    if old is not None:
+        warnings.warn(
+            "teacher=(hidden, head) is now teacher_hidden=hidden, teacher_head=head, as in "
+            "divergence_loss",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        if hidden is not None or head is not None:
+            checks.fail("teacher", "be given once", "twice", "pass teacher_hidden, teacher_head")
+        return old, chosen
+    if (hidden is None) != (head is None):
+        missing = "teacher_head" if head is None else "teacher_hidden"
+        rule, remedy = "come with the other one", "pass the teacher's states and its head"
+        checks.fail(missing, rule, "None", remedy)
+    return None if hidden is None or head is None else (hidden, head), chosen
+
+
+def _mix(evidence: Evidence, hidden: Tensor) -> Tensor:
+    """The share of the evidence of each token (...)."""
+    dtype, tokens = accumulation_dtype(hidden.dtype), hidden.shape[:-1]
+    if isinstance(evidence.mix, Tensor):
+        tensor_checks.check_leading("evidence.mix", evidence.mix, tokens, "hidden")
+        return evidence.mix.to(dtype)
+    return hidden.new_full(tokens, evidence.mix, dtype=dtype)

@@ -1,24 +1,31 @@
-"""Losses of one log-probability for each token, and cross entropy, the simplest of them.
+"""Losses of the sampled token's log-probability, and cross entropy, the simplest of them.
 
 Dimension key:  (...) tokens, D hidden size, V vocabulary
 """
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
-from fused_sd import checks
 from fused_sd.checks import tensors as tensor_checks
-from fused_sd.engine.apply import walk
-from fused_sd.engine.certificate import GradientKind
-from fused_sd.engine.options import Execution, execution
-from fused_sd.head.projection import LMHead, placed_head
-from fused_sd.losses.output import LossOutput, Reduction, reduce_loss
+from fused_sd.engine.apply import States, apply_objective
+from fused_sd.engine.options import LossOptions, Options
+from fused_sd.head.lm_head import LMHead, placed_head
+from fused_sd.losses.output import LossOutput, reduce_loss
 from fused_sd.objectives.token import TokenLossObjective
+from fused_sd.terms.metrics import current_names
 from fused_sd.terms.surrogate import Surrogate
+
+
+class TokenLoss(NamedTuple):
+    """A loss of the sampled token: its settings and the tensors that it reads."""
+
+    surrogate: Surrogate | None  # None: cross entropy
+    inputs: dict[str, Tensor]  # each (...); "token_ids" among them
+    metrics: tuple[str, ...]  # names that the loss can return
 
 
 def cross_entropy_loss(
@@ -26,27 +33,18 @@ def cross_entropy_loss(
     head: Tensor | LMHead,  # (V, D)
     token_ids: Tensor,  # (...)
     *,
-    token_weights: Tensor | None = None,  # (...)
     ignore_index: int = -100,
-    temperature: float = 1.0,
-    reduction: Reduction = "sum",
-    metrics: Sequence[str] = (),
-    gradient: GradientKind = "dense",
-    tolerance: float | None = None,
-    compact: bool = True,
-    backend: str = "auto",
-    chunk_size: int | None = None,
-    process_group: "dist.ProcessGroup | None" = None,
-    reduce_dhidden: bool = True,
+    **options: Unpack[LossOptions],
 ) -> LossOutput:
     """Cross entropy of given tokens: SFT, RFT, and both parts of SD-Zero's first phase.
 
     Args:
+        hidden: states that enter lm_head.
+        head: lm_head's weight, or an ``LMHead``.
         token_ids: int64 targets; those equal to ``ignore_index`` have weight 0.
-        token_weights: weight of each token; None: ones.
-        metrics: of "log_prob", "entropy".
-        hidden, head, temperature, reduction, gradient, tolerance, compact, backend, chunk_size,
-            process_group, reduce_dhidden: as in ``divergence_loss``.
+        ignore_index: the id that marks a token without a target.
+        **options: as in ``divergence_loss``, without teacher_temperature.  Metrics are of
+            "student_log_prob", "student_entropy".
 
     Returns:
         Loss, token losses (nats) and metrics.
@@ -60,92 +58,63 @@ def cross_entropy_loss(
     """
     tensor_checks.check_tensor("token_ids", token_ids)
     counted = token_ids != ignore_index
+    chosen = Options(**options)
+    token_weights = chosen.token_weights
     if token_weights is None:
         tensor_checks.check_tensor("hidden", hidden)
         token_weights = counted.to(torch.float32)
     else:
         tensor_checks.check_leading("token_weights", token_weights, token_ids.shape, "token_ids")
         token_weights = torch.where(counted, token_weights, 0)
-    return token_loss(
-        hidden,
-        head,
-        {"token_ids": token_ids},
-        None,
-        None,
-        token_weights,
-        temperature=temperature,
-        teacher_temperature=1.0,
-        reduction=reduction,
-        metrics=metrics,
-        legal_metrics=("log_prob", "entropy"),
-        execution=execution(
-            gradient, tolerance, compact, backend, chunk_size, process_group, reduce_dhidden
-        ),
-    )
+    loss = TokenLoss(None, {"token_ids": token_ids}, ("student_log_prob", "student_entropy"))
+    weighted = dataclasses.replace(chosen, token_weights=token_weights)
+    return apply_token_loss(loss, hidden, head, None, weighted)
 
 
-def token_loss(
+def apply_token_loss(
+    loss: TokenLoss,
     hidden: Tensor,
     head: Tensor | LMHead,
-    inputs: dict[str, Tensor],
-    settings: Surrogate | None,
     teacher: tuple[Tensor, Tensor | LMHead] | None,
-    token_weights: Tensor | None,
-    *,
-    temperature: float,
-    teacher_temperature: float,
-    reduction: Reduction,
-    metrics: Sequence[str],
-    legal_metrics: tuple[str, ...],
-    execution: Execution,
+    options: Options,
 ) -> LossOutput:
-    """Check what the token losses have in common, and walk."""
-    lm_head = placed_head(head, execution.process_group)
-    shape = check_tokens(hidden, lm_head, inputs["token_ids"], token_weights)
-    for name, tensor in inputs.items():
+    """Check what the losses of the sampled token have in common, and apply the objective."""
+    lm_head = placed_head(head, options.process_group)
+    shape = check_tokens(hidden, lm_head, loss.inputs["token_ids"], options.token_weights)
+    for name, tensor in loss.inputs.items():
         if name != "token_ids":
             tensor_checks.check_per_token(name, tensor, shape, hidden.device, "hidden")
-    checks.check_run(reduction, temperature)
-    checks.check_positive("teacher_temperature", teacher_temperature)
-    checks.check_metrics(metrics, legal_metrics)
-    side = None
+    metrics = current_names("metrics", options.metrics, loss.metrics)
+    side: States | None = None
     if teacher is not None:
-        t_hidden, t_head = teacher[0], placed_head(teacher[1], execution.process_group)
-        tensor_checks.check_hidden(t_hidden, "teacher hidden", t_head.weight, "teacher head")
-        tensor_checks.check_leading("teacher hidden[..., 0]", t_hidden[..., 0], shape, "hidden")
-        tensor_checks.check_teacher("teacher hidden", t_hidden, hidden)
-        tensor_checks.check_teacher("teacher head", t_head.weight, lm_head.weight)
+        t_hidden, t_head = teacher[0], placed_head(teacher[1], options.process_group)
+        tensor_checks.check_hidden(t_hidden, "teacher_hidden", t_head.weight, "teacher_head")
+        tensor_checks.check_leading("teacher_hidden[..., 0]", t_hidden[..., 0], shape, "hidden")
+        tensor_checks.check_teacher("teacher_hidden", t_hidden, hidden)
+        tensor_checks.check_teacher("teacher_head", t_head.weight, lm_head.weight)
         side = (t_hidden, t_head)
-    walked = walk(
-        TokenLossObjective(settings, tuple(inputs), tuple(metrics)),
+    applied = apply_objective(
+        TokenLossObjective(loss.surrogate, tuple(loss.inputs), tuple(metrics.values())),
         (hidden, lm_head),
         side,
-        list(inputs.values()),
-        _run_weights(settings, inputs, token_weights, metrics),
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        reduced=reduction != "none",
-        execution=execution,
+        list(loss.inputs.values()),
+        _run_weights(loss, options),
+        options,
     )
-    extras = dict(zip(metrics, walked.extras, strict=True))
-    token_loss = walked.values[:, 0]
-    return reduce_loss(walked, token_loss, extras, token_weights, reduction, shape)
+    extras = dict(zip(metrics, applied.extras, strict=True))
+    return reduce_loss(applied, applied.values[:, 0], extras, shape, options)
 
 
-def _run_weights(
-    settings: Surrogate | None,
-    inputs: dict[str, Tensor],
-    token_weights: Tensor | None,
-    metrics: Sequence[str],
-) -> Tensor | None:
-    """Weights that leave out what cannot contribute: tokens without an advantage or a KL.
+def _run_weights(loss: TokenLoss, options: Options) -> Tensor | None:
+    """Weights that also leave out tokens that cannot contribute: without an advantage and a KL.
 
-    Half of GRPO's groups may have equal rewards; where their metrics are not asked for, neither are
-    their logits.
+    Half of GRPO's groups may have equal rewards.  Where their metrics are not asked for, their
+    logits are not computed.
     """
-    if settings is None or settings.kl_coefficient or metrics:
+    token_weights, surrogate = options.token_weights, loss.surrogate
+    if surrogate is None or surrogate.kl_coefficient or options.metrics:
         return token_weights
-    has_advantage = inputs["advantages"] != 0
+    has_advantage = loss.inputs["advantages"] != 0
     if token_weights is None:
         return has_advantage.to(torch.float32)
     return torch.where(has_advantage, token_weights, 0)
@@ -154,7 +123,7 @@ def _run_weights(
 def check_tokens(
     hidden: Any, head: LMHead, token_ids: Any, token_weights: Tensor | None
 ) -> torch.Size:
-    """Hidden states, ids and weights are of the same tokens; returns the tokens' shape."""
+    """Check that hidden states, ids and weights are of the same tokens; returns their shape."""
     tensor_checks.check_hidden(hidden, "hidden", head.weight, "head")
     shape, device = hidden.shape[:-1], hidden.device
     tensor_checks.check_per_token("token_weights", token_weights, shape, device, "hidden")

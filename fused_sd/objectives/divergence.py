@@ -1,4 +1,9 @@
-"""The row function of every divergence: a chunk's logits of both sides to losses and gradients.
+"""The objective of every divergence: a chunk's logits of both sides become losses and gradients.
+
+This is where a divergence loss meets its logits.  For the full vocabulary the kernels do all the
+work (``rows.divergence_``: ``torch_kernels/rows.py`` or ``kernels/rows.py``); a truncated support
+is chosen, read and compared in ``objectives/truncated.py``.  Around either, this module forms what
+they share: metrics of whole rows, the importance ratio, and the token clip.
 
 Dimension key:  C rows in a chunk, W columns of a chunk's logits, K entries of the support
 """
@@ -9,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fused_sd.engine.chunk import Chunk, Objective
-from fused_sd.objectives.truncated import SUPPORT_METRICS, TruncatedRow
+from fused_sd.objectives.truncated import SUPPORT_METRICS, TruncatedRows
 from fused_sd.settings import setting
-from fused_sd.terms.divergence import DivergenceTerm
-from fused_sd.terms.support import overlap
-from fused_sd.terms.weighting import capped_ratio
+from fused_sd.terms.comparison import Comparison
+from fused_sd.terms.support import SideName, overlap
+from fused_sd.terms.weighting import capped_ratio, clip_tokens
 from fused_sd.torch_kernels.rows import ROW_METRICS, Normalizers
 
 # metrics that read whole rows, or a sampled token's log-probability in them
@@ -25,41 +30,39 @@ WHOLE_METRICS = {
 
 @setting
 class DivergenceObjective(NamedTuple):
-    """A divergence over a support, with its clips, its importance cap and its metrics.
+    """A divergence over a support, with its importance cap and its metrics.
 
-    The per-token inputs are, in this order and where the settings ask for them: ``entry_ids`` (C,
-    K), ``teacher_log_probs`` (C, K), ``token_ids`` (C,), ``old_log_probs`` (C,).
+    Attributes:
+        comparison: without tensors.
+        importance_cap: of the ratio that multiplies each token; None: no ratio.
+        input_names: the per-token inputs in their order: ``entry_ids`` (C, K),
+            ``teacher_log_probs`` (C, K), ``token_ids`` (C,), ``old_log_probs`` (C,).
+        metrics: names of the metrics.
     """
 
-    term: DivergenceTerm
-    support: str  # "full", "student", "teacher", "union" (top-k of), "ids"
-    k: int  # entries that a side chooses, or that are given
-    remainder: str
-    tail_floor: float | None
-    log_prob_floor: float | None
-    entry_clip: float | None
-    token_clip: tuple[float | None, float | None] | None
-    importance_cap: float | None
-    input_names: tuple[str, ...]
-    metrics: tuple[str, ...]
+    comparison: Comparison
+    importance_cap: float | None = None
+    input_names: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
 
     @property
     def num_values(self) -> int:
         return 1
 
     @property
-    def num_entries(self) -> int:
-        if self.remainder != "renormalize" or self.support == "full":
+    def num_sparse_values(self) -> int:
+        if self.comparison.remainder != "renormalize":
             return 0
-        return 2 * self.k if self.support == "union" else self.k
+        return self.comparison.support.num_entries
 
     @property
     def whole_sides(self) -> tuple[bool, bool]:
-        if WHOLE_METRICS.intersection(self.metrics) or self.support in ("full", "union"):
+        support, remainder = self.comparison.support, self.comparison.remainder
+        if WHOLE_METRICS.intersection(self.metrics):
             return True, True
-        keeps_mass = self.remainder != "renormalize"
-        student = self.support == "student" or keeps_mass or self.importance_cap is not None
-        teacher = self.support == "teacher" or self.remainder in ("tail", "drop")
+        keeps_mass = remainder != "renormalize" or self.importance_cap is not None
+        student = support.reads_whole("student") or keeps_mass
+        teacher = support.reads_whole("teacher") or remainder in ("tail", "drop")
         return student, teacher
 
     def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
@@ -76,103 +79,103 @@ class DivergenceObjective(NamedTuple):
         if token_ids is not None and chunk.student_side.whole is not None:
             sampled = chunk.part(chunk.student_side, token_ids[:, None])[:, 0]
         normalizers = self._observe(chunk, token_ids, metrics)
-        row: _FullRow | TruncatedRow
-        if self.support == "full":
-            row = _FullRow(self, chunk, normalizers)
+        rows: _FullRows | TruncatedRows
+        if self.comparison.support.is_truncated:
+            rows = TruncatedRows(self.comparison, chunk, inputs)
         else:
-            row = TruncatedRow(self, chunk, inputs)
+            assert normalizers is not None
+            rows = _FullRows(self.comparison, chunk, normalizers)
 
         ratio: Tensor | None = None
         if self.importance_cap is not None and sampled is not None:
             [sampled] = chunk.shard.sum(sampled)
-            log_prob = sampled - row.student_normalizer()
+            log_prob = sampled - rows.student_normalizer()
             ratio, capped = capped_ratio(log_prob, inputs["old_log_probs"], self.importance_cap)
             metrics["importance_ratio"], metrics["importance_cap_fraction"] = ratio, capped
         row_weights = None
         if chunk.row_weights is not None:
             row_weights = chunk.row_weights[:, 0] * chunk.shaping.factor
             row_weights = row_weights if ratio is None else row_weights * ratio
-        loss, is_open = row.loss_and_gradient_(row_weights, metrics)
+        metrics |= rows.metrics(self.metrics)
+        loss, is_open = rows.loss_and_gradient_(row_weights)
         metrics["token_clip_fraction"] = 1 - is_open
+        if "entry_clip_fraction" in self.metrics:
+            metrics["entry_clip_fraction"] = rows.entry_clip_fraction()
         values = loss if ratio is None else ratio * loss
         return values[:, None], [loss, *(metrics[name] for name in self.metrics)]
-
-    def clip_tokens(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """The clipped loss, and 1 where it follows the logits."""
-        if self.token_clip is None:
-            return loss, torch.ones_like(loss)
-        clipped = loss.clamp(*self.token_clip)
-        return clipped, (clipped == loss).to(loss)
 
     def _observe(
         self, chunk: Chunk, token_ids: Tensor | None, metrics: dict[str, Tensor]
     ) -> Normalizers | None:
-        """Metrics of whole rows, taken before any entry is masked or overwritten.
+        """Form the metrics of whole rows, before any entry is masked or overwritten.
 
         Returns:
             Both sides' normalisers, where the metrics or the full vocabulary need them.
         """
         wanted, rows, normalizers = set(self.metrics), chunk.functions.rows, None
         named = wanted.intersection(ROW_METRICS)
-        label_sides = [side for side in ("student", "teacher") if f"{side}_log_prob" in wanted]
+        names: tuple[SideName, SideName] = ("student", "teacher")
+        labelled = [side for side in names if f"{side}_log_prob" in wanted]
         lse: dict[str, Tensor] = {}
         if chunk.teacher_side is None:
             if "student_entropy" in wanted:
                 mine, part = rows.lse_and_entropy(chunk.student)
                 [lse["student"]], [entropy], _ = chunk.shard.join([mine], entropies=[part])
                 metrics["student_entropy"] = entropy
-            elif label_sides:
-                lse["student"] = chunk.log_normalizer(chunk.student_side)
-        elif named or label_sides or self.support == "full":
+            elif labelled:
+                lse["student"] = chunk.log_normalizer("student")
+        elif named or labelled or not self.comparison.support.is_truncated:
             normalizers = rows.normalizers(*chunk.sides(), chunk.shard)
             lse = {"student": normalizers.student, "teacher": normalizers.teacher}
-        for name in label_sides:
-            side = chunk.student_side if name == "student" else chunk.teacher_side
-            if side is not None and token_ids is not None:
-                [label] = chunk.shard.sum(chunk.part(side, token_ids[:, None])[:, 0])
-                metrics[f"{name}_log_prob"] = label - lse[name]
+        for name in labelled:
+            assert token_ids is not None
+            [label] = chunk.shard.sum(chunk.part(chunk.side(name), token_ids[:, None])[:, 0])
+            metrics[f"{name}_log_prob"] = label - lse[name]
         if chunk.teacher_side is None:
             return None
         if named:
             metrics |= rows.row_metrics(*chunk.sides(), normalizers, named, chunk.shard)
-        sides = chunk.student_side, chunk.teacher_side
         if "top1_agreement" in wanted:
-            ids, other = (chunk.top_k(side, 1)[:, 0] for side in sides)
+            ids, other = (chunk.top_k(side, 1)[:, 0] for side in names)
             metrics["top1_agreement"] = (ids == other).to(chunk.student)
         if "topk_overlap" in wanted:
-            chosen = [chunk.top_k(side, self.k) for side in sides]
+            chosen = [chunk.top_k(side, self.comparison.support.top_k) for side in names]
             metrics["topk_overlap"] = overlap(*chosen).to(chunk.student)
         return normalizers
 
 
-class _FullRow:
-    """Every entry of the vocabulary is compared."""
+class _FullRows:
+    """Rows of which every entry of the vocabulary is compared."""
 
-    def __init__(
-        self, settings: DivergenceObjective, chunk: Chunk, normalizers: Normalizers | None
-    ) -> None:
-        assert normalizers is not None
-        self.settings, self.chunk, self.normalizers = settings, chunk, normalizers
-        self.num_entries: Tensor | int = 1
-        if "entry_clip_fraction" in settings.metrics:
-            [self.num_entries] = chunk.shard.sum((chunk.student > -torch.inf).sum(-1))
+    def __init__(self, comparison: Comparison, chunk: Chunk, normalizers: Normalizers) -> None:
+        self.comparison, self.chunk, self.normalizers = comparison, chunk, normalizers
+        self.num_clipped: Tensor | None = None
+        self.num_entries: Tensor | None = None
 
     def student_normalizer(self) -> Tensor:
         return self.normalizers.student
 
-    def loss_and_gradient_(
-        self, row_weights: Tensor | None, metrics: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def metrics(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Count the vocabulary where a metric needs it, before the gradient is written."""
+        if "entry_clip_fraction" in names:
+            [self.num_entries] = self.chunk.shard.sum((self.chunk.student > -torch.inf).sum(-1))
+        return {}
+
+    def entry_clip_fraction(self) -> Tensor:
+        assert self.num_clipped is not None
+        assert self.num_entries is not None
+        return self.num_clipped / self.num_entries
+
+    def loss_and_gradient_(self, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """The token's loss and whether it is open; ``row_weights`` given: write the gradient."""
-        chunk, settings = self.chunk, self.settings
-        term, clip, cap = settings.term, settings.entry_clip, chunk.shaping.cap
+        chunk, comparison = self.chunk, self.comparison
         compare = chunk.functions.rows.divergence_
-        given = *chunk.sides(), self.normalizers, term, clip
-        at_once = settings.token_clip is None  # else the loss decides whether there is a gradient
-        given_out = cap, chunk.dlogits, chunk.shard
-        loss, clipped = compare(*given, row_weights if at_once else None, *given_out)
-        metrics["entry_clip_fraction"] = clipped / self.num_entries
-        loss, is_open = settings.clip_tokens(loss)
-        if row_weights is not None and not at_once:
-            compare(*given, row_weights * is_open, *given_out)
+        given = *chunk.sides(), self.normalizers, comparison.term, comparison.entry_clip
+        out = chunk.shaping.cap, chunk.dlogits, chunk.shard
+        bounds = comparison.token_bounds
+        # under a token clip the loss decides whether there is a gradient, so it must come first
+        loss, self.num_clipped = compare(*given, row_weights if bounds is None else None, *out)
+        loss, is_open = clip_tokens(loss, bounds)
+        if row_weights is not None and bounds is not None:
+            compare(*given, row_weights * is_open, *out)
         return loss, is_open

@@ -1,4 +1,4 @@
-"""Two row functions of the same logits: one walk forms them, and what both add to the gradient.
+"""Two objectives on the same logits, so that one run forms both and their common gradient.
 
 Dimension key:  C rows in a chunk, W columns of a chunk's logits
 """
@@ -14,14 +14,14 @@ from fused_sd.settings import setting
 
 @setting
 class JointObjective(NamedTuple):
-    """The values, extras and inputs of the first, then those of the second.
+    """The values, extras and inputs of the first objective, then those of the second.
 
-    The first works on a copy of the student's logits, since both write their gradient over what
-    they read.  Both gradients are as wide as the logits, and their sum is rounded once.
+    Both write their gradient over the logits that they read, so the first works on a copy of the
+    student's logits.  Both gradients are as wide as the logits, and their sum is rounded once.
     """
 
-    first: Any  # a Objective whose replay is itself
-    second: Any  # likewise
+    first: Any  # an Objective whose replay is itself
+    second: Any  # an Objective whose replay is itself
     num_inputs: int  # of the first
 
     @property
@@ -29,7 +29,7 @@ class JointObjective(NamedTuple):
         return int(self.first.num_values + self.second.num_values)
 
     @property
-    def num_entries(self) -> int:
+    def num_sparse_values(self) -> int:
         return 0
 
     @property

@@ -1,4 +1,4 @@
-"""Row functions of the token path: log-probabilities of chosen entries, and losses made of one.
+"""The objectives of the sampled token: log-probabilities of chosen entries, and losses of one.
 
 Dimension key:  C rows in a chunk, K chosen entries of a row
 """
@@ -17,9 +17,8 @@ from fused_sd.terms.surrogate import Surrogate, cross_entropy, surrogate
 class LogProbObjective(NamedTuple):
     """Log-probabilities of K entries, and the log-mass of the others or the entropy.
 
-    The per-token input is ``token_ids`` (C, K), or nothing where the student's own top-k is asked
-    for. Values are the K log-probabilities, then the tail's where asked for, then the entropy
-    likewise.
+    The per-token input is ``token_ids`` (C, K); the student's own top-k needs none.  The values are
+    the K log-probabilities, then the tail's log-mass and the entropy, where they are asked for.
     """
 
     k: int
@@ -32,7 +31,7 @@ class LogProbObjective(NamedTuple):
         return self.k + self.tail + self.entropy
 
     @property
-    def num_entries(self) -> int:
+    def num_sparse_values(self) -> int:
         return 0
 
     @property
@@ -43,12 +42,12 @@ class LogProbObjective(NamedTuple):
         return [(True, (self.k,))] if self.is_top_k else []
 
     def replay(self, extras: list[Tensor]) -> tuple[Objective, list[Tensor]]:
-        """A second walk reads the entries that the first one chose."""
+        """A second run reads the entries that the first one chose."""
         return self._replace(is_top_k=False), extras
 
     def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
         rows, logits = chunk.functions.rows, chunk.student
-        ids = chunk.top_k(chunk.student_side, self.k) if self.is_top_k else chunk.inputs[0]
+        ids = chunk.top_k("student", self.k) if self.is_top_k else chunk.inputs[0]
         part = chunk.part(chunk.student_side, ids)
         lse, *parts = _statistics(chunk, self.entropy)
         lses = [lse]
@@ -72,7 +71,10 @@ class LogProbObjective(NamedTuple):
     def _write_gradient_(
         self, chunk: Chunk, ids: Tensor, chosen: Tensor, values: Tensor, normalizer: Tensor
     ) -> None:
-        """Gradient of ``sum(row_weights * values)``; never of a tail and an entropy at once."""
+        """Write the gradient of ``sum(row_weights * values)``.
+
+        A tail and an entropy are never asked for together.
+        """
         assert chunk.row_weights is not None
         row_weights = chunk.row_weights * chunk.shaping.factor
         by_entry, log_probs = row_weights[:, : self.k], values[:, : self.k]
@@ -103,9 +105,9 @@ def _statistics(chunk: Chunk, entropy: bool) -> tuple[Tensor, ...]:
 class TokenLossObjective(NamedTuple):
     """A loss of the sampled token's log-probability.
 
-    The per-token inputs are those that ``input_names`` lists: ``token_ids`` (C,) and what the
-    surrogate reads, each (C,).  A teacher given by its hidden states contributes its
-    log-probability.
+    The per-token inputs are listed by ``input_names``: ``token_ids`` (C,) and what the surrogate
+    reads, each (C,).  For a teacher that is given by its hidden states, the teacher's
+    log-probability is formed here and replaces the input ``teacher_log_probs``.
     """
 
     surrogate: Surrogate | None  # None: cross entropy
@@ -117,7 +119,7 @@ class TokenLossObjective(NamedTuple):
         return 1
 
     @property
-    def num_entries(self) -> int:
+    def num_sparse_values(self) -> int:
         return 0
 
     @property
@@ -134,7 +136,7 @@ class TokenLossObjective(NamedTuple):
         rows = chunk.functions.rows
         inputs = dict(zip(self.input_names, chunk.inputs, strict=True))
         ids = inputs["token_ids"][:, None]
-        wants_entropy = "entropy" in self.metrics
+        wants_entropy = "student_entropy" in self.metrics
         lse, *parts = _statistics(chunk, wants_entropy)
         lses, labels = [lse], [chunk.part(chunk.student_side, ids)]
         if chunk.teacher_side is not None:
@@ -148,12 +150,12 @@ class TokenLossObjective(NamedTuple):
             term = cross_entropy(log_prob)
         else:
             term = surrogate(self.surrogate, log_prob, inputs)
-        metrics = {"log_prob": log_prob}
+        metrics = {"student_log_prob": log_prob}
         if "teacher_log_probs" in inputs:
             metrics["teacher_log_prob"] = inputs["teacher_log_probs"]
         metrics |= term.metrics
         if wants_entropy:
-            metrics["entropy"] = entropies[0]
+            metrics["student_entropy"] = entropies[0]
         if chunk.row_weights is not None:
             coefficient = chunk.row_weights[:, 0] * term.dlog_prob * chunk.shaping.factor
             at_token = (-coefficient * torch.expm1(log_prob))[:, None]

@@ -12,9 +12,9 @@ from fused_sd.engine.layout import Layout, RunSize
 from fused_sd.objectives.divergence import DivergenceObjective
 from fused_sd.planning.objectives import PlannedObjective
 from fused_sd.planning.workload import Parts, Workload, total
-from fused_sd.terms.divergence import divergence_term
-from fused_sd.terms.support import BLOCK, has_short_list
-from fused_sd.torch_kernels import rows, sparse
+from fused_sd.terms.support import SideName
+from fused_sd.torch_kernels import near, rows, sparse
+from fused_sd.torch_kernels.selection import BLOCK, has_short_list
 
 WIDE = 4  # bytes of an fp32 number: of a logit in any operands' dtype, and of a sum
 ID_BYTES = 8
@@ -23,8 +23,8 @@ PER_TOKEN = 48  # bytes of token weights, losses and other vectors over all toke
 # computed, and while their gradient is written
 DOTTING, COMPARING, WRITING = 28, 65, 37
 
-# fp32 buffers as large as a block of rows that PyTorch holds at once; the kernels hold none
-_BUFFERS = {"forward_kl": 5, "reverse_kl": 5, "jsd": 6, "mixed_kl": 6}
+# fp32 matrices as large as a block of rows that a softmax gradient holds at once in PyTorch; the
+# kernels hold none
 _SOFTMAX_BUFFERS = 2
 
 
@@ -38,22 +38,16 @@ class ChunkedRun(NamedTuple):
 
 def num_entries(objective: PlannedObjective) -> int:
     """Entries that a token's gradient w.r.t. logits has; 0: the whole vocabulary."""
-    return _rows(objective).num_entries if objective.is_divergence else 0
+    comparison = objective.comparison
+    return 0 if comparison is None else DivergenceObjective(comparison).num_sparse_values
 
 
 def whole_sides(objective: PlannedObjective) -> tuple[bool, bool]:
     """Whether all logits of the student, and all of the teacher, are computed."""
-    student, teacher = _rows(objective).whole_sides if objective.is_divergence else (True, True)
+    if objective.comparison is None:
+        return True, objective.has_teacher
+    student, teacher = DivergenceObjective(objective.comparison).whole_sides
     return student, teacher and objective.has_teacher
-
-
-def _rows(objective: PlannedObjective) -> DivergenceObjective:
-    """The objective; its divergence and other settings that decide no size are placeholders."""
-    unset = (None,) * 5
-    term = divergence_term("reverse_kl")
-    return DivergenceObjective(
-        term, objective.support, objective.k, objective.remainder, *unset, (), ()
-    )
 
 
 def size_of(work: Workload, has_gradient: bool) -> RunSize:
@@ -144,29 +138,34 @@ def _row_bytes(work: Workload, size: RunSize, chunk: int) -> int:
     block = min(chunk, max(1, rows.ROW_BLOCK_LOGITS // size.width)) * size.width * WIDE
     if work.kind == "cuda":
         block = 0
-    if objective.support == "full" and objective.is_divergence:
-        return _BUFFERS[objective.divergence] * block
+    if objective.is_full and objective.comparison is not None:
+        return near.num_buffers(objective.comparison.term.name) * block
     softmax = _SOFTMAX_BUFFERS * block if size.has_gradient else 0
-    if not objective.k:
+    support = objective.truncated
+    if support is None:
         return softmax
     entries = chunk * compared(objective)
     return max(
         softmax + WRITING * entries,
         COMPARING * entries,
         _dot_product_bytes(work, chunk),
-        _top_k_bytes(objective.k, size, chunk, work.kind),
+        _top_k_bytes(support.top_k, size, chunk, work.kind),
         _candidate_bytes(work, chunk),
     )
 
 
 def compared(objective: PlannedObjective) -> int:
     """Number of entries of a truncated support."""
-    return objective.k * (2 if objective.support == "union" else 1)
+    return 0 if objective.truncated is None else objective.truncated.num_entries
 
 
 def choosing_sides(objective: PlannedObjective) -> int:
     """Number of sides whose top-k forms the support."""
-    return {"student": 1, "teacher": 1, "union": 2}.get(objective.support, 0)
+    support = objective.truncated
+    if support is None or not support.top_k:
+        return 0
+    sides: tuple[SideName, SideName] = ("student", "teacher")
+    return sum(support.reads_whole(side) for side in sides)
 
 
 def _dot_product_bytes(work: Workload, chunk: int) -> int:
@@ -199,7 +198,8 @@ def _candidate_bytes(work: Workload, chunk: int) -> int:
     """Candidates for a top-k: this rank's, and all ranks' with their ids and their order."""
     if work.tensor_parallel == 1 or not choosing_sides(work.objective):
         return 0
-    own = chunk * min(work.objective.k, work.vocab)
+    assert work.objective.truncated is not None
+    own = chunk * min(work.objective.truncated.top_k, work.vocab)
     pair = 2 * WIDE  # a logit and its id
     of_all = 2 * pair + 2 * WIDE + ID_BYTES
     return own * (pair + WIDE + ID_BYTES + work.tensor_parallel * of_all)

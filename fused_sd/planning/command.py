@@ -12,7 +12,13 @@ from fused_sd.measuring.arguments import add_head_size
 from fused_sd.measuring.text import size_text
 from fused_sd.planning.checking import PLANNED_DTYPES
 from fused_sd.planning.devices import CARDS
-from fused_sd.planning.objectives import OBJECTIVES, parse_divergence, parse_support
+from fused_sd.planning.objectives import (
+    DIVERGENCE_FORMS,
+    OBJECTIVES,
+    SUPPORT_FORMS,
+    parse_divergence,
+    parse_support,
+)
 from fused_sd.planning.plan import plan
 
 SUFFIXES = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
@@ -32,8 +38,8 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     add("--teacher", help="a model with another head (default: the student's)")
     add("--own-teacher-head", action="store_true", help="the teacher has its own copy of the head")
     add("--objective", default="sdpo", help=f"{', '.join(OBJECTIVES)} (default sdpo)")
-    add("--divergence", help="forward_kl, reverse_kl, jsd:BETA or mixed_kl:WEIGHT")
-    add("--support", help="full, student:K, teacher:K or union:K")
+    add("--divergence", help=DIVERGENCE_FORMS)
+    add("--support", help=SUPPORT_FORMS)
     add("--remainder", help="tail, renormalize, drop or teacher_renormalize")
     add("--dtype", default="bf16", help=f"{', '.join(PLANNED_DTYPES)} (default bf16)")
     add("--frozen", action="store_true", help="the head has no gradient")

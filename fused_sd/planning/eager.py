@@ -11,8 +11,10 @@ Dimension key:  A tokens with a weight, D hidden size, V vocabulary
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fused_sd.planning.chunked import compared
 from fused_sd.planning.objectives import PlannedObjective
 from fused_sd.planning.workload import Implementation, Parts, Workload, gemm_flops
+from fused_sd.terms.support import GivenEntries, StudentTopK, TeacherTopK
 
 STUDENT, TEACHER = "student logits", "teacher logits"
 PROBS, TERMS = "log-probabilities", "terms and their gradients"
@@ -40,13 +42,14 @@ _HELD: dict[str, _Held] = {
 
 def _kind(objective: PlannedObjective) -> str | None:
     """The key of ``_HELD``; None if the allocations of such a loss were never counted."""
-    if not objective.is_divergence:
+    comparison, support = objective.comparison, objective.truncated
+    if comparison is None:
         return "token"
-    if objective.support == "full":
-        return objective.divergence
-    if objective.support == "ids":
-        return "tail" if objective.remainder == "tail" else None
-    return objective.remainder if objective.support in ("student", "teacher") else None
+    if support is None:
+        return comparison.term.name
+    if isinstance(support, GivenEntries):
+        return "tail" if comparison.remainder == "tail" else None
+    return comparison.remainder if isinstance(support, StudentTopK | TeacherTopK) else None
 
 
 def _moments(work: Workload) -> Sequence[Parts]:
@@ -61,7 +64,7 @@ def _moments(work: Workload) -> Sequence[Parts]:
         "16-bit logits": 0 if work.element == 4 else work.element * matrix // 4,
     }
     formula = {name: count * matrix for name, count in held.matrices.items()}
-    formula["entries"] = held.entry_bytes * work.active * work.objective.k
+    formula["entries"] = held.entry_bytes * work.active * compared(work.objective)
     # of the selected rows, autograd keeps the student's, which dweight needs
     kept = {"selected rows": work.element * work.active * work.hidden_size * work.trained}
     last = {"gradient of the logits": work.element * work.logits, **work.gradients, **work.gemm}

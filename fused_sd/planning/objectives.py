@@ -1,65 +1,66 @@
 """The losses that can be planned, by name: for each, the choices that decide memory and GEMMs."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 from fused_sd import checks
-from fused_sd.terms.divergence import Divergence, Jsd, MixedKl, divergence_term
+from fused_sd.terms.comparison import Comparison
+from fused_sd.terms.divergence import DIVERGENCES, Divergence, Jsd, MixedKl, named_divergence
 from fused_sd.terms.support import (
-    FULL_VOCABULARY,
-    FullVocabulary,
+    NAMED_SUPPORTS,
+    GivenEntries,
     StudentTopK,
     Support,
     TeacherTopK,
-    TokenIds,
-    UnionTopK,
+    named_support,
 )
-
-_SUPPORT_NAMES: dict[type[StudentTopK] | type[TeacherTopK] | type[UnionTopK], str] = {
-    StudentTopK: "student",
-    TeacherTopK: "teacher",
-    UnionTopK: "union",
-}
 
 
 class PlannedObjective(NamedTuple):
     """The choices of one loss that decide its memory and its GEMMs."""
 
     name: str
-    divergence: str = ""  # a DivergenceTerm's name; "": a loss of the sampled token
-    support: str = "full"  # "full", "ids", or whose top-k: "student", "teacher", "union"
-    k: int = 0  # entries of the support; 0: the whole vocabulary
-    remainder: str = "tail"
-    entry_clip: bool = False
+    comparison: Comparison | None = None  # None: a loss of the sampled token
     has_teacher: bool = True  # whether it takes a teacher's hidden states
     is_per_token: bool = False  # whether it returns one value a token, never their weighted sum
 
     @property
-    def is_divergence(self) -> bool:
-        """Whether the loss compares two distributions."""
-        return bool(self.divergence)
+    def is_full(self) -> bool:
+        """Whether it compares every entry of the vocabulary."""
+        return self.comparison is not None and not self.comparison.support.is_truncated
+
+    @property
+    def truncated(self) -> Support | None:
+        """The support of a divergence that compares some entries only."""
+        if self.comparison is None or self.is_full:
+            return None
+        return self.comparison.support
 
 
-def _divergences() -> dict[str, PlannedObjective]:
-    sdpo = PlannedObjective("sdpo", "jsd", "student", 100, "tail")
-    sd_zero = PlannedObjective("sd_zero", "mixed_kl", "teacher", 64, "renormalize")
-    full = {"sdft": "forward_kl", "gkd": "jsd", "forward_kl": "forward_kl"}
-    full |= {"reverse_kl": "reverse_kl", "jsd": "jsd", "divergence": "reverse_kl"}
+def _comparisons() -> dict[str, Comparison]:
+    sdpo = Comparison(Jsd(0.5), StudentTopK(100), "tail")
+    sd_zero = Comparison(MixedKl(0.5), TeacherTopK(64), "renormalize")
     return {
         "sdpo": sdpo,
         "sd_zero": sd_zero,
-        "opsd": PlannedObjective("opsd", "forward_kl", entry_clip=True),
-        **{name: PlannedObjective(name, divergence) for name, divergence in full.items()},
-        "topk_divergence": PlannedObjective(  # a server's entries, as many as verl's default
-            "topk_divergence", "forward_kl", "ids", 32, "tail", has_teacher=False
-        ),
-        "topk_tail": sdpo._replace(name="topk_tail"),
-        "topk_renormalized": sd_zero._replace(name="topk_renormalized"),
+        "opsd": Comparison("forward_kl", entry_clip=0.05),
+        "sdft": Comparison("forward_kl"),
+        "gkd": Comparison(Jsd(0.5)),
+        "forward_kl": Comparison("forward_kl"),
+        "reverse_kl": Comparison("reverse_kl"),
+        "jsd": Comparison(Jsd(0.5)),
+        "divergence": Comparison("reverse_kl"),
+        "topk_tail": sdpo,
+        "topk_renormalized": sd_zero,
     }
 
 
 # the losses with their defaults, and the objectives of ``fused_sd bench``
 OBJECTIVES: dict[str, PlannedObjective] = {
-    **_divergences(),
+    **{name: PlannedObjective(name, comparison) for name, comparison in _comparisons().items()},
+    "topk_divergence": PlannedObjective(  # a server's entries, as many as verl's default
+        "topk_divergence", Comparison("forward_kl", GivenEntries(32)), has_teacher=False
+    ),
     "rlsd": PlannedObjective("rlsd"),
     "rlcsd": PlannedObjective("rlcsd", has_teacher=False),  # takes teachers' log-probabilities
     "grpo": PlannedObjective("grpo", has_teacher=False),
@@ -77,83 +78,55 @@ def choose(
     """Return a named objective, with the divergence, support or remainder replaced if one is given.
 
     Raises:
-        ValueError: the name is unknown, or the loss has no such setting.
+        ValueError: the name is unknown, the loss has no such setting, or settings do not go
+            together.
     """
     checks.check_one_of("objective", name, OBJECTIVES)
     chosen = OBJECTIVES[name]
-    for argument, value in (
-        ("divergence", divergence),
-        ("support", support),
-        ("remainder", remainder),
-    ):
-        if value is not None and not chosen.is_divergence:
+    given = {"divergence": divergence, "support": support, "remainder": remainder}
+    changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if chosen.comparison is None:
+        for argument, value in changed.items():
             checks.fail(
                 argument,
                 "be left out for a loss of the sampled token",
                 f"{value!r} for {name!r}",
                 "leave it out, or plan objective='divergence'",
             )
-    if divergence is not None:
-        chosen = chosen._replace(divergence=divergence_term(divergence).name)
-    if support is not None:
-        kind, k = _support(support)
-        chosen = chosen._replace(support=kind, k=k)
-    if remainder is not None:
-        legal = ("tail", "renormalize", "drop", "teacher_renormalize")
-        checks.check_one_of("remainder", remainder, legal)
-        chosen = chosen._replace(remainder=remainder)
-    return chosen
-
-
-def _support(support: Support) -> tuple[str, int]:
-    """Return the support's name and number of entries."""
-    if isinstance(support, FullVocabulary):
-        return "full", 0
-    if isinstance(support, TokenIds):
-        return "ids", support.ids.shape[-1]
-    if not isinstance(support, StudentTopK | TeacherTopK | UnionTopK):
-        checks.fail(
-            "support",
-            "be FULL_VOCABULARY, StudentTopK(k), TeacherTopK(k), UnionTopK(k) or TokenIds(ids)",
-            repr(support),
-            "choose one of them",
-        )
-    return _SUPPORT_NAMES[type(support)], support.k
+        return chosen
+    comparison = dataclasses.replace(chosen.comparison, **changed).without_tensors()
+    return chosen._replace(comparison=comparison)
 
 
 def parse_divergence(text: str) -> Divergence:
-    """Parse the command line's form: forward_kl, reverse_kl, jsd:0.5 or mixed_kl:0.5."""
+    """Parse the command line's form: a name of the table, and its parameter as in jsd:0.5."""
     name, _, number = text.partition(":")
-    if name in ("forward_kl", "reverse_kl") and not number:
-        return name
-    kinds: dict[str, type[Jsd] | type[MixedKl]] = {"jsd": Jsd, "mixed_kl": MixedKl}
-    try:
-        return kinds[name](float(number))
-    except (KeyError, ValueError):
-        checks.fail(
-            "divergence",
-            "be forward_kl, reverse_kl, jsd:BETA or mixed_kl:WEIGHT",
-            text,
-            "BETA lies in (0, 1), WEIGHT in [0, 1]",
-        )
-        raise
+    return named_divergence(name, _numbers(text, number, float)[0] if number else None)
 
 
 def parse_support(text: str) -> Support:
-    """Parse the command line's form: full, student:100, teacher:64 or union:50."""
-    name, _, number = text.partition(":")
-    if name == "full" and not number:
-        return FULL_VOCABULARY
-    kinds: dict[str, type[StudentTopK] | type[TeacherTopK] | type[UnionTopK]] = {
-        kind: support for support, kind in _SUPPORT_NAMES.items()
-    }
+    """Parse the command line's form: full, student:100, teacher_nucleus:100:0.9 and their like."""
+    name, _, rest = text.partition(":")
+    count, _, mass = rest.partition(":")
+    numbers = [*_numbers(text, count, int), *_numbers(text, mass, float)]
+    return named_support(name, *numbers)
+
+
+def _numbers(text: str, number: str, kind: type) -> list[float]:
+    """The number as a list, empty where there is none."""
     try:
-        return kinds[name](int(number))
-    except (KeyError, ValueError):
-        checks.fail(
-            "support",
-            "be full, student:K, teacher:K or union:K",
-            text,
-            "K is the number of entries",
-        )
+        return [kind(number)] if number else []
+    except ValueError:
+        rule = f"have a {kind.__name__} behind its colon"
+        checks.fail(repr(text), rule, repr(number), f"write {DIVERGENCE_FORMS} or {SUPPORT_FORMS}")
         raise
+
+
+DIVERGENCE_FORMS = ", ".join(
+    f"{name}:{known.parameter_name.upper()}" if known.parameter_name else name
+    for name, known in DIVERGENCES.items()
+)
+SUPPORT_FORMS = ", ".join(
+    name if not kind.is_truncated else f"{name}:K" + (":MASS" if "nucleus" in name else "")
+    for name, kind in NAMED_SUPPORTS.items()
+)

@@ -74,11 +74,13 @@ def row_reads(objective: PlannedObjective) -> int:
     They are read for the normalisers, for the gradient, for a sum that some gradients need first,
     and for choosing a top-k.
     """
-    if not objective.is_divergence:
+    comparison, support = objective.comparison, objective.truncated
+    if comparison is None:
         return 2 + objective.has_teacher
-    if objective.support == "full":
-        return 6 if objective.divergence == "jsd" or objective.entry_clip else 4
-    choosing = {"student": 1, "teacher": 1, "union": 2, "ids": 0}[objective.support]
+    if support is None:
+        is_summed = comparison.term.share_of_mean_ratio is None or comparison.entry_clip is not None
+        return 6 if is_summed else 4
+    choosing = chunked.choosing_sides(objective) + support.num_normalizers
     if num_entries(objective):
         return choosing
     return choosing + sum(chunked.whole_sides(objective)) + 1

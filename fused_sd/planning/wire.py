@@ -52,25 +52,29 @@ def wire(
     """
     sides = 1 + objective.has_teacher
     normalized, extra_sums, more, gathers = sides, 0, 0, 0
-    if not objective.is_divergence:
+    gathered = choosing = 0
+    comparison, support = objective.comparison, objective.truncated
+    if comparison is None:
         extra_sums = sides  # the sampled token's logit
-    elif objective.support == "full":
+    elif support is None:
         more = 3  # the loss, the number of clipped entries, and the sum that the gradient needs
         if kind == "cuda":
             extra_sums = 1
-            known = objective.divergence != "jsd" and not objective.entry_clip
-            more = 1 if has_gradient and known else 3
+            known = comparison.term.share_of_mean_ratio is not None
+            more = 1 if has_gradient and known and comparison.entry_clip is None else 3
     else:
-        normalized = _NORMALIZED.get(objective.remainder, sides)
-        extra_sums = sides * chunked.compared(objective)
+        normalized = _NORMALIZED.get(comparison.remainder, sides)
+        extra_sums = sides * support.num_entries
         gathers = chunked.choosing_sides(objective)
+        gathered = gathers * 2 * min(support.top_k, shard_vocab)  # logits and ids
+        choosing = support.num_normalizers  # with the logits at the entries
     return Wire(
-        max_numbers=normalized,
-        sum_numbers=normalized + extra_sums + more,
-        gathered_numbers=gathers * 2 * min(objective.k, shard_vocab),  # logits and ids
+        max_numbers=normalized + choosing,
+        sum_numbers=normalized + extra_sums + more + choosing * (1 + chunked.compared(objective)),
+        gathered_numbers=gathered,
         dhidden_numbers=hidden_size,
-        maxes=1 if normalized else 0,
-        sums=2 if more else 1,
+        maxes=(1 if normalized else 0) + choosing,
+        sums=(2 if more else 1) + choosing,
         gathers=gathers,
     )
 

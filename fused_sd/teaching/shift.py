@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_sd.checks import fail
-from fused_sd.head.projection import LMHead
+from fused_sd.head.lm_head import LMHead
 from fused_sd.losses.log_probs import token_log_probs
 from fused_sd.teaching.align import Alignment
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from fused_sd import checks
 from fused_sd.checks import fail
 from fused_sd.checks import tensors as tensor_checks
-from fused_sd.head.projection import LMHead, accumulation_dtype, as_head
+from fused_sd.head.lm_head import LMHead, as_head
+from fused_sd.head.projection import accumulation_dtype
 
 StatesAndHead = tuple[Tensor, LMHead]
 

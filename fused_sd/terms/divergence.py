@@ -1,22 +1,30 @@
-"""How two log-probabilities become a term of the loss: the divergences.
+"""The divergences: how two log-probabilities of one vocabulary entry become a term of the loss.
 
 A divergence is a function ``(log_s, log_t, parameter) -> (term, dlog_s)`` of the student's and the
-teacher's log-probabilities of one vocabulary entry, with ``dlog_s`` the derivative of the term as
-if ``log_s`` were free.  Log-softmax backward is then common to all of them:
-``dlogit_v = dlog_s_v - s_v * sum_u dlog_s_u``.  ``kernels/divergence.py`` holds the same functions,
-under the same names and in the same order, for Triton.
+teacher's log-probability of an entry.  ``dlog_s`` is the derivative of the term as if ``log_s``
+were free, because log-softmax backward is the same for every divergence:
+``dlogit_v = dlog_s_v - s_v * sum_u dlog_s_u``.
 
-The terms are *balanced*: where both sides sum to 1 the plain term ``t (log t - log s)`` may be
-shifted by ``s - t``, which adds nothing to the sum and makes every term non-negative and free of
-cancellation, so that a KL of 1e-7 keeps its digits in fp32.  ``balance`` undoes the shift where the
-sides do not sum to 1 (``plain = balanced + balance (s - t)``).
+The functions return *balanced* terms.  Where both sides sum to 1, the plain term
+``t (log t - log s)`` may be shifted by ``s - t``: the shift adds nothing to the sum, makes every
+term non-negative and avoids cancellation, so that a KL of 1e-7 keeps its digits in fp32.  The
+number ``balance`` undoes the shift where the sides do not sum to 1:
+``plain term = balanced term + balance * (s - t)``.  Example: at s = 0.2, t = 0.3 the plain term of
+KL(t||s) is 0.3 ln(0.3 / 0.2) = 0.1216 and its balanced term is 0.1216 + (0.2 - 0.3) = 0.0216, so
+its balance is -1.
 
-Symbols: s student, t teacher, m = beta t + (1 - beta) s the mixture, r = log s - log t.
+``DIVERGENCES`` is the one table of what the library knows of each divergence.  To add one: write
+its function and its row here, its twin of the same name in ``kernels/divergence.py``, its
+definition in ``reference.py``, if a CPU is to be fast its in-place form in
+``torch_kernels/near.py``, and export its class.  Checks, parsers, planner, trainers and tests read
+the table.
+
+Symbols: s student, t teacher, m the mixture, r = log s - log t.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +33,15 @@ from fused_sd import checks
 from fused_sd.settings import setting
 
 
+@setting
 @dataclass(frozen=True)
 class Jsd:
     """Generalised Jensen-Shannon divergence ``beta KL(t||m) + (1 - beta) KL(s||m)``.
 
     Args:
-        beta: weight of the teacher in the mixture, in the open interval (0, 1).  The divergence
-            tends to 0 at both ends, where trainers that take ``beta=0`` or ``beta=1`` mean a KL.
+        beta: the teacher's weight in the mixture ``m = beta t + (1 - beta) s``, in the open
+            interval (0, 1).  The divergence tends to 0 at both ends, where trainers that take
+            ``beta=0`` or ``beta=1`` mean a KL: see ``generalized_jsd``.
 
     Reference:
         Agarwal et al., *On-Policy Distillation of Language Models* (GKD), arXiv 2306.13649, eq. 1.
@@ -40,12 +50,22 @@ class Jsd:
     beta: float = 0.5
 
     def __post_init__(self) -> None:
-        checks.check_beta(self.beta)
+        if isinstance(self.beta, int | float) and self.beta in (0, 1):
+            meant = "forward_kl" if self.beta == 0 else "reverse_kl"
+            remedy = f'the divergence tends to 0 there: pass divergence="{meant}", the KL meant'
+        else:
+            remedy = "0.5 weighs both sides equally"
+        checks.check_open_interval("beta", self.beta, remedy)
 
 
+@setting
 @dataclass(frozen=True)
 class MixedKl:
-    """``forward_weight * KL(t||s) + (1 - forward_weight) * KL(s||t)``, as in SD-Zero's code."""
+    """``forward_weight * KL(t||s) + (1 - forward_weight) * KL(s||t)``, as in SD-Zero's code.
+
+    Args:
+        forward_weight: share of KL(t||s), in [0, 1].
+    """
 
     forward_weight: float = 0.5
 
@@ -53,7 +73,31 @@ class MixedKl:
         checks.check_unit_interval("forward_weight", self.forward_weight)
 
 
-Divergence = str | Jsd | MixedKl  # "forward_kl", "reverse_kl", Jsd(beta), MixedKl(forward_weight)
+@setting
+@dataclass(frozen=True)
+class SkewKl:
+    """Skew KL divergence ``KL(t || (1 - student_weight) t + student_weight s)``.
+
+    It is finite everywhere, and its gradient is bounded where the student misses the teacher's
+    mass, which KL(t||s) answers with an infinite loss.
+
+    Args:
+        student_weight: the student's weight in the mixture, in the open interval (0, 1).  1 would
+            be KL(t||s), 0 nothing.  DistiLLM's alpha is the teacher's weight, 1 - student_weight;
+            its default of 0.1 is the default here.
+
+    Reference:
+        Ko et al., *DistiLLM*, arXiv 2402.03898, eq. 4.
+    """
+
+    student_weight: float = 0.9
+
+    def __post_init__(self) -> None:
+        remedy = 'pass divergence="forward_kl" for the weight 1'
+        checks.check_open_interval("student_weight", self.student_weight, remedy)
+
+
+Divergence = str | Jsd | MixedKl | SkewKl  # "forward_kl" and "reverse_kl" have no parameter
 Term = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
@@ -64,14 +108,25 @@ def excess(log_ratio: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b == 0, a, torch.where(log_ratio.abs() < 0.5, near, far))
 
 
+def mixture_ratios(r: Tensor, teacher_weight: float) -> tuple[Tensor, Tensor]:
+    """``log m - log s`` and ``log m - log t`` of ``m = teacher_weight t + (1 - teacher_weight) s``.
+
+    Both are formed from the ratio of the mixture to the larger side, which is bounded.
+    """
+    larger_s = r >= 0
+    weight = torch.where(larger_s, torch.full_like(r, teacher_weight), 1 - teacher_weight)
+    step = torch.log1p(weight * torch.expm1(-r.abs()))
+    return torch.where(larger_s, step, step - r), torch.where(larger_s, step + r, step)
+
+
 def forward_kl(log_s: Tensor, log_t: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
-    """KL(t||s); ``parameter`` is unused."""
+    """KL(t||s); ``parameter`` is not read."""
     s, t, r = log_s.exp(), log_t.exp(), log_s - log_t
     return excess(r, s, t), torch.where(r.abs() < 0.5, -s * torch.expm1(-r), s - t)
 
 
 def reverse_kl(log_s: Tensor, log_t: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
-    """KL(s||t); ``parameter`` is unused."""
+    """KL(s||t); ``parameter`` is not read."""
     s, t = log_s.exp(), log_t.exp()
     r = log_s - log_t
     return excess(-r, t, s), torch.where(s == 0, s, s * r)
@@ -81,18 +136,13 @@ def jsd(log_s: Tensor, log_t: Tensor, parameter: float) -> tuple[Tensor, Tensor]
     """Generalised JSD; ``parameter`` is beta, the teacher's weight in the mixture."""
     s, t, r = log_s.exp(), log_t.exp(), log_s - log_t
     m = parameter * t + (1 - parameter) * s
-    larger_s = r >= 0
-    # log m relative to the larger side, whose ratio to the mixture is bounded
-    weight = torch.where(larger_s, torch.full_like(r, parameter), 1 - parameter)
-    step = torch.log1p(weight * torch.expm1(-r.abs()))
-    m_over_s = torch.where(larger_s, step, step - r)
-    m_over_t = torch.where(larger_s, step + r, step)
+    m_over_s, m_over_t = mixture_ratios(r, parameter)
     term = (1 - parameter) * excess(m_over_s, m, s) + parameter * excess(m_over_t, m, t)
     return term, torch.where(s == 0, s, -(1 - parameter) * s * m_over_s)
 
 
 def mixed_kl(log_s: Tensor, log_t: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
-    """Weighted sum of both KLs; ``parameter`` is the weight of the forward KL."""
+    """Weighted sum of both KLs; ``parameter`` is the weight of KL(t||s)."""
     forward, dforward = forward_kl(log_s, log_t, 0.0)
     reverse, dreverse = reverse_kl(log_s, log_t, 0.0)
     return (
@@ -101,23 +151,110 @@ def mixed_kl(log_s: Tensor, log_t: Tensor, parameter: float) -> tuple[Tensor, Te
     )
 
 
-@setting
-class DivergenceTerm(NamedTuple):
-    """A divergence as the row functions take it.
+def skew_kl(log_s: Tensor, log_t: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
+    """Skew KL; ``parameter`` is the student's weight in the mixture."""
+    s, t, r = log_s.exp(), log_t.exp(), log_s - log_t
+    m = (1 - parameter) * t + parameter * s
+    _, m_over_t = mixture_ratios(r, 1 - parameter)
+    dlog_s = torch.where(s == 0, s, -parameter * s * torch.expm1(-m_over_t))
+    return excess(m_over_t, m, t), dlog_s
+
+
+def _zero(parameter: float) -> float:
+    return 0.0
+
+
+def _one(parameter: float) -> float:
+    return 1.0
+
+
+BALANCED_REMAINDERS = ("tail", "renormalize", "drop")
+
+
+class Definition(NamedTuple):
+    """A row of the table: all that the library has to know of a divergence.
 
     Attributes:
-        name: of the function here and of its twin in ``kernels/divergence.py``.
-        parameter: handed to the function.
-        balance: ``plain term = balanced term + balance * (s - t)``.
+        term: the function; its name is the divergence's, here and in ``kernels/divergence.py``.
+        balance: ``plain term = balanced term + balance * (s - t)``, as a function of the parameter.
+        setting: the public class that carries the parameter; None: named by a string alone.
+        parameter_name: the parameter's name in that class.
+        remainders: what may become of the entries outside a truncated support.  A remainder that is
+            not listed is refused: list it once the divergence has a meaning there.
+        infinite_without: the sides ("student", "teacher") that make the divergence infinite where
+            they lack an entry on which the other side has mass.
+        share_of_mean_ratio: what ``dlog_s`` sums to over the vocabulary, in units of the student's
+            mean log-ratio ``sum_v s_v r_v``, as a function of the parameter: the kernels then need
+            no pass over the row for that sum.  None: the sum has no such form.
     """
+
+    term: Term
+    balance: Callable[[float], float] = _zero
+    setting: type | None = None
+    parameter_name: str = ""
+    remainders: Collection[str] = ()
+    infinite_without: Collection[str] = ()
+    share_of_mean_ratio: Callable[[float], float] | None = None
+
+
+DIVERGENCES: dict[str, Definition] = {
+    "forward_kl": Definition(
+        forward_kl,
+        balance=lambda parameter: -1.0,
+        remainders=(*BALANCED_REMAINDERS, "teacher_renormalize"),
+        infinite_without=("student",),
+        share_of_mean_ratio=_zero,  # dlog_s is s - t
+    ),
+    "reverse_kl": Definition(
+        reverse_kl,
+        balance=_one,
+        remainders=BALANCED_REMAINDERS,
+        infinite_without=("teacher",),
+        share_of_mean_ratio=_one,  # dlog_s is s r
+    ),
+    "jsd": Definition(jsd, setting=Jsd, parameter_name="beta", remainders=BALANCED_REMAINDERS),
+    "mixed_kl": Definition(
+        mixed_kl,
+        balance=lambda forward_weight: 1 - 2 * forward_weight,
+        setting=MixedKl,
+        parameter_name="forward_weight",
+        remainders=BALANCED_REMAINDERS,
+        infinite_without=("student", "teacher"),
+        share_of_mean_ratio=lambda forward_weight: 1 - forward_weight,
+    ),
+    "skew_kl": Definition(
+        skew_kl,
+        balance=lambda student_weight: -student_weight,
+        setting=SkewKl,
+        parameter_name="student_weight",
+        remainders=BALANCED_REMAINDERS,
+    ),
+}
+
+
+@setting
+class DivergenceTerm(NamedTuple):
+    """A divergence as objectives and kernels take it: its name in the table and its parameter."""
 
     name: str
     parameter: float
-    balance: float
+
+    @property
+    def definition(self) -> Definition:
+        return DIVERGENCES[self.name]
 
     @property
     def function(self) -> Term:
-        return _TERMS[self.name]
+        return self.definition.term
+
+    @property
+    def balance(self) -> float:
+        return self.definition.balance(self.parameter)
+
+    @property
+    def share_of_mean_ratio(self) -> float | None:
+        share = self.definition.share_of_mean_ratio
+        return None if share is None else share(self.parameter)
 
     def plain(self, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
         """The term as the papers write it, for sides that need not sum to 1."""
@@ -130,44 +267,76 @@ class DivergenceTerm(NamedTuple):
     def clipped(self, log_s: Tensor, log_t: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
         """The plain term cut at ``clip``, for sides that sum to 1, and which entries were cut.
 
-        ``balance (s - t)`` sums to 0 over all entries, so what the uncut entries have of it is
-        minus what the cut ones have: those carry it, and the others keep the balanced term.
+        ``balance (s - t)`` sums to 0 over all entries, so its sum over the uncut entries is minus
+        its sum over the cut ones.  The cut entries carry that part, and the others keep the
+        balanced term.
         """
         term, dlog_s = self.function(log_s, log_t, self.parameter)
         s = log_s.exp()
         shift = self.balance * (s - log_t.exp())
         cut = term + shift > clip
-        return (
-            torch.where(cut, clip - shift, term),
-            torch.where(cut, -self.balance * s, dlog_s),
-            cut,
-        )
-
-
-_TERMS: dict[str, Term] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-    "mixed_kl": mixed_kl,
-}
+        dlog_s = torch.where(cut, -self.balance * s, dlog_s)
+        return torch.where(cut, clip - shift, term), dlog_s, cut
 
 
 def divergence_term(divergence: Divergence) -> DivergenceTerm:
-    """The row functions' view of a divergence given by a caller."""
-    if isinstance(divergence, Jsd):
-        return DivergenceTerm("jsd", divergence.beta, 0.0)
-    if isinstance(divergence, MixedKl):
-        weight = divergence.forward_weight
-        return DivergenceTerm("mixed_kl", weight, 1 - 2 * weight)
-    checks.check_divergence_name(divergence)
-    return DivergenceTerm(divergence, 0.0, -1.0 if divergence == "forward_kl" else 1.0)
+    """The term of a divergence as a caller gives it.
+
+    Raises:
+        ValueError: when it is neither a name without a parameter nor one of the table's classes.
+    """
+    for name, definition in DIVERGENCES.items():
+        if definition.setting is None:
+            if divergence == name:
+                return DivergenceTerm(name, 0.0)
+        elif isinstance(divergence, definition.setting):
+            return DivergenceTerm(name, getattr(divergence, definition.parameter_name))
+    known = DIVERGENCES.get(divergence) if isinstance(divergence, str) else None
+    remedy = "forward is KL(teacher||student), reverse is KL(student||teacher)"
+    if known is not None and known.setting is not None:
+        remedy = f"pass {_call(known)}, which carries its parameter"
+    legal = [
+        repr(name) if known.setting is None else _call(known) for name, known in DIVERGENCES.items()
+    ]
+    rule = f"be {', '.join(legal[:-1])} or {legal[-1]}"
+    checks.fail("divergence", rule, repr(divergence), remedy)
+    raise AssertionError
+
+
+def _call(definition: Definition) -> str:
+    assert definition.setting is not None
+    return f"{definition.setting.__name__}({definition.parameter_name})"
+
+
+def named_divergence(name: str, parameter: float | None = None) -> Divergence:
+    """A divergence by its name in the table and its parameter, as configurations hold them.
+
+    Args:
+        name: a key of ``DIVERGENCES``.
+        parameter: of ``Jsd``, ``MixedKl`` or ``SkewKl``; None where the divergence has none.
+
+    Raises:
+        ValueError: when the name is unknown, or a parameter is missing or superfluous.
+    """
+    checks.check_one_of("divergence", name, DIVERGENCES)
+    known = DIVERGENCES[name]
+    if (known.setting is None) != (parameter is None):
+        got = "a parameter" if known.setting is None else "none"
+        rule = "have no parameter" if known.setting is None else f"have its {known.parameter_name}"
+        checks.fail(f"divergence {name!r}", rule, got, "pass it, or leave it out")
+    made: Any = name if known.setting is None else known.setting(parameter)
+    return made
 
 
 def generalized_jsd(beta: float) -> Divergence:
-    """The divergence trainers mean by ``beta``: the KLs at the end points, ``Jsd(beta)`` between.
+    """The divergence that trainers mean by ``beta``: ``Jsd(beta)``, and a KL at either end.
 
-    GKD's ``beta`` and SDPO's ``alpha`` jump at 0 and 1: 0 is KL(t||s) and 1 is KL(s||t), while the
-    formula between them tends to 0 at both ends.
+    GKD calls the number beta, SDPO and SDFT call it alpha: it is one number, the teacher's weight
+    in the mixture.  0 means KL(t||s) and 1 means KL(s||t), where the formula of the divergence
+    would tend to 0.
+
+    Args:
+        beta: in [0, 1].
     """
     if beta == 0:
         return "forward_kl"

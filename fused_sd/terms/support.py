@@ -1,84 +1,280 @@
-"""Which vocabulary entries are compared, and what becomes of the remainder.
+"""The supports: which vocabulary entries of a token are compared.
 
-A truncated support turns a row of logits into K (or K + 1) bucket log-probabilities, and the
-gradient by the buckets back into a gradient by the logits: a constant times a softmax over the
-whole row, with the K entries of the support overwritten.  Everything here is (rows, K); the passes
-over the vocabulary are in ``rows.py``.
+A support is a class that knows itself: its name, how many entries it has, whose whole logits it
+must see, and how it chooses.  To add one: write its class here and its definition in
+``reference.py``, and export it.  What becomes of the entries outside is the comparison's
+``remainder``; the arithmetic of a truncated row is in ``objectives/truncated.py``.
 
 Dimension key:  C rows in a chunk, K entries of the support
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from fused_sd import checks
-from fused_sd.terms.divergence import DivergenceTerm
+from fused_sd.settings import setting
 
-BLOCK = 128  # columns that top_k compares by their maximum
 Remainder = Literal["tail", "renormalize", "drop", "teacher_renormalize"]
+SideName = Literal["student", "teacher"]
 
 
+class Rows(Protocol):
+    """What a support may ask of a chunk of logits."""
+
+    def top_k(self, side: SideName, k: int) -> Tensor:
+        """Ids (C, k) of a side's largest logits, largest first, equal logits by lowest id."""
+
+    def log_probs(self, side: SideName, ids: Tensor) -> Tensor:
+        """A side's log-probabilities (C, K) of ids, over the whole vocabulary."""
+
+
+class Support:
+    """The entries of each token that are compared.
+
+    Attributes:
+        name: what configurations and the command line call it.
+        is_truncated: whether entries are left out.
+        num_entries: K, the most entries that a token may have; 0 where all are compared.
+        top_k: how many largest entries of a side it looks for; 0: it looks for none.
+        num_normalizers: how many sides' normalisers the choice needs.
+    """
+
+    name: ClassVar[str]
+    is_truncated: ClassVar[bool] = True
+    num_normalizers: ClassVar[int] = 0
+    top_k: int = 0
+
+    @property
+    def num_entries(self) -> int:
+        raise NotImplementedError
+
+    def reads_whole(self, side: SideName) -> bool:
+        """Whether the choice needs a side's logits of the whole vocabulary."""
+        return False
+
+    def choose(self, rows: Rows, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Choose the entries of each row.
+
+        Args:
+            rows: the logits, of both sides.
+            inputs: per-token tensors of the loss; ``entry_ids`` (C, K) are given entries.
+
+        Returns:
+            ids: (C, K) int64, at least 0.
+            counted: (C, K) bool, which of them are compared; None: all.
+        """
+        raise NotImplementedError
+
+    def without_tensors(self) -> "Support":
+        """The same support for an operator, which takes tensors as inputs of their own."""
+        return self
+
+    def check_size(self, vocab: int) -> None:
+        """Refuse to look for more entries than both vocabularies have."""
+        if self.top_k > vocab:
+            checks.fail(
+                f"{type(self).__name__}.k",
+                f"be at most the vocabulary's {vocab}",
+                self.top_k,
+                "use FULL_VOCABULARY to compare every entry",
+            )
+
+
+@setting
 @dataclass(frozen=True)
-class FullVocabulary:
+class FullVocabulary(Support):
     """Every entry is compared; there is no remainder."""
 
+    name: ClassVar[str] = "full"
+    is_truncated: ClassVar[bool] = False
+
+    @property
+    def num_entries(self) -> int:
+        return 0
+
+    def reads_whole(self, side: SideName) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
-class StudentTopK:
-    """The student's k most likely entries (SDPO).  The choice is not differentiated."""
-
+class _TopK(Support):
     k: int
 
     def __post_init__(self) -> None:
         checks.check_positive_int("k", self.k)
 
+    @property
+    def top_k(self) -> int:  # type: ignore[override]
+        return self.k
 
+    @property
+    def num_entries(self) -> int:
+        return self.k
+
+
+@setting
 @dataclass(frozen=True)
-class TeacherTopK:
-    """The teacher's k most likely entries (SD-Zero's and OPSD's code)."""
+class StudentTopK(_TopK):
+    """The student's k most likely entries (SDPO).  The choice is not differentiated.
 
-    k: int
+    Args:
+        k: number of entries, at least 1.
+    """
+
+    name: ClassVar[str] = "student"
+
+    def reads_whole(self, side: SideName) -> bool:
+        return side == "student"
+
+    def choose(self, rows: Rows, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        return rows.top_k("student", self.k), None
+
+
+@setting
+@dataclass(frozen=True)
+class TeacherTopK(_TopK):
+    """The teacher's k most likely entries (SD-Zero's and OPSD's code).
+
+    Args:
+        k: number of entries, at least 1.
+    """
+
+    name: ClassVar[str] = "teacher"
+
+    def reads_whole(self, side: SideName) -> bool:
+        return side == "teacher"
+
+    def choose(self, rows: Rows, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        return rows.top_k("teacher", self.k), None
+
+
+@setting
+@dataclass(frozen=True)
+class UnionTopK(_TopK):
+    """The k most likely entries of either side, each counted once: between k and 2k entries.
+
+    Args:
+        k: number of entries of each side, at least 1.
+    """
+
+    name: ClassVar[str] = "union"
+
+    @property
+    def num_entries(self) -> int:
+        return 2 * self.k
+
+    def reads_whole(self, side: SideName) -> bool:
+        return True
+
+    def choose(self, rows: Rows, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        ids = torch.cat([rows.top_k("student", self.k), rows.top_k("teacher", self.k)], -1)
+        return ids, first_occurrence(ids)
+
+
+@setting
+@dataclass(frozen=True)
+class TeacherNucleus(_TopK):
+    """The smallest set of the teacher's entries whose probability is at least ``mass``.
+
+    A token has as many entries as the teacher's distribution needs, at most k: a sure teacher is
+    compared on one or two, an open one on k.  Places that a token does not need hold nothing.
+
+    Args:
+        mass: probability that the entries must reach together, in the open interval (0, 1).
+        k: most entries of a token, at least 1; memory and time are those of ``TeacherTopK(k)``.
+
+    Reference:
+        Holtzman et al., *The Curious Case of Neural Text Degeneration*, arXiv 1904.09751, eq. 2.
+    """
+
+    mass: float = 0.95
+
+    name: ClassVar[str] = "teacher_nucleus"
+    num_normalizers: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        checks.check_positive_int("k", self.k)
+        super().__post_init__()
+        checks.check_open_interval("mass", self.mass, "use FULL_VOCABULARY for a mass of 1")
 
+    def reads_whole(self, side: SideName) -> bool:
+        return side == "teacher"
 
-@dataclass(frozen=True)
-class UnionTopK:
-    """The k most likely entries of either side, each counted once: between k and 2k entries."""
-
-    k: int
-
-    def __post_init__(self) -> None:
-        checks.check_positive_int("k", self.k)
+    def choose(self, rows: Rows, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        ids = rows.top_k("teacher", self.k)
+        mass = rows.log_probs("teacher", ids).exp()
+        before = mass.cumsum(-1) - mass  # of the entries that are more likely
+        return ids, before < self.mass
 
 
 @dataclass(frozen=True, eq=False)
-class TokenIds:
+class TokenIds(Support):
     """Given entries.
 
     Args:
         ids: (..., K) int64, one set for each token.  A repeated id counts once; a negative id is
-            padding and counts not at all.
+            padding and does not count.
     """
 
     ids: Tensor
 
+    name: ClassVar[str] = "ids"
+
+    @property
+    def num_entries(self) -> int:
+        return int(self.ids.shape[-1])
+
+    def without_tensors(self) -> "Support":
+        return GivenEntries(self.num_entries)
+
+
+@setting
+@dataclass(frozen=True)
+class GivenEntries(Support):
+    """Inside an operator: the entries of ``TokenIds``, whose ids are an input."""
+
+    count: int
+
+    name: ClassVar[str] = "ids"
+
+    @property
+    def num_entries(self) -> int:
+        return self.count
+
+    def choose(self, rows: Rows, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        ids = inputs["entry_ids"]
+        return ids.clamp(min=0), first_occurrence(ids)
+
 
 FULL_VOCABULARY = FullVocabulary()
-Support = FullVocabulary | StudentTopK | TeacherTopK | UnionTopK | TokenIds
+# the supports that a name and numbers describe, as configurations and the command line do
+NAMED_SUPPORTS: dict[str, type[Support]] = {
+    kind.name: kind
+    for kind in (FullVocabulary, StudentTopK, TeacherTopK, UnionTopK, TeacherNucleus)
+}
+
+LEGAL_SUPPORTS = (
+    "FULL_VOCABULARY, StudentTopK(k), TeacherTopK(k), UnionTopK(k), TeacherNucleus(k, mass) or "
+    "TokenIds(ids)"
+)
 
 
-class Buckets(NamedTuple):
-    """The two sides over the compared entries, and how to return from there."""
+def named_support(name: str, *numbers: Any) -> Support:
+    """A support by its name and its numbers: K, and of a nucleus its mass.
 
-    log_s: Tensor  # (C, K) or (C, K + 1) with the tail bucket last
-    log_t: Tensor  # as log_s
-    background: Tensor | None  # (C,) log-normaliser of the student's entries outside; None: no mass
-    balanced: bool  # both sides sum to 1
+    Raises:
+        ValueError: when the name is unknown or a number is missing, superfluous or out of range.
+    """
+    checks.check_one_of("support", name, NAMED_SUPPORTS)
+    try:
+        return NAMED_SUPPORTS[name](*numbers)
+    except TypeError:
+        rule = f"have the numbers of {NAMED_SUPPORTS[name].__name__}"
+        checks.fail(f"support {name!r}", rule, numbers, "see its documentation")
+        raise
 
 
 def first_occurrence(ids: Tensor) -> Tensor:
@@ -87,61 +283,6 @@ def first_occurrence(ids: Tensor) -> Tensor:
     is_first = torch.ones_like(ids, dtype=torch.bool)
     is_first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     return torch.zeros_like(is_first).scatter_(1, order, is_first) & (ids >= 0)
-
-
-def log_complement(log_probs: Tensor, floor: float) -> Tensor:
-    """Log-mass outside the entries (C, K), where all that is known of the rest is that it sums to
-    1.
-
-    The mass inside is kept below ``exp(-floor)``, as SDPO's official code does with 1e-7.
-    """
-    log_mass = log_probs.logsumexp(-1, keepdim=True).clamp(max=-floor)
-    return torch.log(-torch.expm1(log_mass))
-
-
-def bucket_terms(
-    buckets: Buckets, term: DivergenceTerm, remainder: str, entry_clip: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Terms and their derivatives over the buckets, and which entries the entry clip cut.
-
-    Returns:
-        term: (C, K') each bucket's contribution.
-        dlog_s: (C, K') its derivative by the student's bucket log-probability.
-        clipped: (C, K') bool.
-    """
-    log_s, log_t = buckets.log_s, buckets.log_t
-    if remainder == "teacher_renormalize":
-        t = log_t.exp()
-        value, dlog_s = (
-            torch.where(t == 0, t, -t * log_s),
-            -t,
-        )  # a cross entropy: no teacher entropy
-    elif not buckets.balanced:
-        value, dlog_s = term.plain(log_s, log_t)
-    elif entry_clip is None:
-        value, dlog_s = term.function(log_s, log_t, term.parameter)
-    else:
-        return term.clipped(log_s, log_t, entry_clip)
-    if entry_clip is None:
-        return value, dlog_s, torch.zeros_like(value, dtype=torch.bool)
-    clipped = value > entry_clip
-    return value.clamp(max=entry_clip), dlog_s.masked_fill(clipped, 0), clipped
-
-
-def tail_gradient_to_entries(dlog_s: Tensor, log_s: Tensor, floor: float) -> Tensor:
-    """Hand the derivative by a floored tail (last column) to the entries that define it: (C, K).
-
-    The floored tail is a function of the entries' mass, flat where the mass meets the floor.
-    """
-    inside = log_s[:, :-1]
-    open_tail = inside.logsumexp(-1, keepdim=True) < -floor
-    pull = torch.where(open_tail, dlog_s[:, -1:] * torch.exp(-log_s[:, -1:]), 0)
-    return dlog_s[:, :-1] - pull * inside.exp()
-
-
-def has_short_list(k: int, num_columns: int) -> bool:
-    """Whether the blocks that may hold the k largest are few beside the row."""
-    return 4 * k * BLOCK < num_columns
 
 
 def overlap(ids: Tensor, other: Tensor) -> Tensor:

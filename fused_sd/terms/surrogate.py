@@ -1,30 +1,71 @@
-"""Losses whose coefficient is local to the token: its log-probability to loss and derivative."""
+"""Losses of the sampled token: from its log-probability to a loss and the derivative.
 
-from typing import NamedTuple
+The coefficient of such a loss belongs to one token, so that loss and gradient come out of one pass
+over the chunk's logits.
+
+Dimension key:  C tokens
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_sd import checks
 from fused_sd.settings import setting
 from fused_sd.terms.evidence import evidence_weight
 from fused_sd.terms.weighting import MAX_LOG_RATIO, capped_ratio, log_ratio
 
+KlEstimator = Literal["k1", "k2", "k3"]
+
 
 @setting
-class Surrogate(NamedTuple):
-    """Settings of the clipped policy surrogate."""
+@dataclass(frozen=True, kw_only=True)
+class Surrogate:
+    """Settings of the clipped policy surrogate; see ``surrogate`` for the formula.
 
-    ratio_clip: tuple[float, float] | None
-    dual_clip: float | None
-    evidence_clip: tuple[float, float] | None
-    evidence_from_old: bool
-    kl_coefficient: float
-    kl_estimator: str
-    importance_cap: float | None
+    Args:
+        ratio_clip: (low, high), how far the policy ratio may leave 1; None: no clip.
+        dual_clip: bound c > 1 on the loss of tokens with a negative advantage; None: no bound.
+        evidence_clip: (low, high) of RLSD's evidence weight; None: no evidence.
+        evidence_from_old: whether the evidence compares the teacher with the old policy.
+        kl_coefficient: weight of a KL to a reference; 0: none.
+        kl_estimator: how that KL is estimated from the sampled token.
+        importance_cap: largest importance ratio that multiplies loss and gradient; None: no ratio.
+
+    Raises:
+        ValueError: when a number is out of range.
+    """
+
+    ratio_clip: tuple[float, float] | None = None
+    dual_clip: float | None = None
+    evidence_clip: tuple[float, float] | None = None
+    evidence_from_old: bool = False
+    kl_coefficient: float = 0.0
+    kl_estimator: KlEstimator = "k3"
+    importance_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ratio_clip is not None:
+            checks.check_ratio_clip(self.ratio_clip)
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            remedy = "verl and RLSD use 3.0; None is no clip"
+            checks.fail("dual_clip", "be above 1", self.dual_clip, remedy)
+        checks.check_non_negative("kl_coefficient", self.kl_coefficient, "pass 0 for no KL")
+        if self.kl_estimator in ("kl", "k1_direct", "direct"):
+            checks.fail(
+                "kl_estimator",
+                "not differentiate log_prob - reference directly: its gradient does not depend on "
+                "the reference",
+                repr(self.kl_estimator),
+                "pass 'k1' (sg(d) log_prob), 'k2' or 'k3'",
+            )
+        checks.check_one_of("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
 
 
 class TokenTerm(NamedTuple):
-    """A token's loss, its derivative by the log-probability, and what to log, each (C,)."""
+    """A token's loss, the derivative w.r.t. its log-probability, and what to log, each (C,)."""
 
     loss: Tensor
     dlog_prob: Tensor
@@ -39,8 +80,14 @@ def cross_entropy(log_prob: Tensor) -> TokenTerm:
 def surrogate(settings: Surrogate, log_prob: Tensor, inputs: dict[str, Tensor]) -> TokenTerm:
     """GRPO's and PPO's clipped surrogate, with RLSD's evidence and a KL to a reference.
 
-    ``-min(rho A', clip(rho, 1 - low, 1 + high) A')`` with ``rho = pi / pi_old``, at least
-    ``dual_clip A'`` below 0 where A' < 0, and ``A' = A ((1 - mix) + mix w)``.
+    ``-min(rho A', clip(rho, 1 - low, 1 + high) A')`` with ``rho = pi / pi_old`` and
+    ``A' = A ((1 - mix) + mix w)``.  A dual clip c keeps the loss at most ``-c A'`` where A' < 0.
+
+    Args:
+        settings: clips and coefficients.
+        log_prob: (C,) of the sampled tokens, by the current policy.
+        inputs: (C,) each: ``advantages``, and where given ``old_log_probs``,
+            ``teacher_log_probs``, ``mix`` and ``reference_log_probs``.
     """
     metrics: dict[str, Tensor] = {}
     advantages = inputs["advantages"].to(log_prob)
@@ -55,7 +102,7 @@ def surrogate(settings: Surrogate, log_prob: Tensor, inputs: dict[str, Tensor]) 
         metrics["evidence"] = teacher - reference
     ratio = log_ratio(log_prob, old).exp()
     loss = -ratio * advantages
-    follows = (log_prob - old).abs() <= MAX_LOG_RATIO  # the clamp is flat beyond
+    follows = (log_prob - old).abs() <= MAX_LOG_RATIO  # beyond, the clamped ratio is constant
     if settings.ratio_clip is not None:
         low, high = settings.ratio_clip
         bounded = -ratio.clamp(1 - low, 1 + high) * advantages
@@ -67,7 +114,7 @@ def surrogate(settings: Surrogate, log_prob: Tensor, inputs: dict[str, Tensor]) 
         follows = follows & ~cut
         loss = torch.where(cut, ceiling, loss)
     dlog_prob = torch.where(follows, -ratio * advantages, 0)
-    metrics |= {"ratio": ratio, "ratio_clip_fraction": (~follows).to(log_prob)}
+    metrics |= {"importance_ratio": ratio, "ratio_clip_fraction": (~follows).to(log_prob)}
     if settings.kl_coefficient:
         known = "reference_log_probs" if "reference_log_probs" in inputs else "teacher_log_probs"
         reference = inputs[known].to(log_prob)
@@ -82,11 +129,14 @@ def surrogate(settings: Surrogate, log_prob: Tensor, inputs: dict[str, Tensor]) 
 
 
 def sampled_kl(log_prob: Tensor, reference: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    """Single-sample estimators of a KL to a reference, of ``d = log_prob - reference``.
+    """Estimate a KL to a reference from one sample, of ``d = log_prob - reference``.
 
-    ``"k1"`` is ``sg(d) log_prob`` and ``"k2"`` is ``d^2 / 2``: their gradients, ``d`` times that of
-    log_prob, are in expectation the gradient of KL(s||reference).  ``"k3"`` is ``exp(-d) + d - 1``,
-    whose gradient is in expectation that of KL(reference||s).
+    ``"k1"`` is ``sg(d) log_prob`` and ``"k2"`` is ``d^2 / 2``.  The gradient of both is ``d`` times
+    the gradient of log_prob, in expectation the gradient of KL(s||reference).  ``"k3"`` is
+    ``exp(-d) + d - 1``, whose gradient is in expectation that of KL(reference||s).
+
+    Returns:
+        The estimate (C,) and its derivative w.r.t. log_prob (C,).
     """
     gap = log_prob - reference
     if estimator == "k1":

@@ -1,7 +1,7 @@
-"""One number for each token: masks, means and importance ratios.
+"""One number for each token: masks, averages, importance ratios and clips.
 
-Every mode in which a trainer averages token losses is linear in them, so it is a vector of weights
-for ``token_weights`` together with ``reduction="sum"``.
+Every mode in which a trainer averages token losses is linear in the losses.  Each mode is therefore
+a vector of weights for ``token_weights``, together with ``reduction="sum"``.
 
 Dimension key:  B sequences, T tokens of a sequence
 """
@@ -22,7 +22,7 @@ MAX_LOG_RATIO = 20.0  # log-ratios are clamped to +-20 before exp(), so that non
 class ImportanceCap:
     """The truncated importance ratio ``min(pi / pi_old, cap)`` of the sampled token, a constant.
 
-    It is formed inside the loss from the student's own log-probability, at the loss's temperature.
+    The loss forms the ratio from the student's own log-probability, at the loss's temperature.
 
     Args:
         old_log_probs: (...) log-probabilities of the loss's ``token_ids`` when they were sampled,
@@ -50,6 +50,16 @@ def capped_ratio(log_prob: Tensor, old_log_prob: Tensor, cap: float) -> tuple[Te
     """The importance ratio cut at ``cap``, and 1 where it was cut."""
     ratio = log_ratio(log_prob, old_log_prob.to(log_prob)).exp()
     return ratio.clamp(max=cap), (ratio > cap).to(ratio)
+
+
+def clip_tokens(
+    loss: Tensor, bounds: tuple[float | None, float | None] | None
+) -> tuple[Tensor, Tensor]:
+    """A token's loss clipped to (lower, upper), and 1 where it still follows the logits."""
+    if bounds is None:
+        return loss, torch.ones_like(loss)
+    clipped = loss.clamp(*bounds)
+    return clipped, (clipped == loss).to(loss)
 
 
 Aggregation = Literal[

@@ -1,10 +1,11 @@
-"""The divergences of ``divergence.py`` for rows whose sides are near each other, in place.
+"""Fast CPU forms of the divergences, for rows whose sides are near each other.
 
-Where no log-ratio is large, the balanced form of every term is one expression without cases, and a
-CPU evaluates it in the memory of its arguments, several times as fast as the general functions,
-which choose between forms entry by entry.  A divergence that is not here takes the general way.
+Where no log-ratio is large, the balanced term of a divergence is one expression without cases.  A
+CPU evaluates it in the memory of its arguments, several times as fast as the general functions of
+``terms/divergence.py``, which choose between forms entry by entry.  A divergence that has no form
+here is evaluated by its general function.
 
-Dimension key:  R rows visited at a time, W columns
+Dimension key:  R rows of a block, W columns
 Symbols:        s student, t teacher, r = log s - log t, m the mixture
 """
 
@@ -18,7 +19,7 @@ LARGEST = 60.0  # of a log-ratio: its exponential is far from overflow in fp32
 
 
 class Block(NamedTuple):
-    """Memory for some rows of both sides, and for what is made of them; each (R, W)."""
+    """Memory for some rows of both sides and for intermediate results, each (R, W)."""
 
     s: Tensor
     t: Tensor
@@ -26,15 +27,23 @@ class Block(NamedTuple):
     one: Tensor
     other: Tensor
 
-    def fill_(self, student: Tensor, teacher: Tensor, lse_s: Tensor, lse_t: Tensor) -> bool:
-        """Log-probabilities in ``s`` and ``t``; then, if the sides are near, the probabilities.
+    def fill_(
+        self, student: Tensor, teacher: Tensor, lse_s: Tensor, lse_t: Tensor, has_form: bool
+    ) -> bool:
+        """Write log-probabilities into ``s`` and ``t``; if the sides are near, probabilities.
+
+        Args:
+            student, teacher: logits of both sides.
+            lse_s, lse_t: (R,) their log-sum-exps.
+            has_form: whether the divergence has a fast form; else the sides do not count as near.
 
         Returns:
-            Whether they are near.  A GPU is not asked, since that would wait for it.
+            Whether the sides are near; then ``s`` and ``t`` hold probabilities and ``r`` their
+            log-ratio.  False on a GPU, where the question would wait for the device.
         """
         torch.sub(student, lse_s[:, None], out=self.s)
         torch.sub(teacher, lse_t[:, None], out=self.t)
-        if self.r.is_cuda or self.r.numel() == 0:
+        if not has_form or self.r.is_cuda or self.r.numel() == 0:
             return False
         torch.sub(self.s, self.t, out=self.r)
         low, high = self.r.aminmax()
@@ -45,7 +54,8 @@ class Block(NamedTuple):
         return True
 
 
-Form = Callable[[Block, float], tuple[Tensor, Tensor]]  # the term and dlog_s, in the block's memory
+# of a block and the divergence's parameter: term and dlog_s, in the memory of ``one`` and ``other``
+Form = Callable[[Block, float], tuple[Tensor, Tensor]]
 
 
 def forward_kl(block: Block, parameter: float) -> tuple[Tensor, Tensor]:
@@ -78,21 +88,44 @@ def mixed_kl(block: Block, parameter: float) -> tuple[Tensor, Tensor]:
     return term, dforward.mul_(parameter).add_(dreverse, alpha=1 - parameter)
 
 
-FORMS: dict[str, Form] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-    "mixed_kl": mixed_kl,
+def skew_kl(block: Block, parameter: float) -> tuple[Tensor, Tensor]:
+    s, t, r, dlog_s, term = block
+    torch.expm1(r, out=dlog_s).mul_(parameter)  # m / t - 1
+    torch.log1p(dlog_s, out=term)
+    torch.sub(dlog_s, term, out=term).mul_(t)
+    torch.add(dlog_s, 1, out=r)
+    return term, dlog_s.div_(r).mul_(s).mul_(parameter)
+
+
+class FastForm(NamedTuple):
+    """How a divergence is evaluated in place, and how much memory that takes."""
+
+    evaluate: Form
+    num_buffers: int  # fp32 matrices (R, W) that are held at once, those of the block included
+
+
+FORMS: dict[str, FastForm] = {
+    "forward_kl": FastForm(forward_kl, 5),
+    "reverse_kl": FastForm(reverse_kl, 5),
+    "jsd": FastForm(jsd, 6),
+    "mixed_kl": FastForm(mixed_kl, 6),
+    "skew_kl": FastForm(skew_kl, 5),
 }
+GENERAL_BUFFERS = 16  # of a general function of ``terms/divergence.py``, roughly
+
+
+def num_buffers(name: str) -> int:
+    """How many matrices (R, W) of a block's rows a divergence holds at once on a CPU."""
+    return FORMS[name].num_buffers if name in FORMS else GENERAL_BUFFERS
 
 
 def clip_(
     block: Block, term: Tensor, dlog_s: Tensor, balance: float, clip: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Terms and derivatives cut as ``DivergenceTerm.clipped`` cuts them, and how many: (R,)."""
+    """Cut terms and derivatives as ``DivergenceTerm.clipped`` does, and count the cuts: (R,)."""
     shift = torch.sub(block.s, block.t, out=block.t).mul_(balance)
-    room = shift.neg_().add_(clip)  # for the balanced term
-    cut = torch.sub(term, room, out=block.r).gt_(0)
-    torch.minimum(term, room, out=term)
+    largest = shift.neg_().add_(clip)  # that the balanced term may be
+    cut = torch.sub(term, largest, out=block.r).gt_(0)
+    torch.minimum(term, largest, out=term)
     change = torch.mul(block.s, -balance, out=block.t).sub_(dlog_s)
     return term, dlog_s.addcmul_(cut, change), cut.sum(-1)

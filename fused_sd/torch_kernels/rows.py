@@ -1,16 +1,18 @@
-"""Row functions in PyTorch: what is done to a chunk of logits between the GEMMs.
+"""Functions on whole rows of logits, in PyTorch: normalisers, divergences, gradients, metrics.
 
-The twin of ``kernels/rows.py``: same names, same arguments, same results.  Rows are (C, W) logits
-in fp32 or fp64; a column of -inf has no mass.  A trailing underscore says that the gradient may
-take the place of the logits.
+This is the last stop of a loss on a CPU: an objective calls these functions on a chunk's logits.
+``kernels/rows.py`` is the twin for a GPU, with the same names, arguments and results.  Rows are
+(C, W) logits in fp32 or fp64; a column of -inf has no mass.  A trailing underscore says that the
+gradient may be written over the logits.
 
-A CPU visits a few rows at a time and reuses the memory of what it makes of them, so that all of it
-stays in the caches; nothing here selects by a mask, which costs as much as ten multiplications.
+A block of a few rows is processed at a time, in memory that the next block reuses, so that all of
+it stays in the CPU's caches.  Nothing here selects by a mask, which costs as much as ten
+multiplications.
 
-Where the vocabulary lies on several ranks, a function of two sides returns what holds for all of
-them, a function of one side what holds for this rank's columns.
+Where ranks share the vocabulary, a function of two sides returns numbers over all ranks' columns, a
+function of one side numbers over this rank's columns.
 
-Dimension key:  C rows in a chunk, R rows visited at a time, W columns
+Dimension key:  C rows in a chunk, R rows of a block, W columns
 """
 
 from collections.abc import Collection, Iterator
@@ -21,14 +23,13 @@ from torch import Tensor
 
 from fused_sd.head.vocab_shard import WHOLE, VocabShard
 from fused_sd.terms.divergence import DivergenceTerm
-from fused_sd.terms.support import BLOCK
 from fused_sd.torch_kernels.near import FORMS, Block, clip_
 from fused_sd.torch_kernels.slices import slices
 
-READS_PADDING = False  # of -inf on both sides, where a log-ratio is not a number
-ROW_BLOCK_LOGITS = 2**19  # smaller blocks lose more to threads that wait for each other
+READS_PADDING = False  # columns of -inf on both sides, where a log-ratio is not a number
+ROW_BLOCK_LOGITS = 2**19  # logits of a block; in smaller ones threads wait for each other more
 FLOOR = -1e4  # a log-probability whose probability is 0, and whose products are too
-# both KLs, the JSD with its beta, and both entropies, over the full vocabulary
+# metrics over the full vocabulary: divergences with their parameters, then both entropies
 ROW_METRIC_PARAMETERS = {"forward_kl": 0.0, "reverse_kl": 0.0, "jsd": 0.5}
 ROW_METRICS = (*ROW_METRIC_PARAMETERS, "student_entropy", "teacher_entropy")
 
@@ -38,7 +39,7 @@ class Normalizers(NamedTuple):
 
     student: Tensor  # (C,)
     teacher: Tensor  # (C,)
-    state: Any  # what a backend keeps beside them
+    state: Any  # what the backend keeps beside them for its other functions
 
 
 def log_normalizer(logits: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def lse_and_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
-    """What these columns add to the entropy of rows with the given log-sum-exps: (C,)."""
+    """Part of these columns in the entropy of rows with given log-sum-exps: (C,)."""
     entropy = torch.empty_like(normalizer)
     for at, log_probs, spare in _row_blocks(logits, 2):
         torch.sub(logits[at], normalizer[at, None], out=log_probs)
@@ -85,9 +86,14 @@ def divergence_(
     """Sum of a divergence's terms over the vocabulary and, with ``row_weights``, its gradient.
 
     Args:
-        row_weights: factors of the rows' gradients, or None: no gradient.
-        cap: soft-cap of the student's logits; the gradient is by the logits before it.
+        student, teacher: logits of both sides.
+        normalizers: their log-sum-exps, by ``normalizers``.
+        term: the divergence.
+        entry_clip: upper bound of each entry's term; None: no bound.
+        row_weights: factors of the rows' gradients; None: no gradient.
+        cap: soft-cap of the student's logits; the gradient is w.r.t. the logits before it.
         out: receives the gradient of ``sum(row_weights * loss)``.
+        shard: which columns these are.
 
     Returns:
         loss: (C,) sum of the terms.
@@ -109,20 +115,20 @@ def _compare(
     normalizers: Normalizers,
     term: DivergenceTerm,
     entry_clip: float | None,
-    known_total: Tensor | None,  # (C,) where these columns are not all of them
+    known_total: Tensor | None,  # (C,) sum of dlog_s over all ranks; None: these are all columns
     row_weights: Tensor | None,
     cap: float | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``divergence_``, of these columns; and the sum of ``dlog_s`` over them."""
+    """As ``divergence_``, over these columns alone; and the sum of ``dlog_s`` over them."""
     loss, total = torch.empty_like(normalizers.student), torch.empty_like(normalizers.student)
     clipped = torch.zeros_like(loss)
-    lse_s, lse_t = normalizers.student, normalizers.teacher
+    lse_s, lse_t, form = normalizers.student, normalizers.teacher, FORMS.get(term.name)
     for at, *buffers in _row_blocks(student, len(Block._fields)):
         block = Block(*buffers)
-        is_near = block.fill_(student[at], teacher[at], lse_s[at], lse_t[at])
-        if is_near:
-            value, dlog_s = FORMS[term.name](block, term.parameter)
+        is_near = block.fill_(student[at], teacher[at], lse_s[at], lse_t[at], form is not None)
+        if is_near and form is not None:
+            value, dlog_s = form.evaluate(block, term.parameter)
             if entry_clip is not None:
                 value, dlog_s, clipped[at] = clip_(block, value, dlog_s, term.balance, entry_clip)
             s = block.s
@@ -167,11 +173,11 @@ def row_metrics(
     names: Collection[str],
     shard: VocabShard = WHOLE,
 ) -> dict[str, Tensor]:
-    """What a row of both sides says: those of ``ROW_METRICS`` that are named, each (C,)."""
+    """Metrics over the full vocabulary: those of ``ROW_METRICS`` that are named, each (C,)."""
     parts = {}
     for name, parameter in ROW_METRIC_PARAMETERS.items():
         if name in names:
-            term = DivergenceTerm(name, parameter, 0.0)
+            term = DivergenceTerm(name, parameter)
             pair = student, teacher, normalizers
             parts[name] = _compare(*pair, term, None, None, None, None, None)[0]
     for name, side, lse in (
@@ -181,16 +187,6 @@ def row_metrics(
         if name in names:
             parts[name] = _entropy(side, lse)
     return dict(zip(parts, shard.sum(*parts.values()), strict=True))
-
-
-def block_maxima(logits: Tensor) -> Tensor:
-    """The largest logit of every ``BLOCK`` columns: (C, ceil(W / BLOCK))."""
-    num_columns = logits.shape[1]
-    whole = num_columns // BLOCK * BLOCK
-    blocks = logits[:, :whole].unflatten(1, (whole // BLOCK, BLOCK)).amax(-1)
-    if whole == num_columns:
-        return blocks
-    return torch.cat([blocks, logits[:, whole:].amax(-1, keepdim=True)], 1)
 
 
 def _row_blocks(logits: Tensor, num_buffers: int = 0) -> Iterator[Any]:
@@ -214,7 +210,7 @@ def _terms(
 def _write(
     dlogits: Tensor, row_weights: Tensor | None, logits: Tensor, cap: float | None, out: Tensor
 ) -> None:
-    """Scale a gradient, carry it through the soft-cap's derivative and round it once."""
+    """Apply the soft-cap's derivative, scale, and round once into ``out``."""
     if cap is not None:
         dlogits.mul_(logits.clamp(min=-cap).div_(cap).square_().neg_().add_(1))
     if row_weights is None:

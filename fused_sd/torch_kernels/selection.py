@@ -11,15 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd.terms.support import BLOCK, has_short_list
-from fused_sd.torch_kernels.rows import ROW_BLOCK_LOGITS, block_maxima
+from fused_sd.torch_kernels.rows import ROW_BLOCK_LOGITS
 from fused_sd.torch_kernels.slices import slices
 
+BLOCK = 128  # columns that top_k compares by their maximum
 GPU_ROW_BLOCK_LOGITS = 2**26  # entries at a time where launches cost more than memory
 
 
 class Selection(NamedTuple):
-    """The entries of a gradient that are kept of each row, and what is dropped with the others.
+    """The largest entries of each row of a gradient, and what is dropped with the others.
 
     Sums are in fp32, of an fp64 gradient in fp64.
     """
@@ -27,9 +27,14 @@ class Selection(NamedTuple):
     columns: Tensor  # (R, M) int32, ascending in a row; V in places that are not used
     values: Tensor  # (R, M) wide; 0 in places that are not used
     count: Tensor  # type: ignore[assignment]  # (R,) int64 entries kept; hides tuple.count
-    norm: Tensor  # (R,) sum |g|
+    norm: Tensor  # (R,) sum |g| of the whole row
     dropped: Tensor  # (R,) sum |g| over what is dropped
     dropped_mass: Tensor  # (R,) sum g over what is dropped
+
+
+def has_short_list(k: int, num_columns: int) -> bool:
+    """Whether the blocks that may hold the k largest are few beside the row."""
+    return 4 * k * BLOCK < num_columns
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
@@ -48,7 +53,7 @@ def top_k(logits: Tensor, k: int) -> Tensor:
     num_columns = logits.shape[1]
     if not has_short_list(k, num_columns):
         return _by_size(logits, _largest(logits, k))
-    blocks = _largest(block_maxima(logits), k)
+    blocks = _largest(_block_maxima(logits), k)
     columns = torch.arange(BLOCK, device=logits.device)
     candidates = (blocks[:, :, None] * BLOCK + columns).flatten(1)  # ascending: so are ties
     found = logits.gather(1, candidates.clamp(max=num_columns - 1))
@@ -173,3 +178,13 @@ def _largest(values: Tensor, k: int) -> Tensor:
         is_chosen = is_above | (is_border & (is_border.cumsum(-1) <= room))
         columns[tied[at]] = is_chosen.nonzero()[:, 1].view(-1, k)
     return columns
+
+
+def _block_maxima(logits: Tensor) -> Tensor:
+    """The largest logit of every ``BLOCK`` columns: (C, ceil(W / BLOCK))."""
+    num_columns = logits.shape[1]
+    whole = num_columns // BLOCK * BLOCK
+    blocks = logits[:, :whole].unflatten(1, (whole // BLOCK, BLOCK)).amax(-1)
+    if whole == num_columns:
+        return blocks
+    return torch.cat([blocks, logits[:, whole:].amax(-1, keepdim=True)], 1)

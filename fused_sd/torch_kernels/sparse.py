@@ -1,12 +1,13 @@
-"""Sparse gradients by the logits in PyTorch: the twin of ``kernels/sparse.py``.
+"""From sparse values to gradients, and logits at chosen entries, in PyTorch.
 
-A gradient with few entries for each token needs neither of the two GEMMs that carry it on: the
-gradient by the hidden states gathers rows of the head, and the gradient by the head sums hidden
-states, sorted by vocabulary entry.  Sums are in fp32, of fp64 in fp64, in an order that depends on
-the shapes alone, and are rounded once.
+``kernels/sparse.py`` is the twin for a GPU, with the same names, arguments and results.
+
+dlogits with few values for each token need neither of the two GEMMs: dhidden gathers rows of the
+head, and dweight sums hidden states, sorted by vocabulary entry.  Sums are in fp32 (fp64 for fp64),
+in an order that depends on the shapes alone, and are rounded once.
 
 Dimension key:  N tokens, C tokens in a chunk, D hidden size, V vocabulary, K entries of a token,
-                E entries of all tokens
+                E sparse values of all tokens
 """
 
 from collections.abc import Iterator
@@ -37,12 +38,12 @@ GPU_GATHERED = 2**24
 
 
 class SparseValues(NamedTuple):
-    """A sparse gradient by the product of hidden states and head, as CSR."""
+    """Sparse dlogits, w.r.t. the product of hidden states and head, in CSR form."""
 
     columns: Tensor  # (E,) int32 in [0, V]; V: an empty place, whose value is 0
     values: Tensor  # (E,) fp32 or fp64
-    starts: Tensor  # (N + 1,) int64 of each token's entries
-    dropped_mass: Tensor | None  # (N,) as values: mass that goes to the mean row of the head
+    starts: Tensor  # (N + 1,) int64, where each token's values begin
+    dropped_mass: Tensor | None  # (N,) as values: goes to the mean row of the head
 
 
 class ByColumn(NamedTuple):
@@ -93,12 +94,12 @@ def gather_sum(
     factor: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient by the hidden states, O(E D): one weighted sum of the head's rows for each token.
+    """dhidden, O(E D): one weighted sum of the head's rows for each token.
 
     Args:
         weight: (V, D).
-        mean_row: (D,) mean of the head's rows, as values; needed with a dropped_mass.
-        factor: (N,) as values, of each token's entries and dropped_mass.
+        mean_row: (D,) mean of the head's rows, as values; needed with dropped mass.
+        factor: (N,) as values, of each token's sparse values and dropped mass.
         dtype: of the result.
 
     Returns:
@@ -126,13 +127,13 @@ def segment_sum(
     base_factor: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient by the head, O(E D + V D): one weighted sum of hidden states for each of its rows.
+    """dweight, O(E D + V D): one weighted sum of hidden states for each of the head's rows.
 
     Args:
         hidden: (N, D); rows of tokens without entries are not read.
         vocab: V, rows of the head.
         factor: (N,) as values, of each token's entries.
-        base: (V, D) as values, what is already there.
+        base: (V, D) as values, a gradient to add to; None: 0.
         base_factor: () as values, of the base; None: 1.
         dtype: of the result.
 

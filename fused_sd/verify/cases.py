@@ -5,14 +5,14 @@ Dimension key:  N tokens, D hidden size, V vocabulary
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fused_sd
 from fused_sd import reference
-from fused_sd.losses.distillation_methods import Run
+from fused_sd.engine.options import LossOptions
 from fused_sd.losses.output import LossOutput
 from fused_sd.terms.divergence import Divergence
 from fused_sd.verify.inputs import Operands
@@ -26,7 +26,7 @@ class Logits(NamedTuple):
     support: Tensor | None  # (N, V) bool, the compared entries; None: all
 
 
-Fused = Callable[[Operands, Run], LossOutput]
+Fused = Callable[[Operands, LossOptions], LossOutput]
 Definition = Callable[[Logits, Operands], Tensor]  # returns the token losses (N,)
 
 
@@ -96,7 +96,7 @@ def _generic(name: str, divergence: Divergence, definition: str, beta: float = 0
     )
 
 
-def _sdpo(operands: Operands, run: Run) -> LossOutput:
+def _sdpo(operands: Operands, run: LossOptions) -> LossOutput:
     return fused_sd.sdpo_loss(
         *_sides(operands),
         top_k=CASES["sdpo"].entries(operands.vocab),
@@ -113,7 +113,7 @@ def _sdpo_definition(logits: Logits, operands: Operands) -> Tensor:
     return loss * reference.importance(log_prob, operands.old_log_probs, 2.0)
 
 
-def _sd_zero(operands: Operands, run: Run) -> LossOutput:
+def _sd_zero(operands: Operands, run: LossOptions) -> LossOutput:
     top_k = CASES["sd_zero"].entries(operands.vocab)
     return fused_sd.sd_zero_loss(*_sides(operands), top_k=top_k, **run)
 
@@ -128,11 +128,12 @@ def _sd_zero_definition(logits: Logits, operands: Operands) -> Tensor:
     )
 
 
-def _rlsd(operands: Operands, run: Run) -> LossOutput:
+def _rlsd(operands: Operands, run: LossOptions) -> LossOutput:
     return fused_sd.rlsd_loss(
         *_sampled(operands),
         operands.advantages,
-        teacher=(operands.teacher, operands.weight.detach()),
+        teacher_hidden=operands.teacher,
+        teacher_head=operands.weight.detach(),
         old_log_probs=operands.old_log_probs,
         **run,
     )
@@ -146,13 +147,13 @@ def _rlsd_definition(logits: Logits, operands: Operands) -> Tensor:
     return reference.rlsd(student, teacher, operands.advantages, operands.old_log_probs)
 
 
-def _rlcsd(operands: Operands, run: Run) -> LossOutput:
-    choices = {name: value for name, value in run.items() if name != "reduction"}
+def _rlcsd(operands: Operands, run: LossOptions) -> LossOutput:
+    choices: Any = {name: value for name, value in run.items() if name != "reduction"}
     return fused_sd.rlcsd_loss(  # no reduction: its two means are token weights
         *_sampled(operands),
         *_hints(operands),
         old_log_probs=operands.old_log_probs,
-        **choices,  # type: ignore[arg-type]
+        **choices,
     )
 
 
@@ -161,7 +162,7 @@ def _rlcsd_definition(logits: Logits, operands: Operands) -> Tensor:
     return reference.rlcsd(log_prob, *_hints(operands), operands.old_log_probs)
 
 
-def _grpo(operands: Operands, run: Run) -> LossOutput:
+def _grpo(operands: Operands, run: LossOptions) -> LossOutput:
     old = operands.old_log_probs
     return fused_sd.grpo_loss(*_sampled(operands), operands.advantages, old_log_probs=old, **run)
 
@@ -171,11 +172,11 @@ def _grpo_definition(logits: Logits, operands: Operands) -> Tensor:
     return reference.grpo(log_prob, operands.advantages, operands.old_log_probs)
 
 
-def _cross_entropy(operands: Operands, run: Run) -> LossOutput:
-    choices = {name: value for name, value in run.items() if name != "teacher_temperature"}
+def _cross_entropy(operands: Operands, run: LossOptions) -> LossOutput:
+    choices: Any = {name: value for name, value in run.items() if name != "teacher_temperature"}
     return fused_sd.cross_entropy_loss(
         *_sampled(operands),
-        **choices,  # type: ignore[arg-type]
+        **choices,
     )
 
 

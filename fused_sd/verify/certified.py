@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fused_sd.engine.certificate import TOLERANCE, GradientCertificate
-from fused_sd.losses.distillation_methods import Run
+from fused_sd.engine.options import LossOptions
 from fused_sd.losses.output import LossOutput
 from fused_sd.verify.cases import Case
 from fused_sd.verify.inputs import Operands
@@ -21,7 +21,7 @@ ROUNDING = 1e-6  # relative rounding error of the certificate's own sums
 def sparse(case: Case) -> Case:
     """Return the case of the same loss with ``gradient="sparse"`` at the default tolerance."""
 
-    def fused(operands: Operands, run: Run) -> LossOutput:
+    def fused(operands: Operands, run: LossOptions) -> LossOutput:
         return case.fused(operands, {**run, "gradient": "sparse"})
 
     return replace(case, name=f"{case.name} sparse", fused=fused)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_sd import reference
 from fused_sd.engine.certificate import GradientCertificate
-from fused_sd.losses.distillation_methods import Run
+from fused_sd.engine.options import LossOptions
 from fused_sd.losses.log_probs import entry_log_probs
 from fused_sd.losses.output import LossOutput
 from fused_sd.verify import truth
@@ -125,7 +125,7 @@ class Verifier:
         """Return the library's loss, and the leaves (hidden, weight) that it depends on."""
         hidden = operands.hidden.detach().clone().requires_grad_(True)
         weight = operands.weight.detach().clone().requires_grad_(True)
-        run: Run = {
+        run: LossOptions = {
             "token_weights": operands.token_weights,
             "reduction": "mean",
             "compact": self.compact,

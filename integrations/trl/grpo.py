@@ -68,7 +68,11 @@ class GRPOConfig(PolicyConfig):
 class PolicyTrainer(SelfDistillationTrainer):
     """Base of the methods whose loss is a clipped policy surrogate."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("entropy", "ratio", "ratio_clip_fraction")
+    metrics: ClassVar[tuple[str, ...]] = (
+        "student_entropy",
+        "importance_ratio",
+        "ratio_clip_fraction",
+    )
 
     def surrogate_settings(self, inputs: Inputs) -> dict[str, Any]:
         """Return the keywords of ``policy_loss`` that configuration and batch decide."""

@@ -45,7 +45,7 @@ def _evidence(metrics: dict[str, Tensor]) -> Tensor | None:
     """Return log P_T - log P_S of the sampled tokens (B, T), or None where it was not observed."""
     if "evidence" in metrics:
         return metrics["evidence"]
-    student = metrics.get("student_log_prob", metrics.get("log_prob"))
+    student = metrics.get("student_log_prob")
     if student is not None and "teacher_log_prob" in metrics:
         return metrics["teacher_log_prob"] - student
     return None

@@ -144,12 +144,13 @@ class SDPOTrainer(DivergenceTrainer):
         old, cap = inputs.get("old_per_token_logps"), args.distillation_is_clip
         if args.distillation_mode == "sampled_token":
             importance = None if old is None or cap is None else ImportanceCap(old, cap)
-            observed = ("log_prob", "teacher_log_prob", "entropy") if options["metrics"] else ()
+            observed = ("student_log_prob", "teacher_log_prob", "student_entropy")
             return sampled_kl_loss(
                 *student,
-                teacher=teacher,
+                teacher_hidden=teacher[0],
+                teacher_head=teacher[1],
                 importance=importance,
-                **{**options, "metrics": observed},
+                **{**options, "metrics": observed if options["metrics"] else ()},
             )
         return sdpo_loss(
             *student,

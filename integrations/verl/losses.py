@@ -117,7 +117,7 @@ def rlsd_loss(
     if "rollout_is_weights" in data:
         loss = loss * torch.where(mask, _padded(data["rollout_is_weights"]), 0)
     logged = {key: term.metrics[name] for name, key in _METRIC_KEYS.items()}
-    logged["distillation/ppo_kl"] = -term.metrics["ratio"].log()
+    logged["distillation/ppo_kl"] = -term.metrics["importance_ratio"].log()
     return loss, {
         key: Metric(AggregationType.MEAN, values[mask].mean()) for key, values in logged.items()
     }

@@ -81,9 +81,9 @@ def token_outputs(
     if loss_config is not None:
         run["backend"] = loss_config.get("backend", "auto")
         run["chunk_size"] = loss_config.get("chunk_size")
-    wanted = {"log_prob": "log_probs"} if log_probs else {}  # the library's names and verl's
+    wanted = {"student_log_prob": "log_probs"} if log_probs else {}  # our names, and verl's
     if entropy:
-        wanted["entropy"] = "entropy"
+        wanted["student_entropy"] = "entropy"
     if loss_config is None or loss_config.loss_mode == RLSD_LOSS:
         return _sampled_token_outputs(hidden, head, token_ids, teacher, wanted, run)
     run |= {"token_ids": token_ids, "with_grad": tuple(wanted)}
@@ -110,8 +110,10 @@ def _sampled_token_outputs(
     """Compute the outputs of a loss without a divergence: of the sampled tokens alone."""
     outputs: dict[str, Tensor] = {}
     if wanted:
-        scored = token_log_probs(hidden, head, token_ids, entropy="entropy" in wanted, **run)
-        found = {"log_prob": scored.log_probs, "entropy": scored.entropy}
+        scored = token_log_probs(
+            hidden, head, token_ids, entropy="student_entropy" in wanted, **run
+        )
+        found = {"student_log_prob": scored.log_probs, "student_entropy": scored.entropy}
         outputs = {key: found[name] for name, key in wanted.items()}  # type: ignore[misc]
     if teacher is not None:
         states, teacher_head = teacher

@@ -15,7 +15,6 @@ from fused_sd.planning.devices import CARDS, LATENCY
 from fused_sd.planning.objectives import OBJECTIVES
 from fused_sd.planning.prediction import row_reads
 from fused_sd.planning.wire import GATHER, SUM, SUM_OF_DHIDDEN, wire
-from fused_sd.terms.divergence import divergence_term
 
 RANKS = 2
 CLOSE = 0.03  # of the counted peak; a plan promises 0.1
@@ -72,12 +71,11 @@ def test_row_functions_of_either_backend_send_what_is_planned(name, backend, has
     count, vocab = 5, 300
     student, teacher = torch.randn(2, count, vocab, device=device)
     objective, shard = OBJECTIVES[name], CountingShard(vocab)
-    divergence = fused_sd.Jsd(0.5) if objective.divergence == "jsd" else objective.divergence
-    clip = 0.05 if objective.entry_clip else None
+    compared = objective.comparison
     row_weights = torch.ones(count, device=device) if has_gradient else None
     out = torch.empty_like(student) if has_gradient else None
     normalizers = rows.normalizers(student, teacher, shard)
-    given = student, teacher, normalizers, divergence_term(divergence), clip
+    given = student, teacher, normalizers, compared.term, compared.entry_clip
     rows.divergence_(*given, row_weights, None, out, shard)
     sends = wire(objective, 0, vocab, backend, has_gradient)
     assert (len(shard.maxes), sum(shard.maxes)) == (sends.maxes, count * sends.max_numbers)

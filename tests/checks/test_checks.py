@@ -66,7 +66,7 @@ BAD = {
     ),
     "remainder of the full vocabulary": (
         lambda c: distill(c, remainder="drop"),
-        "leaves no remainder.*support='full', remainder='drop'.*truncated support",
+        "leaves no remainder.*FullVocabulary.*remainder='drop'.*truncated support",
     ),
     "teacher_renormalize": (
         lambda c: distill(c, support=fused_sd.TeacherTopK(3), remainder="teacher_renormalize"),
@@ -280,7 +280,8 @@ BAD = {
         lambda c: policy(
             c,
             evidence=Evidence(),
-            teacher=(c.teacher_hidden, c.weight),
+            teacher_hidden=c.teacher_hidden,
+            teacher_head=c.weight,
             teacher_log_probs=torch.zeros(N),
         ),
         "teacher must be given once",

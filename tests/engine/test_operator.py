@@ -6,16 +6,17 @@ from cases import make_case
 from closeness import assert_close
 
 import fused_sd
-from fused_sd.engine.operator import Options
-from fused_sd.head.projection import Shaping
+from fused_sd.engine.operator import RunSettings
+from fused_sd.head.lm_head import Shaping
 from fused_sd.objectives.divergence import DivergenceObjective
 from fused_sd.objectives.token import LogProbObjective
 from fused_sd.settings import decode, encode
-from fused_sd.terms.divergence import divergence_term
+from fused_sd.terms.surrogate import Surrogate
 
 
 def arguments(case, rows, inputs, *, reduced, wanted):
-    options = Options(Shaping(1.0, None), Shaping(0.5, 3.0), reduced, True, "torch", 3, None, None)
+    shapings = Shaping(1.0, None), Shaping(0.5, 3.0)
+    settings = RunSettings(*shapings, reduced, True, "torch", 3, None, None)
     row_weights = case.token_weights[:, None]
     return (
         case.hidden,
@@ -26,7 +27,7 @@ def arguments(case, rows, inputs, *, reduced, wanted):
         None,
         row_weights if reduced else (row_weights != 0).double(),
         inputs,
-        *encode((rows, options)),
+        *encode((rows, settings)),
         wanted,
     )
 
@@ -39,22 +40,26 @@ def test_opcheck(reduced, kind):
     if kind == "log_probs":
         rows, reduced = LogProbObjective(4, True, True, False), False
     else:
-        term = divergence_term(fused_sd.Jsd(0.5))
-        k = 4 if kind == "student" else 0
-        metrics = ("forward_kl", "student_entropy")
-        rows = DivergenceObjective(term, kind, k, "tail", *[None] * 5, (), metrics)
+        support = fused_sd.StudentTopK(4) if kind == "student" else fused_sd.FULL_VOCABULARY
+        comparison = fused_sd.Comparison(fused_sd.Jsd(0.5), support)
+        rows = DivergenceObjective(comparison, metrics=("forward_kl", "student_entropy"))
     args = arguments(case, rows, inputs, reduced=reduced, wanted=[True, True, True])
     torch.library.opcheck(torch.ops.fused_sd.chunked_run, args)
 
 
 def test_settings_travel_as_text():
-    term = divergence_term(fused_sd.Jsd(0.1))
-    rows = DivergenceObjective(
-        term, "full", 0, "tail", None, None, 0.05, (None, 3.0), 2.0, ("a",), ()
-    )
+    clips = {"entry_clip": 0.05, "token_clip": (None, 3.0)}
+    comparison = fused_sd.Comparison(fused_sd.Jsd(0.1), **clips)
+    rows = DivergenceObjective(comparison, 2.0, ("a",), ())
     assert decode(*encode(rows)) == rows
-    options = Options(Shaping(1 / 3, None), None, True, False, "auto", None, 2**-8, None)
-    assert decode(*encode(options)) == options
+    settings = RunSettings(Shaping(1 / 3, None), None, True, False, "auto", None, 2**-8, None)
+    assert decode(*encode(settings)) == settings
+    given = fused_sd.Comparison(support=fused_sd.TokenIds(torch.zeros(2, 3, dtype=torch.int64)))
+    plain = given.without_tensors()
+    assert plain.support.num_entries == 3
+    assert decode(*encode(plain)) == plain
+    policy = Surrogate(ratio_clip=(0.2, 0.3), dual_clip=3.0, kl_coefficient=0.5)
+    assert decode(*encode(policy)) == policy
 
 
 def step(case, **settings):

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 import fused_sd
 from fused_sd.engine import gradients
 from fused_sd.engine.certificate import count_within_budget, radius
-from fused_sd.engine.operator import Options
-from fused_sd.head.projection import LMHead, Shaping
+from fused_sd.engine.operator import RunSettings
+from fused_sd.head.lm_head import LMHead, Shaping
 from fused_sd.objectives.divergence import DivergenceObjective
 from fused_sd.settings import encode
-from fused_sd.terms.divergence import divergence_term
 
 TOLERANCE = 2.0**-5
 
@@ -477,10 +476,12 @@ def test_prices_are_counted_from_the_first():
 @pytest.mark.parametrize("exact", [True, False])
 def test_opcheck(reduced, exact, few_entries):
     case = make_case(12, 16, 211, bias=True, peak=2.0)
-    term = divergence_term("reverse_kl")
-    support, k, rest = ("teacher", 4, "renormalize") if exact else ("full", 0, "tail")
-    rows = DivergenceObjective(term, support, k, rest, None, None, None, None, None, (), ())
-    options = Options(Shaping(1.0, None), Shaping(0.5, 3.0), reduced, True, "torch", 3, 2**-4, None)
+    comparison = fused_sd.Comparison("reverse_kl")
+    if exact:
+        comparison = fused_sd.Comparison("reverse_kl", fused_sd.TeacherTopK(4), "renormalize")
+    rows = DivergenceObjective(comparison)
+    shapings = Shaping(1.0, None), Shaping(0.5, 3.0)
+    settings = RunSettings(*shapings, reduced, True, "torch", 3, 2**-4, None)
     grad_output = case.token_weights[:, None]
     teacher = case.teacher_hidden.detach(), case.teacher_weight.detach(), None
     args = (
@@ -488,7 +489,7 @@ def test_opcheck(reduced, exact, few_entries):
         *teacher,
         grad_output if reduced else (grad_output != 0).double(),
         [],
-        *encode((rows, options)),
+        *encode((rows, settings)),
         [True, True, True],
     )
     torch.library.opcheck(torch.ops.fused_sd.chunked_run, args)

@@ -40,7 +40,12 @@ LOSSES = {
         *side.student, side.ids, **run
     ),
     "RLSD": lambda side, **run: fused_sd.rlsd_loss(
-        *side.student, side.ids, side.advantages, teacher=side.teacher, **run
+        *side.student,
+        side.ids,
+        side.advantages,
+        teacher_hidden=side.teacher[0],
+        teacher_head=side.teacher[1],
+        **run,
     ),
 }
 

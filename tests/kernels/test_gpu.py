@@ -78,10 +78,10 @@ def test_policy_losses_do_not_synchronise_either():
     def losses():
         common = {"compact": False}
         given = case.hidden, case.head, case.token_ids
-        teacher = case.teacher_hidden, case.teacher_head
+        teacher = {"teacher_hidden": case.teacher_hidden, "teacher_head": case.teacher_head}
         evidence = fused_sd.Evidence()
         policy = fused_sd.policy_loss(
-            *given, old, old_log_probs=old, teacher=teacher, evidence=evidence, **common
+            *given, old, old_log_probs=old, evidence=evidence, **teacher, **common
         ).loss
         log_probs = fused_sd.token_log_probs(*given, entropy=True, **common)
         (policy + log_probs.log_probs.sum() + log_probs.entropy.sum()).backward()

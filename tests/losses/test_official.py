@@ -76,7 +76,8 @@ def test_trls_sampled_token_loss():
         case.hidden,
         case.head,
         case.token_ids,
-        teacher=(case.teacher_hidden, case.teacher_weight.detach()),
+        teacher_hidden=case.teacher_hidden,
+        teacher_head=case.teacher_weight.detach(),
         temperature=0.9,
     )
     assert_same(case, output, exact)

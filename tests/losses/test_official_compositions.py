@@ -67,7 +67,8 @@ def rlsd_in_places(batch: Batch, places: Tensor) -> Tensor:
     }
     reweighted = fused_sd.rlsd_loss(
         *batch.policy,
-        teacher=batch.teacher,
+        teacher_hidden=batch.teacher_hidden,
+        teacher_head=batch.teacher_head,
         evidence=Evidence(),
         token_weights=mean(batch, places),
         **settings,

@@ -45,7 +45,8 @@ def sdpo(batch: Batch, **settings: object) -> LossOutput:
 def sdpo_sampled(batch: Batch) -> LossOutput:
     return fused_sd.sampled_kl_loss(
         *batch.sampled,
-        teacher=batch.teacher,
+        teacher_hidden=batch.teacher_hidden,
+        teacher_head=batch.teacher_head,
         importance=ImportanceCap(batch.old, 2.0),
         token_weights=average(batch.mask * batch.taught[:, None]),
     )

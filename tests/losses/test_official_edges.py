@@ -218,7 +218,8 @@ def test_any_mask_clip_and_mix_of_rlsd(seed, data):
     )
     output = fused_sd.rlsd_loss(
         *batch.policy,
-        teacher=batch.teacher,
+        teacher_hidden=batch.teacher_hidden,
+        teacher_head=batch.teacher_head,
         old_log_probs=batch.old,
         evidence=Evidence((clip, clip), mix, "old" if from_old else "current"),
         ratio_clip=(low, 0.28),

@@ -38,7 +38,8 @@ def exact_grpo_in_trl(batch: Batch, loss_type: str, **settings: object) -> Tenso
 def rlsd(batch: Batch, evidence: Evidence, **settings: object) -> LossOutput:
     return fused_sd.rlsd_loss(
         *batch.policy,
-        teacher=batch.teacher,
+        teacher_hidden=batch.teacher_hidden,
+        teacher_head=batch.teacher_head,
         old_log_probs=batch.old,
         evidence=evidence,
         **{"token_weights": batch.mask, **settings},

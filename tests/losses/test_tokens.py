@@ -104,14 +104,16 @@ def test_cross_entropy_ignores_what_has_no_weight(reduction):
         token_weights=case.token_weights,
         reduction=reduction,
         chunk_size=2,
-        metrics=("log_prob", "entropy"),
+        metrics=("student_log_prob", "student_entropy"),
     )
     exact = reference.cross_entropy(logits_of(case), ids.clamp(min=0)) * weights
     scale = weights.sum() if reduction == "mean" else 1
     assert_close(output.loss.sum(), exact.sum() / scale, torch.float64)
     assert_same_gradients(output.loss.sum(), exact.sum() / scale, case)
     entropy = reference.entropy(logits_of(case))
-    assert_close(output.metrics["entropy"], torch.where(weights != 0, entropy, 0), torch.float64)
+    assert_close(
+        output.metrics["student_entropy"], torch.where(weights != 0, entropy, 0), torch.float64
+    )
     plain = fused_sd.cross_entropy_loss(case.hidden, case.head, ids, reduction="mean")
     torch_loss = torch.nn.functional.cross_entropy(logits_of(case), ids)
     assert_close(plain.loss, torch_loss, torch.float64)
@@ -164,9 +166,9 @@ def test_policy_loss_equals_the_reference(old_given, ratio_clip, dual_clip, kl):
 def test_rlsd_equals_the_reference(teacher_kind, log_prob_kind, mix):
     case, b, old = policy_inputs()
     evidence = fused_sd.Evidence(clip=(0.2, 0.3), mix=mix, log_prob=log_prob_kind)
-    teacher = (case.teacher_hidden, case.teacher_weight.detach())
+    teacher_head = case.teacher_weight.detach()
     if teacher_kind == "states":
-        given = {"teacher": teacher}
+        given = {"teacher_hidden": case.teacher_hidden, "teacher_head": teacher_head}
     else:
         given = {"teacher_log_probs": b}
     output = fused_sd.rlsd_loss(
@@ -177,7 +179,7 @@ def test_rlsd_equals_the_reference(teacher_kind, log_prob_kind, mix):
         old_log_probs=old,
         evidence=evidence,
         reduction="sum",
-        metrics=("evidence", "evidence_weight", "ratio", "teacher_log_prob"),
+        metrics=("evidence", "evidence_weight", "importance_ratio", "teacher_log_prob"),
         **given,
     )
     log_prob = reference.token_log_prob(logits_of(case), case.token_ids)
@@ -230,8 +232,8 @@ def test_tokens_without_an_advantage_are_left_out(reduction, weighted):
     weights = case.token_weights if weighted else None
     settings = {"token_weights": weights, "reduction": reduction}
     call = (case.head, case.token_ids, advantages)
-    exact = fused_sd.policy_loss(case.hidden, *call, metrics=("ratio",), **settings)
-    assert (exact.metrics["ratio"][:5] != 0).any()  # metrics are of all tokens
+    exact = fused_sd.policy_loss(case.hidden, *call, metrics=("importance_ratio",), **settings)
+    assert (exact.metrics["importance_ratio"][:5] != 0).any()  # metrics are of all tokens
     with torch.no_grad():
         spoiled = case.hidden.clone()
         spoiled[:5] = torch.nan
@@ -247,7 +249,8 @@ def test_tokens_without_an_advantage_are_left_out(reduction, weighted):
 def test_sampled_kl_equals_the_reference(estimator, capped):
     case, b, old = policy_inputs()
     importance = fused_sd.ImportanceCap(old, 1.5) if capped else None
-    teacher = (case.teacher_hidden, case.teacher_weight.detach())
+    states = {"teacher_hidden": case.teacher_hidden}
+    states["teacher_head"] = case.teacher_weight.detach()
     outputs = [
         fused_sd.sampled_kl_loss(
             case.hidden,
@@ -258,7 +261,7 @@ def test_sampled_kl_equals_the_reference(estimator, capped):
             token_weights=case.token_weights,
             **given,
         )
-        for given in ({"teacher": teacher}, {"teacher_log_probs": b})
+        for given in (states, {"teacher_log_probs": b})
     ]
     log_prob = reference.token_log_prob(logits_of(case), case.token_ids)
     exact = getattr(reference, f"sampled_{estimator}")(log_prob, b)

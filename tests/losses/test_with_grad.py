@@ -15,7 +15,7 @@ SUPPORTS = {
     "teacher": fused_sd.TeacherTopK(K),
     "union": fused_sd.UnionTopK(K),
 }
-BOTH = ("log_prob", "entropy")
+BOTH = ("student_log_prob", "student_entropy")
 
 
 def divergence(case, kind, remainder, **settings):
@@ -42,7 +42,7 @@ def test_values_and_gradients_are_those_of_two_walks(kind, remainder, softcap):
     case = make_case(bias=True, softcap=softcap)
     factors = torch.randn((3, 7), dtype=torch.float64)
     joint = divergence(case, kind, remainder, token_ids=case.token_ids, with_grad=BOTH)
-    found = joint.loss, joint.with_grad["log_prob"], joint.with_grad["entropy"]
+    found = joint.loss, joint.with_grad["student_log_prob"], joint.with_grad["student_entropy"]
     alone = divergence(case, kind, remainder)
     scored = fused_sd.token_log_probs(
         case.hidden, case.head, case.token_ids, entropy=True, token_weights=case.token_weights
@@ -58,14 +58,14 @@ def test_values_and_gradients_are_those_of_two_walks(kind, remainder, softcap):
         assert_close(value, exact, torch.float64)
 
 
-@pytest.mark.parametrize("names", [("log_prob",), ("entropy",)])
+@pytest.mark.parametrize("names", [("student_log_prob",), ("student_entropy",)])
 def test_one_of_them_alone_has_its_own_gradient(names):
     case = make_case()
     output = divergence(case, "full", "tail", token_ids=case.token_ids, with_grad=names)
     assert set(output.with_grad) == set(names)
     scored = fused_sd.token_log_probs(case.hidden, case.head, case.token_ids, entropy=True)
     alive = case.token_weights != 0
-    exact = scored.log_probs if names == ("log_prob",) else scored.entropy
+    exact = scored.log_probs if names == ("student_log_prob",) else scored.entropy
     mine = torch.autograd.grad(output.with_grad[names[0]].sum(), case.inputs)
     theirs = torch.autograd.grad((exact * alive).sum(), case.inputs)
     for value, wanted in zip(mine, theirs, strict=True):
@@ -75,7 +75,7 @@ def test_one_of_them_alone_has_its_own_gradient(names):
 def test_nothing_is_kept_of_the_vocabulary_and_backward_may_come_twice():
     case = make_case()
     output = divergence(case, "student", "tail", token_ids=case.token_ids, with_grad=BOTH)
-    total = output.loss.sum() - output.with_grad["log_prob"].sum()
+    total = output.loss.sum() - output.with_grad["student_log_prob"].sum()
     first = torch.autograd.grad(total, case.inputs, retain_graph=True)
     second = torch.autograd.grad(total, case.inputs)
     for a, b in zip(first, second, strict=True):
@@ -88,7 +88,9 @@ def test_it_compiles_as_one_graph():
     def total(hidden, weight):
         case.hidden, case.weight = hidden, weight
         output = divergence(case, "student", "tail", token_ids=case.token_ids, with_grad=BOTH)
-        return (output.loss + output.with_grad["log_prob"] * output.with_grad["entropy"]).sum()
+        return (
+            output.loss + output.with_grad["student_log_prob"] * output.with_grad["student_entropy"]
+        ).sum()
 
     inputs = case.inputs
     compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
@@ -113,7 +115,7 @@ def test_a_token_without_weight_has_zeros_whatever_it_holds():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"with_grad": ("log_prob",)}, "come with token_ids"),
+        ({"with_grad": ("student_log_prob",)}, "come with token_ids"),
         ({"with_grad": ("logits",), "token_ids": True}, "with_grad"),
         ({"with_grad": BOTH, "token_ids": True, "reduction": "sum"}, 'reduction="none"'),
         ({"with_grad": BOTH, "token_ids": True, "gradient": "sparse"}, 'gradient="dense"'),

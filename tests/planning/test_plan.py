@@ -70,6 +70,7 @@ def losses(problem, **run):
     """Every named loss of a problem, by its objective's name."""
     tokens = problem.hidden, problem.weight, problem.token_ids
     teacher = problem.teacher_hidden, problem.teacher_weight.detach()
+    states = dict(zip(("teacher_hidden", "teacher_head"), teacher, strict=True))
     sides = problem.hidden, problem.weight, *teacher
     old = {"old_log_probs": problem.old_log_probs}
     entries = torch.arange(len(problem.hidden) * 32).view(-1, 32) % len(problem.weight)
@@ -84,7 +85,13 @@ def losses(problem, **run):
         "gkd": lambda: fused_sd.gkd_loss(*sides, **run).loss,
         "topk_divergence": lambda: fused_sd.topk_divergence_loss(*tokens[:2], *given, **run).loss,
         "rlsd": lambda: (
-            fused_sd.rlsd_loss(*tokens, problem.advantages, teacher=teacher, **old, **run).loss
+            fused_sd.rlsd_loss(
+                *tokens,
+                problem.advantages,
+                **states,
+                **old,
+                **run,
+            ).loss
         ),
         "grpo": lambda: fused_sd.grpo_loss(*tokens, problem.advantages, **old, **run).loss,
         "cross_entropy": lambda: fused_sd.cross_entropy_loss(*tokens, **run).loss,

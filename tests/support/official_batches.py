@@ -47,16 +47,16 @@ class Batch:
         return self.hidden, self.head, self.token_ids
 
     @property
-    def teacher(self) -> tuple[Tensor, Tensor]:
-        return self.teacher_hidden, self.teacher_head
-
-    @property
     def leaves(self) -> tuple[Tensor, Tensor]:
         return self.hidden, self.head
 
     def student_logits(self, temperature: float = 1.0) -> Tensor:
         """(B, T, V), differentiable."""
         return self.hidden @ self.head.t() / temperature
+
+    @property
+    def teacher(self) -> tuple[Tensor, Tensor]:
+        return self.teacher_hidden, self.teacher_head
 
     def teacher_logits(self, temperature: float = 1.0) -> Tensor:
         """(B, T, V), a constant."""

@@ -13,17 +13,21 @@ from torch import Tensor
 
 import fused_sd
 from fused_sd import LMHead, LossOutput, reference
+from fused_sd.terms.support import named_support
 
 K = 12  # more than some shards have
 BORDERS = (0, 9, 10, 18, 19, 20, 22, 23, 29, 30, 35, 36, 39)  # ids at both sides of every one
 CAP = 1.2  # of importance ratios
 REMAINDERS = ("tail", "renormalize", "drop")
-SUPPORTS = ("student", "teacher", "union", "ids", "entries")
+MASS = 0.6  # of a nucleus
+BESIDE = ("student_log_prob", "student_entropy")
+SUPPORTS = ("student", "teacher", "union", "teacher_nucleus", "ids", "entries")
 DIVERGENCES = {
     "forward_kl": ("forward_kl", {}),
     "reverse_kl": ("reverse_kl", {}),
     "jsd": (fused_sd.Jsd(0.3), {"beta": 0.3}),
     "mixed_kl": (fused_sd.MixedKl(0.4), {"forward_weight": 0.4}),
+    "skew_kl": (fused_sd.SkewKl(0.7), {"student_weight": 0.7}),
 }
 
 Outcome = dict[str, Tensor]  # loss, token_loss, gradients, metrics
@@ -226,8 +230,7 @@ def divergence(
 ) -> tuple[Fused, Definition]:
     """A divergence, and its definition."""
     choice, named = DIVERGENCES[name]
-    top = {"student": fused_sd.StudentTopK, "teacher": fused_sd.TeacherTopK}
-    top["union"] = fused_sd.UnionTopK
+    top = {"student": (k,), "teacher": (k,), "union": (k,), "teacher_nucleus": (k, MASS)}
 
     def fused(case: Case, student: LMHead, teacher: LMHead, **run: Any) -> LossOutput:
         settings = {"divergence": choice, "metrics": metrics, **clips, **run}
@@ -239,14 +242,18 @@ def divergence(
             sides = case.hidden, student, *served(case)
             return fused_sd.topk_divergence_loss(*sides, remainder=remainder, **settings)
         if support != "full":
-            chosen = top[support](k) if support in top else fused_sd.TokenIds(entry_ids(case))
+            chosen = fused_sd.TokenIds(entry_ids(case))
+            if support in top:
+                chosen = named_support(support, *top[support])
             settings |= {"support": chosen, "remainder": remainder}
         sides = case.hidden, student, case.teacher_hidden, teacher
         return fused_sd.divergence_loss(*sides, **settings)
 
     def definition(student: Tensor, teacher: Tensor, case: Case) -> Tensor:
         mask, vocab = None, student.shape[-1]
-        if support in top:
+        if support == "teacher_nucleus":
+            mask = reference.teacher_nucleus(student, teacher, k, MASS)
+        elif support in top:
             mask = torch.zeros_like(student, dtype=torch.bool)
             for side, logits in (("student", student), ("teacher", teacher)):
                 if support in (side, "union"):
@@ -279,9 +286,11 @@ def joint(*which: str) -> tuple[Fused, Definition]:
     alone, defined = divergence(*which)
 
     def fused(case: Case, student: LMHead, teacher: LMHead, **run: Any) -> LossOutput:
-        more = {"with_grad": ("log_prob", "entropy"), "token_ids": case.token_ids}
+        more = {"with_grad": BESIDE, "token_ids": case.token_ids}
         output = alone(case, student, teacher, reduction="none", **more, **run)
-        beside = output.with_grad["log_prob"] + 0.3 * output.with_grad["entropy"] ** 2
+        beside = (
+            output.with_grad["student_log_prob"] + 0.3 * output.with_grad["student_entropy"] ** 2
+        )
         loss = output.loss + beside * case.token_weights.to(beside)
         return LossOutput(loss, output.token_loss + beside.detach(), output.metrics)
 
@@ -353,7 +362,7 @@ def sampled(
     def fused(case: Case, student: LMHead, teacher: LMHead, **run: Any) -> LossOutput:
         given = {key: v(case) if callable(v) else v for key, v in settings.items()}
         if teacher_states:
-            given["teacher"] = (case.teacher_hidden, teacher)
+            given |= {"teacher_hidden": case.teacher_hidden, "teacher_head": teacher}
         sampled = (advantages(case),) if has_advantages else ()
         return function(case.hidden, student, case.token_ids, *sampled, **given, **run)
 

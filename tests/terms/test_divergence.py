@@ -14,6 +14,8 @@ DIVERGENCES = {
     "jsd": (fused_sd.Jsd(0.5), {}),
     "jsd_low": (fused_sd.Jsd(0.1), {"beta": 0.1}),
     "mixed_kl": (fused_sd.MixedKl(0.3), {"forward_weight": 0.3}),
+    "skew_kl": (fused_sd.SkewKl(0.9), {"student_weight": 0.9}),
+    "skew_kl_low": (fused_sd.SkewKl(0.2), {"student_weight": 0.2}),
 }
 each_divergence = pytest.mark.parametrize("name", DIVERGENCES)
 

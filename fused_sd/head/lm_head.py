@@ -1,0 +1,136 @@
+"""The output projection as a caller describes it: ``LMHead``, accepted wherever a weight is."""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_sd import checks
+from fused_sd.checks import tensors as tensor_checks
+from fused_sd.head.vocab_shard import check_even_shards
+from fused_sd.settings import setting
+
+
+@dataclass(frozen=True, eq=False)
+class LMHead:
+    """An output projection, with what some models do to its logits.
+
+    ``logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``; without a
+    soft-cap just the scaled product.  Accepted wherever a (V, D) weight is.
+
+    Args:
+        weight: (V, D).
+        bias: (V,), or None.
+        logit_scale: multiplies the logits (Cohere's ``logit_scale``, the inverse of Granite's
+            ``logits_scaling``).
+        softcap: Gemma's ``final_logit_softcapping``, or None.
+        valid_vocab: number of leading rows that are tokens; the padding rows behind them have no
+            probability and get no gradient.  None: all V.
+        shard_sizes: where ranks of a process group share the vocabulary, so that ``weight`` and
+            ``bias`` are this rank's rows: the number of rows of each rank, in rank order.  None:
+            all ranks hold equally many.  ``valid_vocab`` counts over all ranks.
+
+    Raises:
+        ValueError: when a shape, a dtype or a number is out of range.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    valid_vocab: int | None = None
+    shard_sizes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        tensor_checks.check_head(self.weight, self.bias)
+        tensor_checks.check_shaping(self.num_rows, self.logit_scale, self.softcap, self.valid_vocab)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole head, padding included."""
+        return self.weight.shape[0] if self.shard_sizes is None else sum(self.shard_sizes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of vocabulary entries that can be predicted."""
+        return self.num_rows if self.valid_vocab is None else self.valid_vocab
+
+    def token_counts(self) -> list[int]:
+        """How many vocabulary entries each rank holds; one number where the head is whole."""
+        sizes = self.shard_sizes or self.weight.shape[:1]
+        starts = [0, *itertools.accumulate(sizes)]
+        return [max(0, min(size, self.num_tokens - start)) for size, start in zip(sizes, starts)]
+
+    def operands(self, hidden: Tensor, rank: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states (N, D), weight and bias as the GEMM takes them, under autocast too."""
+        weight, bias = self.weight, self.bias
+        num_valid = self.token_counts()[rank]
+        if num_valid < weight.shape[0]:
+            weight = weight[:num_valid]
+            bias = None if bias is None else bias[:num_valid]
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        device_type = hidden.device.type
+        if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device_type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        return hidden, weight, bias
+
+    def shaping(self, temperature: float) -> "Shaping":
+        """How products of states and weight become logits, the temperature included."""
+        cap = None if self.softcap is None else self.softcap / temperature
+        return Shaping(self.logit_scale / temperature, cap)
+
+
+@setting
+class Shaping(NamedTuple):
+    """``z = cap * tanh(factor * x / cap)`` of the product x; ``cap`` None leaves ``factor * x``."""
+
+    factor: float
+    cap: float | None
+
+
+def as_head(head: "Tensor | LMHead") -> LMHead:
+    """The head that a caller means by a weight alone."""
+    return head if isinstance(head, LMHead) else LMHead(head)
+
+
+def placed_head(head: "Tensor | LMHead", process_group: "dist.ProcessGroup | None") -> LMHead:
+    """The head that a caller means, with the ranks' shard sizes where a group shares it.
+
+    Raises:
+        ValueError: when the head and the group do not fit each other.
+    """
+    head = as_head(head)
+    if process_group is None:
+        if head.shard_sizes is not None:
+            checks.fail(
+                "process_group",
+                "come with a head that has shard_sizes",
+                "None",
+                "pass the ranks' group, or a whole head without shard_sizes",
+            )
+        return head
+    if not isinstance(process_group, dist.ProcessGroup):
+        checks.fail(
+            "process_group",
+            "be a torch.distributed.ProcessGroup that this rank belongs to, or None",
+            repr(process_group),
+            "pass the tensor-parallel group, such as mesh.get_group('tp')",
+        )
+    rows, rank, num_ranks = head.weight.shape[0], process_group.rank(), process_group.size()
+    if head.shard_sizes is None:
+        check_even_shards(head.weight, process_group)
+        return dataclasses.replace(head, shard_sizes=(rows,) * num_ranks)
+    if len(head.shard_sizes) != num_ranks or head.shard_sizes[rank] != rows:
+        checks.fail(
+            "shard_sizes",
+            f"list the rows of {num_ranks} ranks, of which rank {rank} has {rows}",
+            head.shard_sizes,
+            "pass the number of rows that each rank of process_group holds, in rank order",
+        )
+    return head

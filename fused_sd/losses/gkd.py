@@ -1,0 +1,45 @@
+"""GKD: generalised knowledge distillation.
+
+Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies
+"""
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fused_sd.losses.divergence import DivergenceOptions, Head, divergence_loss, mean_by_default
+from fused_sd.losses.output import LossOutput
+from fused_sd.terms.divergence import generalized_jsd
+
+
+def gkd_loss(
+    student_hidden: Tensor,  # (..., D)
+    student_head: Head,  # (V, D)
+    teacher_hidden: Tensor,  # (..., D')
+    teacher_head: Head,  # (V', D')
+    *,
+    beta: float = 0.5,
+    **options: Unpack[DivergenceOptions],
+) -> LossOutput:
+    """GKD: generalised JSD over the full vocabulary.
+
+    Args:
+        beta: weight of the teacher in the mixture; 0 is KL(t||s), 1 is KL(s||t): the trainers' end
+            points, where the divergence itself would tend to 0.  SDPO and SDFT call it alpha.
+        **options: as in ``divergence_loss``, token_ids and importance among them; the reduction is
+            ``"mean"`` unless given.
+
+    Raises:
+        ValueError: as ``divergence_loss``.
+
+    Reference:
+        Agarwal et al., arXiv 2306.13649, eq. 1.  TRL samples at temperature 0.9 and takes its loss
+        at temperature 1.
+    """
+    return divergence_loss(
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        divergence=generalized_jsd(beta),
+        **mean_by_default(options),
+    )

@@ -1,0 +1,54 @@
+"""GRPO: group-relative policy optimisation.
+
+Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies
+"""
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fused_sd.engine.options import LossOptions
+from fused_sd.losses.divergence import Head, mean_by_default
+from fused_sd.losses.output import LossOutput
+from fused_sd.losses.policy import policy_loss
+
+
+def grpo_loss(
+    hidden: Tensor,  # (..., D)
+    head: Head,  # (V, D)
+    token_ids: Tensor,  # (...)
+    advantages: Tensor,  # (...)
+    *,
+    old_log_probs: Tensor | None = None,  # (...)
+    ratio_clip: tuple[float, float] | None = (0.2, 0.2),
+    dual_clip: float | None = None,
+    reference_log_probs: Tensor | None = None,  # (...)
+    kl_coefficient: float = 0.0,
+    **options: Unpack[LossOptions],
+) -> LossOutput:
+    """GRPO: ``-min(rho A, clip(rho) A)`` and, where asked for, k3 to a reference.
+
+    Args:
+        hidden, head, token_ids, advantages, old_log_probs, ratio_clip, dual_clip,
+            reference_log_probs, kl_coefficient: as in ``policy_loss``.
+        **options: as in ``policy_loss``; the reduction is ``"mean"`` unless given.
+
+    Raises:
+        ValueError: as ``policy_loss``.
+
+    Reference:
+        Shao et al., *DeepSeekMath*, arXiv 2402.03300, eq. 3.  SDPO's baseline clips (0.2, 0.28)
+        without a KL.  "Token mean" is the micro-batch's in verl, the global batch's in TRL's dapo,
+        each sequence's in TRL's "grpo": see ``aggregation_weights``.
+    """
+    return policy_loss(
+        hidden,
+        head,
+        token_ids,
+        advantages,
+        old_log_probs=old_log_probs,
+        ratio_clip=ratio_clip,
+        dual_clip=dual_clip,
+        reference_log_probs=reference_log_probs,
+        kl_coefficient=kl_coefficient,
+        **mean_by_default(options),
+    )

@@ -1,0 +1,82 @@
+"""RLCSD: reinforcement learning with contrastive self-distillation.
+
+Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fused_sd import checks
+from fused_sd.engine.options import LossOptions
+from fused_sd.head.projection import accumulation_dtype
+from fused_sd.losses.divergence import Head
+from fused_sd.losses.output import LossOutput
+from fused_sd.losses.policy import policy_loss
+from fused_sd.terms.advantages import rlcsd_advantages
+
+
+def rlcsd_loss(
+    hidden: Tensor,  # (..., D)
+    head: Head,  # (V, D)
+    token_ids: Tensor,  # (...)
+    advantages: Tensor,  # (...)
+    correct_log_probs: Tensor,  # (...)
+    wrong_log_probs: Tensor,  # (..., K)
+    *,
+    wrong_mask: Tensor | None = None,  # (..., K)
+    old_log_probs: Tensor | None = None,  # (...)
+    selected_weight: float = 1.0,
+    contrast: dict[str, Any] | None = None,
+    ratio_clip: tuple[float, float] | None = (0.2, 0.2),
+    **options: Unpack[LossOptions],
+) -> LossOutput:
+    """RLCSD: GRPO with the contrast of a correctly against wrongly hinted teachers added.
+
+    ``mean over unselected tokens of l(A) + selected_weight * mean over selected tokens of l(A +
+    r)`` with l the clipped surrogate; see ``rlcsd_advantages`` for r and the selection.
+
+    Args:
+        hidden, head, token_ids, advantages, old_log_probs: as in ``policy_loss``.
+        correct_log_probs, wrong_log_probs, wrong_mask: the teacher's log-probabilities of the
+            tokens under a correct hint and under K wrong ones.
+        selected_weight: eta.
+        contrast: keywords for ``rlcsd_advantages``; None: the official configuration's values.
+        ratio_clip: as in ``policy_loss``.
+        **options: as in ``policy_loss``, without reduction: the loss is the sum of two means.
+            ``token_weights`` are 0 for tokens that do not count; the two means divide by the number
+            of the others, so that the weights may carry a rollout correction, as in the official
+            code.
+
+    Raises:
+        ValueError: as ``policy_loss``.
+
+    Reference:
+        *RLCSD*, arXiv 2606.11709; official configuration: tau_c 0.02, beta 1, lambda 0.5, delta
+        0.02, eta 1, residual in [-2, 2], symmetric ratio clip 0.2, no dual clip.
+    """
+    if options.get("reduction", "sum") != "sum":
+        rule, got = "be left out: the loss is the sum of two means", repr(options["reduction"])
+        checks.fail("reduction", rule, got, "weigh the means by token_weights and selected_weight")
+    shaped = rlcsd_advantages(
+        advantages, correct_log_probs, wrong_log_probs, wrong_mask=wrong_mask, **(contrast or {})
+    )
+    given = options.get("token_weights")
+    mask = torch.ones_like(shaped.advantages) if given is None else given
+    dtype = accumulation_dtype(hidden.dtype)
+    weights = torch.zeros_like(mask, dtype=dtype)
+    for part, scale in ((~shaped.selected, 1.0), (shaped.selected, selected_weight)):
+        counted = torch.where(part, mask, 0).to(dtype)
+        weights = weights + scale * counted / (counted != 0).sum().clamp(min=1)
+    weighted: Any = {**options, "token_weights": weights}
+    return policy_loss(
+        hidden,
+        head,
+        token_ids,
+        shaped.advantages,
+        old_log_probs=old_log_probs,
+        ratio_clip=ratio_clip,
+        **weighted,
+    )

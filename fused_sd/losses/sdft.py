@@ -1,0 +1,58 @@
+"""SDFT: self-distillation fine-tuning from a teacher that sees a demonstration.
+
+Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies
+"""
+
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fused_sd.losses.divergence import DivergenceOptions, Head, divergence_loss, mean_by_default
+from fused_sd.losses.output import LossOutput
+from fused_sd.terms.divergence import generalized_jsd
+from fused_sd.terms.support import StudentTopK
+
+
+def sdft_loss(
+    student_hidden: Tensor,  # (..., D)
+    student_head: Head,  # (V, D)
+    teacher_hidden: Tensor,  # (..., D')
+    teacher_head: Head,  # (V', D')
+    *,
+    alpha: float = 0.0,
+    top_k: int | None = None,
+    **options: Unpack[DivergenceOptions],
+) -> LossOutput:
+    """SDFT: forward KL to a moving average of the model that sees a demonstration.
+
+    The official code leaves out the first 3 tokens of a response (``skip_first_tokens``) and
+    averages each sequence, empty ones too (``"all_sequences_mean_token_mean"``).
+
+    Args:
+        alpha: the teacher's weight in the JSD's mixture, GKD's beta: 0 is KL(t||s), 1 is
+            KL(s||t), between them ``Jsd(alpha)``.
+        top_k: None: the full vocabulary; else the student's top-k, renormalised, as in TRL (whose
+            defaults are alpha=0.5, top_k=100, and ``importance`` with a cap of 2).
+        **options: as in ``divergence_loss``, token_ids and importance among them; the reduction is
+            ``"mean"`` unless given.
+
+    Raises:
+        ValueError: as ``divergence_loss``.
+
+    Reference:
+        *SDFT*, arXiv 2601.19897: its first version writes KL(s||t), while its code and all its
+        results are KL(t||s), as its second version says.
+    """
+    settings: dict[str, Any] = {}
+    if top_k is not None:
+        settings = {"support": StudentTopK(top_k), "remainder": "renormalize"}
+    return divergence_loss(
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        divergence=generalized_jsd(alpha),
+        **settings,
+        **mean_by_default(options),
+    )

@@ -1,0 +1,77 @@
+"""SDPO: self-distillation policy optimisation.
+
+Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies
+"""
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fused_sd.engine.options import LossOptions
+from fused_sd.losses.divergence import Head, divergence_loss, mean_by_default
+from fused_sd.losses.output import LossOutput
+from fused_sd.terms.divergence import generalized_jsd
+from fused_sd.terms.support import FULL_VOCABULARY, Remainder, StudentTopK, Support
+from fused_sd.terms.weighting import ImportanceCap
+
+
+def sdpo_loss(
+    student_hidden: Tensor,  # (..., D)
+    student_head: Head,  # (V, D)
+    teacher_hidden: Tensor,  # (..., D')
+    teacher_head: Head,  # (V', D')
+    *,
+    alpha: float = 0.5,
+    top_k: int | None = 100,
+    add_tail: bool = True,
+    tail_floor: float | None = None,
+    token_ids: Tensor | None = None,  # (...)
+    old_log_probs: Tensor | None = None,  # (...)
+    importance_cap: float | None = 2.0,
+    **options: Unpack[LossOptions],
+) -> LossOutput:
+    """SDPO: divergence to the self-teacher over the student's top-k and a tail bucket.
+
+    ``sum_t min(pi / pi_old, cap) D_alpha(student || teacher over top-k(student) + tail)``.  The
+    teacher is the same model, or its moving average, that has seen feedback or a successful
+    sibling.
+
+    Args:
+        alpha: the teacher's weight in the JSD's mixture, GKD's beta: 0 is KL(t||s), 1 is
+            KL(s||t), between them ``Jsd(alpha)``.
+        top_k: entries of the student's support; None: the full vocabulary.
+        add_tail: one bucket for the rest, or renormalise over the support.
+        tail_floor: 1e-7 for the official code's clamp; None for the exact tail.
+        token_ids, old_log_probs: of the sampled tokens, for the importance ratio; without
+            old_log_probs (a single update on fresh samples) the ratio is 1.
+        importance_cap: largest ratio; None: no ratio.
+        **options: as in ``divergence_loss``; the reduction is ``"mean"`` unless given.
+
+    Raises:
+        ValueError: as ``divergence_loss``.
+
+    Reference:
+        Huebotter et al., *Reinforcement Learning via Self-Distillation*, arXiv 2601.20802, eq. 1 is
+        alpha=1 over the full vocabulary.  The official configuration is what the defaults are (with
+        tail_floor=1e-7); the paper's runs with feedback use alpha=1, top_k=20.  The code's second
+        factor, the ratio of pi_old to the sampling engine's, is a factor on the weights:
+        ``aggregation_weights(mask, "token_mean") * ratio`` with ``reduction="sum"``.  TRL's default
+        is the sampled token instead, its top-k is renormalised.
+    """
+    support: Support = FULL_VOCABULARY if top_k is None else StudentTopK(top_k)
+    truncated: Remainder = "tail" if add_tail else "renormalize"
+    importance = None
+    if old_log_probs is not None and importance_cap is not None:
+        importance = ImportanceCap(old_log_probs, importance_cap)
+    return divergence_loss(
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        divergence=generalized_jsd(alpha),
+        support=support,
+        remainder="tail" if top_k is None else truncated,
+        tail_floor=tail_floor,
+        token_ids=token_ids,
+        importance=importance,
+        **mean_by_default(options),
+    )

@@ -1,0 +1,88 @@
+"""The arithmetic of a truncated row: a few entries and perhaps one bucket for all others.
+
+A truncated support turns a row of logits into K or K + 1 bucket log-probabilities.  The gradient
+w.r.t. those becomes a gradient w.r.t. the whole row again: a constant times the row's softmax, with
+the K entries of the support written over it.  Everything here has a few columns; the passes over
+the vocabulary are in the kernels.
+
+Dimension key:  C rows in a chunk, K entries of the support
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sd.terms.divergence import DivergenceTerm
+
+
+class Buckets(NamedTuple):
+    """Both sides' log-probabilities over what is compared, and the way back to a whole row."""
+
+    log_s: Tensor  # (C, K), or (C, K + 1) with the tail bucket last
+    log_t: Tensor  # as log_s
+    background: Tensor | None  # (C,) log-normaliser of the entries outside; None: they have no mass
+    balanced: bool  # whether both sides sum to 1
+
+
+class BucketTerms(NamedTuple):
+    """What a divergence makes of the buckets, each (C, K) or (C, K + 1)."""
+
+    term: Tensor  # contribution of each bucket to the token's loss
+    dlog_s: Tensor  # its derivative w.r.t. the student's bucket log-probability
+    clipped: Tensor  # bool, which contributions the entry clip cut
+
+
+def bucket_terms(
+    buckets: Buckets, term: DivergenceTerm, remainder: str, entry_clip: float | None
+) -> BucketTerms:
+    """Evaluate a divergence on the buckets."""
+    log_s, log_t = buckets.log_s, buckets.log_t
+    if remainder == "teacher_renormalize":  # a cross entropy, without the teacher's entropy
+        t = log_t.exp()
+        value, dlog_s = torch.where(t == 0, t, -t * log_s), -t
+    elif not buckets.balanced:
+        value, dlog_s = term.plain(log_s, log_t)
+    elif entry_clip is None:
+        value, dlog_s = term.function(log_s, log_t, term.parameter)
+    else:
+        return BucketTerms(*term.clipped(log_s, log_t, entry_clip))
+    if entry_clip is None:
+        return BucketTerms(value, dlog_s, torch.zeros_like(value, dtype=torch.bool))
+    clipped = value > entry_clip
+    return BucketTerms(value.clamp(max=entry_clip), dlog_s.masked_fill(clipped, 0), clipped)
+
+
+def with_tail(entries: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Append a tail bucket and normalise.
+
+    Args:
+        entries: (C, K) logits.
+        rest: (C,) log-sum-exp of the row's other logits.
+
+    Returns:
+        log_probs: (C, K + 1), the tail last.
+        lse: (C,) log-sum-exp of the whole row.
+    """
+    lse = torch.logaddexp(entries.logsumexp(-1), rest)
+    return torch.cat([entries, rest[:, None]], -1) - lse[:, None], lse
+
+
+def log_complement(log_probs: Tensor, floor: float) -> Tensor:
+    """Log-mass (C, 1) outside entries (C, K) of which only their log-probabilities are known.
+
+    The mass inside is kept below ``exp(-floor)``, as SDPO's official code does with 1e-7.
+    """
+    log_mass = log_probs.logsumexp(-1, keepdim=True).clamp(max=-floor)
+    return torch.log(-torch.expm1(log_mass))
+
+
+def tail_gradient_to_entries(dlog_s: Tensor, log_s: Tensor, floor: float) -> Tensor:
+    """Add the derivative w.r.t. a floored tail (last column) to the entries that define it: (C, K).
+
+    The floored tail is a function of the entries' mass, and constant where the floor holds it.
+    """
+    inside = log_s[:, :-1]
+    open_tail = inside.logsumexp(-1, keepdim=True) < -floor
+    pull = torch.where(open_tail, dlog_s[:, -1:] * torch.exp(-log_s[:, -1:]), 0)
+    return dlog_s[:, :-1] - pull * inside.exp()
