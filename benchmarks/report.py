@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import figures, sparse_table
-from benchmarks.markdown import Block, environment_line, table
+from benchmarks.markdown import environment_line, table
 from benchmarks.step.report import markdown as step_markdown
 from benchmarks.storage import RESULTS, ROOT, step_documents, suite_documents
 from fused_sd.bench.table import US, is_ours, memory, number, percent
+from fused_sd.measuring.readme import Block
 
 BLOCK = "speed"  # the README's block
 TO_COME = (

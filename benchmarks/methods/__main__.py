@@ -49,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet()
     import transformers
 
-    from benchmarks.markdown import Block
     from benchmarks.methods import figures, report, settings
     from benchmarks.storage import RESULTS, ROOT, write_whole
+    from fused_sd.measuring.readme import Block
 
     transformers.logging.set_verbosity_error()
     known = list(settings.METHODS)

@@ -10,7 +10,6 @@ import torch
 for _name in ("trl", "tokenizers", "datasets"):
     pytest.importorskip(_name)
 
-from benchmarks.markdown import Block
 from benchmarks.methods import arithmetic, collect, planted, pretrain, runs, settings
 from benchmarks.methods.__main__ import main
 from benchmarks.methods.arithmetic import Sum
@@ -23,6 +22,7 @@ from benchmarks.storage import Parts
 from fused_sd.credit import credit_map, planted_error_scores
 from fused_sd.integrations import trl
 from fused_sd.integrations.shared.verdicts import DELIMITER
+from fused_sd.measuring.readme import Block
 
 TOKENIZER = character_tokenizer(arithmetic.SYMBOLS)
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from benchmarks import report, run, sparse_table, suites
-from benchmarks.markdown import END
 from benchmarks.storage import SuiteResults, file_slug, suite_documents
 from benchmarks.suites import SUITES, CellRequest, Suite, expected_seconds
 from fused_sd.bench.measure import Effort
 from fused_sd.bench.problem import OBJECTIVES, SHAPES
 from fused_sd.bench.providers import PROVIDERS
+from fused_sd.measuring.readme import END
 
 PAIR = ("fused_sd", "eager")
 MARKER = "<!-- speed: a command -->"
