@@ -1,6 +1,13 @@
 """The divergences of ``fused_sd/terms/divergence.py`` for Triton: same names, order and results.
 
-Each is handed to a row kernel as a constant and inlined there.  Arguments are fp32 blocks.
+A program takes a divergence as a compile-time constant and inlines it.  A divergence takes two
+blocks of fp32 log-probabilities of the same entries and its ``parameter``, and returns the block of
+balanced terms and the block of their derivatives w.r.t. ``log_s``, as if ``log_s`` were free.
+
+Terms of close sides are differences of nearly equal numbers.  ``expm1`` and ``log1p``, which keep
+their digits, are not part of Triton's language, so this file writes them as series.
+
+Symbols: s student, t teacher, m their mixture, r = log s - log t.
 """
 
 import triton
@@ -11,7 +18,7 @@ from fused_sd.terms.divergence import DIVERGENCES
 
 @triton.jit
 def expm1_excess(x):
-    """``expm1(x) - x`` for ``|x| <= 1/2``, to fp32 rounding: its Taylor series."""
+    """``exp(x) - 1 - x`` for ``|x| <= 1/2`` from its Taylor series, exact to fp32 rounding."""
     series = 1 + x * (1 / 8) * (1 + x * (1 / 9))
     series = 1 + x * (1 / 5) * (1 + x * (1 / 6) * (1 + x * (1 / 7) * series))
     return 0.5 * x * x * (1 + x * (1 / 3) * (1 + x * (1 / 4) * series))
@@ -25,7 +32,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    """``log(1 + x)`` for ``-1 <= x <= 0`` without cancellation: near 0 the series of artanh."""
+    """``log(1 + x)`` for ``-1 <= x <= 0`` without cancellation; ``2 artanh(y)`` near 0."""
     y = x / (2 + x)
     y2 = y * y
     series = 2 * y * (1 + y2 * (1 / 3 + y2 * (1 / 5 + y2 * (1 / 7 + y2 * (1 / 9)))))
@@ -43,7 +50,10 @@ def excess(log_ratio, a, b):
 
 @triton.jit
 def mixture_ratios(r, teacher_weight):
-    """``log m - log s`` and ``log m - log t`` of the mixture m with a given teacher's weight."""
+    """``log m - log s`` and ``log m - log t`` of ``m = teacher_weight t + (1 - teacher_weight) s``.
+
+    Both are computed from the ratio of the mixture to the larger side, which is bounded.
+    """
     larger_s = r >= 0
     weight = tl.where(larger_s, teacher_weight, 1 - teacher_weight)
     step = log1p(weight * expm1(-tl.abs(r)))
@@ -52,6 +62,7 @@ def mixture_ratios(r, teacher_weight):
 
 @triton.jit
 def forward_kl(log_s, log_t, parameter):
+    """KL(t||s); ``parameter`` is unused."""
     s, t, r = tl.exp(log_s), tl.exp(log_t), log_s - log_t
     near = tl.where(tl.abs(r) < 0.5, r, 0.0)
     return excess(r, s, t), tl.where(tl.abs(r) < 0.5, s * (near - expm1_excess(-near)), s - t)
@@ -59,6 +70,7 @@ def forward_kl(log_s, log_t, parameter):
 
 @triton.jit
 def reverse_kl(log_s, log_t, parameter):
+    """KL(s||t); ``parameter`` is unused."""
     s, t = tl.exp(log_s), tl.exp(log_t)
     r = log_s - log_t
     return excess(-r, t, s), tl.where(s == 0, 0.0, s * r)
@@ -66,6 +78,7 @@ def reverse_kl(log_s, log_t, parameter):
 
 @triton.jit
 def jsd(log_s, log_t, parameter):
+    """Generalised JSD; ``parameter`` is beta, the teacher's weight in the mixture."""
     s, t, r = tl.exp(log_s), tl.exp(log_t), log_s - log_t
     m = parameter * t + (1 - parameter) * s
     m_over_s, m_over_t = mixture_ratios(r, parameter)
@@ -75,6 +88,7 @@ def jsd(log_s, log_t, parameter):
 
 @triton.jit
 def mixed_kl(log_s, log_t, parameter):
+    """Weighted sum of both KLs; ``parameter`` is the weight of the forward KL."""
     forward, dforward = forward_kl(log_s, log_t, 0.0)
     reverse, dreverse = reverse_kl(log_s, log_t, 0.0)
     term = parameter * forward + (1 - parameter) * reverse
@@ -83,6 +97,7 @@ def mixed_kl(log_s, log_t, parameter):
 
 @triton.jit
 def skew_kl(log_s, log_t, parameter):
+    """Skew KL; ``parameter`` is the student's weight in the mixture."""
     s, t, r = tl.exp(log_s), tl.exp(log_t), log_s - log_t
     m = (1 - parameter) * t + parameter * s
     _, m_over_t = mixture_ratios(r, 1 - parameter)

@@ -1,13 +1,21 @@
-"""Row functions in Triton: ``fused_sd/torch_kernels/rows.py`` is the twin, with the same names.
+"""Objectives over whole rows of logits in Triton: the twin of ``fused_sd/torch_kernels/rows.py``.
 
-One program of ``programs.py`` walks one row.  A KL, a cross entropy and a policy loss read their
-rows twice, once for the normalisers and once for loss and gradient; a JSD, an entry clip or a token
-clip needs its loss, or the sum of its derivatives, before the gradient, and reads them three times.
+Both modules have the same functions with the same arguments and results; the twin's docstrings
+describe the arguments.  Here each function launches a program of ``programs/``, one for each row.
+
+A row is read from memory as few times as its loss allows:
+
+* once for its normalisers.  ``normalizers`` reads student and teacher together and leaves the state
+  of each pair, five numbers (``programs/rows.py``) that later programs start from;
+* once more for loss and gradient together, if the loss is a KL, a cross entropy or a policy loss;
+* a third time if the loss is a JSD or has an entry clip or a token clip.  Their gradient needs a
+  sum over the row, or the loss itself, before its first entry can be written.
 
 Dimension key:  C rows in a chunk, W columns
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import triton
@@ -15,36 +23,48 @@ from torch import Tensor
 
 from fused_sd.head.vocab_shard import WHOLE, VocabShard
 from fused_sd.kernels.divergence import TERMS
-from fused_sd.kernels.launching import launch
-from fused_sd.kernels.programs import rows as programs
-from fused_sd.kernels.tuning import launch_for
+from fused_sd.kernels.programs import row_gradients
+from fused_sd.kernels.programs import rows as row_programs
+from fused_sd.kernels.tuning import launch, launch_for
 from fused_sd.terms.divergence import DivergenceTerm
 from fused_sd.torch_kernels.rows import ROW_METRICS, Normalizers
 
-READS_PADDING = True  # so that a row is read in pieces of 16 bytes, whatever its vocabulary
-STATE = 8  # numbers that are kept of a pair of rows: five, in one sector of memory
+READS_PADDING = True  # rows are read with their padding, 16 bytes at a time for any vocabulary
+STATE = 8  # numbers that a pair's state takes: five, padded to one 32-byte sector of memory
 
 
 def log_normalizer(logits: Tensor) -> Tensor:
     """Log-sum-exp of each row: (C,)."""
     lse = logits.new_empty(logits.shape[0])
-    _launch(programs.log_normalizer, logits, *_of(logits), lse, lse, HAS_ENTROPY=False)
+    _launch(
+        row_programs.log_normalizer,
+        logits,
+        **_one_side(logits),
+        lse_ptr=lse,
+        entropy_ptr=None,
+    )
     return lse
 
 
 def lse_and_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of each row and its entropy in nats: (C,) each."""
     lse, entropy = (logits.new_empty(logits.shape[0]) for _ in range(2))
-    _launch(programs.log_normalizer, logits, *_of(logits), lse, entropy, HAS_ENTROPY=True)
+    _launch(
+        row_programs.log_normalizer,
+        logits,
+        **_one_side(logits),
+        lse_ptr=lse,
+        entropy_ptr=entropy,
+    )
     return lse, entropy
 
 
 def normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> Normalizers:
-    """Log-sum-exps of both sides' rows, from one visit."""
+    """Log-sum-exps of both sides' rows, from one read, and the state of each pair: (C, STATE)."""
     state = student.new_empty((student.shape[0], STATE))
-    _launch(programs.normalizers, student, *_pair(student, teacher), state, STATE=STATE)
+    _launch(row_programs.normalizers, student, **_both_sides(student, teacher, state))
     if not shard.alone:
-        _join_(state, shard)
+        _join_ranks_(state, shard)
     return Normalizers(state[:, 0] + state[:, 1], state[:, 2] + state[:, 3], state)
 
 
@@ -60,30 +80,42 @@ def divergence_(
     shard: VocabShard = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Sum of a divergence's terms over the vocabulary and, with ``row_weights``, its gradient."""
-    loss = torch.empty_like(normalizers.student)
+    loss, total = (torch.empty_like(normalizers.student) for _ in range(2))
     clipped = torch.zeros_like(loss)
-    total = torch.empty_like(loss)
-    pair = *_pair(student, teacher), normalizers.state
-    settings = term.parameter, term.balance, 0.0 if entry_clip is None else entry_clip
-    constants = {"DIVERGENCE": TERMS[term.name], "HAS_CLIP": entry_clip is not None, "STATE": STATE}
-    ratio_share = None if entry_clip is not None else term.share_of_mean_ratio
+    compared = {
+        **_both_sides(student, teacher, normalizers.state),
+        "parameter": term.parameter,
+        "balance": term.balance,
+        "clip": entry_clip,
+        "DIVERGENCE": TERMS[term.name],
+    }
+    mean_share = None if entry_clip is not None else term.share_of_mean_ratio
     has_gradient = row_weights is not None and out is not None
-    if not has_gradient or ratio_share is None:
-        totals = loss, total, clipped
-        _launch(programs.divergence, student, *pair, *totals, *settings, **constants)
-        loss, total, clipped = shard.sum(*totals)
+    if not has_gradient or mean_share is None:
+        _launch(
+            row_gradients.divergence,
+            student,
+            **compared,
+            loss_ptr=loss,
+            total_ptr=total,
+            clipped_ptr=clipped,
+        )
+        loss, total, clipped = shard.sum(loss, total, clipped)
     if row_weights is not None and out is not None:
         _launch(
-            programs.divergence_gradient,
+            row_gradients.divergence_gradient,
             student,
-            *(*pair, loss, total, row_weights, out, out.stride(0), *settings),
-            *(ratio_share or 0.0, 1.0 if cap is None else 1 / cap),
-            **constants,
-            HAS_TOTAL=ratio_share is None,
-            HAS_CAP=cap is not None,
+            **compared,
+            loss_ptr=loss,
+            total_ptr=total if mean_share is None else None,
+            row_weights_ptr=row_weights,
+            out_ptr=out,
+            out_stride=out.stride(0),
+            share_of_mean_ratio=mean_share,
+            inverse_cap=None if cap is None else 1 / cap,
             IN_PLACE=out.dtype == student.dtype,
         )
-        if ratio_share is not None:
+        if mean_share is not None:
             [loss] = shard.sum(loss)
     return loss, clipped
 
@@ -96,14 +128,17 @@ def softmax_gradient_(
     cap: float | None,
     out: Tensor,
 ) -> None:
-    """``out = exp(x) * (constant + slope * x)`` with ``x = logits - normalizer``; see the twin."""
+    """Write ``exp(x) * (constant + slope * x)`` with ``x = logits - normalizer`` to ``out``."""
     _launch(
-        programs.softmax_gradient,
+        row_gradients.softmax_gradient,
         logits,
-        *(*_of(logits), normalizer, constant, constant if slope is None else slope),
-        *(out, out.stride(0), 1.0 if cap is None else 1 / cap),
-        HAS_SLOPE=slope is not None,
-        HAS_CAP=cap is not None,
+        **_one_side(logits),
+        normalizer_ptr=normalizer,
+        constant_ptr=constant,
+        slope_ptr=slope,
+        out_ptr=out,
+        out_stride=out.stride(0),
+        inverse_cap=None if cap is None else 1 / cap,
         IN_PLACE=out.dtype == logits.dtype,
     )
 
@@ -115,21 +150,26 @@ def row_metrics(
     names: Collection[str],
     shard: VocabShard = WHOLE,
 ) -> dict[str, Tensor]:
-    """What a row of both sides says: one pass finds all that can be named; see the twin."""
+    """The named metrics of ``ROW_METRICS``, each (C,); one read of the rows finds all of them."""
     out = student.new_empty((len(ROW_METRICS), student.shape[0]))
-    pair = *_pair(student, teacher), normalizers.state
-    _launch(programs.row_metrics, student, *pair, out, out.stride(0), STATE=STATE)
+    _launch(
+        row_programs.row_metrics,
+        student,
+        **_both_sides(student, teacher, normalizers.state),
+        out_ptr=out,
+        out_stride=out.stride(0),
+    )
     [out] = shard.sum(out)
     return {name: values for name, values in zip(ROW_METRICS, out) if name in names}
 
 
-def _join_(state: Tensor, shard: VocabShard) -> None:
-    """What is known of a pair of rows (C, STATE), of all ranks' columns."""
+def _join_ranks_(state: Tensor, shard: VocabShard) -> None:
+    """Turn the states (C, STATE) of this rank's columns into those of all ranks' columns."""
     anchor, log_scale = state[:, :4:2].clone(), state[:, 1:4:2]
     gap = state[:, 4] + (anchor[:, 0] - anchor[:, 1]) + (log_scale[:, 0] - log_scale[:, 1])
     top = shard.max(anchor)
     share = torch.exp((anchor - top) + log_scale)
-    weighted = torch.where(share[:, 0] == 0, 0, share[:, 0] * gap)  # of the log-ratio of logits
+    weighted = torch.where(share[:, 0] == 0, 0, share[:, 0] * gap)  # by the logits' difference
     scale, weighted = shard.sum(share, weighted)
     log_scale = scale.log()
     state[:, :4:2], state[:, 1:4:2] = top, log_scale
@@ -137,23 +177,39 @@ def _join_(state: Tensor, shard: VocabShard) -> None:
     state[:, 4] = weighted / scale[:, 0] - shift
 
 
-def _launch(kernel, like: Tensor, *arguments, **constants) -> None:
-    """One program for each row; what has one number for each row is read with stride 1."""
-    chosen = launch_for(kernel.__name__, like.device)
-    data, *dense = (
-        argument.contiguous() if isinstance(argument, Tensor) and argument.dim() == 1 else argument
-        for argument in arguments
-    )
-    options = {
-        "BLOCK_V": min(chosen.block_v, triton.next_power_of_2(like.shape[1])),
-        "num_warps": chosen.num_warps,
+def _launch(program: Any, rows: Tensor, **arguments: Any) -> None:
+    """Launch one program for each of the rows.
+
+    A tensor with one number for each row is made contiguous: programs read it with stride 1.
+    """
+    chosen = launch_for(program.__name__, rows.device)
+    dense = {
+        name: value.contiguous() if isinstance(value, Tensor) and value.dim() == 1 else value
+        for name, value in arguments.items()
     }
-    launch(kernel, like.shape[0], data, *dense, **constants, **options)
+    launch(
+        program,
+        rows.shape[0],
+        rows,
+        **dense,
+        BLOCK_V=min(chosen.block_v, triton.next_power_of_2(rows.shape[1])),
+        num_warps=chosen.num_warps,
+    )
 
 
-def _of(logits: Tensor) -> tuple[Tensor, int, int]:
-    return logits, logits.stride(0), logits.shape[1]
+def _one_side(logits: Tensor) -> dict[str, Any]:
+    """Arguments of a program that reads one side."""
+    return {"logits_ptr": logits, "stride": logits.stride(0), "num_columns": logits.shape[1]}
 
 
-def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, int, int, int]:
-    return student, teacher, student.stride(0), teacher.stride(0), student.shape[1]
+def _both_sides(student: Tensor, teacher: Tensor, state: Tensor) -> dict[str, Any]:
+    """Arguments of a program that compares the sides."""
+    return {
+        "student_ptr": student,
+        "teacher_ptr": teacher,
+        "student_stride": student.stride(0),
+        "teacher_stride": teacher.stride(0),
+        "num_columns": student.shape[1],
+        "state_ptr": state,
+        "STATE": STATE,
+    }

@@ -1,30 +1,38 @@
-"""Which entries of a row count, in Triton: the twin of ``fused_sd/torch_kernels/selection.py``.
+"""Largest logits and gradient entries worth keeping, in Triton: the twin of
+``fused_sd/torch_kernels/selection.py``.
+
+Both modules have the same functions with the same arguments and results; the twin's docstrings
+describe the arguments.  A row is read once from memory, by blocks of columns, by as many programs
+as it has segments.  What is sought lies in few of the blocks, and a second program of the row holds
+all entries of those blocks in registers and searches them.
 
 Dimension key:  C rows of logits, R rows of a gradient, W and V their columns
 """
+
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from fused_sd import checks
-from fused_sd.kernels.launching import launch
 from fused_sd.kernels.programs import selection as programs
-from fused_sd.kernels.tuning import launch_for
+from fused_sd.kernels.programs import top_k as top_k_programs
+from fused_sd.kernels.tuning import launch, launch_for
 from fused_sd.torch_kernels.selection import Selection
 
-BLOCKS = 128, 64, 32, 16, 8  # columns whose largest entry stands for them
-LIST = 16384  # entries that one program searches, in registers: 32 for each of 512 threads
-TILE = 1024  # entries that it looks at again at a time, to write what was found
-PIECE = 16  # candidates with which all of a row are compared at a time
-SEGMENT = 4096  # columns whose blocks one program visits
+BLOCKS = 128, 64, 32, 16, 8  # sizes that a block of columns may have
+LIST = 16384  # most entries that one program holds in registers: 32 for each of 512 threads
+TILE = 1024  # entries that a program loads again at a time, to write those that it found
+PIECE = 16  # candidates that all others of a row are compared with at a time
+SEGMENT = 4096  # columns whose blocks one program reads
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
     """Ids of the k largest logits of each row, largest first, equal ones by id: (C, k).
 
-    They lie in the k blocks of columns with the largest maxima, of equal ones the first: an entry
-    outside has at least k entries before it, the largest of each of those blocks.
+    They lie in the k blocks of columns with the largest maxima (of equal maxima the first): any
+    entry outside has at least k entries before it, the maxima of those blocks.
     """
     num_rows, num_columns = logits.shape
     block = _block_for(k, num_columns)
@@ -32,16 +40,16 @@ def top_k(logits: Tensor, k: int) -> Tensor:
         ids = _largest(logits, k)
     elif block:
         maxima = logits.new_empty((num_rows, triton.cdiv(num_columns, block)))
-        _visit_blocks(programs.block_maxima, logits, maxima, num_columns, block)
+        _read_blocks(top_k_programs.block_maxima, logits, maxima, block, num_columns=num_columns)
         ids = _largest(logits, k, _largest(maxima, k), block)
-    else:  # thousands of entries: a sort is exact, and nobody waits for it
+    else:  # a list of thousands of entries is too long for one program, and rare: sort the row
         return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices
     return ids.gather(1, order)
 
 
 def select(gradient: Tensor, share: float, most: int) -> Selection:
-    """The fewest entries of each row whose complement is within budget; see the twin."""
+    """The fewest entries of each row that leave at most a share of its norm; see the twin."""
     num_rows, vocab = gradient.shape
     most = min(most, vocab)
     block = _block_for(most, vocab)
@@ -50,8 +58,14 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
     num_blocks, listed = triton.cdiv(vocab, block), _list_sizes(block, most, vocab)[1]
     wide = torch.empty(0, device=gradient.device)
     statistics = wide.new_empty((3, num_rows, num_blocks))
-    readable = _readable(gradient)
-    _visit_blocks(programs.block_statistics, gradient, statistics, readable, block, vocab)
+    _read_blocks(
+        programs.block_statistics,
+        gradient,
+        statistics,
+        block,
+        num_readable=_readable(gradient),
+        num_columns=vocab,
+    )
     selection = Selection(
         columns=wide.new_empty((num_rows, most), dtype=torch.int32),
         values=wide.new_empty((num_rows, most)),
@@ -60,11 +74,26 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
         dropped=wide.new_empty(num_rows),
         dropped_mass=wide.new_empty(num_rows),
     )
+    kept = {
+        "columns_ptr": selection.columns,
+        "values_ptr": selection.values,
+        "count_ptr": selection.count,
+        "norm_ptr": selection.norm,
+        "dropped_ptr": selection.dropped,
+        "dropped_mass_ptr": selection.dropped_mass,
+        "num_columns": vocab,
+        "most": most,
+    }
     launch(
-        programs.candidates,
+        programs.find_candidates,
         num_rows,
-        *(gradient, gradient.stride(0), vocab, statistics, num_blocks, most),
-        *(torch.empty_like(selection.columns), *selection),
+        gradient,
+        **kept,
+        gradient_ptr=gradient,
+        stride=gradient.stride(0),
+        statistics_ptr=statistics,
+        num_blocks=num_blocks,
+        blocks_ptr=torch.empty_like(selection.columns),
         BLOCK=block,
         BLOCKS=triton.next_power_of_2(num_blocks),
         LIST=listed,
@@ -73,9 +102,11 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
     )
     places = triton.next_power_of_2(most)
     launch(
-        programs.fewest,
+        programs.keep_fewest,
         num_rows,
-        *(*selection, share, most, vocab),
+        gradient,
+        **kept,
+        share=share,
         MOST=places,
         PIECE=PIECE,
         num_warps=_warps_for(places * PIECE),
@@ -84,17 +115,28 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
 
 
 def _largest(values: Tensor, k: int, blocks: Tensor | None = None, block: int = 1) -> Tensor:
-    """Columns of the k largest of each row, ascending, where given from these blocks: (C, k)."""
+    """Columns of the k largest values of each row, ascending: (C, k) int64.
+
+    Args:
+        values: (C, W) fp32.
+        blocks: (C, L) int64, ascending: only these blocks of columns are searched; None: whole row.
+        block: columns in a block.
+    """
     num_rows, num_columns = values.shape
     num_listed = num_columns if blocks is None else k * block
     ids = torch.empty((num_rows, k), dtype=torch.int64, device=values.device)
     size = triton.next_power_of_2(num_listed)
     launch(
-        programs.largest,
+        top_k_programs.largest,
         num_rows,
-        *(values, values.stride(0), num_columns, ids if blocks is None else blocks),
-        *(num_listed, k, ids),
-        HAS_BLOCKS=blocks is not None,
+        values,
+        values_ptr=values,
+        stride=values.stride(0),
+        num_columns=num_columns,
+        blocks_ptr=blocks,
+        num_listed=num_listed,
+        k=k,
+        out_ptr=ids,
         BLOCK=block,
         LIST=size,
         TILE=min(size, TILE),
@@ -103,16 +145,20 @@ def _largest(values: Tensor, k: int, blocks: Tensor | None = None, block: int = 
     return ids
 
 
-def _visit_blocks(
-    program, rows: Tensor, out: Tensor, readable: int, block: int, *more: int
-) -> None:
-    """Write numbers (..., rows, number of blocks) of every block of columns."""
+def _read_blocks(program: Any, rows: Tensor, out: Tensor, block: int, **columns: int) -> None:
+    """Launch a program that writes numbers of every block of columns: ``out`` (..., R, blocks)."""
     num_rows, num_columns = rows.shape
     num_segments = triton.cdiv(num_columns, SEGMENT)
     launch(
         program,
         num_rows * num_segments,
-        *(rows, rows.stride(0), readable, out, out.shape[-1], num_segments, *more),
+        rows,
+        rows_ptr=rows,
+        stride=rows.stride(0),
+        **columns,
+        out_ptr=out,
+        num_blocks=out.shape[-1],
+        num_segments=num_segments,
         BLOCK=block,
         SEGMENT=SEGMENT // block,
         num_warps=launch_for(program.__name__, rows.device).num_warps,
@@ -120,18 +166,22 @@ def _visit_blocks(
 
 
 def _readable(rows: Tensor) -> int:
-    """Columns of every row that may be read, in pieces of 16 bytes where padding allows it."""
+    """Columns of every row that may be read: a multiple of 16 where the memory goes that far.
+
+    Loads of 16 bytes need such a multiple, and the gradient is a slice of a wider workspace.
+    """
     num_rows, num_columns = rows.shape
     padded = triton.cdiv(num_columns, 16) * 16
     end = rows.storage_offset() + (num_rows - 1) * rows.stride(0) + padded
-    room = rows.untyped_storage().nbytes() // rows.element_size()
-    return padded if end <= room else num_columns
+    allocated = rows.untyped_storage().nbytes() // rows.element_size()
+    return padded if end <= allocated else num_columns
 
 
 def _block_for(num_entries: int, num_columns: int) -> int:
-    """Columns of a block, so that the list of blocks and that of entries in some are short.
+    """Columns of a block for which the list of blocks and the list of their entries are short.
 
-    Returns 0 where one of them is longer than a list may be.
+    Returns:
+        One of BLOCKS, or 0 where one of the two lists would be longer than LIST.
     """
     sizes = {block: _list_sizes(block, num_entries, num_columns) for block in BLOCKS}
     block = min(BLOCKS, key=lambda block: sum(sizes[block]))
@@ -139,11 +189,12 @@ def _block_for(num_entries: int, num_columns: int) -> int:
 
 
 def _list_sizes(block: int, num_entries: int, num_columns: int) -> tuple[int, int]:
+    """Lengths of two lists, as powers of 2: a row's blocks, and the entries of chosen blocks."""
     num_blocks = triton.cdiv(num_columns, block)
     listed = min(num_entries, num_blocks) * block
     return triton.next_power_of_2(num_blocks), triton.next_power_of_2(listed)
 
 
 def _warps_for(list_size: int) -> int:
-    """Of a program that holds a list in registers: 16 entries for a thread, 32 at most."""
+    """Warps of a program that holds a list in registers: 16 entries a thread, at most 32."""
     return min(max(list_size // 512, 4), 16)

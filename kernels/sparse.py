@@ -1,30 +1,44 @@
-"""Work on chosen entries in Triton: the twin of ``fused_sd/torch_kernels/sparse.py``.
+"""Logits and gradients of few entries in Triton: the twin of ``fused_sd/torch_kernels/sparse.py``.
+
+Both modules have the same functions with the same arguments and results; the twin's docstrings
+describe the arguments.  Nothing here is a GEMM: rows of the head, or hidden states, are gathered
+from memory and summed in registers, and every element of a result is written by one program.
 
 Dimension key:  N tokens, C tokens in a chunk, D hidden size, V vocabulary, K entries of a token,
                 E entries of all tokens
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from fused_sd.kernels.launching import launch
 from fused_sd.kernels.programs import sparse as programs
 from fused_sd.kernels.selection import select, top_k
+from fused_sd.kernels.tuning import launch
 from fused_sd.torch_kernels.sparse import SparseValues, by_column
 
 __all__ = ["entry_logits", "gather_sum", "segment_sum", "select", "top_k"]
 
-LONG = 512  # entries of a column that a program of its own sums
-# rows times bytes of each that a program gathers at a time, and its warps: of the few entries of
-# most columns, of the many of a column that every token names, and of dot products
-FEW, MANY, DOTS = (4, 4096, 4), (128, 256, 8), (16, 512, 4)
+LONG = 512  # entries of a column above which it is summed in tiles of another shape
+
+
+class TileShape(NamedTuple):
+    """The tile of rows that a program gathers at a time, and the program's warps."""
+
+    num_rows: int
+    num_bytes: int  # of each row
+    num_warps: int
+
+
+FEW = TileShape(4, 4096, 4)  # for the few entries of a token, or of most columns
+MANY = TileShape(128, 256, 8)  # for the many entries of a column that every token names
+DOTS = TileShape(16, 512, 4)  # for dot products
 
 
 def entry_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """Products of hidden states with a few rows of the head each: (C, K) fp32; see the twin.
+    """Dot products of hidden states with a few rows of the head each: (C, K) fp32.
 
     A product's bits depend on its two rows alone, not on its place among the others.
     """
@@ -36,8 +50,16 @@ def entry_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     launch(
         programs.entry_logits,
         num_tokens * num_tiles,
-        *(hidden, hidden.stride(0), weight, weight.stride(0), ids.contiguous(), out),
-        *(num_entries, num_tiles, hidden.shape[1]),
+        hidden,
+        hidden_ptr=hidden,
+        hidden_stride=hidden.stride(0),
+        weight_ptr=weight,
+        weight_stride=weight.stride(0),
+        ids_ptr=ids.contiguous(),
+        out_ptr=out,
+        num_entries=num_entries,
+        num_tiles=num_tiles,
+        hidden_size=hidden.shape[1],
         **tile,
     )
     return out
@@ -50,8 +72,8 @@ def gather_sum(
     factor: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient by the hidden states (N, D): weighted sums of the head's rows; see the twin."""
-    weight, factor = _rows(weight), factor.contiguous()
+    """Gradient w.r.t. the hidden states (N, D): weighted sums of the head's rows."""
+    weight, factor, dropped_mass = _rows(weight), factor.contiguous(), entries.dropped_mass
     num_tokens, (vocab, hidden_size) = factor.shape[0], weight.shape
     out = torch.empty((num_tokens, hidden_size), dtype=dtype, device=weight.device)
     tile = _tile(FEW, weight)
@@ -59,11 +81,19 @@ def gather_sum(
     launch(
         programs.gather_sum,
         num_tokens * num_tiles,
-        *(entries.columns, entries.values, entries.starts),
-        *(factor if entries.dropped_mass is None else entries.dropped_mass.contiguous(), factor),
-        *(weight, weight.stride(0), vocab, factor if mean_row is None else mean_row),
-        *(out, hidden_size, num_tiles),
-        HAS_DROPPED_MASS=entries.dropped_mass is not None,
+        entries.columns,
+        columns_ptr=entries.columns,
+        values_ptr=entries.values,
+        starts_ptr=entries.starts,
+        dropped_mass_ptr=None if dropped_mass is None else dropped_mass.contiguous(),
+        factor_ptr=factor,
+        weight_ptr=weight,
+        weight_stride=weight.stride(0),
+        vocab=vocab,
+        mean_ptr=mean_row,
+        out_ptr=out,
+        hidden_size=hidden_size,
+        num_tiles=num_tiles,
         **tile,
     )
     return out
@@ -78,10 +108,11 @@ def segment_sum(
     base_factor: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient by the head (V, D): weighted sums of hidden states by column; see the twin.
+    """Gradient w.r.t. the head (V, D): one weighted sum of hidden states for each of its rows.
 
-    A program sums a row of few entries over a wide piece of it.  For one of many, programs of
-    narrow pieces gather more rows at a time; their number is known without counting such rows.
+    A column of few entries is summed in wide tiles of few rows, a long one in narrow tiles of many
+    rows, by more programs.  The second launch covers as many columns as can be long, so that the
+    host need not wait for their number.
     """
     hidden = _rows(hidden)
     hidden_size = hidden.shape[1]
@@ -91,32 +122,38 @@ def segment_sum(
     num_long = min(vocab, tokens.shape[0] // (LONG + 1))
     longest = (by.starts[1:] - by.starts[:-1]).topk(num_long).indices
     out = torch.empty((vocab, hidden_size), dtype=dtype, device=hidden.device)
-    for num_rows, shape in ((vocab, FEW), (num_long, MANY)):
+    for num_rows, long_columns, shape in ((vocab, None, FEW), (num_long, longest, MANY)):
         tile = _tile(shape, hidden)
         num_tiles = triton.cdiv(hidden_size, tile["BLOCK_D"])
         launch(
             programs.segment_sum,
             num_rows * num_tiles,
-            *(tokens, coefficients, by.starts, longest, hidden, hidden.stride(0)),
-            hidden.shape[0],
-            *(out if base is None else base, out.stride(0) if base is None else base.stride(0)),
-            *(out if base_factor is None else base_factor, out, hidden_size, num_tiles),
-            ARE_LONG=shape is MANY,
+            tokens,
+            tokens_ptr=tokens,
+            coefficients_ptr=coefficients,
+            starts_ptr=by.starts,
+            long_ptr=long_columns,
+            hidden_ptr=hidden,
+            hidden_stride=hidden.stride(0),
+            num_tokens=hidden.shape[0],
+            base_ptr=base,
+            base_stride=None if base is None else base.stride(0),
+            base_factor_ptr=base_factor,
+            out_ptr=out,
+            hidden_size=hidden_size,
+            num_tiles=num_tiles,
             LONG=LONG,
-            HAS_BASE=base is not None,
-            HAS_FACTOR=base_factor is not None,
             **tile,
         )
     return out
 
 
-def _tile(shape: tuple[int, int, int], rows: Tensor) -> dict[str, Any]:
-    """Constants of a program that gathers rows in tiles."""
-    num_rows, num_bytes, num_warps = shape
-    width = min(num_bytes // rows.element_size(), triton.next_power_of_2(rows.shape[1]))
-    return {"BLOCK_E": num_rows, "BLOCK_D": width, "num_warps": num_warps}
+def _tile(shape: TileShape, rows: Tensor) -> dict[str, Any]:
+    """Constants of a program that gathers rows of a matrix in tiles of a shape."""
+    width = min(shape.num_bytes // rows.element_size(), triton.next_power_of_2(rows.shape[1]))
+    return {"BLOCK_E": shape.num_rows, "BLOCK_D": width, "num_warps": shape.num_warps}
 
 
 def _rows(matrix: Tensor) -> Tensor:
-    """A matrix whose rows lie in memory as such, wherever they start."""
+    """The matrix with unit stride in its rows; rows may be any distance apart."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()

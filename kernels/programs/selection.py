@@ -1,164 +1,39 @@
-"""The programs behind ``top_k`` and ``select``: each finds the largest entries of one row.
+"""Triton programs that keep the few entries of a gradient that matter, row by row.
 
-A row is read once, by blocks of columns, and of each block its largest entry is kept.  What is
-sought lies in few of the blocks, and those fit the registers of one program.  A threshold is found
-bit by bit, by counting; what reaches it is written in the order of its columns, each entry at the
-place that a cumulative sum names.  Nothing depends on the order in which threads come by.
+Three programs run one after the other, and only the first reads the whole gradient:
+
+1. ``block_statistics`` reads a row once and sums up every block of columns in three numbers.
+2. ``find_candidates`` looks at blocks whose largest magnitude reaches a power of two.  Candidates
+   are the entries that reach the smallest power of two which at most ``most`` entries reach.
+3. ``keep_fewest`` drops the smallest candidates again while the budget allows it.
+
+What is dropped is summed as such, never as the difference of two larger sums.  Entries are written
+in the order of their columns, each to the place that a cumulative sum gives it, so the result never
+depends on the order in which threads run.
+
+Dimension key:  R rows of a gradient, V columns, B blocks in a row, M entries that may be kept of a
+                row (``most``)
 """
 
 import triton
 import triton.language as tl
 
-from fused_sd.kernels.programs.rows import load
+from fused_sd.kernels.programs.top_k import columns_of_blocks, columns_of_list
 
-SMALLEST_NORMAL = tl.constexpr(23)  # rank of 2**-126 among fp32's powers of two, from 2**-149 on
-INFINITY = tl.constexpr(277)  # the rank of what follows 2**127
-
-
-@triton.jit
-def sort_key(x):
-    """fp32 numbers as integers of the same order: -0 is 0, and NaN is above all others."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
-    key = bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000)
-    return tl.where(x == x, key, 0xFFFFFFFF)
+# fp32's powers of two are ranked from 0 (2**-149) to 276 (2**127)
+SMALLEST_NORMAL = tl.constexpr(23)  # rank of 2**-126; smaller powers are subnormal
+INFINITY = tl.constexpr(277)  # rank of infinity, whose bits follow those of 2**127
 
 
 @triton.jit
-def kth_largest(keys, k):
-    """The largest key that at least k keys reach."""
-    found, bit = tl.full([], 0, tl.uint32), tl.full([], 0x80000000, tl.uint32)
-    for _ in range(32):
-        enough = tl.sum((keys >= found | bit).to(tl.int32), axis=0) >= k
-        found = tl.where(enough, found | bit, found)
-        bit = bit >> 1
-    return found
+def candidate_threshold(x, most):
+    """The smallest power of two that the magnitudes of at most ``most`` entries reach.
 
-
-@triton.jit
-def columns_of(at, blocks_ptr, num_listed, HAS_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns of a list's entries in their row, ascending, and which the list has.
-
-    Without blocks the list is the row.
+    Found by bisection over the ranks of fp32's powers of two.
     """
-    exists = at // BLOCK < num_listed // BLOCK
-    columns = at
-    if HAS_BLOCKS:
-        block = tl.load(blocks_ptr + at // BLOCK, mask=exists, other=0)
-        columns = block.to(tl.int32) * BLOCK + at % BLOCK
-    return columns, exists
-
-
-@triton.jit
-def keys_of(
-    at,
-    row_ptr,
-    num_columns,
-    blocks_ptr,
-    num_listed,
-    HAS_BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    columns, exists = columns_of(at, blocks_ptr, num_listed, HAS_BLOCKS, BLOCK)
-    inside = exists & (columns < num_columns)
-    x = tl.load(row_ptr + columns, mask=inside, other=0.0)
-    return columns, tl.where(inside, sort_key(x), 0)  # below -inf's
-
-
-@triton.jit
-def largest(
-    values_ptr,
-    stride,
-    num_columns,
-    blocks_ptr,  # (rows, number of blocks) ascending: where the list's entries lie in their row
-    num_listed,
-    k,
-    out_ptr,  # (rows, k) columns of the k largest, ascending; among equal ones the first columns
-    HAS_BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LIST: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = values_ptr + row * stride
-    if HAS_BLOCKS:
-        blocks_ptr += row * (num_listed // BLOCK)
-    _, listed = keys_of(
-        tl.arange(0, LIST), row_ptr, num_columns, blocks_ptr, num_listed, HAS_BLOCKS, BLOCK
-    )
-    threshold = kth_largest(listed, k)
-    room = k - tl.sum((listed > threshold).to(tl.int32), axis=0)  # for what equals the threshold
-    num_above = tl.full([], 0, tl.int32)
-    num_tied = tl.full([], 0, tl.int32)
-    for start in range(0, num_listed, TILE):
-        at = start + tl.arange(0, TILE)
-        columns, keys = keys_of(at, row_ptr, num_columns, blocks_ptr, num_listed, HAS_BLOCKS, BLOCK)
-        above, tied = (keys > threshold).to(tl.int32), (keys == threshold).to(tl.int32)
-        counts = tl.cumsum((above << 16) + tied, axis=0)  # one sum for both, each below 2**16
-        ties = num_tied + (counts & 0xFFFF)
-        place = num_above + (counts >> 16) + tl.minimum(ties, room) - 1
-        taken = (above > 0) | ((tied > 0) & (ties <= room))
-        tl.store(out_ptr + row * k + place, columns.to(out_ptr.dtype.element_ty), mask=taken)
-        num_above += tl.sum(above, axis=0)
-        num_tied += tl.sum(tied, axis=0)
-
-
-@triton.jit
-def block_maxima(
-    logits_ptr,
-    stride,
-    num_columns,
-    out_ptr,
-    num_blocks,
-    num_segments,
-    BLOCK: tl.constexpr,
-    SEGMENT: tl.constexpr,
-):
-    """The largest logit of every block of columns."""
-    row = (tl.program_id(0) // num_segments).to(tl.int64)
-    blocks = tl.program_id(0) % num_segments * SEGMENT + tl.arange(0, SEGMENT)
-    z = load(logits_ptr + row * stride, columns_of_blocks(blocks, BLOCK), num_columns)
-    z = tl.where(z == z, z, float("inf"))  # a maximum passes over NaN
-    tl.store(out_ptr + row * num_blocks + blocks, tl.max(z, axis=1), mask=blocks < num_blocks)
-
-
-@triton.jit
-def columns_of_blocks(blocks, BLOCK: tl.constexpr):
-    return blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-
-
-@triton.jit
-def block_statistics(
-    gradient_ptr,
-    stride,
-    num_readable,  # columns, with those behind the last that may be read
-    out_ptr,  # (3, rows, number of blocks)
-    num_blocks,
-    num_segments,
-    num_columns,
-    BLOCK: tl.constexpr,
-    SEGMENT: tl.constexpr,
-):
-    """Of every block of columns the largest magnitude, the sum of magnitudes and the sum."""
-    row = (tl.program_id(0) // num_segments).to(tl.int64)
-    blocks = tl.program_id(0) % num_segments * SEGMENT + tl.arange(0, SEGMENT)
-    columns = columns_of_blocks(blocks, BLOCK)
-    g = tl.load(gradient_ptr + row * stride + columns, mask=columns < num_readable, other=0.0)
-    g = tl.where(columns < num_columns, g.to(tl.float32), 0.0)
-    peak = tl.max(tl.where(g == g, tl.abs(g), float("inf")), axis=1)
-    mask = blocks < num_blocks
-    out_ptr += row * num_blocks + blocks
-    per_kind = (tl.num_programs(0) // num_segments).to(tl.int64) * num_blocks
-    tl.store(out_ptr, peak, mask=mask)
-    tl.store(out_ptr + per_kind, tl.sum(tl.abs(g), axis=1), mask=mask)
-    tl.store(out_ptr + 2 * per_kind, tl.sum(g, axis=1), mask=mask)
-
-
-@triton.jit
-def crowded_power(x, most):
-    """The smallest power of two that at most ``most`` magnitudes reach."""
     low, high = tl.full([], 0, tl.int32), tl.full([], INFINITY, tl.int32)
     power = tl.full([], float("inf"), tl.float32)
-    for _ in range(9):  # halvings of 278 ranks
+    for _ in range(9):  # 2**9 > 278 ranks
         middle = (low + high) // 2
         normal = (middle - SMALLEST_NORMAL + 1) << 23
         bits = tl.where(middle < SMALLEST_NORMAL, 1 << middle, normal)
@@ -171,66 +46,104 @@ def crowded_power(x, most):
 
 
 @triton.jit
-def entries_of(at, row_ptr, num_columns, blocks_ptr, num_listed, BLOCK: tl.constexpr):
-    columns, exists = columns_of(at, blocks_ptr, num_listed, True, BLOCK)
+def load_entries(position, row_ptr, num_columns, blocks_ptr, num_listed, BLOCK: tl.constexpr):
+    """Columns and fp32 values of the entries at some positions of a list; 0 where there is none."""
+    columns, exists = columns_of_list(position, blocks_ptr, num_listed, BLOCK)
     inside = exists & (columns < num_columns)
     return columns, tl.load(row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def candidates(
-    gradient_ptr,
-    stride,
-    num_columns,
-    statistics_ptr,
-    num_blocks,
-    most,
-    blocks_ptr,  # (rows, most) scratch
-    columns_ptr,  # (rows, most)
-    values_ptr,
-    count_ptr,
-    norm_ptr,
-    dropped_ptr,
-    dropped_mass_ptr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    LIST: tl.constexpr,
-    TILE: tl.constexpr,
+def block_statistics(
+    rows_ptr,  # (R, V) bf16, fp16 or fp32 gradient, unit stride in the columns
+    stride,  # elements from one row of the gradient to the next
+    num_readable,  # columns that may be read: V, or V padded so that loads are aligned
+    out_ptr,  # (3, R, B) fp32, contiguous, written: max |g|, sum |g| and sum g of every block
+    num_blocks,  # B
+    num_segments,  # programs for each row
+    num_columns,  # V; what lies behind counts as 0
+    BLOCK: tl.constexpr,  # columns in a block
+    SEGMENT: tl.constexpr,  # blocks in a segment
 ):
-    """The entries above the power of two that leaves enough few of them; sums over the others."""
+    """Largest magnitude, sum of magnitudes and sum of every block; a maximum of NaN is infinity.
+
+    One program for each segment of a row.  ``select`` in ``kernels/selection.py`` launches it
+    first, so that the gradient is read once, in parallel, and all else reads a few blocks of it.
+    """
+    row = (tl.program_id(0) // num_segments).to(tl.int64)
+    blocks = tl.program_id(0) % num_segments * SEGMENT + tl.arange(0, SEGMENT)
+    columns = columns_of_blocks(blocks, BLOCK)
+    g = tl.load(rows_ptr + row * stride + columns, mask=columns < num_readable, other=0.0)
+    g = tl.where(columns < num_columns, g.to(tl.float32), 0.0)
+    peak = tl.max(tl.where(g == g, tl.abs(g), float("inf")), axis=1)
+    mask = blocks < num_blocks
+    out_ptr += row * num_blocks + blocks
+    per_statistic = (tl.num_programs(0) // num_segments).to(tl.int64) * num_blocks
+    tl.store(out_ptr, peak, mask=mask)
+    tl.store(out_ptr + per_statistic, tl.sum(tl.abs(g), axis=1), mask=mask)
+    tl.store(out_ptr + 2 * per_statistic, tl.sum(g, axis=1), mask=mask)
+
+
+@triton.jit
+def find_candidates(
+    gradient_ptr,  # (R, V) bf16, fp16 or fp32, unit stride in the columns
+    stride,  # elements from one row of the gradient to the next
+    num_columns,  # V
+    statistics_ptr,  # (3, R, B) fp32, contiguous, as block_statistics wrote it
+    num_blocks,  # B
+    most,  # M
+    blocks_ptr,  # (R, M) int32, contiguous, scratch: the blocks that hold candidates
+    columns_ptr,  # (R, M) int32, contiguous, written: columns of the candidates, ascending
+    values_ptr,  # (R, M) fp32, contiguous, written: the candidates
+    count_ptr,  # (R,) int64, written: number of candidates; 0 if the norm is not finite
+    norm_ptr,  # (R,) fp32, written: sum |g| of the row
+    dropped_ptr,  # (R,) fp32, written: sum |g| of the others; NaN if the norm is not finite
+    dropped_mass_ptr,  # (R,) fp32, written: sum g of the others
+    BLOCK: tl.constexpr,  # columns in a block
+    BLOCKS: tl.constexpr,  # B or the next power of 2
+    LIST: tl.constexpr,  # most entries in the listed blocks, a power of 2: held in registers
+    TILE: tl.constexpr,  # entries that are loaded again at a time, to be written
+):
+    """The entries of a row that reach the candidates' power of two, and sums over the others.
+
+    One program a row, because the threshold needs all listed entries.  ``select`` in
+    ``kernels/selection.py`` launches it after ``block_statistics``.
+    """
     row = tl.program_id(0).to(tl.int64)
     gradient_ptr += row * stride
     blocks_ptr += row * most
     columns_ptr += row * most
     values_ptr += row * most
 
-    # the blocks that hold every candidate: fewer than `most` blocks reach a power of two that only
-    # `most` entries reach, and the smallest such power for blocks is at most that for entries
+    # List the blocks that may hold candidates.  At most `most` blocks have a maximum that reaches
+    # the entries' power of two, so the smallest such power for blocks is no larger.
     block = tl.arange(0, BLOCKS)
     exists = block < num_blocks
     statistics_ptr += row * num_blocks + block
-    per_kind = tl.num_programs(0).to(tl.int64) * num_blocks
+    per_statistic = tl.num_programs(0).to(tl.int64) * num_blocks
     peaks = tl.load(statistics_ptr, mask=exists, other=0.0)
-    norms = tl.load(statistics_ptr + per_kind, mask=exists, other=0.0)
-    sums = tl.load(statistics_ptr + 2 * per_kind, mask=exists, other=0.0)
+    norms = tl.load(statistics_ptr + per_statistic, mask=exists, other=0.0)
+    sums = tl.load(statistics_ptr + 2 * per_statistic, mask=exists, other=0.0)
     norm = tl.sum(norms, axis=0)
-    power = crowded_power(peaks, most)
+    power = candidate_threshold(peaks, most)
     listed = peaks >= power
     dropped = tl.sum(tl.where(listed, 0.0, norms), axis=0)
     dropped_mass = tl.sum(tl.where(listed, 0.0, sums), axis=0)
     slot = tl.cumsum(listed.to(tl.int32), axis=0) - 1
     tl.store(blocks_ptr + slot, block, mask=listed & (slot < most))
     num_listed = tl.minimum(tl.sum(listed.to(tl.int32), axis=0), most) * BLOCK
-    tl.debug_barrier()
+    tl.debug_barrier()  # the list is written before any thread reads it
 
-    _, entries = entries_of(
+    _, entries = load_entries(
         tl.arange(0, LIST), gradient_ptr, num_columns, blocks_ptr, num_listed, BLOCK
     )
-    power = tl.maximum(power, crowded_power(entries, most))
+    power = tl.maximum(power, candidate_threshold(entries, most))
     num_candidates = tl.full([], 0, tl.int32)
     for start in range(0, num_listed, TILE):
-        at = start + tl.arange(0, TILE)
-        columns, g = entries_of(at, gradient_ptr, num_columns, blocks_ptr, num_listed, BLOCK)
+        position = start + tl.arange(0, TILE)
+        columns, g = load_entries(
+            position, gradient_ptr, num_columns, blocks_ptr, num_listed, BLOCK
+        )
         candidate = tl.abs(g) >= power
         dropped += tl.sum(tl.where(candidate, 0.0, tl.abs(g)), axis=0)
         dropped_mass += tl.sum(tl.where(candidate, 0.0, g), axis=0)
@@ -239,7 +152,7 @@ def candidates(
         tl.store(columns_ptr + place, columns, mask=candidate)
         tl.store(values_ptr + place, g, mask=candidate)
         num_candidates += tl.sum(candidate.to(tl.int32), axis=0)
-    finite = norm < float("inf")  # else there may be any number of them
+    finite = norm < float("inf")  # otherwise any number of entries may reach any power
     tl.store(count_ptr + row, tl.where(finite, num_candidates, 0).to(tl.int64))
     tl.store(norm_ptr + row, norm)
     tl.store(dropped_ptr + row, tl.where(finite, dropped, float("nan")))
@@ -247,20 +160,25 @@ def candidates(
 
 
 @triton.jit
-def fewest(
-    columns_ptr,  # (rows, most), and everything else as `candidates` left it
-    values_ptr,
-    count_ptr,
-    norm_ptr,
-    dropped_ptr,
-    dropped_mass_ptr,
-    share,
-    most,
-    num_columns,
-    MOST: tl.constexpr,
-    PIECE: tl.constexpr,
+def keep_fewest(
+    columns_ptr,  # (R, M) int32, contiguous, in place: columns; V in places that are not used
+    values_ptr,  # (R, M) fp32, contiguous, in place: candidates; 0 in places that are not used
+    count_ptr,  # (R,) int64, in place: number of candidates, then of kept entries
+    norm_ptr,  # (R,) fp32, sum |g| of the row
+    dropped_ptr,  # (R,) fp32, in place: sum |g| of what is dropped
+    dropped_mass_ptr,  # (R,) fp32, in place: sum g of what is dropped
+    share,  # float, share of the norm that may be dropped
+    most,  # M
+    num_columns,  # V
+    MOST: tl.constexpr,  # M or the next power of 2
+    PIECE: tl.constexpr,  # candidates that all others are compared with at a time
 ):
-    """Drop every candidate for which the budget holds all that are no larger than it."""
+    """Drop every candidate that the budget allows to drop with all that are no larger than it.
+
+    One program a row.  ``select`` in ``kernels/selection.py`` launches it last.  It is a program of
+    its own because it compares all pairs of candidates and holds MOST x PIECE pairs in registers,
+    where ``find_candidates`` holds its list.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns_ptr += row * most
     values_ptr += row * most
@@ -271,21 +189,21 @@ def fewest(
     exists = place < num_candidates
     columns = tl.load(columns_ptr + place, mask=exists, other=0)
     g = tl.load(values_ptr + place, mask=exists, other=0.0)
-    up_to = tl.zeros([MOST], tl.float32)
+    up_to = tl.zeros([MOST], tl.float32)  # sum |g| of all entries that are no larger
     for start in range(0, num_candidates, PIECE):
         piece = start + tl.arange(0, PIECE)
         other = tl.load(values_ptr + piece, mask=piece < num_candidates, other=0.0)
         other = tl.abs(other)[None, :]
         up_to += tl.sum(tl.where(other <= tl.abs(g)[:, None], other, 0.0), axis=1)
     up_to += dropped
-    kept, gone = exists & (up_to > budget), exists & (up_to <= budget)
+    kept, cut = exists & (up_to > budget), exists & (up_to <= budget)
     count = tl.sum(kept.to(tl.int32), axis=0)
     before = tl.cumsum(kept.to(tl.int32), axis=0)
-    place = tl.where(kept, before - 1, count + place - before)  # each place once
-    tl.debug_barrier()  # all have read
+    place = tl.where(kept, before - 1, count + place - before)  # kept ones first, each place once
+    tl.debug_barrier()  # all threads have read what the stores overwrite
     tl.store(columns_ptr + place, tl.where(kept, columns, num_columns), mask=place < most)
     tl.store(values_ptr + place, tl.where(kept, g, 0.0), mask=place < most)
     tl.store(count_ptr + row, count.to(tl.int64))
-    largest_gone = tl.max(tl.where(gone, up_to, 0.0), axis=0)  # to the bit as it was compared
-    tl.store(dropped_ptr + row, tl.where(count < num_candidates, largest_gone, dropped))
-    tl.store(dropped_mass_ptr + row, dropped_mass + tl.sum(tl.where(gone, g, 0.0), axis=0))
+    largest_cut = tl.max(tl.where(cut, up_to, 0.0), axis=0)  # the very sum that met the budget
+    tl.store(dropped_ptr + row, tl.where(count < num_candidates, largest_cut, dropped))
+    tl.store(dropped_mass_ptr + row, dropped_mass + tl.sum(tl.where(cut, g, 0.0), axis=0))

@@ -1,8 +1,11 @@
-"""Compile every kernel for GPUs that are not here, and print what the compiler made of it.
+"""Compile every Triton program for GPUs that are absent, and print the resources that it takes.
 
-The launchers run on meta tensors with their real specialisation; nothing is launched.  A process of
-its own, since Triton either interprets or compiles: ``python compile_kernels.py cuda 90`` prints
-JSON, and without a target ``python compile_kernels.py`` prints a table of all of them.
+    python tests/support/compile_kernels.py             prints a table for all targets
+    python tests/support/compile_kernels.py cuda 90     prints JSON for one target
+
+The launching functions of ``kernels/`` run on meta tensors, so that programs are compiled with the
+argument types, strides and alignments of real launches; nothing is launched.  Each target needs a
+process of its own without ``TRITON_INTERPRET``: a process either interprets or compiles.
 """
 
 import json
@@ -28,11 +31,11 @@ from fused_sd.torch_kernels.sparse import SparseValues
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 TARGETS = ("cuda 80", "cuda 90", "cuda 100", "hip gfx942")
-VOCABULARIES = (workspace_width(100278), 100279)  # as the walk has them; aligned to nothing
+VOCABULARIES = (workspace_width(100278), 100279)  # padded as in a chunked run; aligned to nothing
 
 
 class AbsentDriver:
-    """Answers the launcher for a GPU that is not attached."""
+    """A driver for Triton's launcher that names a GPU which is not attached."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -51,22 +54,22 @@ class AbsentDriver:
 
 
 class Compiled(NamedTuple):
-    """A kernel as a launcher launches it."""
+    """A program compiled for one launch."""
 
     name: str
-    constants: dict[str, object]
-    aligned: bool  # rows of logits that start at aligned addresses, as the walk's do
+    arguments: dict[str, object]  # by keyword, with Triton's options
+    aligned: bool  # whether rows of logits start at aligned addresses, as in a chunked run
     kernel: object
 
 
 def compile_all(target: GPUTarget) -> list[Compiled]:
-    """Every kernel that the launchers launch."""
+    """Run every launching function, and compile what it would launch."""
     compiled: list[Compiled] = []
-    launch = JITFunction.run
+    run = JITFunction.run
 
-    def compile_instead(self, *args, grid, warmup=False, **options):
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        compiled.append(Compiled(self.fn.__name__, options, vocab % ALIGNMENT == 0, kernel))
+    def compile_instead(self, *, grid, warmup=False, **arguments):
+        kernel = run(self, grid=grid, warmup=True, **arguments)
+        compiled.append(Compiled(self.fn.__name__, arguments, vocab % ALIGNMENT == 0, kernel))
         return kernel
 
     driver.set_active(AbsentDriver(target))
@@ -78,6 +81,7 @@ def compile_all(target: GPUTarget) -> list[Compiled]:
 
 
 def launch_rows(vocab: int) -> None:
+    """Call every function of ``kernels/rows.py`` in each of its forms."""
     student, teacher = (torch.empty(1024, vocab, device="meta") for _ in range(2))
     row = torch.empty(1024, device="meta")
     rows.log_normalizer(student)
@@ -96,6 +100,7 @@ def launch_rows(vocab: int) -> None:
 
 
 def launch_sparse(vocab: int) -> None:
+    """Call every function of ``kernels/sparse.py`` and ``kernels/selection.py``."""
     for dtype in (torch.bfloat16, torch.float32):
         hidden = torch.empty(1024, 4096, dtype=dtype, device="meta")
         weight = torch.empty(vocab, 4096, dtype=dtype, device="meta")
@@ -110,12 +115,12 @@ def launch_sparse(vocab: int) -> None:
         sparse.gather_sum(entries, weight, wide, factor, dtype)
         base = torch.empty(vocab, 4096, device="meta"), torch.empty((), device="meta")
         sparse.segment_sum(entries, hidden, vocab, factor, *base, dtype)
-    for k in (20, 100, 1024):  # lists of every size
+    for k in (20, 100, 1024):  # short to long lists
         sparse.top_k(torch.empty(1024, workspace_width(vocab), device="meta"), k)
 
 
 def resources(kernel) -> dict[str, object]:
-    """Registers, bytes spilled, function calls that are left, barriers, loads of 16 bytes."""
+    """Counts of registers, bytes spilled, function calls, barriers and 16-byte loads."""
     if "cubin" in kernel.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
@@ -148,21 +153,21 @@ def resources(kernel) -> dict[str, object]:
 
 
 def describe(target: GPUTarget) -> list[dict[str, object]]:
-    """Of every kernel its name, its constants and its resources."""
+    """The name and the resources of every compiled launch."""
     return [
         {
             "name": name,
-            "in_place": bool(constants.get("IN_PLACE")),
+            "in_place": bool(arguments.get("IN_PLACE")),
             "aligned": aligned,
             "shared": kernel.metadata.shared,
             **resources(kernel),
         }
-        for name, constants, aligned, kernel in compile_all(target)
+        for name, arguments, aligned, kernel in compile_all(target)
     ]
 
 
 def print_table() -> None:
-    """The most that any variant of a kernel takes, on every target."""
+    """Print the most that any variant of a program takes, for every target."""
     for target in TARGETS:
         command = [sys.executable, __file__, *target.split()]
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

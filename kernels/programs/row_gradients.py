@@ -1,0 +1,200 @@
+"""Triton programs that turn whole rows of logits into losses and gradients w.r.t. the logits.
+
+They read rows whose normalisers are known already (``rows.py``), one program a row, in blocks of
+``BLOCK_V`` columns, and add up the lanes of a block once, after the loop.
+
+The gradient of a divergence is ``dlogit_v = dlog_s_v - s_v * total`` with ``total`` the sum of
+``dlog_s`` over the row, so ``total`` must be known before the first entry is written:
+
+* For a KL ``total`` is a known share of the mean log-ratio in the row's state (the divergence's
+  ``share_of_mean_ratio``).  ``divergence_gradient`` then finds loss and gradient in one read.
+* For any other divergence, or under an entry clip, ``divergence`` reads the rows first and finds
+  the loss and ``total``, and ``divergence_gradient`` reads them again.
+
+Dimension key:  C rows in a chunk, W columns
+"""
+
+import triton
+import triton.language as tl
+
+from fused_sd.kernels.programs.rows import load_log_probs, load_logits, load_state
+
+
+@triton.jit
+def clipped_term(log_s, log_t, parameter, balance, clip, DIVERGENCE: tl.constexpr):
+    """A block of a divergence's terms, as ``DivergenceTerm.clipped`` explains them.
+
+    Returns:
+        term: the balanced term, cut where the plain term is above ``clip`` (if not None).
+        dlog_s: derivative of the term w.r.t. the student's log-probability.
+        cut: 1.0 where the term was cut, else 0.0.
+    """
+    term, dlog_s = DIVERGENCE(log_s, log_t, parameter)
+    cut = tl.zeros_like(term)
+    if clip is not None:
+        s = tl.exp(log_s)
+        shift = balance * (s - tl.exp(log_t))
+        above = term + shift > clip
+        cut = tl.where(above, 1.0, 0.0)
+        dlog_s = tl.where(above, -balance * s, dlog_s)
+        term = tl.where(above, clip - shift, term)
+    return term, dlog_s, cut
+
+
+@triton.jit
+def store_gradient(
+    out_ptr,
+    offs_v,
+    num_columns,
+    dlogits,
+    logits,
+    inverse_cap,
+    IN_PLACE: tl.constexpr,
+):
+    """Store a block of a row's gradient, rounded to the dtype of ``out_ptr``.
+
+    A soft-cap's derivative is applied first: ``logits`` are capped, and the gradient is w.r.t. the
+    logits before the cap.  In place, a thread may store to columns that another thread loads, so
+    all of them must have loaded the block before any of them stores.
+    """
+    if inverse_cap is not None:
+        share = logits * inverse_cap
+        dlogits = tl.where(logits == -float("inf"), 0.0, dlogits * (1 - share * share))
+    if IN_PLACE:
+        tl.debug_barrier()
+    tl.store(out_ptr + offs_v, dlogits.to(out_ptr.dtype.element_ty), mask=offs_v < num_columns)
+
+
+@triton.jit
+def divergence(
+    student_ptr,  # (C, W) fp32 logits, unit stride in the columns
+    teacher_ptr,  # (C, W) fp32 logits, unit stride in the columns
+    student_stride,  # elements from one row of the student's logits to the next
+    teacher_stride,  # elements from one row of the teacher's logits to the next
+    num_columns,  # W
+    state_ptr,  # (C, STATE) fp32, contiguous, as normalizers wrote it
+    loss_ptr,  # (C,) fp32, written: sum of the terms
+    total_ptr,  # (C,) fp32, written: sum of the terms' derivatives w.r.t. log s
+    clipped_ptr,  # (C,) fp32, written: number of entries that were cut
+    parameter,  # float that the divergence takes, such as a JSD's beta
+    balance,  # float, DivergenceTerm.balance: plain term = balanced term + balance * (s - t)
+    clip,  # float or None, largest plain term
+    DIVERGENCE: tl.constexpr,  # function of kernels/divergence.py, inlined
+    STATE: tl.constexpr,  # elements from one pair's state to the next
+    BLOCK_V: tl.constexpr,  # columns that are read at a time
+):
+    """Loss of a pair of rows and what a gradient needs of the whole row; reads both rows once.
+
+    One program a pair.  ``divergence_`` in ``kernels/rows.py`` launches it where there is no
+    gradient to write, and before ``divergence_gradient`` where that needs ``total``.  It is a
+    program of its own because ``total`` is a sum over the row, over all ranks' columns if the
+    vocabulary lies on several, that is needed before the first entry of the gradient.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    student_ptr += row * student_stride
+    teacher_ptr += row * teacher_stride
+    anchor_s, log_scale_s, anchor_t, log_scale_t, _ = load_state(state_ptr + row * STATE)
+    loss = tl.zeros([BLOCK_V], tl.float32)
+    total = tl.zeros([BLOCK_V], tl.float32)
+    clipped = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, num_columns, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        log_s = load_log_probs(student_ptr, offs_v, num_columns, anchor_s, log_scale_s)
+        log_t = load_log_probs(teacher_ptr, offs_v, num_columns, anchor_t, log_scale_t)
+        term, dlog_s, cut = clipped_term(log_s, log_t, parameter, balance, clip, DIVERGENCE)
+        loss += term
+        total += dlog_s
+        clipped += cut
+    tl.store(loss_ptr + row, tl.sum(loss, axis=0))
+    tl.store(total_ptr + row, tl.sum(total, axis=0))
+    tl.store(clipped_ptr + row, tl.sum(clipped, axis=0))
+
+
+@triton.jit
+def divergence_gradient(
+    student_ptr,  # (C, W) fp32 logits, unit stride in the columns
+    teacher_ptr,  # (C, W) fp32 logits, unit stride in the columns
+    student_stride,  # elements from one row of the student's logits to the next
+    teacher_stride,  # elements from one row of the teacher's logits to the next
+    num_columns,  # W
+    state_ptr,  # (C, STATE) fp32, contiguous, as normalizers wrote it
+    loss_ptr,  # (C,) fp32, written where total_ptr is None: sum of the terms
+    total_ptr,  # (C,) fp32 or None, sum of the terms' derivatives w.r.t. log s
+    row_weights_ptr,  # (C,) fp32 factors of the rows' gradients
+    out_ptr,  # (C, W) fp32, bf16 or fp16, written: gradient of sum(row_weights * loss)
+    out_stride,  # elements from one row of the gradient to the next
+    parameter,  # float that the divergence takes, such as a JSD's beta
+    balance,  # float, DivergenceTerm.balance: plain term = balanced term + balance * (s - t)
+    clip,  # float or None, largest plain term
+    share_of_mean_ratio,  # float or None: total / mean log-ratio, where total_ptr is None
+    inverse_cap,  # float or None, 1 / soft-cap of the student's logits
+    DIVERGENCE: tl.constexpr,  # function of kernels/divergence.py, inlined
+    IN_PLACE: tl.constexpr,  # bool: out may be the student's logits themselves
+    STATE: tl.constexpr,  # elements from one pair's state to the next
+    BLOCK_V: tl.constexpr,  # columns that are read at a time
+):
+    """Gradient of a divergence w.r.t. the student's logits; reads both rows once.
+
+    One program a pair.  ``divergence_`` in ``kernels/rows.py`` launches it where rows have weights.
+    Where ``total`` is given, ``divergence`` has found the loss too; else this program finds it, so
+    that a KL is read once for loss and gradient.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    student_ptr += row * student_stride
+    teacher_ptr += row * teacher_stride
+    out_ptr += row * out_stride
+    anchor_s, log_scale_s, anchor_t, log_scale_t, mean_ratio = load_state(state_ptr + row * STATE)
+    row_weight = tl.load(row_weights_ptr + row)
+    if total_ptr is not None:
+        total = tl.load(total_ptr + row)
+    else:
+        total = share_of_mean_ratio * mean_ratio
+    loss = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, num_columns, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        z = load_logits(student_ptr, offs_v, num_columns)
+        log_s = (z - anchor_s) - log_scale_s
+        log_t = load_log_probs(teacher_ptr, offs_v, num_columns, anchor_t, log_scale_t)
+        term, dlog_s, _ = clipped_term(log_s, log_t, parameter, balance, clip, DIVERGENCE)
+        loss += term
+        dlogits = (dlog_s - tl.exp(log_s) * total) * row_weight
+        # a row of weight 0 may have an infinite loss, as a token that was cut does: 0 * inf is NaN
+        dlogits = tl.where(row_weight == 0, 0.0, dlogits)
+        store_gradient(out_ptr, offs_v, num_columns, dlogits, z, inverse_cap, IN_PLACE)
+    if total_ptr is None:
+        tl.store(loss_ptr + row, tl.sum(loss, axis=0))
+
+
+@triton.jit
+def softmax_gradient(
+    logits_ptr,  # (C, W) fp32, unit stride in the columns
+    stride,  # elements from one row of the logits to the next
+    num_columns,  # W
+    normalizer_ptr,  # (C,) fp32 log-sum-exp that makes the logits log-probabilities
+    constant_ptr,  # (C,) fp32
+    slope_ptr,  # (C,) fp32 or None: 0
+    out_ptr,  # (C, W) fp32, bf16 or fp16, written: p * (constant + slope * log p)
+    out_stride,  # elements from one row of the gradient to the next
+    inverse_cap,  # float or None, 1 / soft-cap of the logits
+    IN_PLACE: tl.constexpr,  # bool: out may be the logits themselves
+    BLOCK_V: tl.constexpr,  # columns that are read at a time
+):
+    """A softmax times a line in its logarithm, written as a row's gradient; reads the row once.
+
+    One program a row.  ``softmax_gradient_`` in ``kernels/rows.py`` launches it for every loss of
+    chosen entries: log-probabilities, cross entropies, policy losses and truncated supports have
+    this gradient in all other columns, and the caller overwrites the chosen ones.  The slope is an
+    entropy's.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    normalizer, constant = tl.load(normalizer_ptr + row), tl.load(constant_ptr + row)
+    for start in range(0, num_columns, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        z = load_logits(logits_ptr + row * stride, offs_v, num_columns)
+        prob = tl.exp(z - normalizer)
+        factor = constant
+        if slope_ptr is not None:
+            factor += tl.load(slope_ptr + row) * tl.where(prob == 0, 0.0, z - normalizer)
+        dlogits = prob * factor
+        to = out_ptr + row * out_stride
+        store_gradient(to, offs_v, num_columns, dlogits, z, inverse_cap, IN_PLACE)
