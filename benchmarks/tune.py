@@ -1,11 +1,12 @@
-"""Block sizes of the row programs: measure the candidates on this GPU, write the winners.
+"""Measure block sizes and warps of the programs that read whole rows, and write the fastest ones.
 
-    python -m benchmarks.tune            prints the table
-    python -m benchmarks.tune --write    and writes it to kernels/tuned.json, with GPU and versions
+    python -m benchmarks.tune            prints a table
+    python -m benchmarks.tune --write    also writes it to kernels/tuned.json, with GPU and versions
 
-Each program is timed alone on logits of several vocabularies, with a chunk's number of rows; those
-that look at blocks of columns, together with the search of the blocks.  Beside its time stands its
-share of this GPU's copy bandwidth, for which 85 % is the aim.
+Each program is timed alone on logits of several vocabularies, with a chunk's number of rows.
+``block_maxima`` and ``block_statistics`` are timed together with the search that follows them.  The
+table shows a program's time and what share of this GPU's copy bandwidth it reaches; the aim is
+85 %.
 """
 
 import argparse
@@ -29,7 +30,7 @@ Timer = Callable[[Callable[[], object]], float]  # seconds
 
 
 class Task(NamedTuple):
-    """One program, as its launcher launches it, and the bytes that it must move."""
+    """A function that launches a program, and the bytes that the program must move."""
 
     program: str
     run: Callable[[], object]
@@ -37,16 +38,16 @@ class Task(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A program's best launch, and its seconds over all vocabularies beside the default's."""
+    """A program's fastest launch; times are sums over all vocabularies."""
 
     launch: Launch
     seconds: float
-    default_seconds: float
+    default_seconds: float  # with the launch that is in use now
     bytes_per_second: float
 
 
 def make_tasks(num_rows: int, vocab: int, device: torch.device) -> list[Task]:
-    """Every row program on logits (num_rows, vocab) like a policy's."""
+    """Every program that reads whole rows, on random logits (num_rows, vocab)."""
     student = 4 * torch.randn(num_rows, vocab, device=device)
     teacher = student + 0.3 * torch.randn_like(student)
     out = torch.empty_like(student, dtype=torch.bfloat16)
@@ -81,7 +82,7 @@ def tune(
     vocabularies: Sequence[int] = VOCABULARIES,
     candidates: Sequence[Launch] = CANDIDATES,
 ) -> dict[str, Result]:
-    """The fastest launch of every program, by its time over all vocabularies together."""
+    """Time every candidate for every program, and choose by the sum over all vocabularies."""
     seconds: dict[str, dict[Launch, float]] = {}
     moved: dict[str, int] = {}
     for vocab in vocabularies:
@@ -100,14 +101,14 @@ def tune(
 
 
 def copy_bandwidth(device: torch.device, timer: Timer) -> float:
-    """Bytes a second of a large copy on the device, read and written."""
+    """Bytes that a large copy on the device reads and writes in a second."""
     source = torch.randn(2**28, device=device)
     target = torch.empty_like(source)
     return 8 * source.numel() / timer(lambda: target.copy_(source))
 
 
 def write(results: dict[str, Result], family: str, measured_on: dict[str, str]) -> None:
-    """Put a family's winners into the table, in place of those it held."""
+    """Replace a GPU family's launches in the table by the measured ones."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     launches = {program: list(result.launch) for program, result in results.items()}
     table[family] = {"measured_on": measured_on, "launches": launches}
@@ -115,7 +116,7 @@ def write(results: dict[str, Result], family: str, measured_on: dict[str, str]) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and perhaps write; returns the exit status."""
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--write", action="store_true", help="write kernels/tuned.json")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: mixed GEMMs, compiled kernels, no synchronisation, graph capture."""
+"""Tests that need a GPU: mixed GEMMs, compiled kernels, no synchronisation, graph capture."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_gradients_against_float64(name, dtype, backend, shared):
 
 
 def test_fp16_gradients_survive_tiny_weights():
-    """1 / N folded into an fp16 gradient would be below its smallest number."""
+    """A gradient times 1 / N underflows in fp16, so the factor must be applied in fp32."""
     case = on_gpu(torch.float16)
     double = case.to(torch.float64)
     case.token_weights = case.token_weights * 1e-9
@@ -98,7 +98,7 @@ def test_policy_losses_do_not_synchronise_either():
 def test_a_cuda_graph_replays_the_loss():
     case = on_gpu(torch.bfloat16)
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # as the graph will walk: every token, every kernel compiled
+    with torch.cuda.stream(stream):  # compile every kernel, with every token kept as in the graph
         eager = torch.autograd.grad(loss_of(case, compact=False).loss, case.inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

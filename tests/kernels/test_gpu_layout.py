@@ -1,5 +1,6 @@
-"""How a GPU walks, shown without one: 16-bit operands, their own memory for gradients, one GEMM for
-both sides of a shared head.  Only the mixed GEMM is replaced, by what it computes.
+"""A chunked run with a GPU's layout, tested without one: 16-bit operands, separate memory for
+gradients, one GEMM for both sides of a shared head.  Only the mixed-precision GEMM is replaced, by
+PyTorch operations with the same result.
 """
 
 from collections import Counter
@@ -37,7 +38,7 @@ SETTINGS = {
 
 @pytest.fixture
 def gemms(monkeypatch):
-    """16-bit operands stay as they are; returns how many GEMMs of which kind ran."""
+    """Keep 16-bit operands as they are, as on a GPU, and count the GEMMs of each kind."""
     counted = Counter()
 
     def kind(out):
@@ -65,7 +66,7 @@ def sixteen_bit_case(num_tokens=24, **settings):
 
 
 def losses(case, backend, shared=False, **settings):
-    """The loss as a GPU walks it, and in float64."""
+    """The loss in a chunked run as on a GPU, and its value in float64."""
     double = case.to(torch.float64)
     ours = {"backend": backend, "chunk_size": CHUNK}
     for one, how in ((case, ours), (double, {"backend": "torch"})):
@@ -141,7 +142,7 @@ ENTRIES = {  # GEMMs with the head for each chunk
 @pytest.mark.parametrize("name", ENTRIES)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_a_gradient_of_few_entries_needs_no_gemm(name, reduction, gemms):
-    """Logits of the side that chooses, nothing for the other, and nothing in backward."""
+    """Only the side that chooses entries needs whole logits, and backward needs no GEMM."""
     case = sixteen_bit_case()
     logits, settings = ENTRIES[name]
     run(case, reduction=reduction, **settings).sum().backward()
@@ -168,7 +169,7 @@ def test_a_teacher_server_needs_no_gemm(gemms):
 
 
 def test_what_reads_whole_rows_makes_them(gemms):
-    """An importance ratio and a metric of whole rows need the normalisers, at any support."""
+    """An importance ratio or a metric of whole rows needs whole logits with any support."""
     case = sixteen_bit_case()
     ids, settings = case.token_ids, ENTRIES["ids"][1]
     cap = fused_sd.ImportanceCap(case.old_log_probs)
@@ -188,8 +189,8 @@ def test_a_sparse_gradient_needs_no_gemm_where_no_row_is_dense(reduction, gemms,
     monkeypatch.setattr(gradients, "MOST", 2)
     case = sixteen_bit_case(peak=0.1)  # flat: every row is dense
     loss = run(case, gradient="sparse", tolerance=0.1, reduction=reduction)
-    formed = gemms["dH"], gemms["dW"]
-    assert all(formed) == (reduction == "sum")  # at once, while the rows are at hand
+    ran = gemms["dH"], gemms["dW"]
+    assert all(ran) == (reduction == "sum")  # in forward, while the chunk's rows are at hand
     loss.sum().backward()
     assert gemms["dH"] == gemms["dW"] > 0
 
@@ -232,7 +233,7 @@ def test_a_gradient_of_zero_is_sparse_and_needs_no_gemm(gemms):
 
 
 def test_kernels_compare_whole_rows_with_their_padding(gemms, monkeypatch):
-    """509 columns are aligned to nothing; 512 are read in pieces of 16 bytes."""
+    """A row of 509 columns starts at any address; 512 columns can be loaded 16 bytes at a time."""
     widths, find = set(), kernels.normalizers
 
     def normalizers(student, teacher, *rest):
@@ -257,7 +258,7 @@ def test_each_input_can_be_frozen(freeze, gemms):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_losses_by_token_walk_again(shared, gemms):
+def test_losses_by_token_recompute_their_chunks(shared, gemms):
     case = sixteen_bit_case()
     row_weights = torch.randn(24)
     by_token = run(case, shared, reduction="none")

@@ -1,4 +1,4 @@
-"""Triton's row functions against their PyTorch twins in float64; interpreted without a GPU."""
+"""``kernels/rows.py`` against its PyTorch twin in float64; interpreted without a GPU."""
 
 import contextlib
 
@@ -274,7 +274,7 @@ def test_token_path_through_triton():
 
 
 def test_kernels_are_launched_on_the_gpu_that_holds_the_logits(monkeypatch):
-    """Not on the current one: a model dropped_mass over GPUs has its head on the last."""
+    """The current GPU may be another: a model spread over GPUs has its head on the last."""
     entered = []
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Triton's search of rows against brute force in float64; interpreted without a GPU."""
+"""``top_k`` and ``select`` in Triton against brute force in float64; interpreted without a GPU."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ pytestmark = [
 
 
 def brute_top_k(logits, k):
-    """By a sort of pairs: largest first, then by id."""
+    """Ids of the k largest values from a sort of pairs: by value, then by id."""
     rows = logits.double().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).tolist()
     ids = [sorted(range(len(row)), key=lambda v, row=row: (-row[v], v))[:k] for row in rows]
     return torch.tensor(ids, dtype=torch.int64, device=logits.device).reshape(len(rows), k)
@@ -102,7 +102,7 @@ def test_top_k_keeps_to_the_vocabulary():
 
 
 def brute_select(gradient, share, most):
-    """Row by row, from the definition, in float64: the kept columns, and what else they tell."""
+    """The kept columns of each row and its sums, from the definition, in float64."""
     rows = []
     for row in gradient.double().cpu():
         sizes = row.abs()
@@ -166,7 +166,7 @@ def test_select_keeps_as_few_as_the_budget_allows(share, most):
 def test_entries_that_are_equal_are_kept_together():
     gradient = torch.zeros(1, 300, device=DEVICE)
     gradient[0, [7, 130, 131, 290]] = torch.tensor([4.0, -1.0, 1.0, 1.0], device=DEVICE)
-    # of a norm of 7 two ones could go, but then the third, equal to them, is kept with them
+    # the budget of 2.1 has space for two ones, but the three equal entries stay or go together
     found = kernels.select(gradient, 0.3, 16)
     assert found.columns[0, :5].tolist() == [7, 130, 131, 290, 300]
     assert found.dropped[0] == 0

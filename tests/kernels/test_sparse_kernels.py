@@ -1,4 +1,4 @@
-"""Triton's work on chosen entries against brute force in float64; interpreted without a GPU."""
+"""``kernels/sparse.py`` against brute force in float64; interpreted without a GPU."""
 
 import contextlib
 
@@ -23,7 +23,7 @@ def head(num_tokens, vocab, hidden_size, dtype):
 
 
 def assert_sums_close(found, exact, sizes):
-    """Within fp32 sums' rounding, and one rounding to the result's dtype."""
+    """Assert that a sum is off by fp32 rounding and one rounding to its dtype at most."""
     rounding = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[found.dtype]
     bound = 2e-6 * sizes + rounding * exact.abs() + 1e-7
     assert ((found.double() - exact).abs() <= bound).all()
@@ -116,11 +116,11 @@ def test_segment_sum(dtype, extras):
 
 
 def test_a_column_that_every_token_names():
-    """Its segment is summed by programs of its own, in the same order every time."""
+    """A long column is summed by the second launch, in the same order every time."""
     num_tokens, vocab = kernels.LONG + 201, 5
     hidden, _ = head(num_tokens, 1, 67, torch.bfloat16)
     columns = torch.tensor([[1, 3]], dtype=torch.int32, device=DEVICE).repeat(num_tokens, 1)
-    columns[kernels.LONG :, 1] = 4  # exactly as many as one program sums
+    columns[kernels.LONG :, 1] = 4  # the most entries of a column that is not long
     values = torch.randn(num_tokens, 2, device=DEVICE)
     starts = torch.arange(0, 2 * num_tokens + 1, 2, device=DEVICE)
     entries = sparse.SparseValues(columns.flatten(), values.flatten(), starts, None)
@@ -135,7 +135,7 @@ def test_a_column_that_every_token_names():
 
 
 def test_every_result_is_the_same_bit_for_bit(poisoned_memory):
-    """Run to run, and whatever lies in fresh memory."""
+    """Results are equal from run to run, whatever lies in fresh memory."""
     vocab = 31
     gradient = torch.randn(3, vocab, device=DEVICE).bfloat16()
     hidden, weight = head(3, vocab, 67, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The table of block sizes: what is in it is used, what is not has a default, and who writes it."""
+"""The table of block sizes: it is read, has a default for what it lacks, and tune.py writes it."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_the_fastest_candidate_of_every_program_is_written(table, monkeypatch):
     used = []
 
     def timer(run):
-        """As if 512 columns were fastest; notes what was really launched."""
+        """Pretend that blocks of 512 columns are fastest, by the blocks that were launched."""
         before = len(used)
         run()
         blocks = {block for block in used[before:] if block is not None}

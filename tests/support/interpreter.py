@@ -1,12 +1,18 @@
-"""Mend what Triton's interpreter gets wrong: it truncates fp32 to bf16, where a GPU rounds.
+"""Make Triton's interpreter convert between fp32 and bf16 as a GPU does.
 
-It also takes the smallest bf16 numbers for larger ones, and is slow about all of them.
+The interpreter truncates fp32 to bf16, where a GPU rounds to nearest.  It widens subnormal bf16
+numbers to wrong values.  Both conversions are replaced by numpy operations on the bits, which are
+faster too.
 """
 
 import numpy as np
 
 
 def round_bf16_to_nearest() -> None:
+    """Patch the interpreter of this process.
+
+    Triton is imported here and not above, because ``TRITON_INTERPRET`` must be set before.
+    """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
