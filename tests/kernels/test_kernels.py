@@ -10,6 +10,7 @@ from closeness import assert_close
 import fused_sd
 from fused_sd import reference
 from fused_sd.engine.backend import choose_functions
+from fused_sd.terms.divergence import DIVERGENCES as DEFINITIONS
 from fused_sd.terms.divergence import divergence_term
 from fused_sd.torch_kernels import rows
 
@@ -18,7 +19,13 @@ from fused_sd.kernels import divergence as kernel_divergence
 from fused_sd.kernels import rows as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DIVERGENCES = ("forward_kl", "reverse_kl", fused_sd.Jsd(0.3), fused_sd.MixedKl(0.4))
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    fused_sd.Jsd(0.3),
+    fused_sd.MixedKl(0.4),
+    fused_sd.SkewKl(0.8),
+)
 pytestmark = [
     # the interpreter computes both branches of a select in numpy, which warns of inf - inf
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
@@ -40,8 +47,8 @@ def test_the_twins_have_the_same_names():
     names |= {"softmax_gradient_", "row_metrics"}
     for module in (rows, kernels):
         assert all(callable(getattr(module, name)) for name in names)
-    terms = {"forward_kl", "reverse_kl", "jsd", "mixed_kl"}
-    assert set(kernel_divergence.TERMS) == terms
+    assert set(kernel_divergence.TERMS) == set(DEFINITIONS)
+    assert {divergence_term(divergence).name for divergence in DIVERGENCES} == set(DEFINITIONS)
 
 
 @pytest.mark.parametrize("num_columns", [1, 3, 2048, 4201])

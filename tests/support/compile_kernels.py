@@ -22,11 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-import fused_sd
 from fused_sd.engine.gradients import MOST
 from fused_sd.engine.layout import ALIGNMENT, workspace_width
 from fused_sd.kernels import rows, sparse
-from fused_sd.terms.divergence import divergence_term
+from fused_sd.terms.divergence import DIVERGENCES, divergence_term
 from fused_sd.torch_kernels.sparse import SparseValues
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
@@ -92,7 +91,8 @@ def launch_rows(vocab: int) -> None:
     for out in (narrow, student):
         for slope in (None, row):
             rows.softmax_gradient_(student, row, row, slope, 30.0, out)
-        for divergence in ("forward_kl", "reverse_kl", fused_sd.Jsd(0.5), fused_sd.MixedKl(0.5)):
+        for name, definition in DIVERGENCES.items():
+            divergence = name if definition.setting is None else definition.setting()
             pair = (student, teacher, sides, divergence_term(divergence))
             for entry_clip in (None, 0.05):
                 rows.divergence_(*pair, entry_clip, None, None, None)
