@@ -40,7 +40,8 @@ demo: venv
 	$(PYTHON) -m fused_sd.demo $(DEMO)
 
 bench: venv
-	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.run --suite cpu --parts objectives,frozen --out build/bench $(BENCH)
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]'
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest benchmarks $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(VENV_VERL) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,7 @@
 """The house: what may import what, what is public, and what must not shadow others."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -143,3 +144,81 @@ def test_every_public_function_says_what_it_takes():
 def test_the_version_is_said_once():
     text = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{fused_sd.__version__}"' in text or 'dynamic = ["version"]' in text
+
+
+def test_the_house_has_few_rooms_on_few_floors():
+    """A room stands on the floor above the highest room that it imports; no two stand in a ring."""
+    below = {room: set() for room in MAY_IMPORT}
+    for path in FILES:
+        names = [name.split(".")[1] for name in imports(path) if name.startswith("fused_sd.")]
+        below[room_of(path)] |= {
+            "__init__" if name in fused_sd.__all__ else name
+            for name in names
+            if name != room_of(path) and name not in ("__version__", "planning")
+        } - {room_of(path)}
+    order = list(graphlib.TopologicalSorter(below).static_order())
+    floors = {}
+    for room in order:
+        floors[room] = 1 + max((floors[other] for other in below[room]), default=0)
+    rooms = {room for room in MAY_IMPORT if not room.startswith("__")}
+    assert len(rooms) <= 20, rooms
+    assert max(floors.values()) <= 13, floors
+
+
+def parameters_of(path):
+    """Names and numbers of parameters of the functions in a file, options counted as one."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            given = node.args
+            names = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+            own = [name for name in names if name.arg not in ("self", "cls", "ctx")]
+            yield node.name, len(own)
+
+
+def test_functions_have_few_parameters():
+    """A public loss has at most 14 beside its options, a function that losses call at most 7.
+
+    Exempt are PyTorch operators, whose schema is flat, and the kernels with their twins, whose
+    arguments are tensors and numbers of a launch.
+    """
+    found = {}
+    inner = ("checks", "terms", "head", "engine", "objectives", "losses")
+    for path in FILES:
+        for name, count in parameters_of(path):
+            if room_of(path) == "kernels" or "torch_kernels" in path.parts:
+                continue
+            found[f"{path.relative_to(ROOT)}:{name}"] = count
+            is_public = name in fused_sd.__all__
+            is_operator = name in {"chunked_run", "sparse_gradients", "_"}
+            if room_of(path) in inner and not is_public and not is_operator:
+                assert count <= 7, (path, name, count)
+    largest = {name: count for name, count in found.items() if count >= 15}
+    assert set(largest) == {"fused_sd/planning/plan.py:plan"}, largest
+    assert found["fused_sd/losses/divergence.py:divergence_loss"] <= 13
+
+
+def test_a_loss_goes_through_six_files():
+    """The stack from a named loss to the function on rows of logits, as the README tells it."""
+    script = (
+        "import torch, traceback, fused_sd\n"
+        "from fused_sd.torch_kernels import rows\n"
+        "real = rows.divergence_\n"
+        "def spy(*given):\n"
+        "    files = [f.filename for f in traceback.extract_stack() if 'fused_sd' in f.filename]\n"
+        "    files = [f.split('fused_sd/', 1)[1] for f in files]\n"
+        "    print(*dict.fromkeys([*files, 'torch_kernels/rows.py']))\n"
+        "    return real(*given)\n"
+        "rows.divergence_ = spy\n"
+        "h, w = torch.randn(4, 8, requires_grad=True), torch.randn(64, 8)\n"
+        "fused_sd.gkd_loss(h, w, (h + 0.1).detach(), w)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [
+        "losses/gkd.py",
+        "losses/divergence.py",
+        "engine/apply.py",
+        "engine/operator.py",
+        "objectives/divergence.py",
+        "torch_kernels/rows.py",
+    ]

@@ -54,7 +54,7 @@ def policy(loss, **how):
         advantages = torch.linspace(-1, 1, hidden.shape[0], dtype=hidden.dtype)
         given = {"old_log_probs": case.old_log_probs, **how, **run}
         if loss is fused_sd.rlsd_loss:
-            given["teacher"] = case.teacher_hidden, case.teacher_head
+            given |= {"teacher_hidden": case.teacher_hidden, "teacher_head": case.teacher_head}
         return loss(hidden, head, case.token_ids, advantages, **given)
 
     return of

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from cases import make_case
 from closeness import assert_close
 
 import fused_sd
 from fused_sd import reference
 from fused_sd.terms.divergence import divergence_term
+from fused_sd.torch_kernels import near
 
 DIVERGENCES = {
     "forward_kl": ("forward_kl", {}),
@@ -109,3 +111,34 @@ def test_generalized_jsd_means_the_kls_at_its_ends():
     assert fused_sd.generalized_jsd(0) == fused_sd.generalized_jsd(0.0) == "forward_kl"
     assert fused_sd.generalized_jsd(1) == "reverse_kl"
     assert fused_sd.generalized_jsd(0.25) == fused_sd.Jsd(0.25)
+
+
+@each_divergence
+@pytest.mark.parametrize("entry_clip", [None, 0.02])
+def test_without_a_fast_form_the_general_way_gives_the_same(name, entry_clip, monkeypatch):
+    """In float32 on a CPU, and in a plan, for a divergence that ``near.py`` does not have."""
+    divergence, _ = DIVERGENCES[name]
+    case = make_case(dtype=torch.float32)
+    sides = case.hidden, case.head, case.teacher_hidden, case.teacher_head
+    settings = {"divergence": divergence, "entry_clip": entry_clip}
+
+    def run():
+        output = fused_sd.divergence_loss(*sides, **settings)
+        return output.token_loss, *torch.autograd.grad(output.loss, case.inputs)
+
+    fast = run()
+    monkeypatch.delitem(near.FORMS, divergence_term(divergence).name)
+    for value, other in zip(run(), fast, strict=True):
+        assert_close(value, other, torch.float32)
+    sizes = {"hidden_size": 64, "vocab": 1000, "tokens": 256, "device": "cpu", "dtype": "fp32"}
+    planned = fused_sd.plan(objective="divergence", divergence=divergence, **sizes)
+    assert planned.peak_bytes > 0
+
+
+def test_a_sure_skew_kl_is_finite_where_the_student_misses_the_teachers_mass():
+    log_s = torch.tensor([[-torch.inf, 0.0]], dtype=torch.float64)
+    log_t = torch.tensor([[0.0, -torch.inf]], dtype=torch.float64)
+    term = divergence_term(fused_sd.SkewKl(0.75))
+    value, dlog_s = term.function(log_s, log_t, term.parameter)
+    assert_close(value.sum(), torch.tensor(0.25).double().log().neg(), torch.float64)
+    assert dlog_s.isfinite().all()
