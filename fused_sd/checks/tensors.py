@@ -1,4 +1,4 @@
-"""What a caller's tensors must satisfy: shapes, dtypes, devices, and who may have a gradient.
+"""Checks of a caller's tensors: shapes, dtypes, devices, and which of them may have a gradient.
 
 Values are read on the CPU alone, where reading does not wait for a device.
 """
@@ -28,7 +28,7 @@ def check_tensor(argument: str, value: object) -> None:
 
 
 def check_head(weight: object, bias: object) -> None:
-    """A (V, D) weight and a (V,) bias."""
+    """Check a head's weight (V, D) and bias (V,)."""
     check_tensor("weight", weight)
     assert isinstance(weight, Tensor)
     if not weight.is_floating_point():
@@ -65,7 +65,7 @@ def check_head(weight: object, bias: object) -> None:
 
 
 def check_shaping(vocab: int, logit_scale: object, softcap: object, valid_vocab: object) -> None:
-    """What a head does to its product."""
+    """Check what a head does to its logits."""
     checks.check_positive("logit_scale", logit_scale)
     if softcap is not None:
         checks.check_positive("softcap", softcap, "pass None for no soft-cap")
@@ -81,7 +81,7 @@ def check_shaping(vocab: int, logit_scale: object, softcap: object, valid_vocab:
 
 
 def check_same(a: Tensor, name_a: str, b: Tensor, name_b: str) -> None:
-    """Same device, and same dtype but for autocast, which settles it."""
+    """Check that two tensors share a device and, outside autocast, a dtype."""
     if a.device != b.device:
         checks.fail(
             name_a, f"be on {b.device} as {name_b}", a.device, f"move it with .to({name_b}.device)"
@@ -96,7 +96,7 @@ def check_same(a: Tensor, name_a: str, b: Tensor, name_b: str) -> None:
 
 
 def check_hidden(hidden: object, name: str, weight: Tensor, head_name: str) -> None:
-    """Hidden states that fit a head's weight."""
+    """Check that hidden states fit a head's weight."""
     check_tensor(name, hidden)
     assert isinstance(hidden, Tensor)
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
@@ -112,7 +112,7 @@ def check_hidden(hidden: object, name: str, weight: Tensor, head_name: str) -> N
 
 
 def check_teacher(name: str, tensor: Tensor | None, student: Tensor | None = None) -> None:
-    """The teacher is a constant; a tensor that it shares with the student may be live."""
+    """Check that the teacher needs no gradient; a tensor shared with the student may need one."""
     if tensor is None or tensor is student:
         return
     if tensor.requires_grad and torch.is_grad_enabled():
@@ -125,7 +125,7 @@ def check_teacher(name: str, tensor: Tensor | None, student: Tensor | None = Non
 
 
 def check_leading(argument: str, tensor: object, shape: Sequence[int], owner: str) -> None:
-    """One value for each token."""
+    """Check that a tensor has one value for each token."""
     check_tensor(argument, tensor)
     assert isinstance(tensor, Tensor)
     if tensor.shape != torch.Size(shape):
@@ -140,7 +140,7 @@ def check_leading(argument: str, tensor: object, shape: Sequence[int], owner: st
 def check_per_token(
     argument: str, tensor: Tensor | None, shape: Sequence[int], device: torch.device, owner: str
 ) -> None:
-    """A real number for each token, a constant of the loss."""
+    """Check a tensor of one real number for each token that is a constant of the loss."""
     if tensor is None:
         return
     check_leading(argument, tensor, shape, owner)
@@ -166,7 +166,7 @@ def check_ids(
     weights: Tensor | None,
     owner: str,
 ) -> None:
-    """A token id for each token; on the CPU also that those with a weight are in the vocabulary."""
+    """Check token ids; on the CPU also that ids of tokens with a weight are in the vocabulary."""
     check_leading(argument, ids, shape, owner)
     assert isinstance(ids, Tensor)
     if ids.is_floating_point() or ids.dtype == torch.bool:
@@ -187,7 +187,7 @@ def check_ids(
 
 
 def check_entry_ids(ids: object, shape: Sequence[int], device: torch.device, vocab: int) -> None:
-    """Sets of token ids: (..., K) int64, negative ids being padding."""
+    """Check sets of token ids (..., K), of which negative ids are padding."""
     check_tensor("token ids", ids)
     assert isinstance(ids, Tensor)
     if ids.is_floating_point() or ids.dtype == torch.bool:
@@ -209,7 +209,7 @@ def check_entry_ids(ids: object, shape: Sequence[int], device: torch.device, voc
 
 
 def check_teacher_entries(ids: Tensor, log_probs: object) -> None:
-    """A teacher's log-probabilities of given ids."""
+    """Check a teacher's log-probabilities (..., K) of given ids."""
     check_tensor("teacher_log_probs", log_probs)
     assert isinstance(log_probs, Tensor)
     if log_probs.shape != ids.shape:
@@ -236,7 +236,7 @@ def check_teacher_entries(ids: Tensor, log_probs: object) -> None:
 
 
 def check_distinct(argument: str, ids: Tensor, weights: Tensor | None) -> None:
-    """Ids (..., K) that do not repeat and are not padding; read on the CPU only."""
+    """Check that ids (..., K) do not repeat and are not padding; read on the CPU only."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
     ordered = ids.sort(-1).values

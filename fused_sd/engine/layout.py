@@ -22,13 +22,13 @@ ALIGNMENT = 16  # columns, so that every row of logits starts at an aligned addr
 
 
 class RunSize(NamedTuple):
-    """What decides the memory of a walk's workspaces."""
+    """What decides the memory of a run's workspaces."""
 
     vocab: int  # the larger of the two sides'
     sides: int  # whose whole logits are made: 0 to 2
     logit_bytes: int  # of one logit: 4, or 8 for float64 operands
-    operand_bytes: int  # of one element of the GEMMs' operands, in which gradients are kept
-    has_gradient: bool  # whether gradients by whole rows are formed
+    operand_bytes: int  # of one element of the GEMMs' operands, and of one dlogit
+    has_dlogits: bool  # whether gradients of whole rows of logits are held
 
     @property
     def width(self) -> int:
@@ -36,12 +36,12 @@ class RunSize(NamedTuple):
 
     @property
     def in_place(self) -> bool:
-        """Whether a gradient takes the place of its logit: where it is as wide."""
-        return self.has_gradient and self.operand_bytes == self.logit_bytes
+        """Whether dlogits take the place of the logits, which they do where they are as wide."""
+        return self.has_dlogits and self.operand_bytes == self.logit_bytes
 
     @property
     def chunks_in_group(self) -> int:
-        """Fewer where a gradient is as wide as a logit, and a group costs as much as a chunk."""
+        """How many chunks a group has: fewer where a dlogit is as wide as a logit."""
         return 2 if self.in_place else 4
 
 
@@ -58,11 +58,11 @@ def workspace_width(vocab: int) -> int:
 
 
 def workspace_bytes(size: RunSize, layout: Layout) -> int:
-    """Bytes of logits and their gradients that a walk holds."""
+    """Bytes of logits and dlogits that a run holds."""
     if size.in_place:
         columns = size.logit_bytes * (layout.group + (size.sides - 1) * layout.chunk)
     else:
-        gradients = size.operand_bytes * layout.group if size.has_gradient else 0
+        gradients = size.operand_bytes * layout.group if size.has_dlogits else 0
         columns = size.logit_bytes * size.sides * layout.chunk + gradients
     return size.width * columns
 
@@ -82,10 +82,10 @@ def choose_layout(
 
 
 def budget_on(device: torch.device, reserved: int, alone: bool = True) -> int:
-    """Bytes that a walk's workspaces may take on a device, with what is free there at this time.
+    """Bytes that a run's workspaces may take on a device, by what is free there at this time.
 
     Args:
-        reserved: bytes that the walk will take besides, for the gradients that it forms.
+        reserved: bytes that the run will take besides, for finished gradients.
         alone: whether no other rank must come to the same number, from other memory.
     """
     if device.type != "cuda":
@@ -96,7 +96,7 @@ def budget_on(device: torch.device, reserved: int, alone: bool = True) -> int:
 
 
 def gpu_budget(num_free: int) -> int:
-    """Bytes that a walk's workspaces may take on a GPU with so many free."""
+    """Bytes that a run's workspaces may take on a GPU with so many free."""
     return min(GPU_BUDGET, int(SHARE_OF_FREE * max(0, num_free)))
 
 

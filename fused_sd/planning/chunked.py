@@ -58,7 +58,7 @@ def size_of(work: Workload, has_gradient: bool) -> RunSize:
         sides=sum(whole_sides(work.objective)),
         logit_bytes=WIDE,
         operand_bytes=operand_bytes(work),
-        has_gradient=has_gradient,
+        has_dlogits=has_gradient,
     )
 
 
@@ -119,7 +119,7 @@ def run(work: Workload, size: RunSize, chosen: Layout, held: Parts) -> Sequence[
     states = operand * chosen.chunk * work.hidden_size
     stacked = 2 * states if both else 0
     copied = states * (2 if both else 1) if widens else 0
-    group = operand * chosen.group * work.hidden_size if widens and size.has_gradient else 0
+    group = operand * chosen.group * work.hidden_size if widens and size.has_dlogits else 0
     return [
         {**held, **workspaces, "hidden states of a chunk": stacked + copied},
         {**held, **workspaces, "row buffers": _row_bytes(work, size, chosen.chunk)},
@@ -140,7 +140,7 @@ def _row_bytes(work: Workload, size: RunSize, chunk: int) -> int:
         block = 0
     if objective.is_full and objective.comparison is not None:
         return near.num_buffers(objective.comparison.term.name) * block
-    softmax = _SOFTMAX_BUFFERS * block if size.has_gradient else 0
+    softmax = _SOFTMAX_BUFFERS * block if size.has_dlogits else 0
     support = objective.truncated
     if support is None:
         return softmax

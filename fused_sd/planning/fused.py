@@ -33,7 +33,7 @@ def runs(work: Workload) -> list[ChunkedRun]:
 def _layout(work: Workload) -> Layout:
     """The chunk and the group that forward will choose."""
     size = _size(work)
-    return chunked.layout(work, size, size.has_gradient)
+    return chunked.layout(work, size, size.has_dlogits)
 
 
 def _recomputes(work: Workload) -> bool:

@@ -1,4 +1,4 @@
-"""Advantages that teachers shape, as functions on log-probabilities of the sampled tokens.
+"""Advantages that a teacher changes, from log-probabilities of the sampled tokens.
 
 Dimension key:  (...) tokens, B sequences, T tokens of a sequence, K hints
 """
@@ -13,11 +13,17 @@ from fused_sd import checks
 
 @dataclass(frozen=True, eq=False)
 class ContrastiveAdvantages:
-    """What RLCSD makes of an advantage: see ``rlcsd_advantages``."""
+    """RLCSD's advantages: see ``rlcsd_advantages``.
 
-    advantages: Tensor  # (...) A, or A + r at the selected tokens
-    selected: Tensor  # (...) bool
-    evidence: Tensor  # (...) e, nats
+    Attributes:
+        advantages: (...) A, or A + r at the selected tokens.
+        selected: (...) bool, the tokens whose advantage was changed.
+        evidence: (...) e, nats.
+    """
+
+    advantages: Tensor
+    selected: Tensor
+    evidence: Tensor
 
 
 def rlcsd_advantages(
@@ -32,7 +38,7 @@ def rlcsd_advantages(
     threshold: float = 0.02,
     clip: tuple[float, float] = (-2.0, 2.0),
 ) -> ContrastiveAdvantages:
-    """RLCSD's advantages from a teacher that was shown a correct hint and others with wrong ones.
+    """RLCSD's advantages: a teacher with a correct hint against teachers with wrong ones.
 
     ``e = b_correct - (logsumexp_k b_wrong_k - log K)``, ``r = clip(scale mix tanh(e /
     temperature))``; where ``|r| > threshold`` the advantage becomes ``A + r`` without changing its
@@ -42,7 +48,7 @@ def rlcsd_advantages(
         advantages: (...) A.
         correct_log_probs: (...) the sampled token's log-probability under the correct hint.
         wrong_log_probs: (..., K) the same under each wrong hint.
-        wrong_mask: (..., K) bool, False for hints that are missing; None: all there.
+        wrong_mask: (..., K) bool, False for hints that are missing; None: none is missing.
         temperature, scale, mix, threshold, clip: tau_c, beta, lambda, delta and the residual's
             bounds. The defaults are the official configuration's; its code's own defaults are
             (0.03, 0.2, 0.5, 0.02, (-0.5, 0.5)).
@@ -76,12 +82,18 @@ def iw_opd_advantages(
     *,
     gamma: float = 0.5,
 ) -> Tensor:
-    """IW-OPD's advantages (B, T): ``w_t A_t`` with more weight where a sequence begins to err.
+    """IW-OPD's advantages (B, T): ``w_t A_t``, with more weight where a sequence begins to err.
 
     ``A_t = b_t - a_t`` of the sampled token and
     ``w_t = 1 + gamma (1 - sum_{u<t} |A_u| / sum_u |A_u|)``; 0 where the mask is.  Train on
     ``policy_loss`` with them, or on ``cross_entropy_loss`` with them times the mean's weights as
     ``token_weights``: the same gradient at the first update, and the value that TRL logs.
+
+    Args:
+        teacher_log_probs: (B, T) b, of the sampled tokens by the teacher, nats.
+        rollout_log_probs: (B, T) a, of the sampled tokens when they were sampled, nats.
+        mask: (B, T), nonzero where a token counts.
+        gamma: how much more the first error weighs; 0 is ``A_t`` alone.
 
     Raises:
         ValueError: when a log-probability that counts is not finite (on the CPU).

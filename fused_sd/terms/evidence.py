@@ -1,4 +1,7 @@
-"""RLSD's evidence: how an advantage is reweighted by what a teacher with the answer knows."""
+"""RLSD's evidence: a teacher that knows the answer reweights each token's advantage.
+
+Dimension key:  (...) tokens, C tokens in a chunk
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,18 +15,20 @@ from fused_sd.terms.weighting import log_ratio
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """RLSD's reweighting of an advantage by what the teacher knows.
+    """Settings of RLSD's reweighting of advantages by what a teacher knows.
 
     ``delta = log P_T - log P_S`` of the sampled token (a constant), ``w = exp(sign(A) delta)``
     clipped to ``[1 - clip[0], 1 + clip[1]]``, and the advantage becomes ``A ((1 - mix) + mix w)``.
 
     Args:
         clip: how far the weight may leave 1, downwards and upwards.
-        mix: lambda, the share of the evidence: a float, as an ``EvidenceSchedule``'s value, or a
-            tensor (...) with each token's, 0 where a thought's or a good completion's tokens
-            are to keep their advantage.
+        mix: lambda, the share of the evidence: a float, such as an ``EvidenceSchedule``'s value, or
+            a tensor (...) with one for each token; a token of mix 0 keeps its advantage.
         log_prob: whether P_S is the ``"current"`` policy (the official code) or the ``"old"`` one
             that sampled the token (ms-swift, SDPG).
+
+    Raises:
+        ValueError: when a number is out of range.
 
     Reference:
         Yang et al., *Self-Distilled RLVR* (RLSD), arXiv 2604.03128, eq. 13-15.  Equation 16 of
@@ -48,7 +53,13 @@ def evidence_weight(
     advantages: Tensor,
     clip: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
-    """RLSD's clipped weight of each token, and 1 where it was clipped."""
+    """RLSD's clipped weight (C,) of each token, and 1 where the clip cut it.
+
+    Args:
+        teacher_log_prob, student_log_prob: (C,) of the sampled tokens, nats.
+        advantages: (C,), of which only the sign is read.
+        clip: how far the weight may leave 1, downwards and upwards.
+    """
     delta = log_ratio(teacher_log_prob, student_log_prob)
     weight = torch.exp(torch.sign(advantages) * delta)
     clipped = weight.clamp(1 - clip[0], 1 + clip[1])
@@ -56,7 +67,7 @@ def evidence_weight(
 
 
 class EvidenceSchedule:
-    """RLSD's lambda over the training steps: linear warm-up, hold, linear decay to 0.
+    """RLSD's lambda over the training steps: a linear warm-up, a constant, a linear decay to 0.
 
     Call ``step()`` after each optimiser step and pass ``value`` as ``Evidence.mix``.
 
@@ -92,12 +103,12 @@ class EvidenceSchedule:
         self.first_step, self.num_steps = first_step, 0
 
     def step(self) -> None:
-        """Note that an optimiser step was taken."""
+        """Count an optimiser step."""
         self.num_steps += 1
 
     @property
     def value(self) -> float:
-        """Lambda now."""
+        """Lambda of the next update."""
         now = self.first_step + self.num_steps
         if now < self.warmup_steps:
             return self.peak * now / self.warmup_steps
