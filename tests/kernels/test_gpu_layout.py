@@ -208,7 +208,8 @@ def test_workspaces_take_the_bytes_that_are_planned(
     student = heads.Projection(hidden, weight, None, heads.Shaping(1.0, None))
     teacher = student if has_teacher else None
     dots, whole = sparse.entry_logits, VocabShard(None, VOCAB)
-    made = workspace.Workspace(student, teacher, (True, True), dots, has_gradient, 0, 7, whole)
+    needs = workspace.Needs((True, True), has_gradient, reserved=0, chunk_size=7)
+    made = workspace.Workspace(student, teacher, needs, dots, whole)
     held = [made.logits] if made.gradients is None else [made.logits, made.gradients]
     size = RunSize(VOCAB, 1 + has_teacher, 4, dtype.itemsize, has_gradient)
     assert size.in_place == (has_gradient and not sixteen_bit)
