@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, trust_region_states
-from fused_sd.integrations.shared.completion_scores import DIVERGENCE_METRICS
 from fused_sd.integrations.trl.config import (
     POLICY_SETTINGS,
     SIBLING_SETTINGS,
     SelfDistillationConfig,
 )
+from fused_sd.integrations.trl.scores import DIVERGENCE_METRICS
 from fused_sd.integrations.trl.trainer import Inputs, Options, SelfDistillationTrainer
 
 StatesAndHead = tuple[Tensor, LMHead]  # states are (B, T, D)

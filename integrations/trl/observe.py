@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import LossOutput
-from fused_sd.integrations.shared import completion_scores as completion
+from fused_sd.integrations.trl.scores import masked_means
 from fused_sd.integrations.trl.sparse_gradients import certificate_means, certificate_sums
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -22,7 +22,7 @@ def record(trainer: Any, output: LossOutput, inputs: dict[str, Any]) -> None:
     """
     mask = inputs["loss_mask"].float()
     metrics = {"loss": output.token_loss, **output.metrics}
-    means = completion.masked_means(metrics, mask, trainer.accelerator.gather)
+    means = masked_means(metrics, mask, trainer.accelerator.gather)
     counts = torch.stack([mask.sum(), inputs["completion_mask"].sum().float()])
     active, whole = trainer.accelerator.gather(counts[None]).sum(0).tolist()
     means["active_token_fraction"] = active / max(whole, 1.0)

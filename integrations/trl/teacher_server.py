@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_sd import aggregation_weights
-from fused_sd.integrations.shared.completion_scores import Scores, log_probs, student_entries
+from fused_sd.integrations.shared.completion_scores import log_probs
+from fused_sd.integrations.trl.scores import Scores, sequence_mean_weights, student_entries
 
 
 class TeacherServerLoss:
@@ -67,4 +67,4 @@ class TeacherServerLoss:
         )
         loss = self._importance_weighted(loss, sampled, inputs)
         self._log_scores(model, Scores(loss, sampled, None, metrics), mask)
-        return (loss * aggregation_weights(mask, "all_sequences_mean_token_mean")).sum()
+        return (loss * sequence_mean_weights(mask)).sum()

@@ -4,15 +4,19 @@
 """
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
+from trl.models import prepare_fsdp
 
 from fused_sd import Teacher
-from fused_sd.integrations.transformers import unwrap
+from fused_sd.checks import fail
+from fused_sd.integrations.shared.adapter_teacher import make_teacher
+from fused_sd.integrations.shared.completion_scores import CompletionForward
+from fused_sd.integrations.transformers import attach, unwrap
 from fused_sd.teaching.teacher import Kind
 
 TEACHER_FILE = "teacher.pt"
@@ -113,3 +117,95 @@ def load_teacher(teacher: Teacher, folder: str) -> None:
             shards = distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
             state["weights"][name] = shards
     teacher.load_state_dict(state)
+
+
+class TeacherOwner:
+    """The part of ``SelfDistillationTrainer`` that makes, runs, saves and loads its teacher."""
+
+    has_teacher: ClassVar[bool] = True
+    teacher: Teacher | None = None
+
+    def run_teacher(
+        self, input_ids: Tensor, attention_mask: Tensor, inputs: dict[str, Any], compute: Any
+    ) -> Any:
+        """Run the teacher, and return what ``compute`` returns for the completions' states.
+
+        Args:
+            input_ids, attention_mask: (B, L), the teacher's prompts before the completions.
+            inputs: the micro-batch.
+            compute: is called with states (B, T, D) and the teacher's head.
+        """
+        assert self.teacher is not None
+        length = inputs["completion_ids"].size(1)
+        with self.teacher.acting() as module:
+            forward = CompletionForward(
+                module, input_ids, attention_mask, length, padding_free=self.args.padding_free
+            )
+            return forward(compute)
+
+    def _setup_teacher_model(self) -> None:
+        """Make the teacher; TRL calls this in ``__init__``, before accelerate shards the student.
+
+        TRL's own method loads the teacher from the model's path, so that a model whose weights are
+        not those of its path gets a wrong teacher.  It keeps averages in the model's dtype, and has
+        neither hard copies nor trust regions.
+        """
+        args = self.args
+        if self.has_teacher:
+            self.teacher = make_teacher(
+                self.model,
+                kind=KINDS[args.teacher_model_kind],
+                rate=args.teacher_update_rate,
+                every=args.teacher_sync_steps,
+            )
+            self._shard_teacher(self.teacher.module)
+        self.teacher_model = self.model if self.teacher is None else self.teacher.module
+        # Attach here, where an error stops the trainer: FusedSelfDistillationMixin would catch it
+        # and leave the loss to TRL, which does not have these methods.  accelerate prepares the
+        # student only when training starts, and its autocast then surrounds requests as well; it
+        # never prepares the teacher, whose requests need the autocast that is passed here.
+        for model in (self.model, self.teacher_model):
+            attach(model, autocast=self.accelerator.autocast)
+        self._teacher_callback = TeacherCallback(
+            self.teacher, self.accelerator, skip=args.skip_nonfinite_gradients
+        )
+        self.add_callback(self._teacher_callback)
+
+    def _save_checkpoint(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Save the teacher too: without it a resumed run would teach with the wrong weights."""
+        super()._save_checkpoint(model, *args, **kwargs)
+        folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if self.teacher is not None:
+            save_teacher(self.teacher, folder, writes=self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the teacher too.
+
+        Trainer loads the student in ``_load_from_checkpoint``, which it does not call under
+        DeepSpeed.  This method it calls whenever it resumes, once the model is sharded.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.teacher is not None and checkpoint is not None:
+            load_teacher(self.teacher, checkpoint)
+
+    def _teacher_outlives_forward(self) -> bool:
+        """Return whether the teacher's head must be copied to be whole in the student's forward.
+
+        FSDP1 wraps the student into another module; a live teacher's head is then copied too.
+        """
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return is_sharded and self.teacher_model is not self.model
+
+    def _shard_teacher(self, module: nn.Module) -> None:
+        """Shard a copy of the student as accelerate is going to shard the student.
+
+        Each EMA step pairs the two sides' shards, which therefore have to lie alike.
+        """
+        if not self.is_fsdp_enabled or module is self.model:
+            return
+        # FSDP1 flattens parameters, so that names and shapes differ, and returns a new module.
+        if self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            kind = self.args.teacher_model_kind
+            remedy = 'set fsdp_config={"version": 2}, or teacher_model_kind="live", or train LoRA'
+            fail("fsdp_config", f'have version 2 for teacher_model_kind="{kind}"', 1, remedy)
+        prepare_fsdp(module, self.accelerator)

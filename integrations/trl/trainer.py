@@ -7,41 +7,40 @@ accelerate.  A method overrides three functions:
 * ``score_teacher``: runs the teacher, and returns what the loss needs of its forward;
 * ``method_loss``: the loss, called with hidden states and head inside the student's forward.
 
-Everything under "TRL's seams" overrides a method of TRL or transformers.  The reasons given there
-were read in TRL 1.16 and transformers 5.24.  ``tests/integrations/test_seams.py`` names the method
-where another release differs.
+Everything under "TRL's seams", in ``RolloutBatches`` and in ``TeacherOwner`` overrides a method of
+TRL or transformers.  The reasons given there were read in TRL 1.16 and transformers 5.24.
+``tests/integrations/test_seams.py`` names the method where another release differs.
 
 Dimension key:  B sequences, T completion tokens, D hidden size
 """
 
-import os
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from trl.experimental.sdpo import SDPOTrainer as StockSDPOTrainer
-from trl.models import prepare_fsdp
 
-from fused_sd import LMHead, LossOutput, Teacher
+from fused_sd import LMHead, LossOutput
 from fused_sd.checks import fail
 from fused_sd.integrations.shared import completion_scores as completion
-from fused_sd.integrations.shared.adapter_teacher import make_teacher
 from fused_sd.integrations.shared.rollouts import Rollout
-from fused_sd.integrations.transformers import attach
-from fused_sd.integrations.trl import observe, teachers
+from fused_sd.integrations.trl import observe
 from fused_sd.integrations.trl.batches import FeedbackFunction, RolloutBatches
 from fused_sd.integrations.trl.config import SelfDistillationConfig
 from fused_sd.integrations.trl.credit_maps import CreditMapCallback
 from fused_sd.integrations.trl.drop_in import FusedSelfDistillationMixin
 from fused_sd.integrations.trl.reduction import loss_type_weights
 from fused_sd.integrations.trl.teacher_contexts import TeacherContexts
+from fused_sd.integrations.trl.teachers import TeacherOwner
 
 Inputs = dict[str, Any]  # a micro-batch, as TRL makes it
 Options = dict[str, Any]  # keywords that every loss of fused_sd takes
 
 
-class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockSDPOTrainer):
+class SelfDistillationTrainer(
+    RolloutBatches, TeacherOwner, FusedSelfDistillationMixin, StockSDPOTrainer
+):
     """Base of the methods' trainers.
 
     Args:
@@ -70,7 +69,6 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
     _paper: ClassVar[dict[str, str]] = {}  # otherwise TRL's model cards would cite SDPO's paper
     needs_rewards: ClassVar[bool] = True
     needs_privileged: ClassVar[bool] = False
-    has_teacher: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ()  # those the loss computes where ``observe`` is set
 
     def __init__(
@@ -98,7 +96,6 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
         if self.reads_privileged(args) and train_dataset is not None:
             _check_privileged(name, train_dataset)
         self.feedback_func = feedback_func
-        self.teacher: Teacher | None = None
         super().__init__(
             model,
             reward_funcs if has_rewards else [_no_reward],
@@ -112,6 +109,8 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
         if not has_rewards:
             self.reward_funcs, self.reward_func_names = [], []
             self.reward_processing_classes, self.reward_weights = [], torch.zeros(0)
+        if args.credit_map_steps:
+            self.add_callback(CreditMapCallback(self, every=args.credit_map_steps))
         # SDPOTrainer.__init__ sets its own builder last.
         self.teacher_context_builder = TeacherContexts(self)
 
@@ -153,36 +152,6 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
 
     # TRL's seams
 
-    def _setup_teacher_model(self) -> None:
-        """Make the teacher; TRL calls this in ``__init__``, before accelerate shards the student.
-
-        TRL's own method loads the teacher from the model's path, so that a model whose weights are
-        not those of its path gets a wrong teacher.  It keeps averages in the model's dtype, and has
-        neither hard copies nor trust regions.
-        """
-        args = self.args
-        if self.has_teacher:
-            self.teacher = make_teacher(
-                self.model,
-                kind=teachers.KINDS[args.teacher_model_kind],
-                rate=args.teacher_update_rate,
-                every=args.teacher_sync_steps,
-            )
-            self._shard_teacher(self.teacher.module)
-        self.teacher_model = self.model if self.teacher is None else self.teacher.module
-        # Attach here, where an error stops the trainer: FusedSelfDistillationMixin would catch it
-        # and leave the loss to TRL, which does not have these methods.  accelerate prepares the
-        # student only when training starts, and its autocast then surrounds requests as well; it
-        # never prepares the teacher, whose requests need the autocast that is passed here.
-        for model in (self.model, self.teacher_model):
-            attach(model, autocast=self.accelerator.autocast)
-        self._teacher_callback = teachers.TeacherCallback(
-            self.teacher, self.accelerator, skip=args.skip_nonfinite_gradients
-        )
-        self.add_callback(self._teacher_callback)
-        if args.credit_map_steps:
-            self.add_callback(CreditMapCallback(self, every=args.credit_map_steps))
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -219,23 +188,6 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
         # micro-batches.
         return output.loss / (self.current_gradient_accumulation_steps if model.training else 1)
 
-    def _save_checkpoint(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Save the teacher too: without it a resumed run would teach with the wrong weights."""
-        super()._save_checkpoint(model, *args, **kwargs)
-        folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        if self.teacher is not None:
-            teachers.save_teacher(self.teacher, folder, writes=self.args.should_save)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the teacher too.
-
-        Trainer loads the student in ``_load_from_checkpoint``, which it does not call under
-        DeepSpeed.  This method it calls whenever it resumes, once the model is sharded.
-        """
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.teacher is not None and checkpoint is not None:
-            teachers.load_teacher(self.teacher, checkpoint)
-
     def _record_reward_diagnostics(self, *args: Any, **kwargs: Any) -> None:
         # TRL's method warns that rewards are flat, also where there are none.
         if self.reward_funcs:
@@ -254,24 +206,6 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
             self._diagnostic_counters[mode]["inactive_self_distillation"] = 0
 
     # What the methods share
-
-    def run_teacher(
-        self, input_ids: Tensor, attention_mask: Tensor, inputs: Inputs, compute: Any
-    ) -> Any:
-        """Run the teacher, and return what ``compute`` returns for the completions' states.
-
-        Args:
-            input_ids, attention_mask: (B, L), the teacher's prompts before the completions.
-            inputs: the micro-batch.
-            compute: is called with states (B, T, D) and the teacher's head.
-        """
-        assert self.teacher is not None
-        length = inputs["completion_ids"].size(1)
-        with self.teacher.acting() as module:
-            forward = completion.CompletionForward(
-                module, input_ids, attention_mask, length, padding_free=self.args.padding_free
-            )
-            return forward(compute)
 
     def token_advantages(self, inputs: Inputs) -> Tensor:
         """Return each sequence's advantage at all of its tokens, (B, T)."""
@@ -294,25 +228,6 @@ class SelfDistillationTrainer(RolloutBatches, FusedSelfDistillationMixin, StockS
             max_length=self.args.max_completion_length,
             dtype=torch.promote_types(self.model.dtype, torch.float32),
         )
-
-    def _teacher_outlives_forward(self) -> bool:
-        """Return whether the teacher's head must be copied to be whole in the student's forward."""
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return is_sharded and self.teacher_model is not self.model
-
-    def _shard_teacher(self, module: nn.Module) -> None:
-        """Shard a copy of the student as accelerate is going to shard the student.
-
-        Each EMA step pairs the two sides' shards, which therefore have to lie alike.
-        """
-        if not self.is_fsdp_enabled or module is self.model:
-            return
-        # FSDP1 flattens parameters, so that names and shapes differ, and returns a new module.
-        if self.accelerator.state.fsdp_plugin.fsdp_version == 1:
-            kind = self.args.teacher_model_kind
-            remedy = 'set fsdp_config={"version": 2}, or teacher_model_kind="live", or train LoRA'
-            fail("fsdp_config", f'have version 2 for teacher_model_kind="{kind}"', 1, remedy)
-        prepare_fsdp(module, self.accelerator)
 
 
 def _check_privileged(name: str, dataset: Any) -> None:

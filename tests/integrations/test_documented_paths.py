@@ -22,7 +22,6 @@ EVER_DOCUMENTED = {
     "fused_sd.integrations.verl.config.FusedSDLossConfig",
     "fused_sd.integrations.verl.recipes",
     "fused_sd.plan",
-    "fused_sd.planning.timing",
     "fused_sd.sdpo_loss",
 }
 NEEDED = {
