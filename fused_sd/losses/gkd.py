@@ -8,7 +8,7 @@ from typing_extensions import Unpack
 
 from fused_sd.losses.divergence import DivergenceOptions, Head, divergence_loss, mean_by_default
 from fused_sd.losses.output import LossOutput
-from fused_sd.terms.divergence import generalized_jsd
+from fused_sd.terms.divergence import Divergence, generalized_jsd
 
 
 def gkd_loss(
@@ -17,7 +17,7 @@ def gkd_loss(
     teacher_hidden: Tensor,  # (..., D')
     teacher_head: Head,  # (V', D')
     *,
-    beta: float = 0.5,
+    beta: float | Divergence = 0.5,
     **options: Unpack[DivergenceOptions],
 ) -> LossOutput:
     """GKD: generalised JSD over the full vocabulary.
@@ -25,6 +25,7 @@ def gkd_loss(
     Args:
         beta: weight of the teacher in the mixture; 0 is KL(t||s), 1 is KL(s||t): the trainers' end
             points, where the divergence itself would tend to 0.  SDPO and SDFT call it alpha.
+            A divergence, such as ``SkewKl(0.9)``, takes the JSD's place.
         **options: as in ``divergence_loss``, token_ids and importance among them; the reduction is
             ``"mean"`` unless given.
 

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from fused_sd.losses.divergence import DivergenceOptions, Head, divergence_loss, mean_by_default
 from fused_sd.losses.output import LossOutput
-from fused_sd.terms.divergence import generalized_jsd
+from fused_sd.terms.divergence import Divergence, generalized_jsd
 from fused_sd.terms.support import Remainder, TeacherTopK
 
 
@@ -20,7 +20,7 @@ def opsd_loss(
     teacher_hidden: Tensor,  # (..., D')
     teacher_head: Head,  # (V', D')
     *,
-    beta: float = 0.0,
+    beta: float | Divergence = 0.0,
     entry_clip: float | None = 0.05,
     top_k: int | None = None,
     remainder: Remainder = "renormalize",
@@ -33,7 +33,7 @@ def opsd_loss(
 
     Args:
         beta: the teacher's weight in the JSD's mixture: 0 is KL(t||s), 1 is KL(s||t), between
-            them ``Jsd(beta)``.
+            them ``Jsd(beta)``; or a divergence in the JSD's place.
         entry_clip: bound of each vocabulary entry's term; None: no clip.
         top_k: entries of the teacher's support; None: the full vocabulary.
         remainder: of that support; RLCSD's opsd takes "tail" with top_k=100.

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from fused_sd.losses.divergence import DivergenceOptions, Head, divergence_loss, mean_by_default
 from fused_sd.losses.output import LossOutput
-from fused_sd.terms.divergence import generalized_jsd
+from fused_sd.terms.divergence import Divergence, generalized_jsd
 from fused_sd.terms.support import StudentTopK
 
 
@@ -20,7 +20,7 @@ def sdft_loss(
     teacher_hidden: Tensor,  # (..., D')
     teacher_head: Head,  # (V', D')
     *,
-    alpha: float = 0.0,
+    alpha: float | Divergence = 0.0,
     top_k: int | None = None,
     **options: Unpack[DivergenceOptions],
 ) -> LossOutput:
@@ -31,7 +31,7 @@ def sdft_loss(
 
     Args:
         alpha: the teacher's weight in the JSD's mixture, GKD's beta: 0 is KL(t||s), 1 is
-            KL(s||t), between them ``Jsd(alpha)``.
+            KL(s||t), between them ``Jsd(alpha)``; or a divergence in the JSD's place.
         top_k: None: the full vocabulary; else the student's top-k, renormalised, as in TRL (whose
             defaults are alpha=0.5, top_k=100, and ``importance`` with a cap of 2).
         **options: as in ``divergence_loss``, token_ids and importance among them; the reduction is

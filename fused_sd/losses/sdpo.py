@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 from fused_sd.engine.options import LossOptions
 from fused_sd.losses.divergence import Head, divergence_loss, mean_by_default
 from fused_sd.losses.output import LossOutput
-from fused_sd.terms.divergence import generalized_jsd
+from fused_sd.terms.divergence import Divergence, generalized_jsd
 from fused_sd.terms.support import FULL_VOCABULARY, Remainder, StudentTopK, Support
 from fused_sd.terms.weighting import ImportanceCap
 
@@ -20,7 +20,7 @@ def sdpo_loss(
     teacher_hidden: Tensor,  # (..., D')
     teacher_head: Head,  # (V', D')
     *,
-    alpha: float = 0.5,
+    alpha: float | Divergence = 0.5,
     top_k: int | None = 100,
     add_tail: bool = True,
     tail_floor: float | None = None,
@@ -37,7 +37,7 @@ def sdpo_loss(
 
     Args:
         alpha: the teacher's weight in the JSD's mixture, GKD's beta: 0 is KL(t||s), 1 is
-            KL(s||t), between them ``Jsd(alpha)``.
+            KL(s||t), between them ``Jsd(alpha)``; or a divergence in the JSD's place.
         top_k: entries of the student's support; None: the full vocabulary.
         add_tail: one bucket for the rest, or renormalise over the support.
         tail_floor: 1e-7 for the official code's clamp; None for the exact tail.

@@ -328,7 +328,7 @@ def named_divergence(name: str, parameter: float | None = None) -> Divergence:
     return made
 
 
-def generalized_jsd(beta: float) -> Divergence:
+def generalized_jsd(beta: float | Divergence) -> Divergence:
     """The divergence that trainers mean by ``beta``: ``Jsd(beta)``, and a KL at either end.
 
     GKD calls the number beta, SDPO and SDFT call it alpha: it is one number, the teacher's weight
@@ -336,8 +336,11 @@ def generalized_jsd(beta: float) -> Divergence:
     would tend to 0.
 
     Args:
-        beta: in [0, 1].
+        beta: in [0, 1]; a divergence is returned as it is, for methods that let a caller choose
+            another one in the JSD's place.
     """
+    if not isinstance(beta, int | float):
+        return beta
     if beta == 0:
         return "forward_kl"
     return "reverse_kl" if beta == 1 else Jsd(beta)

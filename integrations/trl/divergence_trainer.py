@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, trust_region_states
+from fused_sd.checks import fail
 from fused_sd.integrations.trl.config import (
     POLICY_SETTINGS,
     SIBLING_SETTINGS,
@@ -16,12 +17,41 @@ from fused_sd.integrations.trl.config import (
 )
 from fused_sd.integrations.trl.scores import DIVERGENCE_METRICS
 from fused_sd.integrations.trl.trainer import Inputs, Options, SelfDistillationTrainer
+from fused_sd.terms.divergence import DIVERGENCES, Divergence, named_divergence
 
 StatesAndHead = tuple[Tensor, LMHead]  # states are (B, T, D)
 
 
 @dataclass
-class DivergenceConfig(SelfDistillationConfig):
+class DivergenceChoice:
+    """Settings that put another divergence of the library in the place of the generalised JSD."""
+
+    divergence: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Of {', '.join(DIVERGENCES)}; None: the one that `distillation_alpha` means."
+        },
+    )
+    divergence_parameter: float | None = field(
+        default=None, metadata={"help": "Parameter of `divergence`, such as skew_kl's 0.9."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # of the configuration that this stands before
+        if self.divergence is None and self.divergence_parameter is not None:
+            rule, remedy = "come with divergence", "name the divergence that it belongs to"
+            fail("divergence_parameter", rule, self.divergence_parameter, remedy)
+        self.to_divergence()
+
+    def to_divergence(self) -> float | Divergence:
+        """Return the divergence that is named, else alpha, which names one of the JSD's family."""
+        if self.divergence is None:
+            return float(self.distillation_alpha)
+        return named_divergence(self.divergence, self.divergence_parameter)
+
+
+@dataclass
+class DivergenceConfig(DivergenceChoice, SelfDistillationConfig):
     """Settings that OPSD, SDFT and SD-Zero share: a divergence is the whole loss."""
 
     unread: ClassVar[tuple[str, ...]] = (

@@ -79,7 +79,7 @@ class OPSDTrainer(PrivilegedPrompt, DivergenceTrainer):
         return opsd_loss(
             *student,
             *teacher,
-            beta=self.args.distillation_alpha,
+            beta=self.args.to_divergence(),
             entry_clip=self.args.entry_clip,
             top_k=self.args.distillation_topk,
             remainder="tail" if self.args.distillation_add_tail else "renormalize",

@@ -34,6 +34,8 @@ class SDZeroConfig(DivergenceConfig):
         *DivergenceConfig.unread,
         "reprompt_template",
         "distillation_alpha",
+        "divergence",
+        "divergence_parameter",
         "distillation_add_tail",
     )
 

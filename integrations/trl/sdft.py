@@ -80,7 +80,7 @@ class SDFTTrainer(PrivilegedPrompt, DivergenceTrainer):
         return sdft_loss(
             *student,
             *teacher,
-            alpha=self.args.distillation_alpha,
+            alpha=self.args.to_divergence(),
             top_k=self.args.distillation_topk,
             **options,
         )

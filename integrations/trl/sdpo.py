@@ -14,13 +14,17 @@ from fused_sd.checks import fail
 from fused_sd.integrations.shared.prompts import check_sibling_templates, sibling_prompt
 from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.trl.config import SelfDistillationConfig
-from fused_sd.integrations.trl.divergence_trainer import DivergenceTrainer, StatesAndHead
+from fused_sd.integrations.trl.divergence_trainer import (
+    DivergenceChoice,
+    DivergenceTrainer,
+    StatesAndHead,
+)
 from fused_sd.integrations.trl.sparse_gradients import mixed_certificate
 from fused_sd.integrations.trl.trainer import Inputs, Options
 
 
 @dataclass
-class SDPOConfig(SelfDistillationConfig):
+class SDPOConfig(DivergenceChoice, SelfDistillationConfig):
     """SDPO's settings; defaults are the official configuration's (arXiv 2601.20802).
 
     For the paper's runs with feedback pass ``distillation_alpha=1, distillation_topk=20,
@@ -75,6 +79,13 @@ class SDPOConfig(SelfDistillationConfig):
                 fail("distillation_topk", "be None", mode, 'or distillation_mode="topk_logits"')
             self.distillation_topk = None
         super().__post_init__()
+        if self.divergence is not None and self.distillation_mode == "sampled_token":
+            rule = (
+                'be None with distillation_mode="sampled_token", which has an estimator of KL(s||t)'
+            )
+            fail(
+                "divergence", rule, repr(self.divergence), "compare distributions, or leave it out"
+            )
         check_sibling_templates(self)
 
 
@@ -155,7 +166,7 @@ class SDPOTrainer(DivergenceTrainer):
         return sdpo_loss(
             *student,
             *teacher,
-            alpha=args.distillation_alpha,
+            alpha=args.to_divergence(),
             top_k=args.distillation_topk,
             add_tail=args.distillation_add_tail,
             tail_floor=args.tail_floor,

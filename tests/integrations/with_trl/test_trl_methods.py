@@ -8,6 +8,8 @@ from closeness import assert_close
 from method_pairs import METHODS, loss_and_gradients, make, sample, states
 from torch import Tensor
 
+from fused_sd import reference
+
 FLOAT = torch.float64
 
 
@@ -39,6 +41,13 @@ def rlcsd(batch, inputs, trainer) -> Tensor:
 
 def cross_entropy(batch, inputs, trainer) -> Tensor:
     return official.token_mean(-batch.log_prob(batch.student_logits()), batch.mask)
+
+
+def skew(batch, *_) -> Tensor:
+    """The skew KL's mean over the micro-batch's tokens."""
+    sides = batch.student_logits(), batch.teacher_logits()
+    tokens = reference.divergence(*sides, divergence="skew_kl", student_weight=0.8)
+    return (tokens * batch.mask).sum() / batch.mask.sum()
 
 
 def hybrid(batch, *_) -> Tensor:
@@ -97,6 +106,11 @@ OFFICIAL = {
         },
         lambda b, *_: official.opsd(b, beta=0.5, top_k=50, temperature=1.1),
     ),
+    "OPSD, another divergence": (
+        "OPSD",
+        {"divergence": "skew_kl", "divergence_parameter": 0.8, "entry_clip": None},
+        skew,
+    ),
     "SDFT": ("SDFT", {"num_loss_tokens_to_skip": 1}, lambda b, *_: official.sdft(b, skip=0)),
     "GRPO": (
         "GRPO",
@@ -146,3 +160,19 @@ def test_a_trainers_loss_and_gradient_are_the_official_codes(name, tmp_path):
 
 def test_every_method_is_proved():
     assert {method for method, *_ in OFFICIAL.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    "method, settings, message",
+    [
+        ("OPSD", {"divergence": "skew_kl"}, "have its student_weight"),
+        ("OPSD", {"divergence": "reverse_kl", "divergence_parameter": 1.0}, "have no parameter"),
+        ("SDFT", {"divergence": "kl"}, "divergence must be one of 'forward_kl'"),
+        ("SDFT", {"divergence_parameter": 0.5}, "come with divergence"),
+        ("SDZero", {"divergence": "reverse_kl"}, "method does not read it"),
+        ("SDPO", {"divergence": "jsd", "divergence_parameter": 1.5}, "open interval"),
+    ],
+)
+def test_a_divergence_that_means_nothing_is_refused(method, settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make(method, tmp_path, **settings)
