@@ -4,22 +4,35 @@ Hydra builds them with
 ``distillation.distillation_loss._target_=fused_sd.integrations.verl.config.FusedSDLossConfig``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from verl.workers.config import DistillationLossConfig
 
-from fused_sd import FULL_VOCABULARY, Evidence, EvidenceSchedule, Jsd, MixedKl, checks
+from fused_sd import Comparison, Evidence, EvidenceSchedule, Options, checks
 from fused_sd.integrations.verl import RLSD_LOSS, TOPK_LOSS
 from fused_sd.integrations.verl.config_checks import (
-    SUPPORTS,
     check_divergence,
     check_rlsd,
     check_unread,
+    parameter_field,
 )
-from fused_sd.terms.divergence import Divergence
-from fused_sd.terms.support import Support
+from fused_sd.terms.divergence import DIVERGENCES, Divergence
+from fused_sd.terms.support import NAMED_SUPPORTS, Support
+from fused_sd.terms.surrogate import Surrogate
 
+
+def _numbers(support: Any) -> list[str]:
+    """Return the names of the numbers that a class of supports takes."""
+    return [field.name for field in fields(support)]
+
+
+# the library's names, but "student_topk" for "student" and so on
+SUPPORTS = {
+    f"{name}_topk" if _numbers(kind) == ["k"] else name: kind
+    for name, kind in NAMED_SUPPORTS.items()
+}
 TEACHERS = ("server", "live", "ema", "synced", "reference")
 
 
@@ -39,12 +52,16 @@ class FusedSDLossConfig(DistillationLossConfig):
         clip_ratio_low, clip_ratio_high: bounds of RLSD's policy ratio (official code: 0.2, 0.28).
         divergence: ``"forward_kl"`` is KL(t||s), ``"reverse_kl"`` is KL(s||t), ``"jsd"`` is the
             Jensen-Shannon divergence with ``beta``, ``"mixed_kl"`` mixes both KLs by
-            ``forward_weight``.
+            ``forward_weight``, and ``"skew_kl"`` is the skew KL divergence.
         beta: the teacher's weight in the JSD's mixture, in (0, 1).
         forward_weight: share of KL(t||s) in the mixed KL, in [0, 1].
+        divergence_parameter: the parameter of a divergence without a setting of its own, such as
+            the skew KL's student_weight; None: the default of its class, as ``fused_sd.SkewKl``.
         support: ``"teacher_topk"``, which for a teacher server are the ids that it sends.  A
-            teacher in the training process may also have ``"student_topk"``, ``"union_topk"`` and
-            ``"full"``.
+            teacher in the training process may also have ``"student_topk"``, ``"union_topk"``,
+            ``"teacher_nucleus"`` and ``"full"``.
+        support_mass: probability that the entries of a teacher's nucleus reach together; it has at
+            most topk entries.
         remainder, tail_floor, entry_clip: as in ``fused_sd.divergence_loss``.
         token_clip: upper bound of each token's divergence, in nats.  verl's ``loss_max_clamp`` is
             one as well, but verl logs the loss before that clamp.
@@ -78,7 +95,9 @@ class FusedSDLossConfig(DistillationLossConfig):
     divergence: str = "forward_kl"
     beta: float = 0.5
     forward_weight: float = 0.5
+    divergence_parameter: float | None = None
     support: str = "teacher_topk"
+    support_mass: float = 0.95
     remainder: str = "tail"
     tail_floor: float | None = None
     entry_clip: float | None = None
@@ -113,9 +132,7 @@ class FusedSDLossConfig(DistillationLossConfig):
         checks.check_unit_interval("ema_rate", self.ema_rate)
         checks.check_positive_int("teacher_sync_steps", self.teacher_sync_steps)
         checks.check_unit_interval("trust_region_mix", self.trust_region_mix)
-        checks.check_backend_choice(self.backend)
-        if self.chunk_size is not None:
-            checks.check_positive_int("chunk_size", self.chunk_size)
+        Options(backend=self.backend, chunk_size=self.chunk_size)  # checks both
         check_unread(self)
         if self.loss_mode == TOPK_LOSS:
             check_divergence(self)
@@ -129,33 +146,46 @@ class FusedSDLossConfig(DistillationLossConfig):
                 f"pass loss_mode={TOPK_LOSS!r} or {RLSD_LOSS!r}",
             )
 
-    def to_settings(self) -> dict[str, Any]:
-        """Return the keywords of ``divergence_loss`` and ``topk_divergence_loss``."""
-        return {
-            "divergence": self.to_divergence(),
-            "remainder": self.remainder,
-            "tail_floor": self.tail_floor,
-            "entry_clip": self.entry_clip,
-            "token_clip": self.token_clip,
-        }
+    @cached_property
+    def comparison(self) -> Comparison:
+        """What ``fused_sd_topk`` compares.  A server's ids stand for the teacher's top-k."""
+        return Comparison(
+            divergence=self._divergence(),
+            support=self._support(),
+            remainder=self.remainder,  # type: ignore[arg-type]
+            tail_floor=self.tail_floor,
+            log_prob_floor=self.log_prob_min_clamp,
+            entry_clip=self.entry_clip,
+            token_clip=self.token_clip,
+        )
 
-    def to_divergence(self) -> Divergence:
-        """Return the divergence with its parameter."""
-        if self.divergence == "jsd":
-            return Jsd(self.beta)
-        if self.divergence == "mixed_kl":
-            return MixedKl(self.forward_weight)
-        return self.divergence
+    def _divergence(self) -> Divergence:
+        setting, name = DIVERGENCES[self.divergence].setting, parameter_field(self, self.divergence)
+        if setting is None or name is None:
+            return self.divergence
+        parameter = getattr(self, name)
+        made: Divergence = setting() if parameter is None else setting(parameter)
+        return made
 
-    def to_support(self) -> Support:
-        """Return the entries on which a teacher in the training process is compared."""
-        kind = SUPPORTS[self.support][1]
-        return FULL_VOCABULARY if kind is None else kind(self.topk)
+    def _support(self) -> Support:
+        checks.check_one_of("support", self.support, SUPPORTS)
+        kind, numbers = SUPPORTS[self.support], {"k": self.topk, "mass": self.support_mass}
+        return kind(**{name: numbers[name] for name in _numbers(kind)})
 
     def to_evidence(self) -> Evidence:
         """Return RLSD's reweighting of the advantages."""
         clip = (self.rlsd_clip_low, self.rlsd_clip_high)
         return Evidence(clip, self.rlsd_mix, self.rlsd_log_prob)  # type: ignore[arg-type]
+
+    def to_surrogate(self) -> Surrogate:
+        """Return RLSD's clipped policy surrogate."""
+        evidence = self.to_evidence()
+        return Surrogate(
+            ratio_clip=(self.clip_ratio_low, self.clip_ratio_high),
+            dual_clip=self.rlsd_dual_clip,
+            evidence_clip=evidence.clip,
+            evidence_from_old=evidence.log_prob == "old",
+        )
 
     def to_schedule(self) -> EvidenceSchedule | None:
         """Return RLSD's mix over the training steps; None if it is constant."""

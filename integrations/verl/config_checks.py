@@ -3,27 +3,22 @@
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from fused_sd import StudentTopK, TeacherTopK, UnionTopK, checks
+from fused_sd import checks
 from fused_sd.integrations.verl import RLSD_LOSS, TOPK_LOSS
-from fused_sd.terms.combinations import DIVERGENCES, check_combination
+from fused_sd.terms.divergence import DIVERGENCES
 
 if TYPE_CHECKING:
     from fused_sd.integrations.verl.config import FusedSDLossConfig
-
-SUPPORTS = {
-    "full": ("full", None),
-    "student_topk": ("student", StudentTopK),
-    "teacher_topk": ("teacher", TeacherTopK),
-    "union_topk": ("union", UnionTopK),
-}
 
 # loss_mode -> settings that this loss alone reads
 _READ_BY = {
     TOPK_LOSS: (
         "divergence",
+        "divergence_parameter",
         "beta",
         "forward_weight",
         "support",
+        "support_mass",
         "remainder",
         "tail_floor",
         "entry_clip",
@@ -43,12 +38,23 @@ _READ_BY = {
 }
 # setting -> the other setting, and the values of it, with which this one is read
 _READ_WITH = {
-    "beta": ("divergence", ("jsd",)),
-    "forward_weight": ("divergence", ("mixed_kl",)),
+    "support_mass": ("support", ("teacher_nucleus",)),
     "ema_rate": ("teacher", ("ema",)),
     "teacher_sync_steps": ("teacher", ("ema", "synced")),
     "trust_region_mix": ("teacher", ("reference",)),
 }
+
+
+def parameter_field(config: "FusedSDLossConfig", divergence: str) -> str | None:
+    """Return the name of the setting that holds a divergence's parameter; None if it has none.
+
+    It is the parameter's own name in the library, or ``divergence_parameter`` if no setting has
+    that name: a divergence that the library gains needs no change here.
+    """
+    known = DIVERGENCES[divergence]
+    if known.setting is None:
+        return None
+    return known.parameter_name if hasattr(config, known.parameter_name) else "divergence_parameter"
 
 
 def check_unread(config: "FusedSDLossConfig") -> None:
@@ -59,11 +65,16 @@ def check_unread(config: "FusedSDLossConfig") -> None:
     for name, (other, values) in _READ_WITH.items():
         if getattr(config, other) not in values:
             _check_default(config, (name,), f"{other}={getattr(config, other)!r}")
+    checks.check_one_of("divergence", config.divergence, DIVERGENCES)
+    for divergence in DIVERGENCES:
+        parameter = parameter_field(config, divergence)
+        if parameter is not None and parameter != parameter_field(config, config.divergence):
+            _check_default(config, (parameter,), f"divergence={config.divergence!r}")
     if config.loss_mode in _READ_BY:
         _check_default(config, ("use_chunked_topk",), "a loss that holds no logits")
-        read = (config.loss_mode, config.remainder, config.teacher)
-        if read != (TOPK_LOSS, "drop", "server"):
-            _check_default(config, ("log_prob_min_clamp",), f"{', '.join(map(repr, read))}")
+        if config.loss_mode == RLSD_LOSS or config.teacher != "server":
+            where = f"loss_mode={config.loss_mode!r}, teacher={config.teacher!r}"
+            _check_default(config, ("log_prob_min_clamp",), where)
 
 
 def _check_default(config: "FusedSDLossConfig", names: tuple[str, ...], where: str) -> None:
@@ -80,10 +91,7 @@ def _check_default(config: "FusedSDLossConfig", names: tuple[str, ...], where: s
 
 
 def check_divergence(config: "FusedSDLossConfig") -> None:
-    """Check the settings that ``fused_sd_topk`` reads."""
-    checks.check_one_of("divergence", config.divergence, DIVERGENCES)
-    checks.check_one_of("support", config.support, SUPPORTS)
-    config.to_divergence()  # checks beta and forward_weight
+    """Check what ``fused_sd_topk`` reads beside the ``Comparison``, which checks itself."""
     if config.teacher == "server" and config.support != "teacher_topk":
         checks.fail(
             "support",
@@ -93,22 +101,15 @@ def check_divergence(config: "FusedSDLossConfig") -> None:
         )
     if config.support != "full":
         checks.check_positive_int("topk", config.topk)
-    check_combination(
-        config.divergence,
-        "entries" if config.teacher == "server" else SUPPORTS[config.support][0],
-        config.remainder,
-        entry_clip=config.entry_clip is not None,
-        tail_floor=config.tail_floor is not None,
-        log_prob_floor=config.log_prob_min_clamp is not None,
-    )
-    for name in ("tail_floor", "entry_clip", "token_clip", "importance_cap", "loss_max_clamp"):
+    comparison = config.comparison
+    for name in ("importance_cap", "loss_max_clamp"):
         if getattr(config, name) is not None:
             checks.check_positive(name, getattr(config, name), "pass null to leave it out")
-    if config.log_prob_min_clamp is not None and not config.log_prob_min_clamp < 0:
-        got = config.log_prob_min_clamp
+    if comparison.log_prob_floor is not None and not comparison.log_prob_floor < 0:
+        got = comparison.log_prob_floor
         checks.fail("log_prob_min_clamp", "be below 0", got, "verl's own default is -10")
-    if config.token_clip is not None and config.loss_max_clamp is not None:
-        both = f"{config.token_clip} beside loss_max_clamp={config.loss_max_clamp}"
+    if comparison.token_clip is not None and config.loss_max_clamp is not None:
+        both = f"{comparison.token_clip} beside loss_max_clamp={config.loss_max_clamp}"
         checks.fail("token_clip", "be a token's only upper bound", both, "pass one of them")
     if config.use_policy_gradient:
         checks.fail(
@@ -121,14 +122,10 @@ def check_divergence(config: "FusedSDLossConfig") -> None:
 
 
 def check_rlsd(config: "FusedSDLossConfig") -> None:
-    """Check the settings that ``fused_sd_rlsd`` reads."""
-    config.to_evidence()
+    """Check the settings that ``fused_sd_rlsd`` reads; the library's classes check themselves."""
+    config.to_surrogate()
     config.to_schedule()
-    checks.check_ratio_clip((config.clip_ratio_low, config.clip_ratio_high))
     _check_default(config, ("clip_ratio",), "RLSD (clip_ratio_low and clip_ratio_high bound it)")
-    if config.rlsd_dual_clip is not None and not config.rlsd_dual_clip > 1:
-        bound = config.rlsd_dual_clip
-        checks.fail("rlsd_dual_clip", "be above 1", bound, "RLSD uses 3.0; null is no bound")
     why = {
         "use_task_rewards": "RLSD holds the task's advantages, and verl would add its policy "
         "loss of the same advantages",

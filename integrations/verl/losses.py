@@ -20,7 +20,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 from fused_sd.checks import fail
 from fused_sd.integrations.verl import EVIDENCE_MIX, RLSD_LOSS, TOPK_LOSS, VENDOR
 from fused_sd.integrations.verl.config import FusedSDLossConfig, require_own_config
-from fused_sd.terms.surrogate import Surrogate, surrogate
+from fused_sd.terms.surrogate import surrogate
 
 _METRIC_KEYS = {
     "evidence": "distillation/evidence",
@@ -111,7 +111,7 @@ def rlsd_loss(
     if "self_distillation_mask" in data:
         inputs["mix"] = torch.where(_has_context(data), inputs["mix"], 0)
     current = torch.where(mask, log_prob, 0)
-    term = surrogate(_surrogate(settings), current.detach(), inputs)
+    term = surrogate(settings.to_surrogate(), current.detach(), inputs)
     # the surrogate's value, with its derivative w.r.t. the log-probability as gradient
     loss = term.loss + term.dlog_prob * (current - current.detach())
     if "rollout_is_weights" in data:
@@ -193,16 +193,3 @@ def _teacher_log_probs(
             f"send one, as verl does for loss_mode={RLSD_LOSS!r}",
         )
     return values.squeeze(-1) if values.dim() == 3 else values
-
-
-def _surrogate(settings: FusedSDLossConfig) -> Surrogate:
-    evidence = settings.to_evidence()
-    return Surrogate(
-        ratio_clip=(settings.clip_ratio_low, settings.clip_ratio_high),
-        dual_clip=settings.rlsd_dual_clip,
-        evidence_clip=evidence.clip,
-        evidence_from_old=evidence.log_prob == "old",
-        kl_coefficient=0.0,
-        kl_estimator="k3",
-        importance_cap=None,
-    )

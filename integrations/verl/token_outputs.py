@@ -3,6 +3,7 @@
 Dimension key:  N tokens, D and D' hidden sizes, V and V' vocabularies, K entries sent by a server
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from verl.workers.config import DistillationLossConfig
 
 from fused_sd import (
-    FULL_VOCABULARY,
+    Comparison,
     ImportanceCap,
     LMHead,
     LossOutput,
@@ -110,9 +111,8 @@ def _sampled_token_outputs(
     """Compute the outputs of a loss without a divergence: of the sampled tokens alone."""
     outputs: dict[str, Tensor] = {}
     if wanted:
-        scored = token_log_probs(
-            hidden, head, token_ids, entropy="student_entropy" in wanted, **run
-        )
+        has_entropy = "student_entropy" in wanted
+        scored = token_log_probs(hidden, head, token_ids, entropy=has_entropy, **run)
         found = {"student_log_prob": scored.log_probs, "student_entropy": scored.entropy}
         outputs = {key: found[name] for name, key in wanted.items()}  # type: ignore[misc]
     if teacher is not None:
@@ -131,18 +131,16 @@ def _local_divergence(
     run: dict[str, Any],
 ) -> LossOutput:
     """Compute the divergence from a teacher whose states and head are in this process."""
-    settings = require_own_config(loss_config)
-    support = settings.to_support()
+    comparison = require_own_config(loss_config).comparison
     states, teacher_head = teacher
     return divergence_loss(
         hidden,
         head,
         states,
         teacher_head,
-        support=support,
         reduction="none",
-        metrics=() if support is FULL_VOCABULARY else MASSES,
-        **settings.to_settings(),
+        metrics=MASSES if comparison.support.is_truncated else (),
+        **_keywords(comparison, without="log_prob_floor"),
         **run,
     )
 
@@ -181,11 +179,17 @@ def _server_divergence(
 
 def _server_settings(loss_config: DistillationLossConfig) -> dict[str, Any]:
     """Return the keywords of ``topk_divergence_loss`` for a loss on a server's top-k."""
-    floor = {"log_prob_floor": loss_config.log_prob_min_clamp}
     if loss_config.loss_mode == VERL_TOPK_LOSS:
         # verl's compute_forward_kl_topk sums p (log p - log q) over the entries, without a tail
-        return {"divergence": "forward_kl", "remainder": "drop", **floor}
-    return {**require_own_config(loss_config).to_settings(), **floor}
+        floor = loss_config.log_prob_min_clamp
+        return {"divergence": "forward_kl", "remainder": "drop", "log_prob_floor": floor}
+    return _keywords(require_own_config(loss_config).comparison, without="support")
+
+
+def _keywords(comparison: Comparison, *, without: str) -> dict[str, Any]:
+    """Return a comparison as keywords of a loss that lacks one of its settings."""
+    names = (field.name for field in fields(comparison))
+    return {name: getattr(comparison, name) for name in names if name != without}
 
 
 def _importance(

@@ -8,8 +8,20 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from verl.workers.config import DistillationConfig, DistillationLossConfig
 
-from fused_sd import FULL_VOCABULARY, Jsd, MixedKl, StudentTopK, TeacherTopK, UnionTopK
-from fused_sd.integrations.verl.config import FusedSDLossConfig, require_own_config
+from fused_sd import (
+    FULL_VOCABULARY,
+    Comparison,
+    Jsd,
+    MixedKl,
+    SkewKl,
+    StudentTopK,
+    TeacherNucleus,
+    TeacherTopK,
+    UnionTopK,
+)
+from fused_sd.integrations.verl.config import SUPPORTS, FusedSDLossConfig, require_own_config
+from fused_sd.terms.divergence import DIVERGENCES
+from fused_sd.terms.support import NAMED_SUPPORTS
 
 RLSD = {"loss_mode": "fused_sd_rlsd", "use_task_rewards": False}
 
@@ -54,17 +66,24 @@ def test_it_travels_to_the_workers():
         ({"divergence": "reverse_kl"}, "reverse_kl"),
         ({"divergence": "jsd", "beta": 0.3}, Jsd(0.3)),
         ({"divergence": "mixed_kl", "forward_weight": 0.7}, MixedKl(0.7)),
+        ({"divergence": "skew_kl", "divergence_parameter": 0.7}, SkewKl(0.7)),
+        ({"divergence": "skew_kl"}, SkewKl()),
     ],
 )
 def test_the_divergence_is_the_librarys(settings, divergence):
-    config = FusedSDLossConfig(**settings, remainder="renormalize", entry_clip=0.5, token_clip=2.0)
-    assert config.to_settings() == {
-        "divergence": divergence,
-        "remainder": "renormalize",
-        "tail_floor": None,
-        "entry_clip": 0.5,
-        "token_clip": 2.0,
-    }
+    clips = {"remainder": "renormalize", "entry_clip": 0.5, "token_clip": 2.0}
+    config = FusedSDLossConfig(**settings, topk=7, **clips)
+    assert config.comparison == Comparison(divergence, TeacherTopK(7), **clips)
+    assert config.comparison is config.comparison
+
+
+def test_every_divergence_and_support_of_the_library_can_be_chosen():
+    for divergence in DIVERGENCES:
+        assert FusedSDLossConfig(divergence=divergence).comparison.term.name == divergence
+    assert list(SUPPORTS.values()) == list(NAMED_SUPPORTS.values())
+    nucleus = {"support": "teacher_nucleus", "topk": 7, "support_mass": 0.5}
+    config = FusedSDLossConfig(teacher="live", **nucleus)
+    assert config.comparison.support == TeacherNucleus(7, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -74,10 +93,12 @@ def test_the_divergence_is_the_librarys(settings, divergence):
         ("student_topk", StudentTopK(7)),
         ("teacher_topk", TeacherTopK(7)),
         ("union_topk", UnionTopK(7)),
+        ("teacher_nucleus", TeacherNucleus(7, 0.95)),
     ],
 )
 def test_a_teacher_in_the_training_process_is_compared_on_any_support(name, support):
-    assert FusedSDLossConfig(teacher="ema", support=name, topk=7).to_support() == support
+    config = FusedSDLossConfig(teacher="ema", support=name, topk=7)
+    assert config.comparison.support == support
 
 
 def test_evidence_is_the_librarys():
@@ -94,6 +115,9 @@ def test_evidence_is_the_librarys():
         ({"divergence": "mixed_kl", "forward_weight": 2.0}, "forward_weight must lie in"),
         ({"beta": 0.3}, "beta must be left as it is with divergence='forward_kl'"),
         ({"forward_weight": 0.3}, "forward_weight must be left as it is with divergence="),
+        ({"divergence_parameter": 0.3}, "divergence_parameter must be left as it is with div"),
+        ({"divergence": "skew_kl", "divergence_parameter": 1.0}, "student_weight must lie in"),
+        ({"support_mass": 0.5}, "support_mass must be left as it is with support='teacher_topk'"),
         ({"support": "full"}, 'support must be "teacher_topk" with teacher="server"'),
         ({"support": "all", "teacher": "live"}, "support must be one of"),
         ({"teacher": "self"}, "teacher must be one of"),
@@ -110,11 +134,12 @@ def test_evidence_is_the_librarys():
             {"divergence": "reverse_kl", "remainder": "teacher_renormalize"},
             "gives a cross entropy",
         ),
-        ({"remainder": "drop", "tail_floor": 1e-7}, "there is no tail bucket to floor"),
-        ({"log_prob_min_clamp": -10.0}, "log_prob_min_clamp must be left as it is with"),
+        ({"remainder": "drop", "tail_floor": 1e-7}, "there is no tail bucket whose mass a floor"),
+        ({"log_prob_min_clamp": -10.0}, "raised to a floor no longer sum to 1"),
+        ({**RLSD, "log_prob_min_clamp": -10.0}, "log_prob_min_clamp must be left as it is with"),
         (
             {"remainder": "drop", "teacher": "live", "log_prob_min_clamp": -10.0},
-            "log_prob_min_clamp must be left as it is with 'fused_sd_topk', 'drop', 'live'",
+            "log_prob_min_clamp must be left as it is with loss_mode=.*, teacher='live'",
         ),
         ({"remainder": "drop", "log_prob_min_clamp": 1.0}, "log_prob_min_clamp must be below 0"),
         ({"entry_clip": -1.0}, "entry_clip must be a finite number above 0"),
@@ -133,7 +158,7 @@ def test_evidence_is_the_librarys():
         ({**RLSD, "rlsd_mix": 2.0}, "mix must lie in"),
         ({**RLSD, "rlsd_mix_decay_steps": -1}, "decay_steps must be a finite number of at least 0"),
         ({**RLSD, "rlsd_log_prob": "new"}, "log_prob must be one of"),
-        ({**RLSD, "rlsd_dual_clip": 1.0}, "rlsd_dual_clip must be above 1"),
+        ({**RLSD, "rlsd_dual_clip": 1.0}, "dual_clip must be above 1"),
         ({**RLSD, "divergence": "jsd"}, "divergence must be left as it is with loss_mode="),
         ({"loss_mode": "k3", "remainder": "drop"}, "remainder must be left as it is"),
         ({"loss_mode": "k3", "teacher": "ema"}, 'teacher must be "server" with verl'),

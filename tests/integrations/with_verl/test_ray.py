@@ -40,7 +40,7 @@ def registered_in_a_worker(loss_config):
         "status": dict(plugin.STATUS),
         "engine": EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__,
         "loss": get_distillation_loss_fn(loss_config.loss_mode).__module__,
-        "divergence": loss_config.to_divergence(),
+        "divergence": loss_config.comparison.divergence,
     }
 
 

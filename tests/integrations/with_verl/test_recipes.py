@@ -49,8 +49,8 @@ def test_a_recipe_is_the_method_that_its_name_says(recipe):
         assert (loss.clip_ratio_low, loss.clip_ratio_high, loss.rlsd_dual_clip) == (0.2, 0.28, 3.0)
     else:
         assert loss.loss_settings.use_topk
-        assert loss.to_divergence() == divergence
-        assert loss.to_support() == support
+        assert loss.comparison.divergence == divergence
+        assert loss.comparison.support == support
 
 
 @pytest.mark.parametrize("recipe", METHODS)

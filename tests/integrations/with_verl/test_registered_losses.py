@@ -200,7 +200,7 @@ def test_rlsd_is_the_librarys(reference, dual_clip):
     )
     output = {"log_probs": batch.jagged(token_log_probs(*student(batch)).log_probs)}
     loss, metrics = loss_of(batch, config, output)
-    names = ("ratio", "ratio_clip_fraction", "evidence", "evidence_weight")
+    names = ("importance_ratio", "ratio_clip_fraction", "evidence", "evidence_weight")
     expected = rlsd_loss(
         *student(batch),
         at_rows(batch, "advantages"),
@@ -226,7 +226,7 @@ def test_rlsd_is_the_librarys(reference, dual_clip):
             "distillation/evidence_clip_fraction": means["evidence_clip_fraction"],
             "distillation/pg_clipfrac": means["ratio_clip_fraction"],
             "distillation/ppo_kl": float(
-                -expected.metrics["ratio"][batch.counted].log().mean(),
+                -expected.metrics["importance_ratio"][batch.counted].log().mean(),
             ),
             "distillation/loss": float(loss.detach()),
             "distillation/loss_min": float(expected.token_loss[batch.counted].min()),

@@ -10,8 +10,10 @@ from verl.trainer.distillation.fsdp.losses import compute_forward_kl_topk
 from verl.workers.config import DistillationLossConfig
 
 from fused_sd import divergence_loss, reference
-from fused_sd.integrations.verl.config import FusedSDLossConfig
+from fused_sd.integrations.verl.config import SUPPORTS, FusedSDLossConfig
+from fused_sd.integrations.verl.config_checks import parameter_field
 from fused_sd.integrations.verl.token_outputs import MASSES, token_outputs
+from fused_sd.terms.divergence import DIVERGENCES
 
 TEMPERATURE = 0.7
 
@@ -72,17 +74,18 @@ def test_verls_own_loss_mode_has_verls_values_and_gradients(floor):
         assert_close(mine, theirs, torch.float32, name)
 
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mixed_kl")
-PAIRS = [(d, r) for d in DIVERGENCES for r in ("tail", "renormalize", "drop")]
+PAIRS = [(name, remainder) for name, known in DIVERGENCES.items() for remainder in known.remainders]
 
 
-@pytest.mark.parametrize("divergence, remainder", [*PAIRS, ("forward_kl", "teacher_renormalize")])
+@pytest.mark.parametrize("divergence, remainder", PAIRS)
 def test_each_divergence_of_a_servers_entries_is_the_formulas(divergence, remainder):
-    parameter = {"jsd": {"beta": 0.3}, "mixed_kl": {"forward_weight": 0.7}}.get(divergence, {})
     batch = micro_batch.make()
-    config = FusedSDLossConfig(
-        divergence=divergence, remainder=remainder, topk=micro_batch.TOPK, **parameter
-    )
+    settings = {"divergence": divergence, "remainder": remainder, "topk": micro_batch.TOPK}
+    name, parameter = parameter_field(FusedSDLossConfig(), divergence), {}
+    if name is not None:
+        settings[name] = 0.3
+        parameter = {DIVERGENCES[divergence].parameter_name: 0.3}
+    config = FusedSDLossConfig(**settings)
     ours = outputs_of(batch, config, token_weights=batch.counted, entropy=True)
     rows, ids = batch.counted, batch.teacher_ids.long()
     served = reference.served_teacher(ids, batch.teacher_log_probs, micro_batch.VOCAB)
@@ -186,7 +189,7 @@ def test_without_a_distillation_loss_there_are_log_probs_alone():
     assert set(both) == {"entropy"}
 
 
-@pytest.mark.parametrize("support", ["full", "student_topk", "teacher_topk", "union_topk"])
+@pytest.mark.parametrize("support", SUPPORTS)
 def test_a_teacher_in_the_process_is_compared_by_divergence_loss(support):
     batch = micro_batch.make()
     config = FusedSDLossConfig(
@@ -199,8 +202,8 @@ def test_a_teacher_in_the_process_is_compared_by_divergence_loss(support):
         batch.weight,
         teacher,
         batch.weight.detach(),
-        divergence=config.to_divergence(),
-        support=config.to_support(),
+        divergence=config.comparison.divergence,
+        support=config.comparison.support,
         metrics=() if support == "full" else MASSES,
         temperature=TEMPERATURE,
         token_weights=batch.counted.double(),
