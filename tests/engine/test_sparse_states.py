@@ -20,6 +20,8 @@ import fused_sd
 from fused_sd import reference
 from fused_sd.demo.model import GGUF_FILE, gguf_directory
 
+pytestmark = pytest.mark.bits
+
 STATES = Path(__file__).parent / "smollm2_states.npz"
 TEMPERATURE = {"hot": 1.0, "cool": 0.6}
 TOLERANCE = 2.0**-8

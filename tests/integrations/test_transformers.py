@@ -225,6 +225,7 @@ SPARSE = {
 }
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("made", SPARSE.values(), ids=SPARSE)
 def test_a_request_may_have_a_sparse_gradient_and_gets_its_certificate(
@@ -271,7 +272,7 @@ def test_a_request_may_have_a_sparse_gradient_and_gets_its_certificate(
     assert certificate.dense.any() or reduction == "sum"
     error = (states - exact_states).norm(dim=-1)
     assert error.max() > 0
-    assert (error <= bound * upstream + 1e-9 * exact_states.norm()).all()
+    assert (error <= bound * upstream).all()
     assert found.keys() == exact.keys()
     for name, gradient in exact.items():
         assert (found[name] - gradient).norm() <= 0.05 * gradient.norm(), name
