@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 from interpreter import round_bf16_to_nearest
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("FUSED_SD_TEST_THREADS", "1")))
 if not torch.cuda.is_available():
     round_bf16_to_nearest()
 

@@ -20,6 +20,7 @@ def verify(capsys, *arguments):
     return status, capsys.readouterr().out
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", CASES)
 def test_every_loss_keeps_every_promise(capsys, name):
     status, out = verify(capsys, "--losses", name)

@@ -89,8 +89,16 @@ class Workspace:
         if self.in_place:
             assert dlogits is not None
             places.insert(0, dlogits)
-        elif len(places) == 2 and teacher is not None and teacher.weight is student.weight:
-            # one GEMM over both sides' states reads the shared head once
+        elif (
+            student.dtype != self.logits.dtype
+            and len(places) == 2
+            and teacher is not None
+            and teacher.weight is student.weight
+        ):
+            # One GEMM of a GPU's tensor cores over both sides' states reads the head once.  A CPU's
+            # BLAS sums a row in an order that depends on how many rows there are and which it is:
+            # only two GEMMs of one shape and one stride give equal sides equal logits, and a loss
+            # the same bits whether or not its gradient takes the place of the logits.
             both = self.logits.flatten(0, 1)[: 2 * count]
             states = torch.cat([student.chunk(at), teacher.chunk(at)])
             matmul(states, teacher.weight.t(), both[:, : teacher.vocab])

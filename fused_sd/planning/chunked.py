@@ -115,7 +115,7 @@ def run(work: Workload, size: RunSize, chosen: Layout, held: Parts) -> Sequence[
     """Moments of a run: a chunk's logits are computed, its rows processed, a group accumulated."""
     workspaces = workspace(size, chosen)
     operand, widens = operand_bytes(work), operand_bytes(work) > work.element
-    both = work.shared_head and size.sides == 2 and not size.in_place
+    both = work.shared_head and size.sides == 2 and size.operand_bytes < size.logit_bytes
     states = operand * chosen.chunk * work.hidden_size
     stacked = 2 * states if both else 0
     copied = states * (2 if both else 1) if widens else 0

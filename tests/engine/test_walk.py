@@ -264,6 +264,7 @@ def test_unequal_vocabularies_have_no_mass_on_the_missing_side(teacher_vocab, di
         assert_gradients(*pairs)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("support", [fused_sd.FULL_VOCABULARY, fused_sd.StudentTopK(4)])
 @pytest.mark.parametrize(
@@ -279,6 +280,7 @@ def test_a_teacher_equal_to_the_student_gives_exactly_zero(dtype, support, diver
         assert (gradient == 0).all()
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "support",
@@ -360,6 +362,7 @@ def test_negative_weights_are_weights():
     assert_close(flipped.loss, -loss_of(case).loss, torch.float64)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("support", [fused_sd.FULL_VOCABULARY, fused_sd.StudentTopK(9)])
 def test_runs_are_bitwise_repeatable(reduction, support, poisoned_memory):

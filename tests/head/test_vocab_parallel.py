@@ -64,6 +64,7 @@ def assert_equal_outcomes(one, other, dtype=torch.float64):
             assert torch.equal(one[key], value), key
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     "layout, name", [(layout, name) for layout, names in worker.ON.items() for name in names]
 )
@@ -74,6 +75,7 @@ def test_a_loss_is_its_definition(found, layout, name):
     assert_equal_outcomes(whole, on_one_rank(name, vocab))
 
 
+@pytest.mark.bits
 @each_again
 def test_it_repeats_to_the_bit_and_goes_back_twice(found, name):
     for rank in LAYOUTS["two ranks"].ranks:
@@ -90,6 +92,7 @@ def test_the_ranks_parts_of_the_hidden_gradient_add_up(found, name):
     assert_equal_outcomes(joined([{**part, "dhidden": whole} for part in parts]), definition(name))
 
 
+@pytest.mark.bits
 @each_again
 def test_a_group_of_one_rank_is_no_group(found, name):
     for rank in range(worker.NUM_RANKS):
@@ -108,6 +111,7 @@ def test_rounding_is_no_coarser_than_on_one_rank(found, name, dtype):
         assert all(a <= 1.5 * b + 2e-6 for a, b in zip(ours, theirs, strict=True)), (key, ours)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("key", worker.EQUAL, ids="-".join)
 def test_a_teacher_that_equals_the_student_says_exactly_nothing(found, key):
     for rank in (0, 1):
@@ -125,6 +129,7 @@ def test_without_a_gradient_only_the_loss_is_spoken_of(found):
         assert said == {"count": 3, "MAX": 5 * 2 * 8, "SUM": 5 * 5 * 8}
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("valid", [None, 23])
 @pytest.mark.parametrize("tolerance", [2**-4, 0.2])
 @pytest.mark.parametrize("reduction", ["sum", "none"])

@@ -30,6 +30,26 @@ def assert_close(value: Tensor, reference: Tensor, dtype: torch.dtype, name: str
     assert rms <= bound, f"{name}: {describe(value, reference, largest, rms)}"
 
 
+def assert_same_up_to_rounding(
+    value: Tensor, other: Tensor, ulps: float, size: Tensor | float | None = None
+) -> None:
+    """Equal but for rounding: two orders of summation, say, of the same numbers.
+
+    Args:
+        ulps: how many units in the last place of ``size`` the two may be apart.
+        size: of what was summed: the sum of the summands' magnitudes, or the largest of several
+            such sums.  None: the magnitude of each result, where nothing cancels.
+    """
+    assert value.dtype == other.dtype
+    assert value.shape == other.shape
+    eps = torch.finfo(value.dtype).eps
+    value, other = value.detach().double(), other.detach().double()
+    if size is None:
+        size = torch.maximum(value.abs(), other.abs())
+    found = torch.where(value == other, 0, (value - other).abs() / (eps * size))
+    assert (found <= ulps).all(), f"{float(found.max()):.3g} ulps apart, {ulps:g} allowed"
+
+
 def assert_no_worse_than_eager(value: Tensor, eager: Tensor, reference: Tensor, name: str) -> None:
     """Error against float64 at most that of eager PyTorch in the same dtype."""
     for mine, theirs in zip(errors(value, reference), errors(eager, reference), strict=True):

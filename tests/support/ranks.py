@@ -19,7 +19,7 @@ def run(work: Work, num_ranks: int, folder: Path, *given: Any) -> list[Any]:
 
 
 def _rank(rank: int, work: Work, num_ranks: int, folder: str, given: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("FUSED_SD_TEST_THREADS", "1")))
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks))
     dist.init_process_group(
         "gloo",

@@ -218,6 +218,7 @@ def test_nothing_to_select(num_rows, most):
     assert selection.dropped.tolist() == selection.norm.tolist() == [33.0] * num_rows
 
 
+@pytest.mark.bits
 def test_a_choice_is_the_same_bits_every_time():
     rows = torch.randn(3, 30_011) ** 5
     runs = [(*sparse.select(rows, 2**-8, 100), sparse.top_k(rows, 50)) for _ in range(3)]

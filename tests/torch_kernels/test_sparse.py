@@ -152,6 +152,7 @@ def test_no_entries_at_all(num_tokens, poisoned_memory):
     assert torch.equal(found, torch.zeros(VOCAB, SIZE))
 
 
+@pytest.mark.bits
 def test_results_are_the_same_bits_every_time():
     hidden, head = torch.randn(64, 32), torch.randn(501, 32)
     ids, factor = torch.randint(0, 501, (64, 40)), torch.randn(64)
