@@ -1,11 +1,12 @@
-# venv: everything the others need, in .venv.  test, check, demo, bench: what the README says.
+# venv: everything the others need, in .venv.  test, test-portable, check, demo, bench: what the README
+# says.
 # verl needs another transformers than TRL's tests: its tests have an environment of their own.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 VENV_VERL := .venv-verl
 PYTHON_VERL := $(VENV_VERL)/bin/python
 
-.PHONY: venv venv-verl test test-verl check demo bench clean
+.PHONY: venv venv-verl test test-portable test-verl check demo bench clean
 
 venv: $(VENV)/.ready
 
@@ -26,7 +27,25 @@ $(VENV_VERL)/.ready: pyproject.toml constraints.txt
 test:
 	$(MAKE) -j 2 venv venv-verl
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+	$(call other-bits,$(AVX2) $(ONE),$(QUICK) -n 2)
+	$(call other-bits,$(COMPATIBLE) $(TWO),$(QUICK))
 	$(MAKE) test-verl
+
+# A CPU without AVX-512, or with another BLAS, sums in other orders.  These variables show its bits
+# here.  (No test that compiles is marked: inductor would take kernels that it cached without them.)
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2
+COMPATIBLE := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE
+ONE := OMP_NUM_THREADS=1 FUSED_SD_TEST_THREADS=1
+TWO := OMP_NUM_THREADS=2 FUSED_SD_TEST_THREADS=2
+QUICK := tests/engine/test_bits.py tests/integrations/test_transformers.py
+other-bits = $(1) $(PYTHON) -m pytest -q -m bits $(2)
+
+test-portable: venv
+	$(call other-bits,$(AVX2) $(ONE),-n 2)
+	$(call other-bits,$(AVX2) $(TWO))
+	$(call other-bits,$(COMPATIBLE) $(ONE),-n 2)
+	$(call other-bits,$(COMPATIBLE) $(TWO))
+	$(call other-bits,$(TWO))
 
 test-verl: venv-verl
 	OMP_NUM_THREADS=1 $(PYTHON_VERL) -m pytest tests/integrations/with_verl -n 2 --dist loadfile
