@@ -1,5 +1,4 @@
-# venv: everything the others need, in .venv.  test, test-portable, check, demo, bench: what the README
-# says.
+# venv: everything the others need, in .venv.  The others: what the README says.
 # verl needs another transformers than TRL's tests: its tests have an environment of their own.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -36,7 +35,7 @@ test:
 AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2
 COMPATIBLE := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE
 ONE := OMP_NUM_THREADS=1 FUSED_SD_TEST_THREADS=1
-TWO := OMP_NUM_THREADS=2 FUSED_SD_TEST_THREADS=2
+TWO := OMP_NUM_THREADS=2 FUSED_SD_TEST_THREADS=2 OMP_WAIT_POLICY=passive  # others want the cores too
 QUICK := tests/engine/test_bits.py tests/integrations/test_transformers.py
 other-bits = $(1) $(PYTHON) -m pytest -q -m bits $(2)
 
