@@ -22,6 +22,7 @@ from fused_sd import Jsd
 from fused_sd.kernels import rows, selection
 from fused_sd.kernels.tuning import TABLE, Launch, family_of, forced, launch_for
 from fused_sd.terms.divergence import divergence_term
+from fused_sd.torch_kernels.rows import RowGradient
 
 CANDIDATES = [Launch(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
 VOCABULARIES = (151936, 100278, 248320)
@@ -57,7 +58,8 @@ def make_tasks(num_rows: int, vocab: int, device: torch.device) -> list[Task]:
     reverse, jsd = divergence_term("reverse_kl"), divergence_term(Jsd(0.5))
 
     def compare(term: object, row_weights: Tensor | None) -> Callable[[], object]:
-        return lambda: rows.divergence_(student, teacher, sides, term, None, row_weights, None, out)
+        gradient = None if row_weights is None else RowGradient(row_weights, None, out)
+        return lambda: rows.divergence_(student, teacher, sides, term, None, gradient)
 
     return [
         Task("log_normalizer", lambda: rows.log_normalizer(student), one),

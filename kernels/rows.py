@@ -27,7 +27,7 @@ from fused_sd.kernels.programs import row_gradients
 from fused_sd.kernels.programs import rows as row_programs
 from fused_sd.kernels.tuning import launch, launch_for
 from fused_sd.terms.divergence import DivergenceTerm
-from fused_sd.torch_kernels.rows import ROW_METRICS, Normalizers
+from fused_sd.torch_kernels.rows import ROW_METRICS, Normalizers, RowGradient
 
 READS_PADDING = True  # rows are read with their padding, 16 bytes at a time for any vocabulary
 STATE = 8  # numbers that a pair's state takes: five, padded to one 32-byte sector of memory
@@ -74,12 +74,10 @@ def divergence_(
     normalizers: Normalizers,
     term: DivergenceTerm,
     entry_clip: float | None,
-    row_weights: Tensor | None,
-    cap: float | None,
-    out: Tensor | None,
+    gradient: RowGradient | None,
     shard: VocabShard = WHOLE,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of a divergence's terms over the vocabulary and, with ``row_weights``, its gradient."""
+    """Sum a divergence's terms over the vocabulary and, where asked for, write the gradient."""
     loss, total = (torch.empty_like(normalizers.student) for _ in range(2))
     clipped = torch.zeros_like(loss)
     compared = {
@@ -90,8 +88,7 @@ def divergence_(
         "DIVERGENCE": TERMS[term.name],
     }
     mean_share = None if entry_clip is not None else term.share_of_mean_ratio
-    has_gradient = row_weights is not None and out is not None
-    if not has_gradient or mean_share is None:
+    if gradient is None or mean_share is None:
         _launch(
             row_gradients.divergence,
             student,
@@ -101,7 +98,8 @@ def divergence_(
             clipped_ptr=clipped,
         )
         loss, total, clipped = shard.sum(loss, total, clipped)
-    if row_weights is not None and out is not None:
+    if gradient is not None:
+        row_weights, cap, out = gradient
         _launch(
             row_gradients.divergence_gradient,
             student,

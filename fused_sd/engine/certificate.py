@@ -1,12 +1,13 @@
-"""What a sparse gradient leaves out, and which rows may be sparse.
+"""What a sparse gradient leaves out, which rows may be sparse, and the bound that a user is given.
 
-A row of the gradient by the head's product keeps its largest entries.  What it drops is known
-exactly: its L1 norm, and its signed sum, which the hidden state's gradient gets on the mean row of
-the head, as if it were dropped_mass evenly over the vocabulary.  That gradient is then off by
-``sum over the dropped of g_v (W_v - mean row)``, at most ``dropped * max_v |W_v - mean row|``; the
-head's gradient is off by at most the tokens' ``dropped * |hidden state|`` together.  Rounding comes
-on top, for dense rows too: their GEMM has other rows than that of a dense gradient, and a BLAS may
-sum a row in another order when other rows are beside it.
+A sparse row of dlogits keeps its largest values.  Two numbers are known of the others: their L1
+norm (``dropped``) and their signed sum (``dropped_mass``).  dhidden gets the signed sum times the
+mean row of the head, as if it were spread evenly over the vocabulary.  dhidden is then off by
+``sum over the dropped of g_v (W_v - mean row)``, at most ``dropped * max_v |W_v - mean row|``; all
+of dweight is off by at most the sum of the tokens' ``dropped * |hidden state|``.
+
+Rounding comes on top, for dense rows too: their GEMM has other rows than that of a dense gradient,
+and a BLAS may sum a row in another order when other rows are beside it.
 
 Dimension key:  (...) tokens, R rows, D hidden size, V vocabulary
 """
@@ -24,10 +25,10 @@ from fused_sd.torch_kernels.slices import slices
 
 GradientKind = Literal["dense", "sparse"]
 TOLERANCE = 2.0**-8  # the rounding of a bf16 gradient
-OWN_SHARE = 0.25  # of the tolerance: what a row may drop of its own norm, where rows are summed
-ROUNDING = 1e-3  # of a budget: far above the rounding of the sums that it is compared with
-PARTS = 2**32  # of a budget, in which prices are counted
-SLAB = 2**13  # rows of a head that are looked at together
+OWN_SHARE = 0.25  # share of the tolerance that a row may use on its own, where rows are summed
+ROUNDING = 1e-3  # share of a budget, far above the rounding of the sums compared with it
+PARTS = 2**32  # whole parts of a budget, in which prices are counted
+SLAB = 2**13  # rows of a head that are read together
 # How far two sums of V numbers in different orders may be apart, in units of sqrt(V) eps: single
 # roundings are of either sign.  A BLAS that adds one number after the other also loses small ones
 # beside a large sum: 0.75 units were measured in fp32 at V 49152, and 0.03 where blocks are summed.
@@ -37,15 +38,16 @@ SUM_ROUNDING = 4.0
 class GradientCertificate(NamedTuple):
     """How far a sparse gradient is from the dense one.
 
-    Norms are L1 norms of rows of the gradient by the head's product, weighted as the loss is before
-    a mean's division; with ``reduction="none"`` they are those of each token's own loss, and the
-    bound holds for every token.  Where ranks share the head, all of it is of this rank's columns,
-    and so is the tolerance: sums over the ranks keep it too.
+    Norms are L1 norms of each token's gradient w.r.t. the product of hidden state and head.  They
+    are weighted as the loss is, before a mean's division; with ``reduction="none"`` they are norms
+    of each token's own loss, and the bound holds for every token.  Where ranks share the head, the
+    numbers and the tolerance are of this rank's columns, and sums over the ranks keep the tolerance
+    too.
 
     Attributes:
-        kept: (...) int64, entries that a token's gradient keeps; 0 where it is dense or left out.
-        dense: (...) bool, tokens whose gradient took the dense way.
-        dropped: (...) norm of what is left out; 0 for dense tokens.
+        kept: (...) int64, number of values kept; 0 for a token that is dense or left out.
+        dense: (...) bool, whether the token's gradient is dense.
+        dropped: (...) norm of what is left out; 0 for a dense token.
         norm: (...) norm of the whole gradient.
     """
 
@@ -56,12 +58,12 @@ class GradientCertificate(NamedTuple):
 
     @property
     def dropped_share(self) -> Tensor:
-        """() share of the norm that is dropped: at most the tolerance."""
+        """Share () of the norm that is dropped, at most the tolerance."""
         norm = self.norm.sum()
         return self.dropped.sum() / torch.where(norm == 0, 1, norm)
 
     def hidden_bound(self, head: Tensor | LMHead) -> Tensor:
-        """(...) bound of the error of each hidden state's gradient (2-norm), logit scale included.
+        """Bound (...) on the error of each hidden state's gradient, by its 2-norm.
 
         The error is the distance from the dense gradient as the same machine computes it.  The
         bound is ``dropped * max_v |W_v - mean row|``, for what is left out, plus ``norm *
@@ -80,7 +82,11 @@ class GradientCertificate(NamedTuple):
 
 
 def checked_tolerance(gradient: str, tolerance: float | None) -> float | None:
-    """The tolerance of a sparse gradient, None for a dense one."""
+    """The tolerance of a sparse gradient; None for a dense one.
+
+    Raises:
+        ValueError: when the tolerance is out of range or has no sparse gradient beside it.
+    """
     checks.check_one_of("gradient", gradient, get_args(GradientKind))
     if gradient == "dense":
         if tolerance is not None:

@@ -19,7 +19,7 @@ from fused_sd.settings import setting
 from fused_sd.terms.comparison import Comparison
 from fused_sd.terms.support import SideName, overlap
 from fused_sd.terms.weighting import capped_ratio, clip_tokens
-from fused_sd.torch_kernels.rows import ROW_METRICS, Normalizers
+from fused_sd.torch_kernels.rows import ROW_METRICS, Normalizers, RowGradient
 
 # metrics that read whole rows, or a sampled token's log-probability in them
 WHOLE_METRICS = {
@@ -171,11 +171,16 @@ class _FullRows:
         chunk, comparison = self.chunk, self.comparison
         compare = chunk.functions.rows.divergence_
         given = *chunk.sides(), self.normalizers, comparison.term, comparison.entry_clip
-        out = chunk.shaping.cap, chunk.dlogits, chunk.shard
+        gradient = None
+        if row_weights is not None:
+            assert chunk.dlogits is not None
+            gradient = RowGradient(row_weights, chunk.shaping.cap, chunk.dlogits)
         bounds = comparison.token_bounds
         # under a token clip the loss decides whether there is a gradient, so it must come first
-        loss, self.num_clipped = compare(*given, row_weights if bounds is None else None, *out)
+        at_once = gradient if bounds is None else None
+        loss, self.num_clipped = compare(*given, at_once, chunk.shard)
         loss, is_open = clip_tokens(loss, bounds)
-        if row_weights is not None and bounds is not None:
-            compare(*given, row_weights * is_open, *out)
+        if gradient is not None and bounds is not None:
+            closed = gradient._replace(row_weights=gradient.row_weights * is_open)
+            compare(*given, closed, chunk.shard)
         return loss, is_open

@@ -34,6 +34,14 @@ ROW_METRIC_PARAMETERS = {"forward_kl": 0.0, "reverse_kl": 0.0, "jsd": 0.5}
 ROW_METRICS = (*ROW_METRIC_PARAMETERS, "student_entropy", "teacher_entropy")
 
 
+class RowGradient(NamedTuple):
+    """Where and how a divergence writes its gradient of ``sum(row_weights * loss)``."""
+
+    row_weights: Tensor  # (C,) factors of the rows' gradients
+    cap: float | None  # soft-cap of the student's logits; the gradient is w.r.t. those before it
+    out: Tensor  # (C, >= W); may be the student's logits
+
+
 class Normalizers(NamedTuple):
     """Log-sum-exps of a chunk's rows on both sides."""
 
@@ -78,21 +86,17 @@ def divergence_(
     normalizers: Normalizers,
     term: DivergenceTerm,
     entry_clip: float | None,
-    row_weights: Tensor | None,  # (C,)
-    cap: float | None,
-    out: Tensor | None,  # (C, >= W); may be the student's logits
+    gradient: RowGradient | None,
     shard: VocabShard = WHOLE,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of a divergence's terms over the vocabulary and, with ``row_weights``, its gradient.
+    """Sum a divergence's terms over the vocabulary and, where asked for, write the gradient.
 
     Args:
         student, teacher: logits of both sides.
         normalizers: their log-sum-exps, by ``normalizers``.
         term: the divergence.
         entry_clip: upper bound of each entry's term; None: no bound.
-        row_weights: factors of the rows' gradients; None: no gradient.
-        cap: soft-cap of the student's logits; the gradient is w.r.t. the logits before it.
-        out: receives the gradient of ``sum(row_weights * loss)``.
+        gradient: where and how the gradient is written; None: no gradient.
         shard: which columns these are.
 
     Returns:
@@ -101,11 +105,11 @@ def divergence_(
     """
     given = student, teacher, normalizers, term, entry_clip
     if shard.alone:
-        loss, clipped, _ = _compare(*given, None, row_weights, cap, out)
+        loss, clipped, _ = _compare(*given, None, gradient)
         return loss, clipped
-    loss, clipped, total = shard.sum(*_compare(*given, None, None, cap, None))
-    if row_weights is not None:
-        _compare(*given, total, row_weights, cap, out)
+    loss, clipped, total = shard.sum(*_compare(*given, None, None))
+    if gradient is not None:
+        _compare(*given, total, gradient)
     return loss, clipped
 
 
@@ -116,9 +120,7 @@ def _compare(
     term: DivergenceTerm,
     entry_clip: float | None,
     known_total: Tensor | None,  # (C,) sum of dlog_s over all ranks; None: these are all columns
-    row_weights: Tensor | None,
-    cap: float | None,
-    out: Tensor | None,
+    gradient: RowGradient | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``divergence_``, over these columns alone; and the sum of ``dlog_s`` over them."""
     loss, total = torch.empty_like(normalizers.student), torch.empty_like(normalizers.student)
@@ -138,7 +140,8 @@ def _compare(
             s = block.s.exp_()
         torch.sum(value, -1, out=loss[at])
         torch.sum(dlog_s, -1, out=total[at])
-        if row_weights is not None and out is not None:
+        if gradient is not None:
+            row_weights, cap, out = gradient
             whole = total if known_total is None else known_total
             dlogits = dlog_s.sub_(s.mul_(whole[at, None]))
             if not is_near:  # a token that is cut may be infinite
@@ -179,7 +182,7 @@ def row_metrics(
         if name in names:
             term = DivergenceTerm(name, parameter)
             pair = student, teacher, normalizers
-            parts[name] = _compare(*pair, term, None, None, None, None, None)[0]
+            parts[name] = _compare(*pair, term, None, None, None)[0]
     for name, side, lse in (
         ("student_entropy", student, normalizers.student),
         ("teacher_entropy", teacher, normalizers.teacher),

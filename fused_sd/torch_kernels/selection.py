@@ -1,4 +1,4 @@
-"""Which entries of a row count: the k largest logits, and the entries that carry a gradient.
+"""Which entries of a row are kept: the k largest logits, and the largest values of a gradient.
 
 The twin of ``kernels/selection.py`` in PyTorch: same arguments, same results.  Of equal logits the
 lowest ids are chosen and of equal magnitudes all or none, so that a choice has one answer.
@@ -30,6 +30,14 @@ class Selection(NamedTuple):
     norm: Tensor  # (R,) sum |g| of the whole row
     dropped: Tensor  # (R,) sum |g| over what is dropped
     dropped_mass: Tensor  # (R,) sum g over what is dropped
+
+
+class _RowSums(NamedTuple):
+    """Sums over rows of a gradient, (R,) each."""
+
+    norm: Tensor  # sum |g| over the whole row
+    rest: Tensor  # sum |g| over what is no candidate
+    dropped_mass: Tensor  # sum g over what is no candidate
 
 
 def has_short_list(k: int, num_columns: int) -> bool:
@@ -96,20 +104,19 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
         outside = torch.where(_is_candidate(values[at], most), 0, values[at])
         torch.sum(magnitude.scatter_(1, ids[at], outside.abs()), -1, out=rest[at])
         torch.sum(signed.scatter_(1, ids[at], outside), -1, out=dropped_mass[at])
-    return _fewest(ids, values, norm, rest, dropped_mass, share, most, vocab)
+    return _fewest(ids, values, _RowSums(norm, rest, dropped_mass), share, most, vocab)
 
 
 def _fewest(
     ids: Tensor,  # (R, M or M + 1) largest first
     values: Tensor,  # as ids
-    norm: Tensor,  # (R,)
-    rest: Tensor,  # (R,) sum |g| over what is no candidate
-    dropped_mass: Tensor,  # (R,) sum g over what is no candidate
+    sums: _RowSums,
     share: float,
     most: int,
     vocab: int,
 ) -> Selection:
     """Keep as few candidates as the budget allows, in the order of their columns."""
+    norm, rest, dropped_mass = sums
     is_finite = norm.isfinite()
     is_candidate = _is_candidate(values, most) & is_finite[:, None]
     magnitude = values.abs()
@@ -131,7 +138,7 @@ def _fewest(
 
 
 def _first_that_fits(sizes: Tensor, rest: Tensor, budget: Tensor, most: Tensor) -> Tensor:
-    """How few of the leading sizes (R, M) must be kept for the others and the rest to fit: (R,).
+    """The fewest leading sizes (R, M) to keep so that the others and the rest fit a budget: (R,).
 
     By bisection, because a running sum in floating point has no fixed order on a GPU.
     """

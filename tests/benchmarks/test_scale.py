@@ -15,6 +15,7 @@ from fused_sd.planning.devices import CARDS, LATENCY
 from fused_sd.planning.objectives import OBJECTIVES
 from fused_sd.planning.prediction import row_reads
 from fused_sd.planning.wire import GATHER, SUM, SUM_OF_DHIDDEN, wire
+from fused_sd.torch_kernels.rows import RowGradient
 
 RANKS = 2
 CLOSE = 0.03  # of the counted peak; a plan promises 0.1
@@ -72,11 +73,10 @@ def test_row_functions_of_either_backend_send_what_is_planned(name, backend, has
     student, teacher = torch.randn(2, count, vocab, device=device)
     objective, shard = OBJECTIVES[name], CountingShard(vocab)
     compared = objective.comparison
-    row_weights = torch.ones(count, device=device) if has_gradient else None
-    out = torch.empty_like(student) if has_gradient else None
+    gradient = RowGradient(torch.ones(count, device=device), None, torch.empty_like(student))
     normalizers = rows.normalizers(student, teacher, shard)
     given = student, teacher, normalizers, compared.term, compared.entry_clip
-    rows.divergence_(*given, row_weights, None, out, shard)
+    rows.divergence_(*given, gradient if has_gradient else None, shard)
     sends = wire(objective, 0, vocab, backend, has_gradient)
     assert (len(shard.maxes), sum(shard.maxes)) == (sends.maxes, count * sends.max_numbers)
     assert (len(shard.sums), sum(shard.sums)) == (sends.sums, count * sends.sum_numbers)

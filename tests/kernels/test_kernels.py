@@ -13,6 +13,7 @@ from fused_sd.engine.backend import choose_functions
 from fused_sd.terms.divergence import DIVERGENCES as DEFINITIONS
 from fused_sd.terms.divergence import divergence_term
 from fused_sd.torch_kernels import rows
+from fused_sd.torch_kernels.rows import RowGradient
 
 triton = pytest.importorskip("triton")
 from fused_sd.kernels import divergence as kernel_divergence
@@ -75,7 +76,8 @@ def compare(
 ):
     sides = module.normalizers(student, teacher)
     term = divergence_term(divergence)
-    return module.divergence_(student, teacher, sides, term, entry_clip, row_weights, cap, out)
+    gradient = None if row_weights is None else RowGradient(row_weights, cap, out)
+    return module.divergence_(student, teacher, sides, term, entry_clip, gradient)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)

@@ -26,6 +26,7 @@ from fused_sd.engine.gradients import MOST
 from fused_sd.engine.layout import ALIGNMENT, workspace_width
 from fused_sd.kernels import rows, sparse
 from fused_sd.terms.divergence import DIVERGENCES, divergence_term
+from fused_sd.torch_kernels.rows import RowGradient
 from fused_sd.torch_kernels.sparse import SparseValues
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
@@ -95,8 +96,8 @@ def launch_rows(vocab: int) -> None:
             divergence = name if definition.setting is None else definition.setting()
             pair = (student, teacher, sides, divergence_term(divergence))
             for entry_clip in (None, 0.05):
-                rows.divergence_(*pair, entry_clip, None, None, None)
-                rows.divergence_(*pair, entry_clip, row, None, out)
+                rows.divergence_(*pair, entry_clip, None)
+                rows.divergence_(*pair, entry_clip, RowGradient(row, None, out))
 
 
 def launch_sparse(vocab: int) -> None:
