@@ -6,9 +6,10 @@ Every message says the rule, the value and the remedy.  This module checks numbe
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from typing import NoReturn
 
 
-def fail(argument: str, rule: str, got: object, remedy: str) -> None:
+def fail(argument: str, rule: str, got: object, remedy: str) -> NoReturn:
     """Raise the one kind of error that a caller sees."""
     raise ValueError(f"{argument} must {rule}, got {got}; {remedy}")
 

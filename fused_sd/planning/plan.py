@@ -167,7 +167,7 @@ def plan(
         is_whole_card=found.is_whole,
         chunk=runs[0].layout.chunk,
         group=runs[0].layout.group,
-        walks=len(runs),
+        chunked_runs=len(runs),
         kept=kept if is_sparse else None,
         dense_share=work.dense_share,
         traffic=sends,

@@ -1,5 +1,6 @@
 """The result of ``fused_sd.plan``: numbers for programs, a table for people."""
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,7 +51,7 @@ class Plan:
         is_whole_card: whether ``free_bytes`` is the whole memory of a card.
         chunk, group: tokens whose logits, and whose gradients w.r.t. logits, this library will
             hold at a time.
-        walks: 2 if backward computes the logits again, else 1.
+        chunked_runs: 2 if backward computes the logits again, else 1; ``walks`` is its old name.
         kept, dense_share: what the plan assumes of a sparse gradient: entries a token, and the
             share of dense tokens.  None and 0 for a dense gradient.
         traffic: what a rank sends to the ranks that share its head; None: no rank shares it.
@@ -77,7 +78,7 @@ class Plan:
     is_whole_card: bool
     chunk: int
     group: int
-    walks: int
+    chunked_runs: int
     kept: int | None
     dense_share: float
     traffic: Traffic | None
@@ -93,6 +94,12 @@ class Plan:
     def peak_bytes(self) -> int:
         """Peak of this library on one rank, in bytes beyond the inputs."""
         return self.estimates[0].peak_bytes
+
+    @property
+    def walks(self) -> int:
+        """``chunked_runs``, with a warning that its name has changed."""
+        warnings.warn("walks is now called chunked_runs", DeprecationWarning, stacklevel=2)
+        return self.chunked_runs
 
     def __getitem__(self, provider: str) -> Estimate:
         """Return the estimate of one provider.
@@ -124,7 +131,7 @@ class Plan:
             f"{self.tokens_per_rank} tokens{counted}{ranks}; "
             f"{self.device}, {size_text(self.free_bytes)} free{card}",
             f"fused_sd holds logits of {self.chunk} tokens and gradients of {self.group}"
-            + (", and computes logits again in backward" if self.walks == 2 else ""),
+            + (", and computes logits again in backward" if self.chunked_runs == 2 else ""),
             *self._assumed(),
             *self._shared(),
             "",

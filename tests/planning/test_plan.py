@@ -136,6 +136,26 @@ def test_the_planned_peak_is_the_counted_one(
     assert planned.peak_bytes == pytest.approx(counted, rel=CLOSE), planned["fused_sd"].parts
 
 
+COMPARISONS = (
+    (fused_sd.SkewKl(0.8), fused_sd.FULL_VOCABULARY, "tail"),
+    (fused_sd.SkewKl(0.8), fused_sd.TeacherNucleus(50, 0.9), "tail"),
+    ("forward_kl", fused_sd.TeacherNucleus(20, 0.5), "renormalize"),
+    (fused_sd.MixedKl(0.4), fused_sd.UnionTopK(20), "drop"),
+)
+
+
+@pytest.mark.parametrize("divergence, support, remainder", COMPARISONS)
+def test_the_planned_peak_of_other_comparisons_is_the_counted_one(
+    drawn, divergence, support, remainder
+):
+    problem = variant(drawn["fp32", SHAPE.name], trainable=True, mask_share=0.0)
+    chosen = {"divergence": divergence, "support": support, "remainder": remainder}
+    loss = losses(problem, reduction="mean", **chosen)["divergence"]
+    counted = peak_bytes(lambda: loss().backward(), CPU)
+    planned = plan_on_cpu(SHAPE, objective="divergence", dtype="fp32", **chosen)
+    assert planned.peak_bytes == pytest.approx(counted, rel=CLOSE), planned["fused_sd"].parts
+
+
 SUPPORTS = (  # the support of both sides, or given entries
     StudentTopK(50),
     TeacherTopK(20),
@@ -162,7 +182,9 @@ def test_a_renormalised_support_holds_neither_gradients_nor_the_other_sides_logi
         masked=masked,
     )
     assert planned.peak_bytes == pytest.approx(counted, rel=CLOSE), planned["fused_sd"].parts
-    assert planned.walks == 1
+    assert planned.chunked_runs == 1
+    with pytest.warns(DeprecationWarning, match="chunked_runs"):
+        assert planned.walks == 1
 
 
 def test_a_renormalised_support_costs_one_gemm_and_given_entries_none():
@@ -238,7 +260,7 @@ def test_dense_rows_cost_the_sum_of_the_heads_gradient_and_their_share_of_the_ge
     seconds = dense["fused_sd"].seconds
     shares = [planned.estimates[0].seconds / seconds for planned in (none, some, again)]
     assert shares == pytest.approx([0.5, 0.5 + 0.125, 0.5 + 0.25])
-    assert (none.walks, some.walks, again.walks) == (1, 1, 2)
+    assert (none.chunked_runs, some.chunked_runs, again.chunked_runs) == (1, 1, 2)
     renormalized = settings | {"objective": "topk_renormalized"}
     either = [fused_sd.plan(gradient=kind, **renormalized) for kind in ("dense", "sparse")]
     assert either[0].estimates == either[1].estimates
@@ -383,7 +405,7 @@ def test_a_separate_head_and_tokens_losses_cost_what_they_should():
     settings = {"tokens": 8192, "device": "H200", "objective": "sdft"}
     once = fused_sd.plan("qwen3-8b", **settings)
     twice = fused_sd.plan("qwen3-8b", reduction="none", **settings)
-    assert (once.walks, twice.walks) == (1, 2)
+    assert (once.chunked_runs, twice.chunked_runs) == (1, 2)
     times = [planned["fused_sd"].seconds for planned in (once, twice)]
     assert times[1] == pytest.approx(times[0] * 6 / 4)
     smaller = fused_sd.plan("qwen3-8b", teacher="qwen3-0.6b", **settings)
