@@ -45,9 +45,8 @@ class DivergenceChoice:
 
     def to_divergence(self) -> float | Divergence:
         """Return the divergence that is named, else alpha, which names one of the JSD's family."""
-        if self.divergence is None:
-            return float(self.distillation_alpha)
-        return named_divergence(self.divergence, self.divergence_parameter)
+        name, parameter = self.divergence, self.divergence_parameter
+        return float(self.distillation_alpha) if name is None else named_divergence(name, parameter)
 
 
 @dataclass

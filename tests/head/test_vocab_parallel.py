@@ -159,8 +159,6 @@ def planned(name):
     """What a plan says of a check."""
     how = dict(worker.WIRED[name])
     has_teacher = how.pop("has_teacher", "entries" not in name)
-    if how.get("support") == "entries":
-        how["support"] = "ids"
     objective = objectives.PlannedObjective(name, has_teacher=has_teacher, **how)
     work = workload.Workload(
         tokens=7,

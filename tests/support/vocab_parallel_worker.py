@@ -18,7 +18,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from vocab_parallel_cases import (
     DIVERGENCES,
+    MASS,
+    REMAINDERS,
+    SUPPORTS,
     Check,
+    K,
     Outcome,
     divergence,
     outcome,
@@ -28,9 +32,10 @@ from vocab_parallel_cases import (
 from vocab_parallel_checks import CHECKS, SECTIONS
 
 import fused_sd
-from fused_sd import LMHead
+from fused_sd import Comparison, Jsd, LMHead, MixedKl, TeacherTopK
 from fused_sd.engine import gradients
 from fused_sd.head.vocab_shard import Shards, VocabShard
+from fused_sd.terms.support import GivenEntries, named_support
 
 NUM_RANKS = 4
 # two ranks do everything; four, who take longer, what may depend on how many they are
@@ -279,27 +284,33 @@ def total(said: list[tuple[str, int]]) -> dict[str, int]:
     return found
 
 
+def compared(support: str, remainder: str) -> dict[str, Any]:
+    """The JSD on a support, as a plan has it."""
+    chosen = GivenEntries(15)
+    if support not in ("ids", "entries"):
+        chosen = named_support(support, *(K, MASS)[: 2 if support == "teacher_nucleus" else 1])
+    return {"comparison": Comparison(Jsd(0.3), chosen, remainder)}
+
+
+FULL = {"comparison": Comparison(Jsd(0.3))}
 WIRED = {  # checks, and what a plan calls the same
-    **{f"full {name}": {"divergence": name} for name in DIVERGENCES},
-    "full forward_kl entry_clip": {"divergence": "forward_kl", "entry_clip": True},
     **{
-        f"{support} {remainder} jsd": {
-            "divergence": "jsd",
-            "support": support,
-            "k": 15 if support in ("ids", "entries") else 12,
-            "remainder": remainder,
-        }
-        for support in ("student", "teacher", "union", "ids", "entries")
-        for remainder in ("tail", "renormalize", "drop")
+        f"full {name}": {"comparison": Comparison(known)}
+        for name, (known, _) in DIVERGENCES.items()
+    },
+    "full forward_kl entry_clip": {"comparison": Comparison("forward_kl", entry_clip=0.02)},
+    **{
+        f"{support} {remainder} jsd": compared(support, remainder)
+        for support in SUPPORTS
+        for remainder in REMAINDERS
     },
     "cross entropy": {"has_teacher": False},
     "rlsd": {},
     "log-probs": {"has_teacher": False, "is_per_token": True},
-    "each token, full": {"divergence": "jsd"},
-    "each token, frozen head, full": {"divergence": "jsd"},
+    "each token, full": FULL,
+    "each token, frozen head, full": FULL,
     "each token, renormalize": {
-        **{"divergence": "mixed_kl", "support": "teacher", "k": 12},
-        "remainder": "renormalize",
+        "comparison": Comparison(MixedKl(0.4), TeacherTopK(K), "renormalize")
     },
 }
 
