@@ -101,25 +101,28 @@ def choose(
 def parse_divergence(text: str) -> Divergence:
     """Parse the command line's form: a name of the table, and its parameter as in jsd:0.5."""
     name, _, number = text.partition(":")
-    return named_divergence(name, _numbers(text, number, float)[0] if number else None)
+    parameter = _numbers(text, number, float, DIVERGENCE_FORMS)
+    return named_divergence(name, parameter[0] if parameter else None)
 
 
 def parse_support(text: str) -> Support:
     """Parse the command line's form: full, student:100, teacher_nucleus:100:0.9 and their like."""
     name, _, rest = text.partition(":")
     count, _, mass = rest.partition(":")
-    numbers = [*_numbers(text, count, int), *_numbers(text, mass, float)]
+    numbers = [
+        *_numbers(text, count, int, SUPPORT_FORMS),
+        *_numbers(text, mass, float, SUPPORT_FORMS),
+    ]
     return named_support(name, *numbers)
 
 
-def _numbers(text: str, number: str, kind: type) -> list[float]:
-    """The number as a list, empty where there is none."""
+def _numbers(text: str, number: str, kind: type, forms: str) -> list[float]:
+    """Parse a number as a list of one, and nothing as an empty list."""
     try:
         return [kind(number)] if number else []
     except ValueError:
-        rule = f"have a {kind.__name__} behind its colon"
-        checks.fail(repr(text), rule, repr(number), f"write {DIVERGENCE_FORMS} or {SUPPORT_FORMS}")
-        raise
+        rule = f"have a number ({kind.__name__}) behind its colon"
+        checks.fail(repr(text), rule, repr(number), f"write one of {forms}")
 
 
 DIVERGENCE_FORMS = ", ".join(

@@ -300,7 +300,6 @@ def divergence_term(divergence: Divergence) -> DivergenceTerm:
     ]
     rule = f"be {', '.join(legal[:-1])} or {legal[-1]}"
     checks.fail("divergence", rule, repr(divergence), remedy)
-    raise AssertionError
 
 
 def _call(definition: Definition) -> str:

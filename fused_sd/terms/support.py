@@ -9,7 +9,7 @@ Dimension key:  C rows in a chunk, K entries of the support
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -269,12 +269,14 @@ def named_support(name: str, *numbers: Any) -> Support:
         ValueError: when the name is unknown or a number is missing, superfluous or out of range.
     """
     checks.check_one_of("support", name, NAMED_SUPPORTS)
+    kind: Any = NAMED_SUPPORTS[name]
+    names = [field.name for field in fields(kind)]
     try:
-        return NAMED_SUPPORTS[name](*numbers)
+        return kind(*numbers)
     except TypeError:
-        rule = f"have the numbers of {NAMED_SUPPORTS[name].__name__}"
-        checks.fail(f"support {name!r}", rule, numbers, "see its documentation")
-        raise
+        rule = f"have {' and '.join(names) or 'no number'}"
+        remedy = f"pass what {kind.__name__}({', '.join(names)}) takes"
+        checks.fail(f"support {name!r}", rule, list(numbers), remedy)
 
 
 def first_occurrence(ids: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def divergence(case, kind, remainder, **settings):
 @pytest.mark.parametrize("softcap", [None, 8.0])
 @pytest.mark.parametrize("remainder", ["tail", "renormalize", "drop"])
 @pytest.mark.parametrize("kind", [*SUPPORTS, "server"])
-def test_values_and_gradients_are_those_of_two_walks(kind, remainder, softcap):
+def test_values_and_gradients_are_those_of_two_runs(kind, remainder, softcap):
     case = make_case(bias=True, softcap=softcap)
     factors = torch.randn((3, 7), dtype=torch.float64)
     joint = divergence(case, kind, remainder, token_ids=case.token_ids, with_grad=BOTH)
