@@ -58,7 +58,7 @@ def sd_zero_with_zeros_outside(batch: Batch, forward_weight: float) -> Tensor:
 
 
 def rlsd_in_places(batch: Batch, places: Tensor) -> Tensor:
-    """RLSD where ``places`` says so and GRPO elsewhere: no token is walked twice."""
+    """RLSD where ``places`` says so and GRPO elsewhere: no token is run twice."""
     settings = {
         "old_log_probs": batch.old,
         "ratio_clip": (0.2, 0.28),

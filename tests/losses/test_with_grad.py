@@ -1,4 +1,4 @@
-"""What a walk returns beside a divergence, with a gradient: log-probabilities and entropies."""
+"""What a run returns beside a divergence, with a gradient: log-probabilities and entropies."""
 
 import pytest
 import torch

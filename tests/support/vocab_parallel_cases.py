@@ -282,7 +282,7 @@ def divergence(
 
 
 def joint(*which: str) -> tuple[Fused, Definition]:
-    """A divergence, and what a policy loss needs of the same walk."""
+    """A divergence, and what a policy loss needs of the same run."""
     alone, defined = divergence(*which)
 
     def fused(case: Case, student: LMHead, teacher: LMHead, **run: Any) -> LossOutput:

@@ -52,7 +52,7 @@ ON = {
     ),
     "even ranks": (*SECTIONS["sampled"], *SECTIONS["named"], *SECTIONS["padded"], "full jsd"),
 }
-AGAIN = (  # a walk of every kind: they repeat to the bit, and go back twice
+AGAIN = (  # a run of every kind: they repeat to the bit, and go back twice
     *("full jsd", "full forward_kl token_clip", "student tail jsd", "union drop mixed_kl"),
     *("ids renormalize reverse_kl", "entries tail forward_kl", "rlsd", "log-probs and entropy"),
     *("top-k log-probs and tail", "each token, full", "each token, frozen head, full"),
