@@ -50,8 +50,15 @@ def model(dtype=torch.float64, family="Qwen3", **changes):
 
 
 def make(method, folder, *, student=None, data=DATA, peft_config=None, callbacks=None, **settings):
-    """A trainer that has not trained yet."""
-    trainer, config = (getattr(ours, f"{method}{part}") for part in ("Trainer", "Config"))
+    """A trainer that has not trained yet.
+
+    Args:
+        method: one of METHODS, or the trainer and the configuration of another.
+    """
+    pair = method
+    if isinstance(method, str):
+        pair = (getattr(ours, f"{method}{part}") for part in ("Trainer", "Config"))
+    trainer, config = pair
     defaults = {
         "output_dir": str(folder),
         "report_to": "none",
