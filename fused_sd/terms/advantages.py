@@ -86,8 +86,9 @@ def iw_opd_advantages(
 
     ``A_t = b_t - a_t`` of the sampled token and
     ``w_t = 1 + gamma (1 - sum_{u<t} |A_u| / sum_u |A_u|)``; 0 where the mask is.  Train on
-    ``policy_loss`` with them, or on ``cross_entropy_loss`` with them times the mean's weights as
-    ``token_weights``: the same gradient at the first update, and the value that TRL logs.
+    ``policy_loss`` with them as advantages, or on ``cross_entropy_loss`` with them times the mean's
+    weights as ``token_weights``.  Both have the same gradient while the policy is the one that
+    sampled; only ``cross_entropy_loss`` has the value that TRL logs, and no ratio afterwards.
 
     Args:
         teacher_log_probs: (B, T) b, of the sampled tokens by the teacher, nats.

@@ -20,7 +20,7 @@ FeedbackFunction = Callable[..., Sequence[str | None]]
 class RolloutBatches:
     """Overrides the methods of TRL's ``SDPOTrainer`` that make a batch."""
 
-    needs_signal: ClassVar[bool] = True  # whether a rollout without teacher prompt has weight 0
+    needs_signal: ClassVar[bool] = True  # whether a rollout whose prompt is None has weight 0
     feedback_func: FeedbackFunction | None
     # Of the rollouts that are being made: the dataset's rows, the completions, and the feedback.
     # TRL hands the context builder neither rows nor texts; ``TeacherContexts`` reads them here.

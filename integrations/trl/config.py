@@ -15,7 +15,7 @@ from fused_sd.checks import check_one_of, check_positive_int, fail
 from fused_sd.integrations.trl.sparse_gradients import GradientSettings
 
 LOSS_TYPES = ("bnpo", "dapo", "grpo", "dr_grpo")
-TEACHERS = ("live", "base", "ema", "synced", "trust_region")
+TEACHERS = ("live", "base", "ema", "synced")  # of every method
 # groups of settings, of which some methods read none
 DIVERGENCE_SETTINGS = (
     "distillation_alpha",
@@ -50,8 +50,8 @@ class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
     number of sequences times ``max_completion_length``.
 
     ``teacher_model_kind`` may also be ``"synced"``, a hard copy every ``teacher_sync_steps`` steps,
-    or ``"trust_region"``, which mixes the initial weights' and the student's log-probabilities at
-    ``teacher_update_rate``.
+    or, in methods that compare distributions, ``"trust_region"``, which mixes the initial weights'
+    and the student's log-probabilities at ``teacher_update_rate``.
 
     Raises:
         ValueError: a value is out of its range, or a setting is given that the method does not
@@ -64,6 +64,9 @@ class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
         "use_teacher_server",
     )
     """TRL's settings that the method does not read."""
+
+    teachers: ClassVar[tuple[str, ...]] = TEACHERS
+    """Values of ``teacher_model_kind``; a loss between distributions adds ``"trust_region"``."""
 
     distillation_mode: Literal["sampled_token", "full_logits", "topk_logits"] = field(
         default="full_logits", metadata={"help": "Only SDPO reads this."}
@@ -106,7 +109,7 @@ class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
                 )
         super().__post_init__()
         check_one_of("loss_type", self.loss_type, LOSS_TYPES)
-        check_one_of("teacher_model_kind", self.teacher_model_kind, TEACHERS)
+        check_one_of("teacher_model_kind", self.teacher_model_kind, self.teachers)
         check_positive_int("max_reprompt_len", self.max_reprompt_len)
         check_one_of("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
         if self.num_generations == 1 and self.scale_rewards == "group":

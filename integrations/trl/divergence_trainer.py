@@ -13,6 +13,7 @@ from fused_sd.checks import fail
 from fused_sd.integrations.trl.config import (
     POLICY_SETTINGS,
     SIBLING_SETTINGS,
+    TEACHERS,
     SelfDistillationConfig,
 )
 from fused_sd.integrations.trl.scores import DIVERGENCE_METRICS
@@ -24,7 +25,9 @@ StatesAndHead = tuple[Tensor, LMHead]  # states are (B, T, D)
 
 @dataclass
 class DivergenceChoice:
-    """Settings that put another divergence of the library in the place of the generalised JSD."""
+    """Settings of a loss between distributions: any divergence, and a trust-region teacher."""
+
+    teachers: ClassVar[tuple[str, ...]] = (*TEACHERS, "trust_region")
 
     divergence: str | None = field(
         default=None,

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, grpo_loss
-from fused_sd.checks import fail
 from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.trl.config import (
     DIVERGENCE_SETTINGS,
@@ -40,16 +39,6 @@ class PolicyConfig(SelfDistillationConfig):
         default=3.0,
         metadata={"help": "Cap of the ratio where the advantage is negative; None: no cap."},
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.teacher_model_kind == "trust_region":
-            fail(
-                "teacher_model_kind",
-                "hold weights that score tokens, where no divergence mixes the student in",
-                "'trust_region'",
-                'pass "base", "ema" or "synced"',
-            )
 
 
 @dataclass

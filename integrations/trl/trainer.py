@@ -1,11 +1,15 @@
 """The base of the methods' trainers: TRL's ``SDPOTrainer`` with other teachers and losses.
 
 TRL does the rollouts, rewards, buffering, logging and checkpoints, and knows vLLM, PEFT and
-accelerate.  A method overrides three functions:
+accelerate.  A method is one file: it sets ``config_cls`` and what it needs, and overrides
 
-* ``teacher_prompts``: the tokens that the teacher reads before a completion;
-* ``score_teacher``: runs the teacher, and returns what the loss needs of its forward;
+* ``teacher_prompts``: the tokens that the teacher reads before a completion (or it puts
+  ``PrivilegedPrompt`` before this base);
+* ``score_teacher``: runs the teacher, and returns what the loss needs of its forward; the default
+  returns the teacher's states and head;
 * ``method_loss``: the loss, called with hidden states and head inside the student's forward.
+
+``tests/integrations/with_trl/test_new_method.py`` is an example.
 
 Everything under "TRL's seams", in ``RolloutBatches`` and in ``TeacherOwner`` overrides a method of
 TRL or transformers.  The reasons given there were read in TRL 1.16 and transformers 5.24.
@@ -69,7 +73,7 @@ class SelfDistillationTrainer(
     _paper: ClassVar[dict[str, str]] = {}  # otherwise TRL's model cards would cite SDPO's paper
     needs_rewards: ClassVar[bool] = True
     needs_privileged: ClassVar[bool] = False
-    metrics: ClassVar[tuple[str, ...]] = ()  # those the loss computes where ``observe`` is set
+    metrics: ClassVar[tuple[str, ...]] = ()  # names for the loss, computed where ``observe`` is set
 
     def __init__(
         self,
@@ -145,8 +149,11 @@ class SelfDistillationTrainer(
             hidden: the completions' states (B, T, D).
             head: the student's output head.
             teacher: what ``score_teacher`` returned.
-            inputs: the micro-batch.
-            options: token_weights, reduction, temperature, metrics, gradient and tolerance.
+            inputs: the micro-batch: TRL's batch with teacher_input_ids, loss_mask, advantages and,
+                where a batch is trained on more than once, old_per_token_logps; without it the
+                current policy sampled.
+            options: keywords to pass on to the loss.  A method that multiplies token_weights scales
+                the returned token_loss too, because that is logged.
         """
         raise NotImplementedError
 

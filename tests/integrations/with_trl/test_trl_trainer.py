@@ -704,7 +704,7 @@ REFUSED = {
     ),
     "a mixture without a divergence": (
         lambda f: make("RLSD", f, teacher_model_kind="trust_region"),
-        "teacher_model_kind must hold weights that score tokens",
+        "teacher_model_kind must be one of 'live', 'base', 'ema', 'synced', got 'trust_region'",
     ),
     "a threshold that RLSD has not": (
         lambda f: make("RLSD", f, success_reward_threshold=0.7),
