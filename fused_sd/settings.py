@@ -25,6 +25,8 @@ class Encoded(NamedTuple):
 
 def setting(kind: Kind) -> Kind:
     """Register a named tuple or a frozen dataclass, so that its instances can be encoded."""
+    known = _KINDS.setdefault(kind.__name__, kind)
+    assert known.__module__ == kind.__module__, f"two settings are called {kind.__name__}"
     _KINDS[kind.__name__] = kind
     return kind
 

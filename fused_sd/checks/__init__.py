@@ -5,6 +5,8 @@ Every message says the rule, the value and the remedy.  This module checks numbe
 """
 
 import math
+import sys
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from typing import NoReturn
 
@@ -14,7 +16,16 @@ def fail(argument: str, rule: str, got: object, remedy: str) -> NoReturn:
     raise ValueError(f"{argument} must {rule}, got {got}; {remedy}")
 
 
+def deprecated(message: str) -> None:
+    """Warn of an old name, at the line outside the library that used it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fused_sd."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, DeprecationWarning, stacklevel=level)
+
+
 def check_number(argument: str, value: object, rule: str, ok: bool, remedy: str) -> None:
+    """Refuse what is no number, or a number for which the rule does not hold."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not ok:
         fail(argument, rule, repr(value), remedy)
 
@@ -46,7 +57,7 @@ def check_open_interval(argument: str, value: object, remedy: str) -> None:
 
 def check_positive_int(argument: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        fail(argument, "be an integer of at least 1", repr(value), "pass the number of entries")
+        fail(argument, "be an integer of at least 1", repr(value), "pass a whole number")
 
 
 def check_one_of(argument: str, value: object, legal: Collection[str]) -> None:
@@ -56,29 +67,19 @@ def check_one_of(argument: str, value: object, legal: Collection[str]) -> None:
         )
 
 
-def check_support_size(name: str, k: int, vocab: int) -> None:
-    if k > vocab:
-        fail(
-            f"{name}.k",
-            f"be at most the vocabulary's {vocab}",
-            k,
-            "use FULL_VOCABULARY to compare every entry",
-        )
-
-
-def check_ratio_clip(ratio_clip: object) -> None:
+def check_clip_pair(argument: str, pair: object) -> None:
     ok = (
-        isinstance(ratio_clip, Sequence)
-        and len(ratio_clip) == 2
-        and all(isinstance(c, int | float) and c >= 0 for c in ratio_clip)
-        and ratio_clip[0] <= 1
+        isinstance(pair, Sequence)
+        and len(pair) == 2
+        and all(isinstance(c, int | float) and c >= 0 for c in pair)
+        and pair[0] <= 1
     )
     if not ok:
         fail(
-            "ratio_clip",
+            argument,
             "be (low, high) with 0 <= low <= 1 and high >= 0",
-            repr(ratio_clip),
-            "the ratio is clipped to [1 - low, 1 + high]; pass None for no clip",
+            repr(pair),
+            "it clips to [1 - low, 1 + high]",
         )
 
 
@@ -91,6 +92,6 @@ def check_reduction(reduction: object) -> None:
 
 
 def check_names(argument: str, names: object) -> None:
-    """A sequence of names, which a single string is not."""
+    """Check that names are a sequence; a single string is refused."""
     if isinstance(names, str) or not isinstance(names, Iterable):
         fail(argument, "be a sequence of names", repr(names), f"pass ({names!r},)")

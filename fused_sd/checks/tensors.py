@@ -186,7 +186,13 @@ def check_ids(
             )
 
 
-def check_entry_ids(ids: object, shape: Sequence[int], device: torch.device, vocab: int) -> None:
+def check_entry_ids(
+    ids: object,
+    shape: Sequence[int],
+    device: torch.device,
+    vocab: int,
+    remedy: str = "mark padding with a negative id",
+) -> None:
     """Check sets of token ids (..., K), of which negative ids are padding."""
     check_tensor("token ids", ids)
     assert isinstance(ids, Tensor)
@@ -203,9 +209,7 @@ def check_entry_ids(ids: object, shape: Sequence[int], device: torch.device, voc
         checks.fail("token ids", f"be on {device}", ids.device, f"move them to {device}")
     on_cpu = ids.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_cpu and ids.numel() and int(ids.max()) >= vocab:
-        checks.fail(
-            "token ids", f"lie below V = {vocab}", int(ids.max()), "mark padding with a negative id"
-        )
+        checks.fail("token ids", f"lie below V = {vocab}", int(ids.max()), remedy)
 
 
 def check_teacher_entries(ids: Tensor, log_probs: object) -> None:

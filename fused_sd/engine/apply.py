@@ -55,8 +55,9 @@ def apply_objective(
         student: hidden states and head, differentiated.
         teacher: hidden states and head, constants; None: the objective needs no teacher's logits.
         inputs: per-token tensors that the objective reads, constants.
-        token_weights: weight of each token's value; tokens of weight 0 are left out.  May leave out
-            more than ``options.token_weights``, which decide a mean's divisor.
+        token_weights: weight of each token's value; tokens of weight 0 are left out.  A loss may
+            set more weights to 0 here than ``options.token_weights`` has, to skip tokens that
+            contribute nothing; the divisor of a mean still comes from ``options.token_weights``.
         options: temperature, reduction and how the run is made.
     """
     shards = _shards(student[1], None if teacher is None else teacher[1], options)

@@ -47,7 +47,7 @@ def sparse_gradients(
     dense, sparse = Dense(*saved[:3]), Sparse(*saved[3:])
     factors, tokens = grad_output.expand(hidden.shape[0]).contiguous(), sparse.dense_tokens
     dense_rows, head_factor = dense.dhidden, grad_output if grad_output.dim() == 0 else None
-    if any(plan_gradients(objective, settings, wanted).dense):
+    if any(plan_gradients(objective, settings, wanted).finished):
         dense_rows = dense_rows * factors[tokens, None] if wanted[0] else dense_rows
     elif tokens.numel():
         row_weights = torch.zeros_like(factors)
@@ -125,7 +125,7 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -
     hidden, weight, bias = tensors[:3]
     ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
     outputs = structured(output)
-    is_finished = any(ctx.plan.dense)
+    is_finished = any(ctx.plan.finished)
     if ctx.plan.kind in ("sparse", "certified"):
         ctx.encoded = text, floats, ints
         again = ctx.plan.kind == "certified" and not is_finished

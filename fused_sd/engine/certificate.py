@@ -1,4 +1,4 @@
-"""What a sparse gradient leaves out, which rows may be sparse, and the bound that a user is given.
+"""What a sparse gradient leaves out, and the bound that a user is given.
 
 A sparse row of dlogits keeps its largest values.  Two numbers are known of the others: their L1
 norm (``dropped``) and their signed sum (``dropped_mass``).  dhidden gets the signed sum times the
@@ -6,10 +6,10 @@ mean row of the head, as if it were spread evenly over the vocabulary.  dhidden 
 ``sum over the dropped of g_v (W_v - mean row)``, at most ``dropped * max_v |W_v - mean row|``; all
 of dweight is off by at most the sum of the tokens' ``dropped * |hidden state|``.
 
-Rounding comes on top, for dense rows too: their GEMM has other rows than that of a dense gradient,
-and a BLAS may sum a row in another order when other rows are beside it.
+Rounding adds to these errors, in dense rows too: their GEMM has another shape than that of a fully
+dense gradient, and a BLAS orders its sums by the shape.
 
-Dimension key:  (...) tokens, R rows, D hidden size, V vocabulary
+Dimension key:  (...) tokens, D hidden size, V vocabulary
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -20,14 +20,10 @@ from torch import Tensor
 from fused_sd import checks
 from fused_sd.head.lm_head import LMHead, as_head
 from fused_sd.head.projection import accumulation_dtype
-from fused_sd.torch_kernels.selection import Selection
 from fused_sd.torch_kernels.slices import slices
 
 GradientKind = Literal["dense", "sparse"]
 TOLERANCE = 2.0**-8  # the rounding of a bf16 gradient
-OWN_SHARE = 0.25  # share of the tolerance that a row may use on its own, where rows are summed
-ROUNDING = 1e-3  # share of a budget, far above the rounding of the sums compared with it
-PARTS = 2**32  # whole parts of a budget, in which prices are counted
 SLAB = 2**13  # rows of a head that are read together
 # How far two sums of V numbers in different orders may be apart, in units of sqrt(V) eps: single
 # roundings are of either sign.  A BLAS that adds one number after the other also loses small ones
@@ -69,7 +65,8 @@ class GradientCertificate(NamedTuple):
         bound is ``dropped * max_v |W_v - mean row|``, for what is left out, plus ``norm *
         max_v |W_v| * (4 sqrt(V) eps + eps')`` for rounding: of two sums of V products in orders
         that a BLAS chooses (eps of fp32, of fp64 operands fp64), and of their results to the
-        head's dtype (eps').  A dense token has the second part alone.
+        head's dtype (eps').  A dense token has the second part alone.  Gradients below the smallest
+        normal number of a dtype lose digits besides; a last part of that size covers them.
 
         Args:
             head: the student's, as the loss was given it, under autocast in autocast's dtype; it is
@@ -78,7 +75,8 @@ class GradientCertificate(NamedTuple):
         """
         head = as_head(head)
         farthest, longest = radius(head)
-        return self.dropped * farthest + self.norm * (longest * rounding(head))
+        bound = self.dropped * farthest + self.norm * (longest * rounding(head))
+        return bound + (self.norm != 0) * underflow(head, longest)
 
 
 def checked_tolerance(gradient: str, tolerance: float | None) -> float | None:
@@ -127,61 +125,18 @@ def rounding(head: LMHead) -> float:
     return sums + torch.finfo(dtype).eps
 
 
+def underflow(head: LMHead, longest: Tensor) -> Tensor:
+    """Error () that numbers below the smallest normal one add to a hidden state's gradient."""
+    dtype = head.weight.dtype
+    sums, result = (
+        torch.finfo(kind).smallest_normal * torch.finfo(kind).eps
+        for kind in (accumulation_dtype(dtype), dtype)
+    )
+    return sums * head.num_tokens * (1 + longest) + result * head.weight.shape[1] ** 0.5
+
+
 def mean_row(weight: Tensor) -> Tensor:
     """(D,) mean of a head's rows, in fp32 or fp64; 0 of none, as a rank with padding alone has."""
     if not weight.shape[0]:
         return weight.new_zeros(weight.shape[1], dtype=accumulation_dtype(weight.dtype))
     return weight.mean(0, dtype=accumulation_dtype(weight.dtype))
-
-
-def needs_dense(selection: Selection, tolerance: float, reduced: bool) -> Tensor:
-    """(R,) which rows cannot stay sparse, for a dropped norm within tolerance.
-
-    A row alone may drop the tolerance's share of its norm, for whatever factor backward gives it.
-    Where rows are summed it is the sum that counts: what their own shares leave of the tolerance
-    buys the rows that could not meet theirs, the cheapest first.
-    """
-    norm, dropped = selection.norm, selection.dropped
-    within = dropped <= row_share(tolerance, reduced) * norm  # not where the norm is not a number
-    if not reduced:
-        return ~within
-    left = _budget(norm, tolerance) - torch.where(within, dropped, 0).sum()
-    prices, order = dropped.masked_fill(within, 0).sort(stable=True)
-    is_sparse = torch.empty_like(within)
-    is_sparse[order] = torch.arange(len(order), device=order.device) < count_within_budget(
-        prices, left
-    )
-    return ~(is_sparse | within)
-
-
-def smallest_kept(selection: Selection, is_dense: Tensor, tolerance: float) -> Tensor:
-    """() magnitude below which entries of summed rows are dropped too, as far as the budget goes.
-
-    Among them are whole rows of small norm.
-    """
-    values = selection.values
-    left = _budget(selection.norm, tolerance) - selection.dropped.masked_fill(is_dense, 0).sum()
-    places = torch.arange(values.shape[1], device=values.device)
-    sizes = values[~is_dense[:, None] & (places < selection.count[:, None])].abs()
-    sizes = torch.cat([sizes.sort().values, sizes.new_full((1,), torch.inf)])
-    return sizes[count_within_budget(sizes, left)]
-
-
-def _budget(norm: Tensor, tolerance: float) -> Tensor:
-    return tolerance * (1 - ROUNDING) * norm.sum()
-
-
-def count_within_budget(prices: Tensor, budget: Tensor) -> Tensor:
-    """How many of the ascending prices, from the first on, are within the budget together.
-
-    They are counted in whole parts of the budget, rounded up: a running sum of floats would depend
-    on its order, which a GPU does not keep.
-    """
-    parts = (prices.double() * (PARTS / budget)).ceil().nan_to_num(2 * PARTS).clamp(max=2 * PARTS)
-    count_within_budget = (parts.long().cumsum(0) <= PARTS).sum()
-    return torch.where(budget > 0, count_within_budget, 0)
-
-
-def row_share(tolerance: float, reduced: bool) -> float:
-    """What a row may drop of its own norm."""
-    return (OWN_SHARE if reduced else 1.0) * (1 - ROUNDING) * tolerance

@@ -67,6 +67,7 @@ class Chunk(NamedTuple):
         return None if self.teacher_side is None else self.teacher_side.whole
 
     def side(self, name: SideName) -> Side:
+        """Return one side by its name."""
         side = self.student_side if name == "student" else self.teacher_side
         assert side is not None
         return side
@@ -163,14 +164,15 @@ class Objective(Protocol):
 
     @property
     def num_sparse_values(self) -> int:
-        """How many values a token's gradient has, if it has no others; 0: it may reach all V."""
+        """Number of values that make up a token's whole gradient; 0: it may reach every entry."""
 
     @property
     def whole_sides(self) -> tuple[bool, bool]:
         """Whether the whole logits of the student, and of a teacher, are read."""
 
     def replay(self, extras: list[Tensor]) -> tuple["Objective", list[Tensor]]:
-        """The objective of a second run in backward, and its inputs beside the first run's.
+        """Return the objective that backward runs, and the inputs to append to the first run's.
 
-        A choice that the first run made must not be made anew.
+        An objective that chose entries in forward returns one that reads them instead of choosing
+        again.
         """

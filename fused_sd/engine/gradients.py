@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from fused_sd.engine.backend import Functions
-from fused_sd.engine.certificate import mean_row, needs_dense, row_share, smallest_kept
+from fused_sd.engine.budget import needs_dense, row_share, smallest_kept
+from fused_sd.engine.certificate import mean_row
 from fused_sd.engine.chunk import SparseBuffers
 from fused_sd.engine.kept_tokens import KeptTokens
-from fused_sd.engine.saved import Dense, Sparse, Wanted, starts_of, unfilled
+from fused_sd.engine.saved import Dense, Sparse, Wanted, starts_of
 from fused_sd.engine.workspace import Workspace
 from fused_sd.head.projection import accumulation_dtype
 from fused_sd.torch_kernels.selection import Selection
 
-MOST = 512  # sparse values of a row; with more, gathering rows of the head saves little
+MOST = 512  # most sparse values of a row; with more, gathering rows of the head saves little
 
 
 class DenseGradients:
@@ -30,7 +31,7 @@ class DenseGradients:
 
     def __init__(self, workspace: Workspace, wanted: Wanted) -> None:
         self.workspace = workspace
-        self.dense = unfilled(workspace, wanted)
+        self.dense = _unfilled(workspace, wanted)
 
     def sparse_buffers(self, at: slice) -> SparseBuffers | None:
         """Where a chunk's objective writes sparse values; None: it writes dlogits."""
@@ -59,7 +60,7 @@ class DenseGradients:
 
 
 class SparseGradients(DenseGradients):
-    """An objective that writes sparse values: they are the whole gradient."""
+    """Keeps the sparse values that the objective writes, which are the whole gradient."""
 
     def __init__(self, workspace: Workspace, num_tokens: int, num_values: int) -> None:
         super().__init__(workspace, (False, False, False))
@@ -72,7 +73,7 @@ class SparseGradients(DenseGradients):
         return SparseBuffers(self.columns[at], self.values[at], self.workspace.student.vocab)
 
     def accumulate(self, group: slice) -> None:
-        """Nothing to do: the objective has written them where they stay."""
+        """Does nothing: the objective wrote the values into their final memory."""
 
     def finish(self, kept: KeptTokens) -> tuple[Dense, Sparse]:
         num_tokens, num_values = self.columns.shape
@@ -96,19 +97,19 @@ class SparseGradients(DenseGradients):
 
 
 class Part(NamedTuple):
-    """What a group adds to a certified gradient."""
+    """What a group of R rows adds to a certified gradient: E values and F dense tokens."""
 
-    columns: Tensor
-    values: Tensor
-    dense_tokens: Tensor
-    kept: Tensor
-    norm: Tensor
-    dropped: Tensor
-    dropped_mass: Tensor
+    columns: Tensor  # (E,) int32
+    values: Tensor  # (E,)
+    dense_tokens: Tensor  # (F,) int64
+    kept: Tensor  # (R,) int64, number of values of each row
+    norm: Tensor  # (R,)
+    dropped: Tensor  # (R,)
+    dropped_mass: Tensor  # (R,)
 
 
 class CertifiedGradients(DenseGradients):
-    """Rows whose largest values are enough keep those; the other rows stay dense.
+    """For each token keeps the largest values where they are enough, the dense row elsewhere.
 
     A GEMM reads the whole head, so it pays for many rows only.  The dense rows of a group therefore
     move to the front of the workspace's dlogits and wait there for those of the next groups.
@@ -123,7 +124,7 @@ class CertifiedGradients(DenseGradients):
         reduced: bool,
     ) -> None:
         self.workspace, self.functions, self.wanted = workspace, functions, wanted
-        self.dense = unfilled(workspace, wanted, 0, 0)
+        self.dense = _unfilled(workspace, wanted, 0, 0)
         self.tolerance, self.reduced = tolerance, reduced
         self.waiting: list[Tensor] = []  # tokens of the rows that wait
         self.dhidden: list[Tensor] = []
@@ -135,10 +136,10 @@ class CertifiedGradients(DenseGradients):
         return max(layout.chunk, (layout.group - self.first_row) // layout.chunk * layout.chunk)
 
     def accumulate(self, group: slice) -> None:
-        gradients, count = self.workspace.gradients, group.stop - group.start
-        assert gradients is not None
+        dlogits, count = self.workspace.dlogits, group.stop - group.start
+        assert dlogits is not None
         vocab = self.workspace.student.vocab
-        rows = gradients[self.first_row : self.first_row + count, :vocab]
+        rows = dlogits[self.first_row : self.first_row + count, :vocab]
         share = row_share(self.tolerance, self.reduced)
         selection = _nothing_to_select(rows)
         if vocab:
@@ -164,14 +165,14 @@ class CertifiedGradients(DenseGradients):
 
     def _keep(self, rows: Tensor, count: int) -> None:
         """Move chosen rows (ascending) of the last ``count`` to the first that do not wait."""
-        gradients = self.workspace.gradients
-        assert gradients is not None
+        dlogits = self.workspace.dlogits
+        assert dlogits is not None
         to, self.first_row = self.first_row, self.first_row + rows.numel()
         if rows.numel() == count:
             return
         for part in (rows + to).split(self.workspace.layout.chunk):
             # no row moves backwards, so a row that is overwritten has already moved
-            gradients[to : to + part.numel()] = gradients.index_select(0, part)
+            dlogits[to : to + part.numel()] = dlogits.index_select(0, part)
             to += part.numel()
 
     def _flush(self) -> None:
@@ -179,9 +180,9 @@ class CertifiedGradients(DenseGradients):
         tokens, self.waiting, self.first_row = torch.cat(self.waiting), [], 0
         is_first = not self.dhidden
         if is_first:
-            self.dense = unfilled(self.workspace, self.wanted, 0)
+            self.dense = _unfilled(self.workspace, self.wanted, 0)
         _, dweight, dbias = self.dense
-        dhidden = unfilled(self.workspace, (self.wanted[0], False, False), tokens.numel()).dhidden
+        dhidden = _unfilled(self.workspace, (self.wanted[0], False, False), tokens.numel()).dhidden
         self.dhidden.append(dhidden)
         self.workspace.accumulate(tokens, dhidden, dweight, dbias, is_first=is_first)
 
@@ -205,6 +206,27 @@ class CertifiedGradients(DenseGradients):
             **by_token,
         )
         return dense, sparse
+
+
+def _unfilled(
+    workspace: Workspace,
+    wanted: Wanted,
+    num_tokens: int | None = None,  # None: all that are run
+    num_columns: int | None = None,  # None: V
+) -> Dense:
+    """Allocate the wanted gradients.
+
+    dbias starts at 0, because every group adds to it; the others are written before they are read.
+    """
+    student, wide = workspace.student, workspace.logits
+    num_tokens = student.hidden.shape[0] if num_tokens is None else num_tokens
+    num_columns = student.vocab if num_columns is None else num_columns
+    width = student.hidden.shape[1]
+    shapes = [(num_tokens, width), (num_columns, width), (num_columns,)]
+    given = zip(wanted, shapes, strict=True)
+    tensors = [wide.new_empty(shape if is_wanted else 0) for is_wanted, shape in given]
+    tensors[2].zero_()
+    return Dense(*tensors)
 
 
 def _nothing_to_select(rows: Tensor) -> Selection:

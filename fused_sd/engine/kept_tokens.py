@@ -1,6 +1,6 @@
 """Which tokens are run: those that have a weight.
 
-Dimension key:  N tokens, A tokens that are kept
+Dimension key:  N tokens, K tokens that are kept
 """
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 class KeptTokens:
     """Selects the tokens that have a weight, and puts results back in the places of all tokens.
 
-    Without compaction every token is run.  Tokens of weight 0 are then set to 0 first, so that
-    nothing they hold can reach a sum.
+    Without compaction every token is run.  The rows of tokens of weight 0 are set to 0 first, so
+    that no NaN or infinity in them reaches a sum.
     """
 
     def __init__(self, row_weights: Tensor, compact: bool) -> None:
@@ -22,7 +22,7 @@ class KeptTokens:
         self.all = self.index is not None and self.index.numel() == self.has_weight.numel()
 
     def select(self, tensor: Tensor) -> Tensor:
-        """The rows (A, ...) of the kept tokens."""
+        """The rows (K, ...) of the kept tokens."""
         if self.all:
             return tensor
         if self.index is not None:

@@ -36,7 +36,7 @@ class RunSize(NamedTuple):
 
     @property
     def in_place(self) -> bool:
-        """Whether dlogits take the place of the logits, which they do where they are as wide."""
+        """Whether dlogits overwrite the student's logits, which they do where they are as wide."""
         return self.has_dlogits and self.operand_bytes == self.logit_bytes
 
     @property
@@ -86,7 +86,8 @@ def budget_on(device: torch.device, reserved: int, alone: bool = True) -> int:
 
     Args:
         reserved: bytes that the run will take besides, for finished gradients.
-        alone: whether no other rank must come to the same number, from other memory.
+        alone: False where ranks share the vocabulary.  They need equal chunks although their free
+            memory differs, so the budget is then a constant.
     """
     if device.type != "cuda":
         return CPU_BUDGET

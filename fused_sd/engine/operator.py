@@ -6,6 +6,10 @@ chunks into dhidden and dweight (``gradients.accumulate``).  Then the logits are
 memory is O(C V), never O(N V).  dlogits that are sparse, or that a tolerance allows to be, are kept
 as a few values for each token instead (``gradients.py``).
 
+``values`` are the objective's J numbers for each token, ``row_weights`` are their factors.  Tokens
+of weight 0 are left out first (``kept_tokens.py``).  A chunk is as long as a memory budget allows,
+and a group is the chunks that share the two GEMMs (``layout.py``).
+
 Forward computes the gradient of ``sum(row_weights * values)`` at once where the row weights are
 known: where the loss is reduced inside, they are the token weights.  Otherwise backward runs the
 chunks again, with autograd's gradient as row weights (``backward.py``).
@@ -51,8 +55,9 @@ class RunSettings(NamedTuple):
 class GradientPlan(NamedTuple):
     """Which gradients a run computes, and in which form."""
 
+    # "nothing": no gradient is wanted, or backward runs the chunks again to compute it
     kind: Literal["nothing", "dense", "sparse", "certified"]
-    dense: Wanted  # which dense gradients forward finishes, so that backward only scales them
+    finished: Wanted  # which dense gradients forward finishes, so that backward only scales them
 
 
 class Outputs(NamedTuple):
@@ -81,7 +86,10 @@ def structured(flat: Sequence[Any]) -> Outputs:
 def plan_gradients(
     objective: Objective, settings: RunSettings, wanted: Sequence[bool]
 ) -> GradientPlan:
-    """Decide what a run computes; of dense gradients, those that backward need only scale."""
+    """Decide which gradients forward computes.
+
+    Dense ones are computed only where backward can finish them by scaling.
+    """
     nothing = (False, False, False)
     if not any(wanted):
         return GradientPlan("nothing", nothing)
@@ -125,7 +133,7 @@ def chunked_run(
 
     # fp16: divide the weights by their maximum so that dlogits do not underflow; multiply back in
     # fp32 at the end
-    unit = row_weights.abs().amax().clamp(min=1e-30) if _fp16_gradient(hidden) else None
+    weight_scale = row_weights.abs().amax().clamp(min=1e-30) if _has_fp16_dlogits(hidden) else None
     student = Projection(hidden, weight, bias, settings.student)
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
@@ -139,7 +147,7 @@ def chunked_run(
     needs = Needs(
         objective.whole_sides,
         plan.kind in ("dense", "certified"),
-        wide.itemsize * sum(itertools.compress(sizes, plan.dense)),
+        wide.itemsize * sum(itertools.compress(sizes, plan.finished)),
         settings.chunk_size,
     )
     workspace = Workspace(student, teacher, needs, functions.sparse.entry_logits, shard)
@@ -155,17 +163,17 @@ def chunked_run(
                 "'sparse'",
                 "how many values and dense rows there are must be read from the device",
             )
-        chosen = plan.dense, settings.tolerance, settings.reduced
+        chosen = plan.finished, settings.tolerance, settings.reduced
         gradients = CertifiedGradients(workspace, functions, *chosen)
     else:
-        gradients = DenseGradients(workspace, plan.dense)
+        gradients = DenseGradients(workspace, plan.finished)
 
     start, stop = 0, hidden.shape[0]
     values, *extras = _by_token(objective, hidden, stop)
     while start < stop:
         group = slice(start, min(start + gradients.tokens_that_fit(), stop))
         for at in slices(group.start, group.stop, workspace.layout.chunk):
-            scaled = row_weights[at] if unit is None else row_weights[at] / unit
+            scaled = row_weights[at] if weight_scale is None else row_weights[at] / weight_scale
             chunk = Chunk(
                 *workspace.fill(at, gradients.first_row + at.start - group.start),
                 sparse=gradients.sparse_buffers(at),
@@ -186,10 +194,10 @@ def chunked_run(
     kept.clear_(values)
     total = (row_weights * values).sum()
     dense, sparse = gradients.finish(kept)
-    if unit is not None:
-        scaled_too = sparse.values, sparse.dropped_mass, sparse.norm, sparse.dropped
-        for gradient in (*dense, *scaled_too):
-            gradient *= unit
+    if weight_scale is not None:
+        of_sparse = sparse.values, sparse.dropped_mass, sparse.norm, sparse.dropped
+        for gradient in (*dense, *of_sparse):
+            gradient *= weight_scale
     restored = [kept.restored(buffer) for buffer in (values, *extras)]
     return Outputs(total, restored[0], dense, sparse, restored[1:]).flat()
 
@@ -222,10 +230,10 @@ def _(
             name: getattr(sparse, name).new_empty(num_tokens)
             for name in ("kept", "norm", "dropped")
         }
-        if plan.kind == "certified":  # whose sizes depend on what is in the gradient
+        if plan.kind == "certified":  # with sizes that are known at run time only
             size = torch.library.get_ctx().new_dynamic_size
             num_values, num_dense = size(), size()
-            sizes = [num_dense, *(size() if is_wanted else 0 for is_wanted in plan.dense[1:])]
+            sizes = [num_dense, *(size() if is_wanted else 0 for is_wanted in plan.finished[1:])]
             by_token["dropped_mass"] = total.new_empty(num_tokens)
             by_token["mean_row"] = total.new_empty(weight.shape[1])
             by_token["dense_tokens"] = sparse.dense_tokens.new_empty(num_dense)
@@ -238,12 +246,12 @@ def _(
     trailing: list[tuple[int, ...]] = [(hidden.shape[1],), (weight.shape[1],), ()]
     dense = [
         total.new_empty((size, *rest) if is_wanted else 0)
-        for is_wanted, size, rest in zip(plan.dense, sizes, trailing, strict=True)
+        for is_wanted, size, rest in zip(plan.finished, sizes, trailing, strict=True)
     ]
     return Outputs(total, values, Dense(*dense), sparse, extras).flat()
 
 
-def _fp16_gradient(hidden: Tensor) -> bool:
+def _has_fp16_dlogits(hidden: Tensor) -> bool:
     return hidden.is_cuda and hidden.dtype == torch.float16 and hidden.shape[0] > 0
 
 

@@ -1,8 +1,7 @@
 """The options that every loss takes: declared once, checked once, passed on as one object.
 
-This is where a loss call begins inside the library (after the public function in ``losses/``): a
-public loss ends in ``**options: Unpack[LossOptions]``, so that callers write plain keywords, and
-makes one ``Options`` of them.
+A public loss ends in ``**options: Unpack[LossOptions]``, so that callers write plain keywords.  It
+makes one ``Options`` of them before anything else.
 """
 
 from collections.abc import Sequence
@@ -44,7 +43,8 @@ class Options:
             exactly 0 and costs nothing, whatever its states hold.  None: ones.
         temperature: divides the logits of both sides; there is no temperature-squared factor.
         teacher_temperature: divides the teacher's logits instead, where given.
-        reduction: ``"sum"``; ``"mean"``, the sum divided by the sum of the weights; ``"none"``.
+        reduction: ``"sum"``; ``"mean"``, the sum divided by the sum of the weights, which must then
+            be at least 0; ``"none"``.
         metrics: names of what to return per token beside the loss.
         gradient: ``"dense"``, or ``"sparse"``: of each token's logit gradient the largest entries
             are kept, the rest is put on the head's mean row, and a token whose gradient is not
@@ -52,8 +52,8 @@ class Options:
             decided.  A renormalised support needs neither: its gradient has K entries.
         tolerance: share of the gradient's L1 norm that a sparse gradient may drop, over the batch;
             with ``reduction="none"`` of each token.  None: 2**-8.
-        compact: drop tokens of weight 0 before any GEMM.  Their number is read from the device
-            once; False computes and discards them instead.
+        compact: drop tokens of weight 0 before any GEMM; the number of tokens left is read from the
+            device once.  False runs all tokens and sets the results of those to 0.
         backend: ``"auto"``: Triton on a GPU, PyTorch elsewhere; or one of the two by name.
         chunk_size: tokens whose logits are held at a time; changes memory and time, and the result
             in the last bits only.  None: as many as a memory budget allows.

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd.engine.workspace import Workspace
-
 Wanted = tuple[bool, bool, bool]  # which gradients: w.r.t. hidden states, weight, bias
 
 
@@ -41,24 +39,6 @@ class Sparse(NamedTuple):
         dtypes = {"columns": torch.int32, "starts": torch.int64, "dense_tokens": torch.int64}
         dtypes["kept"] = torch.int64
         return cls(*(like.new_empty(0, dtype=dtypes.get(name)) for name in cls._fields))
-
-
-def unfilled(
-    workspace: Workspace,
-    wanted: Wanted,
-    num_tokens: int | None = None,  # None: all that are run
-    num_columns: int | None = None,  # None: V
-) -> Dense:
-    """Memory for the wanted gradients; that of a bias is 0, since its parts are added."""
-    student, wide = workspace.student, workspace.logits
-    num_tokens = student.hidden.shape[0] if num_tokens is None else num_tokens
-    num_columns = student.vocab if num_columns is None else num_columns
-    width = student.hidden.shape[1]
-    shapes = [(num_tokens, width), (num_columns, width), (num_columns,)]
-    given = zip(wanted, shapes, strict=True)
-    tensors = [wide.new_empty(shape if is_wanted else 0) for is_wanted, shape in given]
-    tensors[2].zero_()
-    return Dense(*tensors)
 
 
 def starts_of(counts: Tensor) -> Tensor:

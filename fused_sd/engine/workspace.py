@@ -1,7 +1,7 @@
 """The memory of the chunk loop, and the GEMMs that fill it and empty it.
 
-Logits are held for one chunk at a time, dlogits (their gradients) for a group of chunks.  A dlogit
-as wide as its logit takes the logit's place; 16-bit dlogits have memory of their own.
+Logits are held for one chunk at a time, dlogits (their gradients) for a group of chunks.  fp32 and
+fp64 dlogits overwrite the student's logits; 16-bit dlogits have memory of their own.
 
 Dimension key:  C tokens in a chunk, G tokens in a group, D hidden size, V vocabulary, W columns
 """
@@ -64,9 +64,9 @@ class Workspace:
             budget = budget_on(hidden.device, needs.reserved, shard.alone)
         self.layout: Layout = choose_layout(size, num_tokens, budget, needs.chunk_size)
         chunk, group = min(self.layout.chunk, num_tokens), min(self.layout.group, num_tokens)
-        self.gradients = None  # (G, W)
+        self.dlogits = None  # (G, W)
         if needs.has_dlogits:
-            self.gradients = hidden.new_empty((group, size.width), dtype=student.dtype)
+            self.dlogits = hidden.new_empty((group, size.width), dtype=student.dtype)
         self.in_place = size.in_place
         sides = size.sides - size.in_place
         self.logits = hidden.new_empty((sides, chunk, size.width), dtype=wide)
@@ -82,7 +82,7 @@ class Workspace:
             The student's logits, the teacher's, and the memory (C, W) for dlogits.
         """
         count = at.stop - at.start
-        dlogits = None if self.gradients is None else self.gradients[row : row + count]
+        dlogits = None if self.dlogits is None else self.dlogits[row : row + count]
         student, teacher = self.student, self.teacher
         logits = teacher_logits = None
         places = list(self.logits[:, :count])
@@ -123,11 +123,14 @@ class Workspace:
         *,
         is_first: bool,  # then dweight is written, else added to
     ) -> None:
-        """Turn a group's dlogits into dhidden, dweight and dbias; empty ones are not wanted."""
-        if self.gradients is None:
+        """Turn a group's dlogits into dhidden, dweight and dbias.
+
+        An empty output is not wanted and is left alone.
+        """
+        if self.dlogits is None:
             return
         hidden = self.student.chunk(tokens)
-        dlogits = self.gradients[: hidden.shape[0], : self.student.vocab]
+        dlogits = self.dlogits[: hidden.shape[0], : self.student.vocab]
         if dhidden.numel():
             matmul(dlogits, self.student.weight, dhidden)
         if dweight.numel():

@@ -66,7 +66,10 @@ class LMHead:
         return [max(0, min(size, self.num_tokens - start)) for size, start in zip(sizes, starts)]
 
     def operands(self, hidden: Tensor, rank: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Hidden states (N, D), weight and bias as the GEMM takes them, under autocast too."""
+        """Return states (N, D), weight and bias as the GEMM takes them.
+
+        Padding rows are left out, and the dtype is autocast's where it is on.
+        """
         weight, bias = self.weight, self.bias
         num_valid = self.token_counts()[rank]
         if num_valid < weight.shape[0]:
@@ -84,6 +87,9 @@ class LMHead:
         """How products of states and weight become logits, the temperature included."""
         cap = None if self.softcap is None else self.softcap / temperature
         return Shaping(self.logit_scale / temperature, cap)
+
+
+Head = Tensor | LMHead  # a weight alone is a head without bias, scale or soft-cap
 
 
 @setting

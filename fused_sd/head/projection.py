@@ -25,8 +25,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class Projection:
     """One side's hidden states and head inside the chunk loop.
 
-    A GPU multiplies 16-bit operands with fp32 sums.  A CPU cannot, so there they are widened to
-    fp32 first, and a head that both sides share is widened once.
+    A GPU multiplies 16-bit operands with fp32 sums.  On a CPU, which cannot, the operands are
+    widened to fp32 first; a head that both sides share is widened once.
     """
 
     def __init__(

@@ -1,8 +1,10 @@
 """Divergence of a student from a teacher, from hidden states: what all divergence losses call.
 
 ``sdpo_loss`` and its kin (one file each in this folder) choose a divergence, a support and weights,
-and call ``divergence_loss``.  Here the tensors are checked, the settings become one ``Comparison``
-and one ``Options``, and the objective is applied to the chunks (``engine/apply.py``).
+and call ``divergence_loss``; ``topk_divergence_loss`` is for a teacher server's entries.  Here the
+tensors are checked, the settings become one ``Comparison`` and one ``Options``, and a
+``DivergenceObjective`` is applied to the chunks (``engine/apply.py``), together with a
+``LogProbObjective`` where values with a gradient of their own are wanted (``JointObjective``).
 
 Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies, K entries of a support
 """
@@ -18,8 +20,9 @@ from fused_sd.checks import tensors as tensor_checks
 from fused_sd.engine.apply import States, apply_objective
 from fused_sd.engine.chunk import Objective
 from fused_sd.engine.options import LossOptions, Options
-from fused_sd.head.lm_head import LMHead, placed_head
+from fused_sd.head.lm_head import Head, placed_head
 from fused_sd.losses.output import LossOutput, reduce_loss
+from fused_sd.losses.sides import check_teacher_states
 from fused_sd.objectives.divergence import DivergenceObjective
 from fused_sd.objectives.joint import JointObjective
 from fused_sd.objectives.token import LogProbObjective
@@ -29,7 +32,6 @@ from fused_sd.terms.metrics import METRIC_NEEDS, check_metric_needs, current_nam
 from fused_sd.terms.support import FULL_VOCABULARY, Remainder, Support, TokenIds
 from fused_sd.terms.weighting import ImportanceCap
 
-Head = Tensor | LMHead
 WITH_GRAD = ("student_log_prob", "student_entropy")  # in the order of their values
 
 
@@ -108,7 +110,9 @@ def divergence_loss(
     chosen = Options(**options)
     student = placed_head(student_head, chosen.process_group)
     teacher = placed_head(teacher_head, chosen.process_group)
-    _check_sides(student_hidden, student, teacher_hidden, teacher)
+    tensor_checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
+    given = student_hidden, student, "student_hidden"
+    check_teacher_states(teacher_hidden, teacher, *given)
     clips = tail_floor, None, entry_clip, token_clip
     comparison = Comparison(divergence, support, remainder, *clips)
     comparison.check_vocabularies(student.num_tokens, teacher.num_tokens)
@@ -177,31 +181,6 @@ def topk_divergence_loss(
 def mean_by_default(options: Any) -> Any:
     """The caller's keywords, with the mean as reduction where the caller names none."""
     return {"reduction": "mean", **options}
-
-
-def _check_sides(
-    student_hidden: Any, student: LMHead, teacher_hidden: Any, teacher: LMHead
-) -> None:
-    """Check that both sides fit their heads and each other."""
-    tensor_checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
-    tensor_checks.check_hidden(teacher_hidden, "teacher_hidden", teacher.weight, "teacher_head")
-    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
-        checks.fail(
-            "teacher_hidden",
-            f"have the tokens {tuple(student_hidden.shape[:-1])} of student_hidden",
-            tuple(teacher_hidden.shape[:-1]),
-            "select the response positions on both sides",
-        )
-    if teacher_hidden.device != student_hidden.device:
-        checks.fail(
-            "teacher_hidden",
-            f"be on {student_hidden.device} as student_hidden",
-            teacher_hidden.device,
-            "move it there",
-        )
-    tensor_checks.check_teacher("teacher_hidden", teacher_hidden, student_hidden)
-    tensor_checks.check_teacher("teacher_head", teacher.weight, student.weight)
-    tensor_checks.check_teacher("teacher_head.bias", teacher.bias, student.bias)
 
 
 def _compare(
@@ -280,6 +259,7 @@ def _with_log_probs(
             "its values have gradients of their own: reduce the divergences after the call",
         )
     assert token_ids is not None
-    log_probs = LogProbObjective(1, False, False, "student_entropy" in names)
+    has_entropy = "student_entropy" in names
+    log_probs = LogProbObjective(k=1, is_top_k=False, tail=False, entropy=has_entropy)
     joint = JointObjective(objective, log_probs, len(objective.input_names))
     return joint, [token_ids[..., None]]

@@ -6,7 +6,8 @@ Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fused_sd.losses.divergence import DivergenceOptions, Head, divergence_loss, mean_by_default
+from fused_sd.head.lm_head import Head
+from fused_sd.losses.divergence import DivergenceOptions, divergence_loss, mean_by_default
 from fused_sd.losses.output import LossOutput
 from fused_sd.terms.divergence import Divergence, generalized_jsd
 
@@ -23,9 +24,9 @@ def gkd_loss(
     """GKD: generalised JSD over the full vocabulary.
 
     Args:
-        beta: weight of the teacher in the mixture; 0 is KL(t||s), 1 is KL(s||t): the trainers' end
-            points, where the divergence itself would tend to 0.  SDPO and SDFT call it alpha.
-            A divergence, such as ``SkewKl(0.9)``, takes the JSD's place.
+        beta: the teacher's weight in the JSD's mixture, SDPO's and SDFT's alpha: 0 is KL(t||s), 1
+            is KL(s||t), between them ``Jsd(beta)``; or a divergence in the JSD's place, such as
+            ``SkewKl(0.9)``.
         **options: as in ``divergence_loss``, token_ids and importance among them; the reduction is
             ``"mean"`` unless given.
 

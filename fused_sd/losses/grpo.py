@@ -7,7 +7,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_sd.engine.options import LossOptions
-from fused_sd.losses.divergence import Head, mean_by_default
+from fused_sd.head.lm_head import Head
+from fused_sd.losses.divergence import mean_by_default
 from fused_sd.losses.output import LossOutput
 from fused_sd.losses.policy import policy_loss
 

@@ -13,7 +13,7 @@ from fused_sd import checks
 from fused_sd.checks import tensors as tensor_checks
 from fused_sd.engine.apply import apply_objective
 from fused_sd.engine.options import Options
-from fused_sd.head.lm_head import LMHead, placed_head
+from fused_sd.head.lm_head import Head, placed_head
 from fused_sd.losses.token import check_tokens
 from fused_sd.objectives.token import LogProbObjective
 
@@ -47,7 +47,7 @@ class EntryLogProbs(NamedTuple):
 
 def token_log_probs(
     hidden: Tensor,  # (..., D)
-    head: Tensor | LMHead,  # (V, D)
+    head: Head,  # (V, D)
     token_ids: Tensor,  # (...)
     *,
     entropy: bool = False,
@@ -76,7 +76,7 @@ def token_log_probs(
     chosen = _options(options)
     lm_head = placed_head(head, chosen.process_group)
     shape = check_tokens(hidden, lm_head, token_ids, chosen.token_weights)
-    objective = LogProbObjective(1, False, False, bool(entropy))
+    objective = LogProbObjective(k=1, is_top_k=False, tail=False, entropy=bool(entropy))
     side, inputs = (hidden, lm_head), [token_ids[..., None]]
     applied = apply_objective(objective, side, None, inputs, chosen.token_weights, chosen)
     values = applied.values
@@ -86,7 +86,7 @@ def token_log_probs(
 
 def entry_log_probs(
     hidden: Tensor,  # (..., D)
-    head: Tensor | LMHead,  # (V, D)
+    head: Head,  # (V, D)
     entries: Tensor | int,  # (..., K) or K
     *,
     tail: bool = False,
@@ -94,8 +94,9 @@ def entry_log_probs(
 ) -> EntryLogProbs:
     """Log-probabilities of K entries of each distribution: its own top-k, or given ids.
 
-    With them a top-k divergence can be formed in two steps that never need both heads at once: the
-    student's top-k first, then the teacher at the student's ids.  The ids are not differentiated.
+    From these a top-k divergence can be computed in two steps that never need both heads at once:
+    the student's top-k first, then the teacher at the student's ids.  The ids are not
+    differentiated.
 
     Args:
         hidden, head: as in ``token_log_probs``.
@@ -117,7 +118,8 @@ def entry_log_probs(
     tensor_checks.check_per_token("token_weights", token_weights, shape, hidden.device, "hidden")
     inputs = []
     if isinstance(entries, Tensor):
-        tensor_checks.check_entry_ids(entries, shape, hidden.device, lm_head.num_tokens)
+        given = shape, hidden.device, lm_head.num_tokens
+        tensor_checks.check_entry_ids(entries, *given, remedy="leave such ids out")
         tensor_checks.check_distinct("entries", entries, token_weights)
         inputs = [entries.long()]
         k = entries.shape[-1]
@@ -127,7 +129,7 @@ def entry_log_probs(
             rule = f"be at most the vocabulary's {lm_head.num_tokens}"
             checks.fail("entries", rule, entries, "ask for fewer entries")
         k = int(entries)
-    objective = LogProbObjective(k, not inputs, bool(tail), False)
+    objective = LogProbObjective(k, is_top_k=not inputs, tail=bool(tail), entropy=False)
     side = hidden, lm_head
     applied = apply_objective(objective, side, None, inputs, token_weights, chosen)
     ids = inputs[0] if inputs else applied.extras[0]

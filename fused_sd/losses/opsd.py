@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fused_sd.losses.divergence import DivergenceOptions, Head, divergence_loss, mean_by_default
+from fused_sd.head.lm_head import Head
+from fused_sd.losses.divergence import DivergenceOptions, divergence_loss, mean_by_default
 from fused_sd.losses.output import LossOutput
 from fused_sd.terms.divergence import Divergence, generalized_jsd
 from fused_sd.terms.support import Remainder, TeacherTopK
@@ -47,7 +48,8 @@ def opsd_loss(
     Reference:
         *OPSD*, arXiv 2601.18734 (v3): forward KL, full vocabulary, clip 0.05.  The official code of
         March 2026 has no clip yet, beta 0.5, and a renormalised teacher's top-k (50 in its script).
-        The clip is before the vocabulary's sum, which its author found better than after it.
+        The clip comes before the sum over the vocabulary, which its author found better than
+        clipping the sum.
     """
     settings: dict[str, Any] = {}
     if top_k is not None:

@@ -3,7 +3,6 @@
 Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies
 """
 
-import warnings
 from typing import Any
 
 import torch
@@ -13,15 +12,14 @@ from typing_extensions import Unpack
 from fused_sd import checks
 from fused_sd.checks import tensors as tensor_checks
 from fused_sd.engine.options import LossOptions, Options
-from fused_sd.head.lm_head import LMHead
+from fused_sd.head.lm_head import Head
 from fused_sd.head.projection import accumulation_dtype
 from fused_sd.losses.output import LossOutput
 from fused_sd.losses.token import TokenLoss, apply_token_loss
 from fused_sd.terms.evidence import Evidence
-from fused_sd.terms.surrogate import KlEstimator, Surrogate
+from fused_sd.terms.surrogate import KlEstimator, Surrogate, check_estimator
 from fused_sd.terms.weighting import ImportanceCap
 
-Head = Tensor | LMHead
 TokenTeacher = tuple[Tensor, Head] | None  # hidden states and head
 
 
@@ -99,6 +97,7 @@ def policy_loss(
         )
     tensor_checks.check_tensor("hidden", hidden)
     tensor_checks.check_tensor("token_ids", token_ids)
+    tensor_checks.check_tensor("advantages", advantages)
     teacher, chosen = _teacher_and_options(teacher_hidden, teacher_head, options)
     check_teacher_of_tokens(evidence is not None, teacher, teacher_log_probs)
     settings = Surrogate(
@@ -176,7 +175,11 @@ def sampled_kl_loss(
     tensor_checks.check_tensor("hidden", hidden)
     tensor_checks.check_tensor("token_ids", token_ids)
     teacher, chosen = _teacher_and_options(teacher_hidden, teacher_head, options)
+    if teacher is None and teacher_log_probs is None:
+        remedy = "pass teacher_hidden and teacher_head, or teacher_log_probs"
+        checks.fail("teacher_hidden", "be given, or teacher_log_probs", "neither", remedy)
     check_teacher_of_tokens(True, teacher, teacher_log_probs)
+    check_estimator("estimator", estimator)
     no_advantages = hidden.new_zeros(hidden.shape[:-1], dtype=torch.float32)
     inputs = {"token_ids": token_ids, "advantages": no_advantages}
     if importance is not None:
@@ -219,11 +222,9 @@ def _teacher_and_options(
     old: TokenTeacher = options.pop("teacher", None)
     chosen = Options(**options)
     if old is not None:
-        warnings.warn(
+        checks.deprecated(
             "teacher=(hidden, head) is now teacher_hidden=hidden, teacher_head=head, as in "
-            "divergence_loss",
-            DeprecationWarning,
-            stacklevel=3,
+            "divergence_loss"
         )
         if hidden is not None or head is not None:
             checks.fail("teacher", "be given once", "twice", "pass teacher_hidden, teacher_head")

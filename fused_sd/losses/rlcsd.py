@@ -11,8 +11,8 @@ from typing_extensions import Unpack
 
 from fused_sd import checks
 from fused_sd.engine.options import LossOptions
+from fused_sd.head.lm_head import Head
 from fused_sd.head.projection import accumulation_dtype
-from fused_sd.losses.divergence import Head
 from fused_sd.losses.output import LossOutput
 from fused_sd.losses.policy import policy_loss
 from fused_sd.terms.advantages import rlcsd_advantages
@@ -33,7 +33,7 @@ def rlcsd_loss(
     ratio_clip: tuple[float, float] | None = (0.2, 0.2),
     **options: Unpack[LossOptions],
 ) -> LossOutput:
-    """RLCSD: GRPO with the contrast of a correctly against wrongly hinted teachers added.
+    """RLCSD: GRPO, with the contrast of a correctly and of wrongly hinted teachers added.
 
     ``mean over unselected tokens of l(A) + selected_weight * mean over selected tokens of l(A +
     r)`` with l the clipped surrogate; see ``rlcsd_advantages`` for r and the selection.

@@ -6,7 +6,8 @@ Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fused_sd.losses.divergence import Head, mean_by_default
+from fused_sd.head.lm_head import Head
+from fused_sd.losses.divergence import mean_by_default
 from fused_sd.losses.output import LossOutput
 from fused_sd.losses.policy import PolicyOptions, policy_loss
 from fused_sd.terms.evidence import Evidence

@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_sd import checks
-from fused_sd.losses.divergence import DivergenceOptions, Head, divergence_loss, mean_by_default
+from fused_sd.head.lm_head import Head
+from fused_sd.losses.divergence import DivergenceOptions, divergence_loss, mean_by_default
 from fused_sd.losses.output import LossOutput
 from fused_sd.terms.divergence import MixedKl
 from fused_sd.terms.support import TeacherTopK
@@ -43,7 +44,7 @@ def sd_zero_loss(
         ValueError: as ``divergence_loss``.
 
     Reference:
-        *SD-Zero*, arXiv 2604.12002, the objective of phase 2.  Paper and code part: the paper
+        *SD-Zero*, arXiv 2604.12002, the objective of phase 2.  Paper and code differ: the paper
         writes KL(s||t) (and calls it forward), the official configuration is the mixture with
         weight 0.5 on the teacher's top 64, averaged over all tokens of the global batch.
     """

@@ -1,5 +1,10 @@
 """SDPO: self-distillation policy optimisation.
 
+A public loss turns a paper's settings into a divergence, a support and weights, and calls
+``divergence_loss`` (``losses/divergence.py``).  The other divergence methods in this folder do the
+same; the losses of the sampled token call ``policy_loss`` (``losses/policy.py``).  SDPO's default,
+a top-k with a tail, takes the branch of ``objectives/truncated.py``.
+
 Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies
 """
 
@@ -7,7 +12,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_sd.engine.options import LossOptions
-from fused_sd.losses.divergence import Head, divergence_loss, mean_by_default
+from fused_sd.head.lm_head import Head
+from fused_sd.losses.divergence import divergence_loss, mean_by_default
 from fused_sd.losses.output import LossOutput
 from fused_sd.terms.divergence import Divergence, generalized_jsd
 from fused_sd.terms.support import FULL_VOCABULARY, Remainder, StudentTopK, Support
@@ -39,7 +45,8 @@ def sdpo_loss(
         alpha: the teacher's weight in the JSD's mixture, GKD's beta: 0 is KL(t||s), 1 is
             KL(s||t), between them ``Jsd(alpha)``; or a divergence in the JSD's place.
         top_k: entries of the student's support; None: the full vocabulary.
-        add_tail: one bucket for the rest, or renormalise over the support.
+        add_tail: True: one bucket for the rest; False: both sides are renormalised over the
+            support.
         tail_floor: 1e-7 for the official code's clamp; None for the exact tail.
         token_ids, old_log_probs: of the sampled tokens, for the importance ratio; without
             old_log_probs (a single update on fresh samples) the ratio is 1.
@@ -58,7 +65,7 @@ def sdpo_loss(
         is the sampled token instead, its top-k is renormalised.
     """
     support: Support = FULL_VOCABULARY if top_k is None else StudentTopK(top_k)
-    truncated: Remainder = "tail" if add_tail else "renormalize"
+    remainder: Remainder = "tail" if add_tail or top_k is None else "renormalize"
     importance = None
     if old_log_probs is not None and importance_cap is not None:
         importance = ImportanceCap(old_log_probs, importance_cap)
@@ -69,7 +76,7 @@ def sdpo_loss(
         teacher_head,
         divergence=generalized_jsd(alpha),
         support=support,
-        remainder="tail" if top_k is None else truncated,
+        remainder=remainder,
         tail_floor=tail_floor,
         token_ids=token_ids,
         importance=importance,

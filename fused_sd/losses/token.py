@@ -13,8 +13,9 @@ from typing_extensions import Unpack
 from fused_sd.checks import tensors as tensor_checks
 from fused_sd.engine.apply import States, apply_objective
 from fused_sd.engine.options import LossOptions, Options
-from fused_sd.head.lm_head import LMHead, placed_head
+from fused_sd.head.lm_head import Head, LMHead, placed_head
 from fused_sd.losses.output import LossOutput, reduce_loss
+from fused_sd.losses.sides import check_teacher_states
 from fused_sd.objectives.token import TokenLossObjective
 from fused_sd.terms.metrics import current_names
 from fused_sd.terms.surrogate import Surrogate
@@ -30,7 +31,7 @@ class TokenLoss(NamedTuple):
 
 def cross_entropy_loss(
     hidden: Tensor,  # (..., D)
-    head: Tensor | LMHead,  # (V, D)
+    head: Head,  # (V, D)
     token_ids: Tensor,  # (...)
     *,
     ignore_index: int = -100,
@@ -74,8 +75,8 @@ def cross_entropy_loss(
 def apply_token_loss(
     loss: TokenLoss,
     hidden: Tensor,
-    head: Tensor | LMHead,
-    teacher: tuple[Tensor, Tensor | LMHead] | None,
+    head: Head,
+    teacher: tuple[Tensor, Head] | None,
     options: Options,
 ) -> LossOutput:
     """Check what the losses of the sampled token have in common, and apply the objective."""
@@ -87,12 +88,8 @@ def apply_token_loss(
     metrics = current_names("metrics", options.metrics, loss.metrics)
     side: States | None = None
     if teacher is not None:
-        t_hidden, t_head = teacher[0], placed_head(teacher[1], options.process_group)
-        tensor_checks.check_hidden(t_hidden, "teacher_hidden", t_head.weight, "teacher_head")
-        tensor_checks.check_leading("teacher_hidden[..., 0]", t_hidden[..., 0], shape, "hidden")
-        tensor_checks.check_teacher("teacher_hidden", t_hidden, hidden)
-        tensor_checks.check_teacher("teacher_head", t_head.weight, lm_head.weight)
-        side = (t_hidden, t_head)
+        side = teacher[0], placed_head(teacher[1], options.process_group)
+        check_teacher_states(*side, hidden, lm_head, "hidden")
     applied = apply_objective(
         TokenLossObjective(loss.surrogate, tuple(loss.inputs), tuple(metrics.values())),
         (hidden, lm_head),

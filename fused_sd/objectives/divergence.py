@@ -1,9 +1,10 @@
 """The objective of every divergence: a chunk's logits of both sides become losses and gradients.
 
-This is where a divergence loss meets its logits.  For the full vocabulary the kernels do all the
-work (``rows.divergence_``: ``torch_kernels/rows.py`` or ``kernels/rows.py``); a truncated support
-is chosen, read and compared in ``objectives/truncated.py``.  Around either, this module forms what
-they share: metrics of whole rows, the importance ratio, and the token clip.
+The chunk loop calls the objective with a ``Chunk`` (``engine/chunk.py``); the objective returns
+token losses and metrics, and writes dlogits into the chunk.  For the full vocabulary the kernels do
+all the work (``rows.divergence_`` in ``torch_kernels/rows.py`` or ``kernels/rows.py``); a truncated
+support is chosen, read and compared in ``objectives/truncated.py``.  Around either, this module
+computes what they share: metrics of whole rows, the importance ratio, and the token clip.
 
 Dimension key:  C rows in a chunk, W columns of a chunk's logits, K entries of the support
 """
@@ -33,7 +34,8 @@ class DivergenceObjective(NamedTuple):
     """A divergence over a support, with its importance cap and its metrics.
 
     Attributes:
-        comparison: without tensors.
+        comparison: what is compared; ``TokenIds`` are replaced by ``GivenEntries``, whose ids are
+            the input ``entry_ids``.
         importance_cap: of the ratio that multiplies each token; None: no ratio.
         input_names: the per-token inputs in their order: ``entry_ids`` (C, K),
             ``teacher_log_probs`` (C, K), ``token_ids`` (C,), ``old_log_probs`` (C,).
@@ -76,7 +78,8 @@ class DivergenceObjective(NamedTuple):
         metrics: dict[str, Tensor] = {}
         token_ids = inputs.get("token_ids")
         sampled = None
-        if token_ids is not None and chunk.student_side.whole is not None:
+        if self.importance_cap is not None:  # read before any entry is masked or overwritten
+            assert token_ids is not None
             sampled = chunk.part(chunk.student_side, token_ids[:, None])[:, 0]
         normalizers = self._observe(chunk, token_ids, metrics)
         rows: _FullRows | TruncatedRows
@@ -87,7 +90,7 @@ class DivergenceObjective(NamedTuple):
             rows = _FullRows(self.comparison, chunk, normalizers)
 
         ratio: Tensor | None = None
-        if self.importance_cap is not None and sampled is not None:
+        if sampled is not None and self.importance_cap is not None:
             [sampled] = chunk.shard.sum(sampled)
             log_prob = sampled - rows.student_normalizer()
             ratio, capped = capped_ratio(log_prob, inputs["old_log_probs"], self.importance_cap)
@@ -97,8 +100,8 @@ class DivergenceObjective(NamedTuple):
             row_weights = chunk.row_weights[:, 0] * chunk.shaping.factor
             row_weights = row_weights if ratio is None else row_weights * ratio
         metrics |= rows.metrics(self.metrics)
-        loss, is_open = rows.loss_and_gradient_(row_weights)
-        metrics["token_clip_fraction"] = 1 - is_open
+        loss, is_unclipped = rows.loss_and_gradient_(row_weights)
+        metrics["token_clip_fraction"] = 1 - is_unclipped
         if "entry_clip_fraction" in self.metrics:
             metrics["entry_clip_fraction"] = rows.entry_clip_fraction()
         values = loss if ratio is None else ratio * loss
@@ -107,7 +110,7 @@ class DivergenceObjective(NamedTuple):
     def _observe(
         self, chunk: Chunk, token_ids: Tensor | None, metrics: dict[str, Tensor]
     ) -> Normalizers | None:
-        """Form the metrics of whole rows, before any entry is masked or overwritten.
+        """Add the metrics of whole rows, before logits are masked and overwritten.
 
         Returns:
             Both sides' normalisers, where the metrics or the full vocabulary need them.
@@ -167,7 +170,10 @@ class _FullRows:
         return self.num_clipped / self.num_entries
 
     def loss_and_gradient_(self, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The token's loss and whether it is open; ``row_weights`` given: write the gradient."""
+        """Return each token's loss, and 1 where the token clip left it unclipped.
+
+        With ``row_weights``, also write the gradient.
+        """
         chunk, comparison = self.chunk, self.comparison
         compare = chunk.functions.rows.divergence_
         given = *chunk.sides(), self.normalizers, comparison.term, comparison.entry_clip
@@ -179,8 +185,8 @@ class _FullRows:
         # under a token clip the loss decides whether there is a gradient, so it must come first
         at_once = gradient if bounds is None else None
         loss, self.num_clipped = compare(*given, at_once, chunk.shard)
-        loss, is_open = clip_tokens(loss, bounds)
+        loss, is_unclipped = clip_tokens(loss, bounds)
         if gradient is not None and bounds is not None:
-            closed = gradient._replace(row_weights=gradient.row_weights * is_open)
-            compare(*given, closed, chunk.shard)
-        return loss, is_open
+            clipped = gradient._replace(row_weights=gradient.row_weights * is_unclipped)
+            compare(*given, clipped, chunk.shard)
+        return loss, is_unclipped

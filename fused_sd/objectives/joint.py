@@ -1,4 +1,4 @@
-"""Two objectives on the same logits, so that one run forms both and their common gradient.
+"""Runs two objectives on the same logits and adds their gradients.
 
 Dimension key:  C rows in a chunk, W columns of a chunk's logits
 """
@@ -17,7 +17,7 @@ class JointObjective(NamedTuple):
     """The values, extras and inputs of the first objective, then those of the second.
 
     Both write their gradient over the logits that they read, so the first works on a copy of the
-    student's logits.  Both gradients are as wide as the logits, and their sum is rounded once.
+    student's logits.  Both gradients are in the dtype of the logits, and their sum is rounded once.
     """
 
     first: Any  # an Objective whose replay is itself

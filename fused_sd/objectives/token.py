@@ -36,7 +36,7 @@ class LogProbObjective(NamedTuple):
 
     @property
     def whole_sides(self) -> tuple[bool, bool]:
-        return True, True
+        return True, False
 
     def extras(self) -> list[tuple[bool, tuple[int, ...]]]:
         return [(True, (self.k,))] if self.is_top_k else []
@@ -73,8 +73,10 @@ class LogProbObjective(NamedTuple):
     ) -> None:
         """Write the gradient of ``sum(row_weights * values)``.
 
-        A tail and an entropy are never asked for together.
+        ``entry_log_probs`` asks for a tail, ``token_log_probs`` and ``with_grad`` for an entropy;
+        the last column is whichever was asked for.
         """
+        assert not (self.tail and self.entropy)
         assert chunk.row_weights is not None
         row_weights = chunk.row_weights * chunk.shaping.factor
         by_entry, log_probs = row_weights[:, : self.k], values[:, : self.k]
@@ -107,7 +109,7 @@ class TokenLossObjective(NamedTuple):
 
     The per-token inputs are listed by ``input_names``: ``token_ids`` (C,) and what the surrogate
     reads, each (C,).  For a teacher that is given by its hidden states, the teacher's
-    log-probability is formed here and replaces the input ``teacher_log_probs``.
+    log-probability is computed here and replaces the input ``teacher_log_probs``.
     """
 
     surrogate: Surrogate | None  # None: cross entropy

@@ -1,4 +1,4 @@
-"""Rows of which a truncated support is compared: its entries, and perhaps a bucket for the rest.
+"""Compares rows on a truncated support: on its K entries and, with a tail, a bucket for the rest.
 
 The support chooses its entries, both sides' logits are read there, and the comparison's remainder
 says what the other entries become (``Buckets``).  The divergence is evaluated on those few columns.
@@ -42,8 +42,8 @@ class TruncatedRows:
 
     def __init__(self, comparison: Comparison, chunk: Chunk, inputs: dict[str, Tensor]) -> None:
         self.comparison, self.chunk = comparison, chunk
-        # an exact tail is the log-sum-exp of the other entries, from which these are taken out
-        self.takes_out = comparison.remainder == "tail" and comparison.tail_floor is None
+        # the exact tail is the log-sum-exp of the row once the support's entries are -inf
+        self.has_exact_tail = comparison.remainder == "tail" and comparison.tail_floor is None
         self.normalizers: list[Tensor] = []  # of the sides whose normaliser the remainder needs
         self.entries = self._entries(inputs)
         self.lse: Tensor | None = None  # log-sum-exp of the student's whole rows
@@ -82,7 +82,7 @@ class TruncatedRows:
         lses = []
         for side in self._normalized(sides):
             assert side.whole is not None
-            if self.takes_out:
+            if self.has_exact_tail:
                 side.whole.scatter_(1, self._columns(ids, counted, chunk.width), -torch.inf)
             lses.append(chunk.functions.rows.log_normalizer(side.whole))
         self.normalizers, _, parts = chunk.shard.join(lses, extra_sums=parts)
@@ -101,7 +101,7 @@ class TruncatedRows:
         is_served = self.chunk.teacher_side is None  # then the teacher has no logits
         if remainder == "renormalize":
             return Buckets(student.log_softmax(-1), teacher.log_softmax(-1), None, True)
-        if self.takes_out:
+        if self.has_exact_tail:
             rest = self.normalizers[0]
             log_s, self.lse = with_tail(student, rest)
             if is_served:
@@ -160,20 +160,27 @@ class TruncatedRows:
         return found
 
     def entry_clip_fraction(self) -> Tensor:
-        """Share (C,) of the compared columns that the entry clip cut."""
-        return self.clipped.sum(-1).to(self.terms) / self.clipped.shape[-1]
+        """Share (C,) of the compared entries, the tail among them, that the entry clip cut."""
+        num_compared: Tensor | int = self.clipped.shape[-1]
+        if self.entries.counted is not None:
+            places = self.entries.counted.shape[-1]
+            num_compared = self.entries.counted.sum(-1) + (self.clipped.shape[-1] - places)
+        return self.clipped.sum(-1).to(self.terms) / num_compared
 
     def _whole_normalizer(self, side: SideName, entries: Tensor) -> Tensor:
         """Log-sum-exp of a row whose entries may have been taken out."""
         rest = self.chunk.log_normalizer(side)
-        return torch.logaddexp(rest, entries.logsumexp(-1)) if self.takes_out else rest
+        return torch.logaddexp(rest, entries.logsumexp(-1)) if self.has_exact_tail else rest
 
     def loss_and_gradient_(self, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The token's loss and whether it is open; ``row_weights`` given: write the gradient."""
-        loss, is_open = clip_tokens(self.terms.sum(-1), self.comparison.token_bounds)
+        """Return each token's loss, and 1 where the token clip left it unclipped.
+
+        With ``row_weights``, also write the gradient.
+        """
+        loss, is_unclipped = clip_tokens(self.terms.sum(-1), self.comparison.token_bounds)
         if row_weights is not None:
-            self._write_gradient_(row_weights * is_open)
-        return loss, is_open
+            self._write_gradient_(row_weights * is_unclipped)
+        return loss, is_unclipped
 
     def _write_gradient_(self, row_weights: Tensor) -> None:
         """Write a constant times a softmax outside the entries, and the entries' own values."""
@@ -182,7 +189,9 @@ class TruncatedRows:
         if floor is not None:
             dlog_s, log_s = tail_gradient_to_entries(dlog_s, log_s, floor), log_s[:, :k]
         total = dlog_s.sum(-1, keepdim=True)
-        cut = row_weights[:, None] == 0  # a token that is cut may be infinite
+        cut = (
+            row_weights[:, None] == 0
+        )  # a row of weight 0 may hold infinite terms, and 0 * inf is NaN
         dlogits = (dlog_s - log_s.exp() * total) * row_weights[:, None]  # w.r.t. the buckets
         dlogits, total = dlogits.masked_fill(cut, 0), total.masked_fill(cut, 0)
         outside = dlogits[:, k] if dlogits.shape[-1] > k else -total[:, 0] * row_weights

@@ -30,6 +30,15 @@ class PlannedObjective(NamedTuple):
         return self.comparison is not None and not self.comparison.support.is_truncated
 
     @property
+    def compared(self) -> str:
+        """What is compared, in words; "" for a loss of the sampled token."""
+        if self.comparison is None:
+            return ""
+        chosen = self.comparison
+        remainder = f", remainder {chosen.remainder}" if chosen.support.is_truncated else ""
+        return f"{chosen.divergence} on {chosen.support}{remainder}"
+
+    @property
     def truncated(self) -> Support | None:
         """The support of a divergence that compares some entries only."""
         if self.comparison is None or self.is_full:

@@ -151,6 +151,7 @@ def plan(
     return Plan(
         model=_name(model),
         objective=objective,
+        compared=work.objective.compared,
         hidden_size=head.hidden_size,
         vocab=head.vocab,
         dtype=dtype_name,

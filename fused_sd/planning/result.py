@@ -1,9 +1,9 @@
 """The result of ``fused_sd.plan``: numbers for programs, a table for people."""
 
-import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fused_sd import checks
 from fused_sd.measuring.text import size_text
 from fused_sd.planning.prediction import Prediction
 from fused_sd.planning.wire import Traffic
@@ -43,6 +43,8 @@ class Plan:
     """The result of ``fused_sd.plan``; ``str`` makes the table that ``fused_sd plan`` prints.
 
     Attributes:
+        compared: the divergence, its support and what becomes of the rest; "" for a loss of the
+            sampled token.
         tokens: number of tokens of the whole batch.
         tokens_per_rank, active_per_rank: a rank's tokens, and those of them with a weight.
         tensor_parallel: number of ranks that share a head.
@@ -62,6 +64,7 @@ class Plan:
 
     model: str
     objective: str
+    compared: str
     hidden_size: int
     vocab: int
     dtype: str
@@ -98,7 +101,7 @@ class Plan:
     @property
     def walks(self) -> int:
         """``chunked_runs``, with a warning that its name has changed."""
-        warnings.warn("walks is now called chunked_runs", DeprecationWarning, stacklevel=2)
+        checks.deprecated("walks is now called chunked_runs")
         return self.chunked_runs
 
     def __getitem__(self, provider: str) -> Estimate:
@@ -128,6 +131,7 @@ class Plan:
         lines = [
             f"{self.objective}: {self.model}, {self.hidden_size} x {self.vocab}, {self.dtype}, "
             f"{head}, reduction {self.reduction}",
+            *([self.compared] if self.compared else []),
             f"{self.tokens_per_rank} tokens{counted}{ranks}; "
             f"{self.device}, {size_text(self.free_bytes)} free{card}",
             f"fused_sd holds logits of {self.chunk} tokens and gradients of {self.group}"
@@ -144,6 +148,8 @@ class Plan:
                 f"{estimate.longest_tokens:>12,}{_time_text(estimate):>11}  "
                 f"{_largest(estimate.parts)}"
             )
+        if len(self.estimates) == 1:
+            lines.append("eager PyTorch: what it allocates for this comparison was never counted")
         return "\n".join([*lines, *self._predicted(), "", *self._legend()])
 
     def _shared(self) -> list[str]:

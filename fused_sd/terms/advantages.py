@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import checks
+from fused_sd.checks import tensors as tensor_checks
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,12 @@ def rlcsd_advantages(
         *RLCSD*, arXiv 2606.11709.
     """
     checks.check_positive("temperature", temperature)
+    shape = advantages.shape
+    tensor_checks.check_leading("correct_log_probs", correct_log_probs, shape, "advantages")
+    for name, tensor in (("wrong_log_probs", wrong_log_probs), ("wrong_mask", wrong_mask)):
+        if tensor is not None and (tensor.dim() != len(shape) + 1 or tensor.shape[:-1] != shape):
+            rule, got = f"be (..., K) with the tokens {tuple(shape)}", tuple(tensor.shape)
+            checks.fail(name, rule, got, "give K values for each token of advantages")
     if wrong_mask is None:
         wrong_mask = torch.ones_like(wrong_log_probs, dtype=torch.bool)
     num_wrong = wrong_mask.sum(-1)
@@ -105,7 +112,8 @@ def iw_opd_advantages(
     checks.check_non_negative("gamma", gamma, "0.5 is the paper's")
     counted = mask.to(torch.bool)
     gap = torch.where(counted, teacher_log_probs.detach() - rollout_log_probs.detach(), 0)
-    if gap.device.type == "cpu" and not bool(torch.isfinite(gap).all()):
+    is_readable = gap.device.type == "cpu" and not torch.compiler.is_compiling()
+    if is_readable and not bool(torch.isfinite(gap).all()):
         checks.fail(
             "teacher_log_probs",
             "be finite wherever the mask is set",

@@ -52,10 +52,14 @@ NO_REMAINDER = (
     "the full vocabulary leaves no remainder",
     "choose a truncated support, or leave remainder out",
 )
-NOT_DEFINED = (
-    "the divergence has no definition with this remainder; a teacher that is renormalised against "
-    "a student that is not gives a cross entropy, which only a KL from the teacher is",
+CROSS_ENTROPY = (
+    "a teacher that is renormalised against a student that is not gives a cross entropy, which "
+    "only a KL from the teacher is",
     'pass divergence="forward_kl", or remainder="renormalize"',
+)
+NOT_DEFINED = (
+    "the divergence has no definition with this remainder",
+    "pass FULL_VOCABULARY, or list the remainder in the divergence's row of DIVERGENCES",
 )
 
 
@@ -65,7 +69,7 @@ class Comparison:
     """The settings of a divergence loss, beside its tensors: what is compared, and how.
 
     Args:
-        divergence: ``"forward_kl"``, ``"reverse_kl"``, ``Jsd``, ``MixedKl`` or ``SkewKl``.
+        divergence: a name or an instance of a class of ``DIVERGENCES``.
         support: the entries that are compared.
         remainder: what becomes of the other entries of a truncated support.
         tail_floor: lower bound of what the support leaves to the tail bucket (SDPO's 1e-7).
@@ -103,7 +107,9 @@ class Comparison:
         if truncated:
             rule = REMAINDERS[self.remainder]
             if self.remainder not in term.definition.remainders:
-                self._refuse(NOT_DEFINED, "divergence", "remainder")
+                is_cross = self.remainder == "teacher_renormalize"
+                why = CROSS_ENTROPY if is_cross else NOT_DEFINED
+                self._refuse(why, "divergence", "remainder")
         for name, is_allowed in zip(rule._fields, rule, strict=True):
             if getattr(self, name) is not None and not is_allowed:
                 self._refuse(REASONS[name], "support", "remainder", name)

@@ -1,9 +1,10 @@
 """The divergences: how two log-probabilities of one vocabulary entry become a term of the loss.
 
 A divergence is a function ``(log_s, log_t, parameter) -> (term, dlog_s)`` of the student's and the
-teacher's log-probability of an entry.  ``dlog_s`` is the derivative of the term as if ``log_s``
-were free, because log-softmax backward is the same for every divergence:
-``dlogit_v = dlog_s_v - s_v * sum_u dlog_s_u``.
+teacher's log-probability of an entry.  ``dlog_s`` is the derivative of the term that treats the
+log_s of each entry as an independent variable, because log-softmax backward is the same for every
+divergence: ``dlogit_v = dlog_s_v - s_v * sum_u dlog_s_u``.  Either log-probability may be -inf, and
+both may (then r is NaN): an entry without mass has term 0 and derivative 0.
 
 The functions return *balanced* terms.  Where both sides sum to 1, the plain term
 ``t (log t - log s)`` may be shifted by ``s - t``: the shift adds nothing to the sum, makes every
@@ -15,9 +16,9 @@ its balance is -1.
 
 ``DIVERGENCES`` is the one table of what the library knows of each divergence.  To add one: write
 its function and its row here, its twin of the same name in ``kernels/divergence.py``, its
-definition in ``reference.py``, if a CPU is to be fast its in-place form in
-``torch_kernels/near.py``, and export its class.  Checks, parsers, planner, trainers and tests read
-the table.
+definition in ``reference.py`` and, for a fast CPU, its in-place form in ``torch_kernels/near.py``;
+add its class to the alias ``Divergence`` and export it.  Checks, parsers, planner, trainers and
+tests read the table.
 
 Symbols: s student, t teacher, m the mixture, r = log s - log t.
 """
@@ -97,7 +98,7 @@ class SkewKl:
         checks.check_open_interval("student_weight", self.student_weight, remedy)
 
 
-Divergence = str | Jsd | MixedKl | SkewKl  # "forward_kl" and "reverse_kl" have no parameter
+Divergence = str | Jsd | MixedKl | SkewKl  # a string names one that has no parameter
 Term = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
@@ -111,7 +112,7 @@ def excess(log_ratio: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def mixture_ratios(r: Tensor, teacher_weight: float) -> tuple[Tensor, Tensor]:
     """``log m - log s`` and ``log m - log t`` of ``m = teacher_weight t + (1 - teacher_weight) s``.
 
-    Both are formed from the ratio of the mixture to the larger side, which is bounded.
+    Both are computed from the ratio of the mixture to the larger side, which is bounded.
     """
     larger_s = r >= 0
     weight = torch.where(larger_s, torch.full_like(r, teacher_weight), 1 - teacher_weight)
@@ -168,27 +169,29 @@ def _one(parameter: float) -> float:
     return 1.0
 
 
-BALANCED_REMAINDERS = ("tail", "renormalize", "drop")
+COMMON_REMAINDERS = ("tail", "renormalize", "drop")
 
 
 class Definition(NamedTuple):
     """A row of the table: all that the library has to know of a divergence.
 
     Attributes:
-        term: the function; its name is the divergence's, here and in ``kernels/divergence.py``.
+        function: (log_s, log_t, parameter) -> (term, dlog_s); its name is the divergence's, here
+            and in ``kernels/divergence.py``.
         balance: ``plain term = balanced term + balance * (s - t)``, as a function of the parameter.
         setting: the public class that carries the parameter; None: named by a string alone.
         parameter_name: the parameter's name in that class.
         remainders: what may become of the entries outside a truncated support.  A remainder that is
-            not listed is refused: list it once the divergence has a meaning there.
+            not listed is refused, and with none listed every truncated support is: list it once
+            the divergence has a meaning there.
         infinite_without: the sides ("student", "teacher") that make the divergence infinite where
             they lack an entry on which the other side has mass.
-        share_of_mean_ratio: what ``dlog_s`` sums to over the vocabulary, in units of the student's
-            mean log-ratio ``sum_v s_v r_v``, as a function of the parameter: the kernels then need
-            no pass over the row for that sum.  None: the sum has no such form.
+        share_of_mean_ratio: the factor c with ``sum_v dlog_s_v = c sum_v s_v r_v`` over the
+            vocabulary (r = log s - log t), as a function of the parameter.  The kernels then need
+            no pass over the row for that sum.  None: the sum has no such form, or you are not sure.
     """
 
-    term: Term
+    function: Term
     balance: Callable[[float], float] = _zero
     setting: type | None = None
     parameter_name: str = ""
@@ -201,24 +204,24 @@ DIVERGENCES: dict[str, Definition] = {
     "forward_kl": Definition(
         forward_kl,
         balance=lambda parameter: -1.0,
-        remainders=(*BALANCED_REMAINDERS, "teacher_renormalize"),
+        remainders=(*COMMON_REMAINDERS, "teacher_renormalize"),
         infinite_without=("student",),
         share_of_mean_ratio=_zero,  # dlog_s is s - t
     ),
     "reverse_kl": Definition(
         reverse_kl,
         balance=_one,
-        remainders=BALANCED_REMAINDERS,
+        remainders=COMMON_REMAINDERS,
         infinite_without=("teacher",),
         share_of_mean_ratio=_one,  # dlog_s is s r
     ),
-    "jsd": Definition(jsd, setting=Jsd, parameter_name="beta", remainders=BALANCED_REMAINDERS),
+    "jsd": Definition(jsd, setting=Jsd, parameter_name="beta", remainders=COMMON_REMAINDERS),
     "mixed_kl": Definition(
         mixed_kl,
         balance=lambda forward_weight: 1 - 2 * forward_weight,
         setting=MixedKl,
         parameter_name="forward_weight",
-        remainders=BALANCED_REMAINDERS,
+        remainders=COMMON_REMAINDERS,
         infinite_without=("student", "teacher"),
         share_of_mean_ratio=lambda forward_weight: 1 - forward_weight,
     ),
@@ -227,7 +230,7 @@ DIVERGENCES: dict[str, Definition] = {
         balance=lambda student_weight: -student_weight,
         setting=SkewKl,
         parameter_name="student_weight",
-        remainders=BALANCED_REMAINDERS,
+        remainders=COMMON_REMAINDERS,
     ),
 }
 
@@ -245,7 +248,7 @@ class DivergenceTerm(NamedTuple):
 
     @property
     def function(self) -> Term:
-        return self.definition.term
+        return self.definition.function
 
     @property
     def balance(self) -> float:
@@ -312,17 +315,18 @@ def named_divergence(name: str, parameter: float | None = None) -> Divergence:
 
     Args:
         name: a key of ``DIVERGENCES``.
-        parameter: of ``Jsd``, ``MixedKl`` or ``SkewKl``; None where the divergence has none.
+        parameter: of the divergence's class; None where the divergence has none.
 
     Raises:
         ValueError: when the name is unknown, or a parameter is missing or superfluous.
     """
     checks.check_one_of("divergence", name, DIVERGENCES)
     known = DIVERGENCES[name]
-    if (known.setting is None) != (parameter is None):
-        got = "a parameter" if known.setting is None else "none"
-        rule = "have no parameter" if known.setting is None else f"have its {known.parameter_name}"
-        checks.fail(f"divergence {name!r}", rule, got, "pass it, or leave it out")
+    if known.setting is None and parameter is not None:
+        checks.fail(f"divergence {name!r}", "have no parameter", parameter, "leave it out")
+    if known.setting is not None and parameter is None:
+        rule, remedy = f"have its {known.parameter_name}", f"pass it, as {_call(known)} takes it"
+        checks.fail(f"divergence {name!r}", rule, "none", remedy)
     made: Any = name if known.setting is None else known.setting(parameter)
     return made
 

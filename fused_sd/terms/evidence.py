@@ -41,7 +41,7 @@ class Evidence:
     log_prob: Literal["current", "old"] = "current"
 
     def __post_init__(self) -> None:
-        checks.check_ratio_clip(self.clip)
+        checks.check_clip_pair("clip", self.clip)
         if not isinstance(self.mix, Tensor):
             checks.check_unit_interval("mix", self.mix)
         checks.check_one_of("log_prob", self.log_prob, ("current", "old"))

@@ -3,7 +3,6 @@
 A metric is returned per token, detached, and 0 for a token of weight 0.
 """
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 
 from fused_sd import checks
@@ -32,7 +31,7 @@ METRIC_NEEDS: dict[str, tuple[str, ...]] = {
 
 NEED_REMEDIES = {
     "teacher states": "call divergence_loss with the teacher's hidden states and head",
-    "truncated support": "pass StudentTopK, TeacherTopK, UnionTopK or TokenIds as support",
+    "truncated support": "pass a support other than FULL_VOCABULARY, such as StudentTopK(100)",
     "top-k support": "pass StudentTopK, TeacherTopK, UnionTopK or TeacherNucleus as support",
     "token_ids": "pass token_ids, the sampled tokens",
     "entry_clip": "pass entry_clip",
@@ -64,11 +63,7 @@ def current_names(argument: str, names: Sequence[str], legal: Collection[str]) -
     for name in names:
         renamed = DEPRECATED.get(name)
         if renamed is not None and renamed in legal:
-            warnings.warn(
-                f"{argument}: {name!r} is now called {renamed!r}, as in every other loss",
-                DeprecationWarning,
-                stacklevel=4,
-            )
+            checks.deprecated(f"{argument}: {name!r} is now called {renamed!r}, as in every loss")
             known[name] = renamed
             continue
         checks.check_one_of(argument, name, legal)

@@ -1,9 +1,9 @@
 """The supports: which vocabulary entries of a token are compared.
 
 A support is a class that knows itself: its name, how many entries it has, whose whole logits it
-must see, and how it chooses.  To add one: write its class here and its definition in
-``reference.py``, and export it.  What becomes of the entries outside is the comparison's
-``remainder``; the arithmetic of a truncated row is in ``objectives/truncated.py``.
+must see, and how it chooses.  To add one: write its class here, list it in ``NAMED_SUPPORTS``,
+define it in ``reference.py``, and export it.  What becomes of the entries outside is the
+comparison's ``remainder``; the arithmetic of a truncated row is in ``objectives/truncated.py``.
 
 Dimension key:  C rows in a chunk, K entries of the support
 """
@@ -212,7 +212,7 @@ class TeacherNucleus(_TopK):
 
 @dataclass(frozen=True, eq=False)
 class TokenIds(Support):
-    """Given entries.
+    """Entries that the caller names.
 
     Args:
         ids: (..., K) int64, one set for each token.  A repeated id counts once; a negative id is
@@ -234,7 +234,7 @@ class TokenIds(Support):
 @setting
 @dataclass(frozen=True)
 class GivenEntries(Support):
-    """Inside an operator: the entries of ``TokenIds``, whose ids are an input."""
+    """Stands for ``TokenIds`` inside an operator, where the ids are an input."""
 
     count: int
 
@@ -256,9 +256,9 @@ NAMED_SUPPORTS: dict[str, type[Support]] = {
     for kind in (FullVocabulary, StudentTopK, TeacherTopK, UnionTopK, TeacherNucleus)
 }
 
-LEGAL_SUPPORTS = (
-    "FULL_VOCABULARY, StudentTopK(k), TeacherTopK(k), UnionTopK(k), TeacherNucleus(k, mass) or "
-    "TokenIds(ids)"
+_TRUNCATED: list[Any] = [*NAMED_SUPPORTS.values(), TokenIds][1:]
+LEGAL_SUPPORTS = "FULL_VOCABULARY, " + ", ".join(
+    f"{kind.__name__}({', '.join(field.name for field in fields(kind))})" for kind in _TRUNCATED
 )
 
 

@@ -7,7 +7,7 @@ Dimension key:  C tokens
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -48,20 +48,25 @@ class Surrogate:
 
     def __post_init__(self) -> None:
         if self.ratio_clip is not None:
-            checks.check_ratio_clip(self.ratio_clip)
+            checks.check_clip_pair("ratio_clip", self.ratio_clip)
         if self.dual_clip is not None and not self.dual_clip > 1:
             remedy = "verl and RLSD use 3.0; None is no clip"
             checks.fail("dual_clip", "be above 1", self.dual_clip, remedy)
         checks.check_non_negative("kl_coefficient", self.kl_coefficient, "pass 0 for no KL")
-        if self.kl_estimator in ("kl", "k1_direct", "direct"):
-            checks.fail(
-                "kl_estimator",
-                "not differentiate log_prob - reference directly: its gradient does not depend on "
-                "the reference",
-                repr(self.kl_estimator),
-                "pass 'k1' (sg(d) log_prob), 'k2' or 'k3'",
-            )
-        checks.check_one_of("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+        check_estimator("kl_estimator", self.kl_estimator)
+
+
+def check_estimator(argument: str, estimator: object) -> None:
+    """Check the name of an estimator of a KL."""
+    if estimator in ("kl", "k1_direct", "direct"):
+        checks.fail(
+            argument,
+            "not differentiate log_prob - reference directly: its gradient does not depend on the "
+            "reference",
+            repr(estimator),
+            "pass 'k1' (sg(d) log_prob), 'k2' or 'k3'",
+        )
+    checks.check_one_of(argument, estimator, get_args(KlEstimator))
 
 
 class TokenTerm(NamedTuple):
@@ -93,13 +98,13 @@ def surrogate(settings: Surrogate, log_prob: Tensor, inputs: dict[str, Tensor]) 
     advantages = inputs["advantages"].to(log_prob)
     old = inputs["old_log_probs"].to(log_prob) if "old_log_probs" in inputs else log_prob
     if settings.evidence_clip is not None:
-        reference = old if settings.evidence_from_old else log_prob
+        student = old if settings.evidence_from_old else log_prob
         teacher = inputs["teacher_log_probs"].to(log_prob)
-        weight, clipped = evidence_weight(teacher, reference, advantages, settings.evidence_clip)
+        weight, clipped = evidence_weight(teacher, student, advantages, settings.evidence_clip)
         mix = inputs["mix"].to(log_prob)
         advantages = advantages * ((1 - mix) + mix * weight)
         metrics |= {"evidence_weight": weight, "evidence_clip_fraction": clipped}
-        metrics["evidence"] = teacher - reference
+        metrics["evidence"] = teacher - student
     ratio = log_ratio(log_prob, old).exp()
     loss = -ratio * advantages
     follows = (log_prob - old).abs() <= MAX_LOG_RATIO  # beyond, the clamped ratio is constant

@@ -30,7 +30,7 @@ class Block(NamedTuple):
     def fill_(
         self, student: Tensor, teacher: Tensor, lse_s: Tensor, lse_t: Tensor, has_form: bool
     ) -> bool:
-        """Write log-probabilities into ``s`` and ``t``; if the sides are near, probabilities.
+        """Write both sides' log-probabilities, or where the sides are near their probabilities.
 
         Args:
             student, teacher: logits of both sides.
@@ -47,14 +47,15 @@ class Block(NamedTuple):
             return False
         torch.sub(self.s, self.t, out=self.r)
         low, high = self.r.aminmax()
-        if not (low >= -LARGEST and high <= LARGEST):  # nor where they are NaN
+        if not (low >= -LARGEST and high <= LARGEST):  # nor where a log-ratio is NaN
             return False
         self.s.exp_()
         self.t.exp_()
         return True
 
 
-# of a block and the divergence's parameter: term and dlog_s, in the memory of ``one`` and ``other``
+# (block, parameter) -> (term, dlog_s).  A form may overwrite r, one and other.  At its end s and t
+# must be intact, because clip_ and the gradient read them, and r must be free.
 Form = Callable[[Block, float], tuple[Tensor, Tensor]]
 
 
@@ -101,14 +102,14 @@ class FastForm(NamedTuple):
     """How a divergence is evaluated in place, and how much memory that takes."""
 
     evaluate: Form
-    num_buffers: int  # fp32 matrices (R, W) that are held at once, those of the block included
+    num_buffers: int  # matrices (R, W) held at once: the five of the block and those it allocates
 
 
 FORMS: dict[str, FastForm] = {
     "forward_kl": FastForm(forward_kl, 5),
     "reverse_kl": FastForm(reverse_kl, 5),
     "jsd": FastForm(jsd, 6),
-    "mixed_kl": FastForm(mixed_kl, 6),
+    "mixed_kl": FastForm(mixed_kl, 7),
     "skew_kl": FastForm(skew_kl, 5),
 }
 GENERAL_BUFFERS = 16  # of a general function of ``terms/divergence.py``, roughly

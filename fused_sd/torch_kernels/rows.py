@@ -6,8 +6,9 @@ This is the last stop of a loss on a CPU: an objective calls these functions on 
 gradient may be written over the logits.
 
 A block of a few rows is processed at a time, in memory that the next block reuses, so that all of
-it stays in the CPU's caches.  Nothing here selects by a mask, which costs as much as ten
-multiplications.
+it stays in the CPU's caches.  Blocks whose log-ratios are moderate take the in-place forms of
+``near.py``, which select nothing by a mask, because a mask costs as much as ten multiplications;
+other blocks take the general functions of ``terms/divergence.py``, where the formulas are.
 
 Where ranks share the vocabulary, a function of two sides returns numbers over all ranks' columns, a
 function of one side numbers over this rank's columns.
@@ -26,9 +27,9 @@ from fused_sd.terms.divergence import DivergenceTerm
 from fused_sd.torch_kernels.near import FORMS, Block, clip_
 from fused_sd.torch_kernels.slices import slices
 
-READS_PADDING = False  # columns of -inf on both sides, where a log-ratio is not a number
-ROW_BLOCK_LOGITS = 2**19  # logits of a block; in smaller ones threads wait for each other more
-FLOOR = -1e4  # a log-probability whose probability is 0, and whose products are too
+READS_PADDING = False  # a column that is -inf on both sides has a log-ratio of NaN
+ROW_BLOCK_LOGITS = 2**19  # logits of a block; in smaller ones threads wait more often
+FLOOR = -1e4  # lower bound of log-probabilities that multiply a probability of 0: 0 * -inf is NaN
 # metrics over the full vocabulary: divergences with their parameters, then both entropies
 ROW_METRIC_PARAMETERS = {"forward_kl": 0.0, "reverse_kl": 0.0, "jsd": 0.5}
 ROW_METRICS = (*ROW_METRIC_PARAMETERS, "student_entropy", "teacher_entropy")
@@ -144,7 +145,7 @@ def _compare(
             row_weights, cap, out = gradient
             whole = total if known_total is None else known_total
             dlogits = dlog_s.sub_(s.mul_(whole[at, None]))
-            if not is_near:  # a token that is cut may be infinite
+            if not is_near:  # a row of weight 0 may hold infinite terms, and 0 * inf is NaN
                 dlogits.masked_fill_(row_weights[at, None] == 0, 0)
             _write(dlogits, row_weights[at], student[at], cap, out[at])
     return loss, clipped, total
@@ -193,7 +194,7 @@ def row_metrics(
 
 
 def _row_blocks(logits: Tensor, num_buffers: int = 0) -> Iterator[Any]:
-    """Slices of rows, each with buffers (R, W) that the next visit reuses."""
+    """Slices of rows, each with buffers (R, W) that the next block reuses."""
     num_rows, width = logits.shape
     size = max(1, num_rows if logits.is_cuda else ROW_BLOCK_LOGITS // max(1, width))
     buffers = logits.new_empty((num_buffers, min(size, num_rows), width))

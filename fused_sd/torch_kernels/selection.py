@@ -48,8 +48,8 @@ def has_short_list(k: int, num_columns: int) -> bool:
 def top_k(logits: Tensor, k: int) -> Tensor:
     """Ids of the k largest logits of each row, largest first, equal logits by lowest id.
 
-    They lie in the k blocks of columns with the largest maxima (of equal ones the leftmost), so a
-    row is read once for its block maxima and only those blocks are searched.
+    The k largest logits lie in the k blocks of columns with the largest maxima (of equal ones the
+    leftmost), so a row is read once for its block maxima and only those blocks are searched.
 
     Args:
         logits: (C, W) fp32 or fp64, -inf behind the vocabulary.  NaN counts as the largest.
@@ -63,7 +63,9 @@ def top_k(logits: Tensor, k: int) -> Tensor:
         return _by_size(logits, _largest(logits, k))
     blocks = _largest(_block_maxima(logits), k)
     columns = torch.arange(BLOCK, device=logits.device)
-    candidates = (blocks[:, :, None] * BLOCK + columns).flatten(1)  # ascending: so are ties
+    candidates = (blocks[:, :, None] * BLOCK + columns).flatten(
+        1
+    )  # ascending, so that of equal logits the lowest comes first
     found = logits.gather(1, candidates.clamp(max=num_columns - 1))
     found.masked_fill_(candidates >= num_columns, -torch.inf)
     return candidates.gather(1, _by_size(found, _largest(found, k)))
@@ -75,8 +77,8 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
     Candidates are the entries with ``|g| >= 2**e``, g != 0, for the smallest e that leaves at most
     ``most`` of them.  If what is below them is within the budget, the fewest largest candidates are
     kept for which what is dropped still is, and with the smallest kept entry all that equal it in
-    magnitude.  Else all candidates are kept, and ``dropped > share * norm`` tells.  What is dropped
-    is summed as such, never as the difference of two larger sums.
+    magnitude.  Else all candidates are kept, and ``dropped > share * norm`` says so.  What is
+    dropped is summed as such, never as the difference of two larger sums.
 
     Args:
         gradient: (R, V) bf16, fp16, fp32 or fp64; unit stride in the columns, any in the rows.
@@ -140,7 +142,7 @@ def _fewest(
 def _first_that_fits(sizes: Tensor, rest: Tensor, budget: Tensor, most: Tensor) -> Tensor:
     """The fewest leading sizes (R, M) to keep so that the others and the rest fit a budget: (R,).
 
-    By bisection, because a running sum in floating point has no fixed order on a GPU.
+    It bisects, because a running sum in floating point has no fixed order on a GPU.
     """
     low, high = torch.zeros_like(most), most
     rank = torch.arange(sizes.shape[1], device=sizes.device)
@@ -181,8 +183,8 @@ def _largest(values: Tensor, k: int) -> Tensor:
     for at in slices(0, len(tied), max(1, ROW_BLOCK_LOGITS // width)):
         rows, border = values[tied[at]], found[tied[at], k, None]
         is_above, is_border = ~(rows <= border), rows == border
-        room = k - is_above.sum(-1, keepdim=True)
-        is_chosen = is_above | (is_border & (is_border.cumsum(-1) <= room))
+        num_equal = k - is_above.sum(-1, keepdim=True)
+        is_chosen = is_above | (is_border & (is_border.cumsum(-1) <= num_equal))
         columns[tied[at]] = is_chosen.nonzero()[:, 1].view(-1, k)
     return columns
 

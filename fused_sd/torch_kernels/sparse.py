@@ -51,7 +51,7 @@ class ByColumn(NamedTuple):
 
     tokens: Tensor  # (E,) int64, of each entry as it stands in ``SparseValues``
     order: Tensor  # (E,) int64, entries by column, of one column by token
-    starts: Tensor  # (V + 1,) int64 of each column's entries in that order; then empty places
+    starts: Tensor  # (V + 1,) int64, where each column's values begin; the last: empty places
 
 
 def by_column(entries: SparseValues, vocab: int) -> ByColumn:

@@ -307,7 +307,45 @@ BAD = {
     ),
     "sampled without teacher": (
         lambda c: fused_sd.sampled_kl_loss(c.hidden, c.weight, c.token_ids),
-        "evidence must come with a teacher",
+        "teacher_hidden must be given, or teacher_log_probs",
+    ),
+    "sampled with an estimator that sees no teacher": (
+        lambda c: fused_sd.sampled_kl_loss(
+            c.hidden, c.weight, c.token_ids, teacher_log_probs=c.old_log_probs, estimator="direct"
+        ),
+        "estimator must not differentiate log_prob - reference directly",
+    ),
+    "advantages left out": (lambda c: policy(c, advantages=None), "advantages must be a tensor"),
+    "a live bias of a policy's teacher": (
+        lambda c: policy(
+            c,
+            evidence=fused_sd.Evidence(),
+            teacher_hidden=c.teacher_hidden,
+            teacher_head=fused_sd.LMHead(
+                c.weight, torch.zeros(67, dtype=torch.float64, requires_grad=True)
+            ),
+        ),
+        "teacher_head.bias must not require a gradient",
+    ),
+    "hints of other tokens": (
+        lambda c: fused_sd.rlcsd_loss(
+            *(c.hidden, c.weight, c.token_ids, c.old_log_probs),
+            c.old_log_probs[:1],
+            c.old_log_probs[:, None],
+        ),
+        "correct_log_probs must be",
+    ),
+    "wrong hints without an axis": (
+        lambda c: fused_sd.rlcsd_loss(
+            *(c.hidden, c.weight, c.token_ids, c.old_log_probs),
+            c.old_log_probs,
+            c.old_log_probs,
+        ),
+        "wrong_log_probs must be .*K",
+    ),
+    "clip of the evidence": (
+        lambda c: fused_sd.Evidence(clip=(2.0, 0.1)),
+        "^clip must be .*low, high",
     ),
     "variant": (
         lambda c: fused_sd.sd_zero_loss(

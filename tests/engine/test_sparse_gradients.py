@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import fused_sd
 from fused_sd.engine import gradients
-from fused_sd.engine.certificate import count_within_budget
+from fused_sd.engine.budget import count_within_budget
 from fused_sd.engine.operator import RunSettings
 from fused_sd.head.lm_head import LMHead, Shaping
 from fused_sd.objectives.divergence import DivergenceObjective

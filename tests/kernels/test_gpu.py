@@ -4,16 +4,16 @@ import pytest
 import torch
 from cases import make_case
 from closeness import assert_close
+from divergences import EACH
 
 import fused_sd
 from fused_sd import reference
 
 pytestmark = pytest.mark.gpu
 DIVERGENCES = {
-    "forward": {"divergence": "forward_kl"},
-    "reverse": {"divergence": "reverse_kl"},
-    "jsd": {"divergence": fused_sd.Jsd(0.5)},
+    **{name: {"divergence": divergence} for name, (divergence, _) in EACH.items()},
     "student top-k": {"divergence": "reverse_kl", "support": fused_sd.StudentTopK(20)},
+    "teacher nucleus": {"divergence": "forward_kl", "support": fused_sd.TeacherNucleus(20, 0.9)},
 }
 
 

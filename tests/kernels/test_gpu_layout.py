@@ -213,7 +213,7 @@ def test_workspaces_take_the_bytes_that_are_planned(
     dots, whole = sparse.entry_logits, VocabShard(None, VOCAB)
     needs = workspace.Needs((True, True), has_gradient, reserved=0, chunk_size=7)
     made = workspace.Workspace(student, teacher, needs, dots, whole)
-    held = [made.logits] if made.gradients is None else [made.logits, made.gradients]
+    held = [made.logits] if made.dlogits is None else [made.logits, made.dlogits]
     size = RunSize(VOCAB, 1 + has_teacher, 4, dtype.itemsize, has_gradient)
     assert size.in_place == (has_gradient and not sixteen_bit)
     assert made.layout == (7, 14 if size.in_place else 28)

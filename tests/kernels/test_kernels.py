@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import make_case
 from closeness import assert_close
+from divergences import EACH
 
 import fused_sd
 from fused_sd import reference
@@ -20,13 +21,7 @@ from fused_sd.kernels import divergence as kernel_divergence
 from fused_sd.kernels import rows as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DIVERGENCES = (
-    "forward_kl",
-    "reverse_kl",
-    fused_sd.Jsd(0.3),
-    fused_sd.MixedKl(0.4),
-    fused_sd.SkewKl(0.8),
-)
+DIVERGENCES = tuple(divergence for divergence, _ in EACH.values())
 pytestmark = [
     # the interpreter computes both branches of a select in numpy, which warns of inf - inf
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),

@@ -82,3 +82,11 @@ def test_a_teachers_temperature_needs_a_teachers_logits():
         fused_sd.topk_divergence_loss(
             case.hidden, case.head, ids, -torch.ones(7, 2), teacher_temperature=0.5
         )
+
+
+def test_the_warning_points_at_the_callers_line():
+    """Python shows a deprecation only where it points at code outside the library."""
+    case = make_case()
+    with pytest.warns(DeprecationWarning, match="importance_ratio") as caught:
+        policy(case, metrics=("ratio",))
+    assert caught[0].filename == __file__

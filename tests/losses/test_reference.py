@@ -21,7 +21,7 @@ SUPPORTS = {
     "teacher_topk": reference.teacher_topk,
     "union_topk": reference.union_topk,
 }
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mixed_kl")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mixed_kl", "skew_kl")
 ESTIMATORS = {
     "k1": reference.sampled_k1,
     "k2": reference.sampled_k2,

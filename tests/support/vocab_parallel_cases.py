@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from cases import Case, make_case
+from divergences import EACH
 from torch import Tensor
 
 import fused_sd
@@ -22,13 +23,7 @@ REMAINDERS = ("tail", "renormalize", "drop")
 MASS = 0.6  # of a nucleus
 BESIDE = ("student_log_prob", "student_entropy")
 SUPPORTS = ("student", "teacher", "union", "teacher_nucleus", "ids", "entries")
-DIVERGENCES = {
-    "forward_kl": ("forward_kl", {}),
-    "reverse_kl": ("reverse_kl", {}),
-    "jsd": (fused_sd.Jsd(0.3), {"beta": 0.3}),
-    "mixed_kl": (fused_sd.MixedKl(0.4), {"forward_weight": 0.4}),
-    "skew_kl": (fused_sd.SkewKl(0.7), {"student_weight": 0.7}),
-}
+DIVERGENCES = EACH
 
 Outcome = dict[str, Tensor]  # loss, token_loss, gradients, metrics
 Fused = Callable[..., LossOutput]  # of a case, both heads and what every loss takes

@@ -6,14 +6,14 @@ import pytest
 import torch
 from cases import make_case
 from closeness import assert_close
+from divergences import EACH
 
 import fused_sd
 from fused_sd import reference
 from fused_sd.terms import comparison
-from fused_sd.terms.divergence import DIVERGENCES, Definition, named_divergence
+from fused_sd.terms.divergence import DIVERGENCES, Definition
 from fused_sd.terms.support import NAMED_SUPPORTS
 
-PARAMETERS = {"jsd": 0.3, "mixed_kl": 0.4, "skew_kl": 0.7}
 K, MASS = 5, 0.6
 SUPPORTS = (*NAMED_SUPPORTS, "ids", "served")
 TABLE = [
@@ -79,7 +79,7 @@ def reason_against(divergence, kind, remainder, entry_clip, floors):
             return comparison.NO_REMAINDER
         return comparison.REASONS["tail_floor"] if "tail_floor" in floors else None
     if remainder == "teacher_renormalize" and divergence != "forward_kl":
-        return comparison.NOT_DEFINED
+        return comparison.CROSS_ENTROPY
     if remainder != "tail" and "tail_floor" in floors:
         return comparison.REASONS["tail_floor"]
     if remainder != "drop" and "log_prob_floor" in floors:
@@ -97,7 +97,7 @@ def test_combination_is_refused_or_equals_the_reference(
     case.teacher_weight = case.teacher_weight.detach()
     entries = make_entries(67)
     settings = {
-        "divergence": named_divergence(divergence, PARAMETERS.get(divergence)),
+        "divergence": EACH[divergence][0],
         "remainder": remainder,
         "entry_clip": entry_clip,
         **floors,
@@ -117,7 +117,6 @@ def test_combination_is_refused_or_equals_the_reference(
     if kind == "served":
         log_probs = teacher.log_softmax(-1).gather(-1, entries.clamp(min=0))
         teacher = reference.served_teacher(entries, log_probs, 67)
-    name = DIVERGENCES[divergence].parameter_name
     token_loss = reference.divergence(
         student,
         teacher,
@@ -126,7 +125,7 @@ def test_combination_is_refused_or_equals_the_reference(
         remainder=remainder,
         entry_clip=entry_clip,
         **floors,
-        **({name: PARAMETERS[divergence]} if name else {}),
+        **EACH[divergence][1],
     )
     expected = torch.autograd.grad((token_loss * case.token_weights).sum(), case.inputs)
     alive = case.token_weights != 0
@@ -138,16 +137,23 @@ def test_combination_is_refused_or_equals_the_reference(
 
 def test_every_reason_is_met():
     met = {reason_against(*row) for row in TABLE} - {None}
-    assert met == {comparison.NO_REMAINDER, comparison.NOT_DEFINED, *comparison.REASONS.values()}
+    assert met == {
+        comparison.NO_REMAINDER,
+        comparison.CROSS_ENTROPY,
+        *comparison.REASONS.values(),
+    }
 
 
 @pytest.mark.parametrize("remainder", comparison.REMAINDERS)
 def test_a_divergence_is_refused_where_its_row_says_nothing(remainder, monkeypatch):
     """A new divergence has no meaning beside a remainder until somebody has written it down."""
-    silent = Definition(DIVERGENCES["reverse_kl"].term)
+    silent = Definition(DIVERGENCES["reverse_kl"].function)
     monkeypatch.setitem(DIVERGENCES, "reverse_kl", silent)
     fused_sd.Comparison("reverse_kl")
-    with pytest.raises(ValueError, match="no definition with this remainder"):
+    reason = "no definition with this remainder"
+    if remainder == "teacher_renormalize":
+        reason = "gives a cross entropy"
+    with pytest.raises(ValueError, match=reason):
         fused_sd.Comparison("reverse_kl", fused_sd.StudentTopK(3), remainder)
 
 
@@ -216,3 +222,21 @@ def test_a_nucleus_counts_what_the_teacher_needs():
     # outside the nucleus the gradient is one constant times the student's softmax
     share = gradient[2, 4:] / student[2].softmax(-1)[4:].detach()
     assert_close(share, share.mean().expand_as(share), torch.float64)
+
+
+def test_a_clip_fraction_is_of_the_entries_that_are_compared():
+    """Places of a nucleus that a token does not need are not compared, and none is cut."""
+    vocab = 64
+    weight = torch.eye(vocab, dtype=torch.float64)
+    teacher = torch.full((1, vocab), -20.0, dtype=torch.float64)
+    teacher[0, :2] = torch.tensor([2.0, 1.0])
+    student = torch.zeros(1, vocab, dtype=torch.float64)
+    output = fused_sd.divergence_loss(
+        *(student, weight, teacher, weight),
+        divergence="forward_kl",
+        support=fused_sd.TeacherNucleus(20, 0.9),
+        remainder="drop",
+        entry_clip=0.9,  # the first entry's term is 0.73 * ln(0.73 * 64) = 2.8, the second's 0.77
+        metrics=("entry_clip_fraction",),
+    )
+    assert output.metrics["entry_clip_fraction"].item() == 0.5
