@@ -5,7 +5,7 @@ describe the arguments.  Nothing here is a GEMM: rows of the head, or hidden sta
 from memory and summed in registers, and every element of a result is written by one program.
 
 Dimension key:  N tokens, C tokens in a chunk, D hidden size, V vocabulary, K entries of a token,
-                E entries of all tokens
+                E sparse values of all tokens
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from fused_sd.torch_kernels.sparse import SparseValues, by_column
 
 __all__ = ["entry_logits", "gather_sum", "segment_sum", "select", "top_k"]
 
-LONG = 512  # entries of a column above which it is summed in tiles of another shape
+LONG = 512  # values of a column above which it is summed in tiles of another shape
 
 
 class TileShape(NamedTuple):
@@ -32,8 +32,8 @@ class TileShape(NamedTuple):
     num_warps: int
 
 
-FEW = TileShape(4, 4096, 4)  # for the few entries of a token, or of most columns
-MANY = TileShape(128, 256, 8)  # for the many entries of a column that every token names
+FEW = TileShape(4, 4096, 4)  # for the few values of a token, or of most columns
+MANY = TileShape(128, 256, 8)  # for the many values of a column that every token names
 DOTS = TileShape(16, 512, 4)  # for dot products
 
 
@@ -66,14 +66,14 @@ def entry_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 def gather_sum(
-    entries: SparseValues,
+    sparse: SparseValues,
     weight: Tensor,
     mean_row: Tensor | None,
     factor: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
     """Gradient w.r.t. the hidden states (N, D): weighted sums of the head's rows."""
-    weight, factor, dropped_mass = _rows(weight), factor.contiguous(), entries.dropped_mass
+    weight, factor, dropped_mass = _rows(weight), factor.contiguous(), sparse.dropped_mass
     num_tokens, (vocab, hidden_size) = factor.shape[0], weight.shape
     out = torch.empty((num_tokens, hidden_size), dtype=dtype, device=weight.device)
     tile = _tile(FEW, weight)
@@ -81,10 +81,10 @@ def gather_sum(
     launch(
         programs.gather_sum,
         num_tokens * num_tiles,
-        entries.columns,
-        columns_ptr=entries.columns,
-        values_ptr=entries.values,
-        starts_ptr=entries.starts,
+        sparse.columns,
+        columns_ptr=sparse.columns,
+        values_ptr=sparse.values,
+        starts_ptr=sparse.starts,
         dropped_mass_ptr=None if dropped_mass is None else dropped_mass.contiguous(),
         factor_ptr=factor,
         weight_ptr=weight,
@@ -100,7 +100,7 @@ def gather_sum(
 
 
 def segment_sum(
-    entries: SparseValues,
+    sparse: SparseValues,
     hidden: Tensor,
     vocab: int,
     factor: Tensor,
@@ -110,15 +110,15 @@ def segment_sum(
 ) -> Tensor:
     """Gradient w.r.t. the head (V, D): one weighted sum of hidden states for each of its rows.
 
-    A column of few entries is summed in wide tiles of few rows, a long one in narrow tiles of many
+    A column of few values is summed in wide tiles of few rows, a long one in narrow tiles of many
     rows, by more programs.  The second launch covers as many columns as can be long, so that the
     host need not wait for their number.
     """
     hidden = _rows(hidden)
     hidden_size = hidden.shape[1]
-    by = by_column(entries, vocab)
+    by = by_column(sparse, vocab)
     tokens = by.tokens[by.order]
-    coefficients = entries.values[by.order] * factor[tokens]
+    coefficients = sparse.values[by.order] * factor[tokens]
     num_long = min(vocab, tokens.shape[0] // (LONG + 1))
     longest = (by.starts[1:] - by.starts[:-1]).topk(num_long).indices
     out = torch.empty((vocab, hidden_size), dtype=dtype, device=hidden.device)

@@ -32,7 +32,7 @@ __all__ = [
     "top_k",
 ]
 
-LONGEST = 4096  # entries that are summed one after the other
+LONGEST = 4096  # values that are summed one after the other
 GATHERED = 2**21  # elements of rows at a time: large beside a call, small beside the head
 GPU_GATHERED = 2**24
 
@@ -50,17 +50,17 @@ class ByColumn(NamedTuple):
     """Sparse values in the order of their columns."""
 
     tokens: Tensor  # (E,) int64, of each entry as it stands in ``SparseValues``
-    order: Tensor  # (E,) int64, entries by column, of one column by token
+    order: Tensor  # (E,) int64, values by column, of one column by token
     starts: Tensor  # (V + 1,) int64, where each column's values begin; the last: empty places
 
 
-def by_column(entries: SparseValues, vocab: int) -> ByColumn:
-    """Sort entries by column: O(E log E + V), without reading a value on the host."""
-    device = entries.columns.device
-    places = torch.arange(entries.columns.shape[0], device=device)
-    tokens = torch.searchsorted(entries.starts, places, right=True) - 1
-    tokens.clamp_(max=entries.starts.shape[0] - 2)  # of empty places behind all tokens' entries
-    columns, order = entries.columns.sort(stable=True)
+def by_column(sparse: SparseValues, vocab: int) -> ByColumn:
+    """Sort sparse values by column: O(E log E + V), without reading a value on the host."""
+    device = sparse.columns.device
+    places = torch.arange(sparse.columns.shape[0], device=device)
+    tokens = torch.searchsorted(sparse.starts, places, right=True) - 1
+    tokens.clamp_(max=sparse.starts.shape[0] - 2)  # of empty places behind all values
+    columns, order = sparse.columns.sort(stable=True)
     ids = torch.arange(vocab + 1, dtype=columns.dtype, device=device)
     return ByColumn(tokens, order, torch.searchsorted(columns, ids))
 
@@ -88,7 +88,7 @@ def entry_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 def gather_sum(
-    entries: SparseValues,
+    sparse: SparseValues,
     weight: Tensor,
     mean_row: Tensor | None,
     factor: Tensor,
@@ -105,21 +105,21 @@ def gather_sum(
     Returns:
         (N, D): ``factor * (sum of value * weight[column] + dropped_mass * mean_row)``.
     """
-    is_entry = entries.columns < weight.shape[0]
+    is_entry = sparse.columns < weight.shape[0]
     before = torch.nn.functional.pad(is_entry.cumsum(0), (1, 0))
-    starts = before[entries.starts]
-    columns, values = entries.columns[is_entry].long(), entries.values[is_entry]
+    starts = before[sparse.starts]
+    columns, values = sparse.columns[is_entry].long(), sparse.values[is_entry]
     out = torch.empty((factor.shape[0], weight.shape[1]), dtype=dtype, device=weight.device)
     for at, total in _sums(weight, columns, values, starts):
-        if entries.dropped_mass is not None:
+        if sparse.dropped_mass is not None:
             assert mean_row is not None
-            total.addcmul_(entries.dropped_mass[at, None], mean_row)
+            total.addcmul_(sparse.dropped_mass[at, None], mean_row)
         out[at] = total.mul_(factor[at, None])
     return out
 
 
 def segment_sum(
-    entries: SparseValues,
+    sparse: SparseValues,
     hidden: Tensor,
     vocab: int,
     factor: Tensor,
@@ -130,20 +130,20 @@ def segment_sum(
     """dweight, O(E D + V D): one weighted sum of hidden states for each of the head's rows.
 
     Args:
-        hidden: (N, D); rows of tokens without entries are not read.
+        hidden: (N, D); rows of tokens without values are not read.
         vocab: V, rows of the head.
-        factor: (N,) as values, of each token's entries.
+        factor: (N,) as values, of each token's values.
         base: (V, D) as values, a gradient to add to; None: 0.
         base_factor: () as values, of the base; None: 1.
         dtype: of the result.
 
     Returns:
         (V, D): ``base_factor * base + sum of factor * value * hidden`` over the
-        entries of the row's column.
+        values of the row's column.
     """
-    by = by_column(entries, vocab)
+    by = by_column(sparse, vocab)
     tokens = by.tokens[by.order]
-    values = entries.values[by.order] * factor[tokens]
+    values = sparse.values[by.order] * factor[tokens]
     out = torch.empty((vocab, hidden.shape[1]), dtype=dtype, device=hidden.device)
     for at, total in _sums(hidden, tokens, values, by.starts):
         if base is not None:
