@@ -270,10 +270,11 @@ def named_support(name: str, *numbers: Any) -> Support:
     """
     checks.check_one_of("support", name, NAMED_SUPPORTS)
     kind: Any = NAMED_SUPPORTS[name]
-    names = [field.name for field in fields(kind)]
     try:
-        return kind(*numbers)
+        made: Support = kind(*numbers)
+        return made
     except TypeError:
+        names = [field.name for field in fields(kind)]
         rule = f"have {' and '.join(names) or 'no number'}"
         remedy = f"pass what {kind.__name__}({', '.join(names)}) takes"
         checks.fail(f"support {name!r}", rule, list(numbers), remedy)
