@@ -21,7 +21,7 @@ from torch import Tensor
 from fused_sd import Jsd
 from fused_sd.kernels import rows, selection
 from fused_sd.kernels.tuning import TABLE, Launch, family_of, forced, launch_for
-from fused_sd.terms.divergence import divergence_term
+from fused_sd.terms.divergence_term import divergence_term
 from fused_sd.torch_kernels.rows import RowGradient
 
 CANDIDATES = [Launch(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]

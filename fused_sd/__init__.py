@@ -35,7 +35,8 @@ from fused_sd.teaching.teacher import Teacher
 from fused_sd.teaching.trust_region import trust_region_states
 from fused_sd.terms.advantages import iw_opd_advantages, rlcsd_advantages
 from fused_sd.terms.comparison import Comparison
-from fused_sd.terms.divergence import Jsd, MixedKl, SkewKl, generalized_jsd
+from fused_sd.terms.divergence import Jsd, MixedKl, SkewKl
+from fused_sd.terms.divergence_term import generalized_jsd
 from fused_sd.terms.evidence import Evidence, EvidenceSchedule
 from fused_sd.terms.metrics import METRIC_NEEDS
 from fused_sd.terms.support import (

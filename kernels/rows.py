@@ -26,7 +26,7 @@ from fused_sd.kernels.divergence import TERMS
 from fused_sd.kernels.programs import row_gradients
 from fused_sd.kernels.programs import rows as row_programs
 from fused_sd.kernels.tuning import launch, launch_for
-from fused_sd.terms.divergence import DivergenceTerm
+from fused_sd.terms.divergence_term import DivergenceTerm
 from fused_sd.torch_kernels.rows import ROW_METRICS, Normalizers, RowGradient
 
 READS_PADDING = True  # rows are read with their padding, 16 bytes at a time for any vocabulary

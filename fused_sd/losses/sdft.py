@@ -11,7 +11,8 @@ from typing_extensions import Unpack
 from fused_sd.head.lm_head import Head
 from fused_sd.losses.divergence import DivergenceOptions, divergence_loss, mean_by_default
 from fused_sd.losses.output import LossOutput
-from fused_sd.terms.divergence import Divergence, generalized_jsd
+from fused_sd.terms.divergence import Divergence
+from fused_sd.terms.divergence_term import generalized_jsd
 from fused_sd.terms.support import StudentTopK
 
 

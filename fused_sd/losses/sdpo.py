@@ -15,7 +15,8 @@ from fused_sd.engine.options import LossOptions
 from fused_sd.head.lm_head import Head
 from fused_sd.losses.divergence import divergence_loss, mean_by_default
 from fused_sd.losses.output import LossOutput
-from fused_sd.terms.divergence import Divergence, generalized_jsd
+from fused_sd.terms.divergence import Divergence
+from fused_sd.terms.divergence_term import generalized_jsd
 from fused_sd.terms.support import FULL_VOCABULARY, Remainder, StudentTopK, Support
 from fused_sd.terms.weighting import ImportanceCap
 

@@ -18,7 +18,8 @@ from fused_sd.engine.chunk import Chunk, Objective
 from fused_sd.objectives.truncated import SUPPORT_METRICS, TruncatedRows
 from fused_sd.settings import setting
 from fused_sd.terms.comparison import Comparison
-from fused_sd.terms.support import SideName, overlap
+from fused_sd.terms.ids import overlap
+from fused_sd.terms.support import SideName
 from fused_sd.terms.weighting import capped_ratio, clip_tokens
 from fused_sd.torch_kernels.rows import ROW_METRICS, Normalizers, RowGradient
 

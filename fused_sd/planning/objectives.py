@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from fused_sd import checks
 from fused_sd.terms.comparison import Comparison
-from fused_sd.terms.divergence import DIVERGENCES, Divergence, Jsd, MixedKl, named_divergence
+from fused_sd.terms.divergence import DIVERGENCES, Divergence, Jsd, MixedKl
+from fused_sd.terms.divergence_term import named_divergence
 from fused_sd.terms.support import (
     NAMED_SUPPORTS,
     GivenEntries,

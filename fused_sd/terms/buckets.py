@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd.terms.divergence import DivergenceTerm
+from fused_sd.terms.divergence_term import DivergenceTerm
 
 
 class Buckets(NamedTuple):

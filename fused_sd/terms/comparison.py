@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from fused_sd import checks
 from fused_sd.settings import setting
-from fused_sd.terms.divergence import Divergence, DivergenceTerm, divergence_term
+from fused_sd.terms.divergence import Divergence
+from fused_sd.terms.divergence_term import DivergenceTerm, divergence_term
 from fused_sd.terms.support import FULL_VOCABULARY, LEGAL_SUPPORTS, Remainder, Support
 
 TokenClip = float | tuple[float | None, float | None] | None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fused_sd import checks
 from fused_sd.settings import setting
+from fused_sd.terms.ids import first_occurrence
 
 Remainder = Literal["tail", "renormalize", "drop", "teacher_renormalize"]
 SideName = Literal["student", "teacher"]
@@ -278,18 +279,3 @@ def named_support(name: str, *numbers: Any) -> Support:
         rule = f"have {' and '.join(names) or 'no number'}"
         remedy = f"pass what {kind.__name__}({', '.join(names)}) takes"
         checks.fail(f"support {name!r}", rule, list(numbers), remedy)
-
-
-def first_occurrence(ids: Tensor) -> Tensor:
-    """Whether each id (C, K) is not negative and does not stand further left in its row."""
-    ordered, order = ids.sort(dim=-1, stable=True)
-    is_first = torch.ones_like(ids, dtype=torch.bool)
-    is_first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    return torch.zeros_like(is_first).scatter_(1, order, is_first) & (ids >= 0)
-
-
-def overlap(ids: Tensor, other: Tensor) -> Tensor:
-    """Share of the distinct ids (C, K) that are among the others (C, K): (C,)."""
-    ordered = other.sort(dim=-1).values
-    at = torch.searchsorted(ordered, ids).clamp(max=ordered.shape[-1] - 1)
-    return (ordered.gather(1, at) == ids).float().mean(-1)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fused_sd.head.vocab_shard import WHOLE, VocabShard
-from fused_sd.terms.divergence import DivergenceTerm
+from fused_sd.terms.divergence_term import DivergenceTerm
 from fused_sd.torch_kernels.near import FORMS, Block, clip_
 from fused_sd.torch_kernels.slices import slices
 

@@ -18,7 +18,8 @@ from fused_sd.integrations.trl.config import (
 )
 from fused_sd.integrations.trl.scores import DIVERGENCE_METRICS
 from fused_sd.integrations.trl.trainer import Inputs, Options, SelfDistillationTrainer
-from fused_sd.terms.divergence import DIVERGENCES, Divergence, named_divergence
+from fused_sd.terms.divergence import DIVERGENCES, Divergence
+from fused_sd.terms.divergence_term import named_divergence
 
 StatesAndHead = tuple[Tensor, LMHead]  # states are (B, T, D)
 

@@ -12,7 +12,7 @@ import fused_sd
 from fused_sd import reference
 from fused_sd.engine.backend import choose_functions
 from fused_sd.terms.divergence import DIVERGENCES as DEFINITIONS
-from fused_sd.terms.divergence import divergence_term
+from fused_sd.terms.divergence_term import divergence_term
 from fused_sd.torch_kernels import rows
 from fused_sd.torch_kernels.rows import RowGradient
 

@@ -25,7 +25,8 @@ from triton.runtime.jit import JITFunction
 from fused_sd.engine.gradients import MOST
 from fused_sd.engine.layout import ALIGNMENT, workspace_width
 from fused_sd.kernels import rows, sparse
-from fused_sd.terms.divergence import DIVERGENCES, divergence_term
+from fused_sd.terms.divergence import DIVERGENCES
+from fused_sd.terms.divergence_term import divergence_term
 from fused_sd.torch_kernels.rows import RowGradient
 from fused_sd.torch_kernels.sparse import SparseValues
 

@@ -8,7 +8,7 @@ from divergences import EACH
 
 import fused_sd
 from fused_sd import reference
-from fused_sd.terms.divergence import divergence_term
+from fused_sd.terms.divergence_term import divergence_term
 from fused_sd.torch_kernels import near
 
 DIVERGENCES = {
