@@ -4,9 +4,9 @@ A public loss ends in ``**options: Unpack[LossOptions]``, so that callers write 
 makes one ``Options`` of them before anything else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch.distributed as dist
 from torch import Tensor
@@ -92,6 +92,24 @@ class Options:
         if self.chunk_size is not None:
             checks.check_positive_int("chunk_size", self.chunk_size)
         checked_tolerance(self.gradient, self.tolerance)
+
+    @classmethod
+    def of(cls, passed: Mapping[str, Any], legal: type = LossOptions) -> "Options":
+        """The options of a call, of the keywords that it does not name itself.
+
+        Args:
+            passed: names and values, as the caller wrote them.
+            legal: the typed dict of the options that mean something there.
+
+        Raises:
+            TypeError: when a name is not one of them.
+            ValueError: when a value is out of range.
+        """
+        for name in passed:
+            if name not in legal.__annotations__:
+                options = ", ".join(legal.__annotations__)
+                raise TypeError(f"unknown keyword {name!r}: the options of this call are {options}")
+        return cls(**passed)
 
     @property
     def is_reduced(self) -> bool:

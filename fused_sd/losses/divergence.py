@@ -107,7 +107,7 @@ def divergence_loss(
         ValueError: shapes, dtypes or devices disagree, a number is out of range, the teacher
             requires a gradient, or settings do not go together; the message says what to do.
     """
-    chosen = Options(**options)
+    chosen = Options.of(options)
     student = placed_head(student_head, chosen.process_group)
     teacher = placed_head(teacher_head, chosen.process_group)
     tensor_checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
@@ -165,7 +165,7 @@ def topk_divergence_loss(
     Raises:
         ValueError: as ``divergence_loss``.
     """
-    chosen = Options(**options)
+    chosen = Options.of(options)
     student = placed_head(student_head, chosen.process_group)
     tensor_checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
     shape, device = student_hidden.shape[:-1], student_hidden.device

@@ -3,6 +3,7 @@
 Dimension key:  (...) tokens, D hidden size, V vocabulary, K entries
 """
 
+import dataclasses
 from typing import NamedTuple, TypedDict
 
 import torch.distributed as dist
@@ -141,12 +142,5 @@ def entry_log_probs(
 
 
 def _options(options: LogProbOptions) -> Options:
-    """The options of a call whose values are returned per token.
-
-    Raises:
-        TypeError: when an option of a loss is given that log-probabilities do not have.
-    """
-    for name in options:
-        if name not in LogProbOptions.__annotations__:
-            raise TypeError(f"log-probabilities have no option {name!r}; it belongs to a loss")
-    return Options(**options, reduction="none")
+    """The options of a call whose values are returned per token."""
+    return dataclasses.replace(Options.of(options, LogProbOptions), reduction="none")

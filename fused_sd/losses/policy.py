@@ -220,7 +220,7 @@ def _teacher_and_options(
 ) -> tuple[TokenTeacher, Options]:
     """The teacher's states and head, in whichever form the caller gave them, and the options."""
     old: TokenTeacher = options.pop("teacher", None)
-    chosen = Options(**options)
+    chosen = Options.of(options)
     if old is not None:
         checks.deprecated(
             "teacher=(hidden, head) is now teacher_hidden=hidden, teacher_head=head, as in "

@@ -59,7 +59,7 @@ def cross_entropy_loss(
     """
     tensor_checks.check_tensor("token_ids", token_ids)
     counted = token_ids != ignore_index
-    chosen = Options(**options)
+    chosen = Options.of(options)
     token_weights = chosen.token_weights
     if token_weights is None:
         tensor_checks.check_tensor("hidden", hidden)

@@ -67,8 +67,10 @@ def test_half_a_teacher_is_refused():
 
 def test_an_option_that_no_loss_has_is_refused():
     case = make_case()
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(TypeError, match=r"unknown keyword 'temprature': .* temperature"):
         policy(case, temprature=0.5)
+    with pytest.raises(TypeError, match="unknown keyword 'topk'"):
+        fused_sd.gkd_loss(case.hidden, case.head, case.teacher_hidden, case.teacher_head, topk=8)
     with pytest.raises(TypeError, match="reduction"):
         fused_sd.token_log_probs(case.hidden, case.head, case.token_ids, reduction="mean")
 
