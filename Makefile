@@ -31,7 +31,7 @@ test:
 	$(MAKE) test-verl
 
 # A CPU without AVX-512, or with another BLAS, sums in other orders.  These variables show its bits
-# here.  (No test that compiles is marked: inductor would take kernels that it cached without them.)
+# here.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2
 COMPATIBLE := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE
 ONE := OMP_NUM_THREADS=1 FUSED_SD_TEST_THREADS=1

@@ -1,6 +1,7 @@
 """What every test runs under: a seed, and Triton's interpreter where there is no GPU."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -10,6 +11,11 @@ for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
 
 import pytest
 import torch
+
+# Inductor keeps what it compiled, and would take it again under another ATEN_CPU_CAPABILITY, for
+# which its vectors have the wrong width.
+_cache = f"torchinductor_{os.getuid()}_{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _cache))
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
