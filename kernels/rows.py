@@ -27,7 +27,7 @@ from fused_sd.kernels.programs import row_gradients
 from fused_sd.kernels.programs import rows as row_programs
 from fused_sd.kernels.tuning import launch, launch_for
 from fused_sd.terms.divergence_term import DivergenceTerm
-from fused_sd.torch_kernels.rows import ROW_METRICS, Normalizers, RowGradient
+from fused_sd.torch_kernels.rows import ROW_METRICS, Compared, Normalizers, RowGradient
 
 READS_PADDING = True  # rows are read with their padding, 16 bytes at a time for any vocabulary
 STATE = 8  # numbers that a pair's state takes: five, padded to one 32-byte sector of memory
@@ -65,7 +65,7 @@ def normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> 
     _launch(row_programs.normalizers, student, **_both_sides(student, teacher, state))
     if not shard.alone:
         _join_ranks_(state, shard)
-    return Normalizers(state[:, 0] + state[:, 1], state[:, 2] + state[:, 3], state)
+    return Normalizers(state[:, 0] + state[:, 1], state[:, 2] + state[:, 3], state, shard)
 
 
 def divergence_(
@@ -75,9 +75,13 @@ def divergence_(
     term: DivergenceTerm,
     entry_clip: float | None,
     gradient: RowGradient | None,
-    shard: VocabShard = WHOLE,
-) -> tuple[Tensor, Tensor]:
+    names: Collection[str] = (),
+) -> Compared:
     """Sum a divergence's terms over the vocabulary and, where asked for, write the gradient."""
+    metrics = {}
+    if names:
+        metrics = row_metrics(student, teacher, normalizers, names)
+    shard = normalizers.shard
     loss, total = (torch.empty_like(normalizers.student) for _ in range(2))
     clipped = torch.zeros_like(loss)
     compared = {
@@ -115,7 +119,7 @@ def divergence_(
         )
         if mean_share is not None:
             [loss] = shard.sum(loss)
-    return loss, clipped
+    return Compared(loss, None if entry_clip is None else clipped, metrics)
 
 
 def softmax_gradient_(
@@ -146,7 +150,6 @@ def row_metrics(
     teacher: Tensor,
     normalizers: Normalizers,
     names: Collection[str],
-    shard: VocabShard = WHOLE,
 ) -> dict[str, Tensor]:
     """The named metrics of ``ROW_METRICS``, each (C,); one read of the rows finds all of them."""
     out = student.new_empty((len(ROW_METRICS), student.shape[0]))
@@ -157,7 +160,7 @@ def row_metrics(
         out_ptr=out,
         out_stride=out.stride(0),
     )
-    [out] = shard.sum(out)
+    [out] = normalizers.shard.sum(out)
     return {name: values for name, values in zip(ROW_METRICS, out) if name in names}
 
 

@@ -21,7 +21,7 @@ from fused_sd.terms.comparison import Comparison
 from fused_sd.terms.ids import overlap
 from fused_sd.terms.support import SideName
 from fused_sd.terms.weighting import capped_ratio, clip_tokens
-from fused_sd.torch_kernels.rows import ROW_METRICS, Normalizers, RowGradient
+from fused_sd.torch_kernels.rows import ROW_METRICS, Compared, Normalizers, RowGradient
 
 # metrics that read whole rows, or a sampled token's log-probability in them
 WHOLE_METRICS = {
@@ -88,7 +88,8 @@ class DivergenceObjective(NamedTuple):
             rows = TruncatedRows(self.comparison, chunk, inputs)
         else:
             assert normalizers is not None
-            rows = _FullRows(self.comparison, chunk, normalizers)
+            named = [name for name in self.metrics if name in ROW_METRICS]
+            rows = _FullRows(self.comparison, chunk, normalizers, named)
 
         ratio: Tensor | None = None
         if sampled is not None and self.importance_cap is not None:
@@ -102,7 +103,9 @@ class DivergenceObjective(NamedTuple):
             row_weights = row_weights if ratio is None else row_weights * ratio
         metrics |= rows.metrics(self.metrics)
         loss, is_unclipped = rows.loss_and_gradient_(row_weights)
-        metrics["token_clip_fraction"] = 1 - is_unclipped
+        metrics |= rows.row_metrics()
+        if "token_clip_fraction" in self.metrics:
+            metrics["token_clip_fraction"] = 1 - is_unclipped
         if "entry_clip_fraction" in self.metrics:
             metrics["entry_clip_fraction"] = rows.entry_clip_fraction()
         values = loss if ratio is None else ratio * loss
@@ -137,8 +140,8 @@ class DivergenceObjective(NamedTuple):
             metrics[f"{name}_log_prob"] = label - lse[name]
         if chunk.teacher_side is None:
             return None
-        if named:
-            metrics |= rows.row_metrics(*chunk.sides(), normalizers, named, chunk.shard)
+        if named and self.comparison.support.is_truncated:
+            metrics |= rows.row_metrics(*chunk.sides(), normalizers, named)
         if "top1_agreement" in wanted:
             ids, other = (chunk.top_k(side, 1)[:, 0] for side in names)
             metrics["top1_agreement"] = (ids == other).to(chunk.student)
@@ -151,9 +154,12 @@ class DivergenceObjective(NamedTuple):
 class _FullRows:
     """Rows of which every entry of the vocabulary is compared."""
 
-    def __init__(self, comparison: Comparison, chunk: Chunk, normalizers: Normalizers) -> None:
+    def __init__(
+        self, comparison: Comparison, chunk: Chunk, normalizers: Normalizers, names: list[str]
+    ) -> None:
         self.comparison, self.chunk, self.normalizers = comparison, chunk, normalizers
-        self.num_clipped: Tensor | None = None
+        self.names = names  # metrics of whole rows, found by the loss's own passes
+        self.compared: Compared | None = None
         self.num_entries: Tensor | None = None
 
     def student_normalizer(self) -> Tensor:
@@ -165,10 +171,17 @@ class _FullRows:
             [self.num_entries] = self.chunk.shard.sum((self.chunk.student > -torch.inf).sum(-1))
         return {}
 
+    def row_metrics(self) -> dict[str, Tensor]:
+        """The named metrics of whole rows, once the loss is known."""
+        assert self.compared is not None
+        return self.compared.metrics
+
     def entry_clip_fraction(self) -> Tensor:
-        assert self.num_clipped is not None
+        assert self.compared is not None
         assert self.num_entries is not None
-        return self.num_clipped / self.num_entries
+        if self.compared.clipped is None:
+            return torch.zeros_like(self.compared.loss)
+        return self.compared.clipped / self.num_entries
 
     def loss_and_gradient_(self, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return each token's loss, and 1 where the token clip left it unclipped.
@@ -185,9 +198,9 @@ class _FullRows:
         bounds = comparison.token_bounds
         # under a token clip the loss decides whether there is a gradient, so it must come first
         at_once = gradient if bounds is None else None
-        loss, self.num_clipped = compare(*given, at_once, chunk.shard)
-        loss, is_unclipped = clip_tokens(loss, bounds)
+        self.compared = compare(*given, at_once, self.names)
+        loss, is_unclipped = clip_tokens(self.compared.loss, bounds)
         if gradient is not None and bounds is not None:
             clipped = gradient._replace(row_weights=gradient.row_weights * is_unclipped)
-            compare(*given, clipped, chunk.shard)
+            compare(*given, clipped)
         return loss, is_unclipped

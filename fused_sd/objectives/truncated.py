@@ -159,6 +159,10 @@ class TruncatedRows:
             found[f"{name}_tail_mass"] = -torch.expm1(log_mass)
         return found
 
+    def row_metrics(self) -> dict[str, Tensor]:
+        """None: metrics of whole rows are found before the entries are masked."""
+        return {}
+
     def entry_clip_fraction(self) -> Tensor:
         """Share (C,) of the compared entries, the tail among them, that the entry clip cut."""
         num_compared: Tensor | int = self.clipped.shape[-1]

@@ -43,12 +43,21 @@ class RowGradient(NamedTuple):
     out: Tensor  # (C, >= W); may be the student's logits
 
 
+class Compared(NamedTuple):
+    """What a comparison of both sides' rows finds."""
+
+    loss: Tensor  # (C,) sum of the divergence's terms
+    clipped: Tensor | None  # (C,) number of entries that the entry clip cut; None: there is no clip
+    metrics: dict[str, Tensor]  # the named ones of ROW_METRICS, each (C,)
+
+
 class Normalizers(NamedTuple):
     """Log-sum-exps of a chunk's rows on both sides."""
 
     student: Tensor  # (C,)
     teacher: Tensor  # (C,)
     state: Any  # what the backend keeps beside them for its other functions
+    shard: VocabShard  # which columns the rows have, where ranks share the vocabulary
 
 
 def log_normalizer(logits: Tensor) -> Tensor:
@@ -78,7 +87,7 @@ def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
 def normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> Normalizers:
     """Log-sum-exps of both sides' rows."""
     lses = shard.join([log_normalizer(student), log_normalizer(teacher)]).normalizers
-    return Normalizers(lses[0], lses[1], None)
+    return Normalizers(lses[0], lses[1], None, shard)
 
 
 def divergence_(
@@ -88,8 +97,8 @@ def divergence_(
     term: DivergenceTerm,
     entry_clip: float | None,
     gradient: RowGradient | None,
-    shard: VocabShard = WHOLE,
-) -> tuple[Tensor, Tensor]:
+    names: Collection[str] = (),
+) -> Compared:
     """Sum a divergence's terms over the vocabulary and, where asked for, write the gradient.
 
     Args:
@@ -98,20 +107,20 @@ def divergence_(
         term: the divergence.
         entry_clip: upper bound of each entry's term; None: no bound.
         gradient: where and how the gradient is written; None: no gradient.
-        shard: which columns these are.
-
-    Returns:
-        loss: (C,) sum of the terms.
-        clipped: (C,) number of entries that the entry clip cut.
+        names: metrics of ``ROW_METRICS`` to find beside the loss.
     """
     given = student, teacher, normalizers, term, entry_clip
+    metrics = {}
+    if names:
+        metrics = row_metrics(student, teacher, normalizers, names)
+    shard = normalizers.shard
     if shard.alone:
         loss, clipped, _ = _compare(*given, None, gradient)
-        return loss, clipped
-    loss, clipped, total = shard.sum(*_compare(*given, None, None))
-    if gradient is not None:
-        _compare(*given, total, gradient)
-    return loss, clipped
+    else:
+        loss, clipped, total = shard.sum(*_compare(*given, None, None))
+        if gradient is not None:
+            _compare(*given, total, gradient)
+    return Compared(loss, None if entry_clip is None else clipped, metrics)
 
 
 def _compare(
@@ -175,7 +184,6 @@ def row_metrics(
     teacher: Tensor,
     normalizers: Normalizers,
     names: Collection[str],
-    shard: VocabShard = WHOLE,
 ) -> dict[str, Tensor]:
     """Metrics over the full vocabulary: those of ``ROW_METRICS`` that are named, each (C,)."""
     parts = {}
@@ -190,7 +198,7 @@ def row_metrics(
     ):
         if name in names:
             parts[name] = _entropy(side, lse)
-    return dict(zip(parts, shard.sum(*parts.values()), strict=True))
+    return dict(zip(parts, normalizers.shard.sum(*parts.values()), strict=True))
 
 
 def _row_blocks(logits: Tensor, num_buffers: int = 0) -> Iterator[Any]:

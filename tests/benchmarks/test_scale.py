@@ -76,7 +76,7 @@ def test_row_functions_of_either_backend_send_what_is_planned(name, backend, has
     gradient = RowGradient(torch.ones(count, device=device), None, torch.empty_like(student))
     normalizers = rows.normalizers(student, teacher, shard)
     given = student, teacher, normalizers, compared.term, compared.entry_clip
-    rows.divergence_(*given, gradient if has_gradient else None, shard)
+    rows.divergence_(*given, gradient if has_gradient else None)
     sends = wire(objective, 0, vocab, backend, has_gradient)
     assert (len(shard.maxes), sum(shard.maxes)) == (sends.maxes, count * sends.max_numbers)
     assert (len(shard.sums), sum(shard.sums)) == (sends.sums, count * sends.sum_numbers)
