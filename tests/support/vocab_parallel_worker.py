@@ -458,9 +458,8 @@ def kernels_work(rank: int) -> dict[str, Any]:
         for name, (sides, sizes) in rows_in_shards().items():
             shards = Shards(place.group.group_name, rank, sizes, True)
             mine = (columns_of(side, sizes, rank) for side in sides)
-            found["normalizers"][name] = kernel_rows().normalizers(
-                *mine, VocabShard(shards, max(sizes))
-            )
+            joined = kernel_rows().normalizers(*mine, VocabShard(shards, max(sizes)))
+            found["normalizers"][name] = joined._replace(shard=None)  # a group cannot be sent
     return found
 
 
