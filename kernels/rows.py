@@ -68,6 +68,13 @@ def normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> 
     return Normalizers(state[:, 0] + state[:, 1], state[:, 2] + state[:, 3], state, shard)
 
 
+def known_normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> Normalizers:
+    """Normalisers of which the log-sum-exps (C,) are known, for ``row_metrics`` alone."""
+    state = student.new_zeros((student.shape[0], STATE))  # without a mean log-ratio
+    state[:, 0], state[:, 2] = student, teacher
+    return Normalizers(student, teacher, state, shard)
+
+
 def divergence_(
     student: Tensor,
     teacher: Tensor,

@@ -67,7 +67,7 @@ def apply_objective(
     teacher_divisor = options.teacher_divisor(teacher is not None)
     teacher_operands: list[Tensor | None] = [None, None, None]
     if teacher is not None:
-        operands = teacher[1].operands(teacher[0], rank)
+        operands = teacher[1].operands(teacher[0], rank, (student[1], weight))
         teacher_operands = [None if part is None else part.detach() for part in operands]
     row_weights = None
     if token_weights is not None:

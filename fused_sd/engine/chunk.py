@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from fused_sd.engine.backend import Functions
-from fused_sd.head.lm_head import Shaping
 from fused_sd.head.vocab_shard import VocabShard
 from fused_sd.terms.support import SideName
 
@@ -28,7 +27,9 @@ from fused_sd.terms.support import SideName
 class Side(NamedTuple):
     """One side's logits of a chunk, in fp32 or fp64, over this rank's columns."""
 
-    whole: Tensor | None  # (C, W), -inf behind the vocabulary; may be overwritten; None: not made
+    # (C, W), may be overwritten; -inf behind the vocabulary, and left so; None: not made
+    whole: Tensor | None
+    vocab: int  # columns of the vocabulary
     dot_products: Callable[[Tensor], Tensor]  # logits (C, K) at given columns, without the whole
 
 
@@ -50,10 +51,13 @@ class Chunk(NamedTuple):
     columns: int  # how many columns a comparison of both sides reads
     width: int  # W
     inputs: list[Tensor]  # per-token inputs, each (C, ...)
-    row_weights: Tensor | None  # (C, J) or (C, 1); None where no gradient is wanted
-    shaping: Shaping  # from products of states and head to the student's logits
+    # (C, J) or (C, 1) factors of the values' gradients w.r.t. products of states and head, with the
+    # logits' own factor in them; None where no gradient is wanted
+    row_weights: Tensor | None
+    cap: float | None  # soft-cap of the student's logits
     functions: Functions  # kernels of the backend
     shard: VocabShard  # which columns these are
+    known_top_k: dict[SideName, Tensor]  # what ``top_k`` has found, (C, k) of each side
 
     @property
     def student(self) -> Tensor:
@@ -96,9 +100,13 @@ class Chunk(NamedTuple):
 
     def top_k(self, side: SideName, k: int) -> Tensor:
         """Ids (C, k) of a side's largest logits, largest first, equal logits by lowest id."""
-        whole = self.side(side).whole
-        assert whole is not None
-        return self.shard.top_k(self.functions.sparse.top_k, whole, k)
+        known = self.known_top_k.get(side)
+        if known is None or known.shape[1] < k:
+            whole = self.side(side).whole
+            assert whole is not None
+            known = self.shard.top_k(self.functions.sparse.top_k, whole, k)
+            self.known_top_k[side] = known
+        return known[:, :k]
 
     def log_probs(self, side: SideName, ids: Tensor) -> Tensor:
         """A side's log-probabilities (C, K) of ids, over the vocabulary of all ranks."""
@@ -127,7 +135,7 @@ class Chunk(NamedTuple):
         The entries' values are set and not added, so that each is rounded once.  A soft-cap's
         derivative is applied here.
         """
-        cap, dlogits = self.shaping.cap, self.dlogits
+        cap, dlogits = self.cap, self.dlogits
         if cap is not None:
             values = torch.where(values == 0, 0, values * (1 - (logits / cap).square()))
         if self.sparse is not None:
@@ -151,7 +159,7 @@ class Objective(Protocol):
         """Compute values (C, J) and extras (C, ...) of a chunk, and write its gradient.
 
         Where ``chunk.row_weights`` are given, the gradient of ``sum(row_weights * values)`` w.r.t.
-        the products of hidden states and head goes to the first V columns of ``chunk.dlogits``, or
+        the logits, but through their soft-cap, goes to the first V columns of ``chunk.dlogits``, or
         to ``chunk.sparse``.
         """
 

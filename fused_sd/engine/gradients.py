@@ -82,7 +82,7 @@ class SparseGradients(DenseGradients):
         places = torch.full((num_kept,), num_values, device=columns.device)
         if num_kept < num_tokens:
             places = kept.restored(places)
-        else:  # tokens without a weight have places too, which are not used
+        elif kept.has_weight is not None:  # tokens without a weight have places too, unused ones
             columns.masked_fill_(~kept.has_weight[:, None], self.workspace.student.vocab)
         used = columns < self.workspace.student.vocab
         sparse = Sparse.none(values)._replace(

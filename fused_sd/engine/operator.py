@@ -17,7 +17,6 @@ chunks again, with autograd's gradient as row weights (``backward.py``).
 Dimension key:  N tokens, D hidden size, V vocabulary, J values of an objective for each token
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +28,7 @@ from fused_sd.engine.backend import choose_functions
 from fused_sd.engine.chunk import Chunk, Objective
 from fused_sd.engine.gradients import CertifiedGradients, DenseGradients, SparseGradients
 from fused_sd.engine.kept_tokens import KeptTokens
+from fused_sd.engine.layout import Room, room_on
 from fused_sd.engine.saved import Dense, Sparse, Wanted
 from fused_sd.engine.workspace import Needs, Workspace
 from fused_sd.head.lm_head import Shaping
@@ -124,16 +124,29 @@ def chunked_run(
     settings: RunSettings
     objective, settings = decode(text, floats, ints)
     num_tokens, wide = hidden.shape[0], accumulation_dtype(hidden.dtype)
+    plan = plan_gradients(objective, settings, wanted)
+    sizes = hidden.numel(), weight.numel(), weight.shape[0]
+    finished = [wide.itemsize * size * has for size, has in zip(sizes, plan.finished, strict=True)]
+    room = Room(0, 0)
+    if settings.chunk_size is None:  # asked for before anything waits for the device
+        copied = 0 if row_weights is None else sum(_num_bytes(hidden, teacher_hidden, *inputs))
+        room = room_on(hidden.device, sum(finished) + copied, settings.shards is None)
+    kept = KeptTokens(row_weights, settings.compact)
     if row_weights is None:
         row_weights = hidden.new_ones((num_tokens, 1), dtype=wide)
-    kept = KeptTokens(row_weights, settings.compact)
-    plan = plan_gradients(objective, settings, wanted)
     hidden, row_weights = kept.select(hidden), kept.select(row_weights)
     inputs = [kept.select(tensor) for tensor in inputs]
 
-    # fp16: divide the weights by their maximum so that dlogits do not underflow; multiply back in
-    # fp32 at the end
-    weight_scale = row_weights.abs().amax().clamp(min=1e-30) if _has_fp16_dlogits(hidden) else None
+    # a value's gradient w.r.t. the products of states and head takes the logits' factor.  fp16:
+    # divide by the largest weight so that dlogits do not underflow; multiply back in fp32 at the
+    # end
+    factors = row_weights
+    if settings.student.factor != 1:
+        factors = factors * settings.student.factor
+    weight_scale = None
+    if _has_fp16_dlogits(hidden):
+        weight_scale = row_weights.abs().amax().clamp(min=1e-30)
+        factors = factors / weight_scale
     student = Projection(hidden, weight, bias, settings.student)
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
@@ -143,11 +156,11 @@ def chunked_run(
     functions = choose_functions(settings.backend, hidden.device, wide)
     vocab = student.vocab if teacher is None else max(student.vocab, teacher.vocab)
     shard = VocabShard(settings.shards, vocab)
-    sizes = hidden.numel(), weight.numel(), weight.shape[0]
     needs = Needs(
         objective.whole_sides,
         plan.kind in ("dense", "certified"),
-        wide.itemsize * sum(itertools.compress(sizes, plan.finished)),
+        finished[1],
+        room,
         settings.chunk_size,
     )
     workspace = Workspace(student, teacher, needs, functions.sparse.entry_logits, shard)
@@ -169,28 +182,28 @@ def chunked_run(
         gradients = DenseGradients(workspace, plan.finished)
 
     start, stop = 0, hidden.shape[0]
-    values, *extras = _by_token(objective, hidden, stop)
+    found = [_by_token(objective, hidden, 0)]  # values and extras of every chunk
     while start < stop:
         group = slice(start, min(start + gradients.tokens_that_fit(), stop))
         for at in slices(group.start, group.stop, workspace.layout.chunk):
-            scaled = row_weights[at] if weight_scale is None else row_weights[at] / weight_scale
             chunk = Chunk(
                 *workspace.fill(at, gradients.first_row + at.start - group.start),
                 sparse=gradients.sparse_buffers(at),
                 columns=workspace.width if functions.rows.READS_PADDING else workspace.vocab,
                 width=workspace.width,
                 inputs=[tensor[at] for tensor in inputs],
-                row_weights=None if plan.kind == "nothing" else scaled,
-                shaping=settings.student,
+                row_weights=None if plan.kind == "nothing" else factors[at],
+                cap=settings.student.cap,
                 functions=functions,
                 shard=shard,
+                known_top_k={},
             )
-            values[at], chunk_extras = objective(chunk)
-            for buffer, extra in zip(extras, chunk_extras, strict=True):
-                buffer[at] = extra
+            values, extras = objective(chunk)
+            found.append([values, *extras])
         gradients.accumulate(group)
         start = group.stop
 
+    values, *extras = (torch.cat(parts) for parts in zip(*found, strict=True))
     kept.clear_(values)
     total = (row_weights * values).sum()
     dense, sparse = gradients.finish(kept)
@@ -251,12 +264,16 @@ def _(
     return Outputs(total, values, Dense(*dense), sparse, extras).flat()
 
 
+def _num_bytes(*tensors: Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.nbytes for tensor in tensors]
+
+
 def _has_fp16_dlogits(hidden: Tensor) -> bool:
     return hidden.is_cuda and hidden.dtype == torch.float16 and hidden.shape[0] > 0
 
 
 def _by_token(objective: Objective, hidden: Tensor, num_tokens: int) -> list[Tensor]:
-    """Memory for the values and extras of so many tokens."""
+    """Memory like that of the values and extras of so many tokens."""
     wide = accumulation_dtype(hidden.dtype)
     buffers = [hidden.new_empty((num_tokens, objective.num_values), dtype=wide)]
     for is_ids, trailing in objective.extras():

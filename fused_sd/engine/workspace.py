@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_sd.engine.chunk import Side
-from fused_sd.engine.layout import Layout, RunSize, budget_on, choose_layout
+from fused_sd.engine.layout import Layout, Room, RunSize, choose_layout
 from fused_sd.head.projection import (
     DotProducts,
     Projection,
@@ -28,7 +28,8 @@ class Needs(NamedTuple):
 
     whole_sides: tuple[bool, bool]  # whether the whole logits of student and teacher are made
     has_dlogits: bool  # whether gradients of whole rows are held
-    reserved: int  # bytes that finished gradients will take besides
+    dweight_bytes: int  # of the gradient that every group adds to; 0: there is none
+    room: Room  # what the workspace may take
     chunk_size: int | None  # as the caller chose it
 
 
@@ -57,12 +58,10 @@ class Workspace:
             wide.itemsize,
             student.dtype.itemsize,
             needs.has_dlogits,
+            needs.dweight_bytes,
         )
         self.width, num_tokens = size.width, hidden.shape[0]
-        budget = 0
-        if needs.chunk_size is None:
-            budget = budget_on(hidden.device, needs.reserved, shard.alone)
-        self.layout: Layout = choose_layout(size, num_tokens, budget, needs.chunk_size)
+        self.layout: Layout = choose_layout(size, num_tokens, needs.room, needs.chunk_size)
         chunk, group = min(self.layout.chunk, num_tokens), min(self.layout.group, num_tokens)
         self.dlogits = None  # (G, W)
         if needs.has_dlogits:
@@ -70,6 +69,11 @@ class Workspace:
         self.in_place = size.in_place
         sides = size.sides - size.in_place
         self.logits = hidden.new_empty((sides, chunk, size.width), dtype=wide)
+        made = [student] * (self.whole_student and not size.in_place)
+        if self.whole_teacher and teacher is not None:
+            made.append(teacher)
+        for whole, projection in zip(self.logits, made, strict=True):
+            whole[:, projection.vocab :] = -torch.inf  # no GEMM writes there
 
     def fill(self, at: slice, row: int) -> tuple[Side, Side | None, Tensor | None]:
         """Make the logits of a chunk on both sides.
@@ -88,31 +92,35 @@ class Workspace:
         places = list(self.logits[:, :count])
         if self.in_place:
             assert dlogits is not None
+            dlogits[:, student.vocab :] = -torch.inf  # where the last gradient wrote
             places.insert(0, dlogits)
-        elif (
-            student.dtype != self.logits.dtype
-            and len(places) == 2
-            and teacher is not None
-            and teacher.weight is student.weight
-        ):
-            # One GEMM of a GPU's tensor cores over both sides' states reads the head once.  A CPU's
-            # BLAS sums a row in an order that depends on how many rows there are and which it is:
-            # only two GEMMs of one shape and one stride give equal sides equal logits, and a loss
-            # the same bits whether or not its gradient takes the place of the logits.
+        elif len(places) == 2 and teacher is not None and self._is_joint(student, teacher):
             both = self.logits.flatten(0, 1)[: 2 * count]
-            states = torch.cat([student.chunk(at), teacher.chunk(at)])
-            matmul(states, teacher.weight.t(), both[:, : teacher.vocab])
-            logits, teacher_logits = student.finish_(both[:count]), teacher.finish_(both[count:])
+            student.project(torch.cat([student.chunk(at), teacher.chunk(at)]), both)
+            logits, teacher_logits = both[:count], both[count:]
         if self.whole_student and logits is None:
-            logits = student.logits(at, places.pop(0))
+            logits = student.project(student.chunk(at), places.pop(0))
         if teacher is None:
             return self._side(student, at, logits), None, dlogits
         if self.whole_teacher and teacher_logits is None:
-            teacher_logits = teacher.logits(at, places.pop(0))
+            teacher_logits = teacher.project(teacher.chunk(at), places.pop(0))
         return self._side(student, at, logits), self._side(teacher, at, teacher_logits), dlogits
 
+    def _is_joint(self, student: Projection, teacher: Projection) -> bool:
+        """Whether one GEMM makes both sides' logits, so that a shared head is read once.
+
+        A CPU's BLAS sums a row in an order that depends on how many rows there are and which it is:
+        only two GEMMs of one shape and one stride give equal sides equal logits, and a loss the
+        same bits whether or not its gradient takes the place of the logits.
+        """
+        return student.dtype != self.logits.dtype and teacher.equals(student)
+
     def _side(self, projection: Projection, at: slice, whole: Tensor | None) -> Side:
-        return Side(whole, lambda columns: projection.entry_logits(at, columns, self.dot_products))
+        return Side(
+            whole,
+            projection.vocab,
+            lambda columns: projection.entry_logits(at, columns, self.dot_products),
+        )
 
     def accumulate(
         self,

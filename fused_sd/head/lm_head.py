@@ -65,10 +65,16 @@ class LMHead:
         starts = [0, *itertools.accumulate(sizes)]
         return [max(0, min(size, self.num_tokens - start)) for size, start in zip(sizes, starts)]
 
-    def operands(self, hidden: Tensor, rank: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+    def operands(
+        self, hidden: Tensor, rank: int = 0, other: "tuple[LMHead, Tensor] | None" = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return states (N, D), weight and bias as the GEMM takes them.
 
         Padding rows are left out, and the dtype is autocast's where it is on.
+
+        Args:
+            other: a head and its weight as the GEMM takes it, which is used again where this head's
+                weight is the same memory.
         """
         weight, bias = self.weight, self.bias
         num_valid = self.token_counts()[rank]
@@ -79,7 +85,10 @@ class LMHead:
         device_type = hidden.device.type
         if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device_type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            hidden = hidden.to(dtype)
+            head, cast = other or (None, weight)
+            is_shared = head is not None and is_same(head.weight, self.weight)
+            weight = cast if is_shared and len(cast) == num_valid else weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         return hidden, weight, bias
 
@@ -98,6 +107,18 @@ class Shaping(NamedTuple):
 
     factor: float
     cap: float | None
+
+
+def is_same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors are the same elements of the same memory, or both absent."""
+    if one is None or other is None or torch.compiler.is_compiling():  # no addresses are traced
+        return one is other
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.dtype == other.dtype
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )
 
 
 def as_head(head: "Tensor | LMHead") -> LMHead:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_sd.head.lm_head import Shaping
+from fused_sd.head.lm_head import Shaping, is_same
 
 DotProducts = Callable[[Tensor, Tensor, Tensor], Tensor]  # (C, D), (V, D), ids (C, K) -> (C, K)
 
@@ -26,7 +26,9 @@ class Projection:
     """One side's hidden states and head inside the chunk loop.
 
     A GPU multiplies 16-bit operands with fp32 sums.  On a CPU, which cannot, the operands are
-    widened to fp32 first; a head that both sides share is widened once.
+    widened to fp32 first; a head that both sides share is widened once.  The logits' factor is the
+    GEMM's own, and a bias is what the GEMM adds its products to, so that neither needs a pass over
+    the logits.
     """
 
     def __init__(
@@ -37,27 +39,28 @@ class Projection:
         shaping: Shaping,
         other: "Projection | None" = None,
     ) -> None:
-        wide = accumulation_dtype(hidden.dtype)
         self.dtype = operand_dtype(hidden)
-        self.hidden, self.given, self.shaping = hidden, weight, shaping
+        self.hidden, self.given, self.cap = hidden, (weight, bias), shaping.cap
+        self.factor = shaping.factor / (shaping.cap or 1.0)  # of the products of states and head
         self.weight: Tensor
-        if other is not None and self._has_head_of(other):
+        self.bias: Tensor | None = None  # (V,) times the factor, fp32 or fp64
+        if other is not None and self.dtype == other.dtype and is_same(weight, other.given[0]):
             self.weight = other.weight
         else:
             self.weight = weight.to(self.dtype)
-        self.bias = None if bias is None else bias.to(wide)
+        if bias is not None:
+            self.bias = bias.to(accumulation_dtype(hidden.dtype)) * self.factor
 
     @property
     def vocab(self) -> int:
         return self.weight.shape[0]
 
-    def _has_head_of(self, other: "Projection") -> bool:
-        mine, theirs = self.given, other.given
+    def equals(self, other: "Projection") -> bool:
+        """Whether equal states get equal logits."""
         return (
-            mine.data_ptr() == theirs.data_ptr()
-            and mine.shape == theirs.shape
-            and mine.stride() == theirs.stride()
-            and self.dtype == other.dtype
+            self.weight is other.weight
+            and (self.factor, self.cap) == (other.factor, other.cap)
+            and is_same(self.given[1], other.given[1])
         )
 
     def chunk(self, rows: slice | Tensor) -> Tensor:
@@ -71,31 +74,24 @@ class Projection:
             return self.hidden.new_full(columns.shape, -torch.inf, dtype=wide)
         known = columns.clamp(max=self.vocab - 1)
         logits = dot_products(self.chunk(rows), self.weight, known)
+        if self.factor != 1:
+            logits *= self.factor
         if self.bias is not None:
             logits += self.bias[known]
-        return self._shape_(logits).masked_fill_(columns >= self.vocab, -torch.inf)
+        return self._capped_(logits).masked_fill_(columns >= self.vocab, -torch.inf)
 
-    def logits(self, rows: slice, out: Tensor) -> Tensor:
-        """Write the chunk's logits into ``out`` (C, >= V)."""
-        matmul(self.chunk(rows), self.weight.t(), out[:, : self.vocab])
-        return self.finish_(out)
-
-    def finish_(self, out: Tensor) -> Tensor:
-        """Turn products (C, >= V) into logits in place, and the columns behind them into -inf."""
+    def project(self, states: Tensor, out: Tensor) -> Tensor:
+        """Write the logits of states (C, D) into the first V columns of ``out``; return ``out``."""
         logits = out[:, : self.vocab]
-        if self.bias is not None:
-            logits += self.bias
-        self._shape_(logits)
-        out[:, self.vocab :] = -torch.inf
+        if self.bias is None:
+            matmul(states, self.weight.t(), logits, self.factor)
+        else:
+            matmul_add_(states, self.weight.t(), logits.copy_(self.bias), self.factor)
+        self._capped_(logits)
         return out
 
-    def _shape_(self, products: Tensor) -> Tensor:
-        factor, cap = self.shaping
-        if cap is not None:
-            products.mul_(factor / cap).tanh_().mul_(cap)
-        elif factor != 1:
-            products *= factor
-        return products
+    def _capped_(self, logits: Tensor) -> Tensor:
+        return logits if self.cap is None else logits.tanh_().mul_(self.cap)
 
 
 def operand_dtype(hidden: Tensor) -> torch.dtype:
@@ -103,17 +99,23 @@ def operand_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype if hidden.is_cuda else accumulation_dtype(hidden.dtype)
 
 
-def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a @ b`` with the products summed in the dtype of ``out``."""
-    if a.dtype == out.dtype:
+def matmul(a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0) -> None:
+    """``out = factor * a @ b`` with the products summed in the dtype of ``out``."""
+    if factor != 1:
+        _addmm(a, b, out, beta=0.0, alpha=factor)
+    elif a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def matmul_add_(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out += a @ b`` with the products summed in the dtype of ``out``."""
+def matmul_add_(a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0) -> None:
+    """``out += factor * a @ b`` with the products summed in the dtype of ``out``."""
+    _addmm(a, b, out, beta=1.0, alpha=factor)
+
+
+def _addmm(a: Tensor, b: Tensor, out: Tensor, **factors: float) -> None:
     if a.dtype == out.dtype:
-        out.addmm_(a, b)
+        out.addmm_(a, b, **factors)
     else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out, **factors)

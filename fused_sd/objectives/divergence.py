@@ -9,6 +9,7 @@ computes what they share: metrics of whole rows, the importance ratio, and the t
 Dimension key:  C rows in a chunk, W columns of a chunk's logits, K entries of the support
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from fused_sd.terms.comparison import Comparison
 from fused_sd.terms.ids import overlap
 from fused_sd.terms.support import SideName
 from fused_sd.terms.weighting import capped_ratio, clip_tokens
-from fused_sd.torch_kernels.rows import ROW_METRICS, Compared, Normalizers, RowGradient
+from fused_sd.torch_kernels.rows import ROW_METRICS, RowGradient
 
 # metrics that read whole rows, or a sampled token's log-probability in them
 WHOLE_METRICS = {
@@ -76,131 +77,103 @@ class DivergenceObjective(NamedTuple):
 
     def __call__(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
         inputs = dict(zip(self.input_names, chunk.inputs, strict=True))
-        metrics: dict[str, Tensor] = {}
-        token_ids = inputs.get("token_ids")
-        sampled = None
-        if self.importance_cap is not None:  # read before any entry is masked or overwritten
-            assert token_ids is not None
-            sampled = chunk.part(chunk.student_side, token_ids[:, None])[:, 0]
-        normalizers = self._observe(chunk, token_ids, metrics)
+        # what reads single logits comes before any of them is masked or overwritten
+        labels = self._labels(chunk, inputs.get("token_ids"))
+        metrics = self._agreement(chunk)
+        if chunk.teacher_side is None and "student_entropy" in self.metrics:
+            lse, part = chunk.functions.rows.lse_and_entropy(chunk.student)
+            [metrics["student_entropy"]] = chunk.shard.join([lse], entropies=[part]).entropies
         rows: _FullRows | TruncatedRows
         if self.comparison.support.is_truncated:
             rows = TruncatedRows(self.comparison, chunk, inputs)
         else:
-            assert normalizers is not None
-            named = [name for name in self.metrics if name in ROW_METRICS]
-            rows = _FullRows(self.comparison, chunk, normalizers, named)
+            rows = _FullRows(self.comparison, chunk)
+        log_probs = {side: label - rows.normalizer(side) for side, label in labels.items()}
+        metrics |= {f"{side}_log_prob": value for side, value in log_probs.items()}
 
         ratio: Tensor | None = None
-        if sampled is not None and self.importance_cap is not None:
-            [sampled] = chunk.shard.sum(sampled)
-            log_prob = sampled - rows.student_normalizer()
-            ratio, capped = capped_ratio(log_prob, inputs["old_log_probs"], self.importance_cap)
+        if self.importance_cap is not None:
+            old = inputs["old_log_probs"]
+            ratio, capped = capped_ratio(log_probs["student"], old, self.importance_cap)
             metrics["importance_ratio"], metrics["importance_cap_fraction"] = ratio, capped
         row_weights = None
         if chunk.row_weights is not None:
-            row_weights = chunk.row_weights[:, 0] * chunk.shaping.factor
+            row_weights = chunk.row_weights[:, 0]
             row_weights = row_weights if ratio is None else row_weights * ratio
-        metrics |= rows.metrics(self.metrics)
-        loss, is_unclipped = rows.loss_and_gradient_(row_weights)
-        metrics |= rows.row_metrics()
-        if "token_clip_fraction" in self.metrics:
-            metrics["token_clip_fraction"] = 1 - is_unclipped
-        if "entry_clip_fraction" in self.metrics:
-            metrics["entry_clip_fraction"] = rows.entry_clip_fraction()
+        named = [name for name in self.metrics if name not in metrics]
+        loss, found = rows.loss_and_gradient_(row_weights, named)
+        metrics |= found
         values = loss if ratio is None else ratio * loss
         return values[:, None], [loss, *(metrics[name] for name in self.metrics)]
 
-    def _observe(
-        self, chunk: Chunk, token_ids: Tensor | None, metrics: dict[str, Tensor]
-    ) -> Normalizers | None:
-        """Add the metrics of whole rows, before logits are masked and overwritten.
+    def _labels(self, chunk: Chunk, token_ids: Tensor | None) -> dict[SideName, Tensor]:
+        """The sampled tokens' logits (C,) on the sides whose log-probabilities are needed."""
+        sides: tuple[SideName, SideName] = ("student", "teacher")
+        needed = [side for side in sides if f"{side}_log_prob" in self.metrics]
+        if self.importance_cap is not None and "student" not in needed:
+            needed.append("student")
+        if not needed:
+            return {}
+        assert token_ids is not None
+        parts = [chunk.part(chunk.side(side), token_ids[:, None])[:, 0] for side in needed]
+        return dict(zip(needed, chunk.shard.sum(*parts), strict=True))
 
-        Returns:
-            Both sides' normalisers, where the metrics or the full vocabulary need them.
-        """
-        wanted, rows, normalizers = set(self.metrics), chunk.functions.rows, None
-        named = wanted.intersection(ROW_METRICS)
-        names: tuple[SideName, SideName] = ("student", "teacher")
-        labelled = [side for side in names if f"{side}_log_prob" in wanted]
-        lse: dict[str, Tensor] = {}
-        if chunk.teacher_side is None:
-            if "student_entropy" in wanted:
-                mine, part = rows.lse_and_entropy(chunk.student)
-                [lse["student"]], [entropy], _ = chunk.shard.join([mine], entropies=[part])
-                metrics["student_entropy"] = entropy
-            elif labelled:
-                lse["student"] = chunk.log_normalizer("student")
-        elif named or labelled or not self.comparison.support.is_truncated:
-            normalizers = rows.normalizers(*chunk.sides(), chunk.shard)
-            lse = {"student": normalizers.student, "teacher": normalizers.teacher}
-        for name in labelled:
-            assert token_ids is not None
-            [label] = chunk.shard.sum(chunk.part(chunk.side(name), token_ids[:, None])[:, 0])
-            metrics[f"{name}_log_prob"] = label - lse[name]
-        if chunk.teacher_side is None:
-            return None
-        if named and self.comparison.support.is_truncated:
-            metrics |= rows.row_metrics(*chunk.sides(), normalizers, named)
-        if "top1_agreement" in wanted:
-            ids, other = (chunk.top_k(side, 1)[:, 0] for side in names)
-            metrics["top1_agreement"] = (ids == other).to(chunk.student)
-        if "topk_overlap" in wanted:
-            chosen = [chunk.top_k(side, self.comparison.support.top_k) for side in names]
-            metrics["topk_overlap"] = overlap(*chosen).to(chunk.student)
-        return normalizers
+    def _agreement(self, chunk: Chunk) -> dict[str, Tensor]:
+        """How far the sides' largest entries agree; a support's own top-k is used again."""
+        found = {}
+        sides: tuple[SideName, SideName] = ("student", "teacher")
+        if "topk_overlap" in self.metrics:
+            chosen = [chunk.top_k(side, self.comparison.support.top_k) for side in sides]
+            found["topk_overlap"] = overlap(*chosen).to(chunk.student)
+        if "top1_agreement" in self.metrics:
+            for side in sides:  # a support's top-k begins with the largest
+                if self.comparison.support.chooses(side):
+                    chunk.top_k(side, self.comparison.support.top_k)
+            ids, other = (chunk.top_k(side, 1)[:, 0] for side in sides)
+            found["top1_agreement"] = (ids == other).to(chunk.student)
+        return found
 
 
 class _FullRows:
     """Rows of which every entry of the vocabulary is compared."""
 
-    def __init__(
-        self, comparison: Comparison, chunk: Chunk, normalizers: Normalizers, names: list[str]
-    ) -> None:
-        self.comparison, self.chunk, self.normalizers = comparison, chunk, normalizers
-        self.names = names  # metrics of whole rows, found by the loss's own passes
-        self.compared: Compared | None = None
-        self.num_entries: Tensor | None = None
+    def __init__(self, comparison: Comparison, chunk: Chunk) -> None:
+        self.comparison, self.chunk = comparison, chunk
+        self.normalizers = chunk.functions.rows.normalizers(*chunk.sides(), chunk.shard)
 
-    def student_normalizer(self) -> Tensor:
-        return self.normalizers.student
+    def normalizer(self, side: SideName) -> Tensor:
+        """Log-sum-exp (C,) of a side's rows."""
+        lse: Tensor = getattr(self.normalizers, side)
+        return lse
 
-    def metrics(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Count the vocabulary where a metric needs it, before the gradient is written."""
-        if "entry_clip_fraction" in names:
-            [self.num_entries] = self.chunk.shard.sum((self.chunk.student > -torch.inf).sum(-1))
-        return {}
+    def loss_and_gradient_(
+        self, row_weights: Tensor | None, names: Sequence[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return each token's loss and named metrics; with ``row_weights``, write the gradient.
 
-    def row_metrics(self) -> dict[str, Tensor]:
-        """The named metrics of whole rows, once the loss is known."""
-        assert self.compared is not None
-        return self.compared.metrics
-
-    def entry_clip_fraction(self) -> Tensor:
-        assert self.compared is not None
-        assert self.num_entries is not None
-        if self.compared.clipped is None:
-            return torch.zeros_like(self.compared.loss)
-        return self.compared.clipped / self.num_entries
-
-    def loss_and_gradient_(self, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return each token's loss, and 1 where the token clip left it unclipped.
-
-        With ``row_weights``, also write the gradient.
+        The passes that find the loss find the metrics of whole rows too.
         """
         chunk, comparison = self.chunk, self.comparison
         compare = chunk.functions.rows.divergence_
         given = *chunk.sides(), self.normalizers, comparison.term, comparison.entry_clip
+        num_entries = None
+        if "entry_clip_fraction" in names:  # counted before the gradient is written
+            [num_entries] = chunk.shard.sum((chunk.student > -torch.inf).sum(-1))
         gradient = None
         if row_weights is not None:
             assert chunk.dlogits is not None
-            gradient = RowGradient(row_weights, chunk.shaping.cap, chunk.dlogits)
+            gradient = RowGradient(row_weights, chunk.cap, chunk.dlogits)
         bounds = comparison.token_bounds
         # under a token clip the loss decides whether there is a gradient, so it must come first
         at_once = gradient if bounds is None else None
-        self.compared = compare(*given, at_once, self.names)
-        loss, is_unclipped = clip_tokens(self.compared.loss, bounds)
-        if gradient is not None and bounds is not None:
-            clipped = gradient._replace(row_weights=gradient.row_weights * is_unclipped)
-            compare(*given, clipped)
-        return loss, is_unclipped
+        loss, clipped, found = compare(
+            *given, at_once, [name for name in names if name in ROW_METRICS]
+        )
+        if num_entries is not None:
+            found["entry_clip_fraction"] = clipped / num_entries
+        if bounds is not None:
+            loss, is_unclipped = clip_tokens(loss, bounds)
+            found["token_clip_fraction"] = 1 - is_unclipped
+            if gradient is not None:
+                compare(*given, gradient._replace(row_weights=gradient.row_weights * is_unclipped))
+        return loss, found

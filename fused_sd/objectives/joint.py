@@ -61,4 +61,5 @@ class JointObjective(NamedTuple):
         if row_weights is not None:
             assert chunk.dlogits is not None
             torch.add(copy.student, logits, out=chunk.dlogits)
+            logits[:, chunk.student_side.vocab :] = -torch.inf
         return torch.cat([values, more_values], 1), [*extras, *more_extras]

@@ -78,7 +78,7 @@ class LogProbObjective(NamedTuple):
         """
         assert not (self.tail and self.entropy)
         assert chunk.row_weights is not None
-        row_weights = chunk.row_weights * chunk.shaping.factor
+        row_weights = chunk.row_weights
         by_entry, log_probs = row_weights[:, : self.k], values[:, : self.k]
         total = row_weights[:, : self.k + self.tail].sum(-1, keepdim=True)
         constant, slope = -total[:, 0], None
@@ -159,7 +159,7 @@ class TokenLossObjective(NamedTuple):
         if wants_entropy:
             metrics["student_entropy"] = entropies[0]
         if chunk.row_weights is not None:
-            coefficient = chunk.row_weights[:, 0] * term.dlog_prob * chunk.shaping.factor
+            coefficient = chunk.row_weights[:, 0] * term.dlog_prob
             at_token = (-coefficient * torch.expm1(log_prob))[:, None]
             columns = chunk.columns_of(ids)
             chunk.write_gradient_(lses[0], -coefficient, None, columns, labels[0], at_token)

@@ -8,6 +8,7 @@ entries' own values written over it.
 Dimension key:  C rows in a chunk, W columns of a chunk's logits, K entries of the support
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from fused_sd.terms.buckets import (
 from fused_sd.terms.comparison import Comparison
 from fused_sd.terms.support import SideName
 from fused_sd.terms.weighting import clip_tokens
+from fused_sd.torch_kernels.rows import ROW_METRICS
 
 SUPPORT_METRICS = ("student_mass", "teacher_mass", "student_tail_mass", "teacher_tail_mass")
 
@@ -45,8 +47,8 @@ class TruncatedRows:
         # the exact tail is the log-sum-exp of the row once the support's entries are -inf
         self.has_exact_tail = comparison.remainder == "tail" and comparison.tail_floor is None
         self.normalizers: list[Tensor] = []  # of the sides whose normaliser the remainder needs
+        self.lse: dict[SideName, Tensor] = {}  # known log-sum-exps of whole rows
         self.entries = self._entries(inputs)
-        self.lse: Tensor | None = None  # log-sum-exp of the student's whole rows
         self.buckets = self._buckets()
         compared = self._floored()
         self.terms, self.dlog_s, self.clipped = bucket_terms(
@@ -75,6 +77,8 @@ class TruncatedRows:
     def _read(self, ids: Tensor, counted: Tensor | None) -> list[Tensor]:
         """Read the sides' logits at the entries, and the normalisers that the remainder needs."""
         chunk, remainder = self.chunk, self.comparison.remainder
+        if self.has_exact_tail:
+            self.masked = self._columns(ids, counted, chunk.width)
         sides = [side for side in (chunk.student_side, chunk.teacher_side) if side is not None]
         # use the same summation order on both sides, so that an identical teacher gives exactly 0
         dotted = remainder == "renormalize" and any(side.whole is None for side in sides)
@@ -83,7 +87,7 @@ class TruncatedRows:
         for side in self._normalized(sides):
             assert side.whole is not None
             if self.has_exact_tail:
-                side.whole.scatter_(1, self._columns(ids, counted, chunk.width), -torch.inf)
+                side.whole.scatter_(1, self.masked, -torch.inf)
             lses.append(chunk.functions.rows.log_normalizer(side.whole))
         self.normalizers, _, parts = chunk.shard.join(lses, extra_sums=parts)
         return parts
@@ -103,22 +107,23 @@ class TruncatedRows:
             return Buckets(student.log_softmax(-1), teacher.log_softmax(-1), None, True)
         if self.has_exact_tail:
             rest = self.normalizers[0]
-            log_s, self.lse = with_tail(student, rest)
+            log_s, self.lse["student"] = with_tail(student, rest)
             if is_served:
                 log_t = torch.cat([teacher, log_complement(teacher, 0.0)], -1)
             else:
-                log_t, _ = with_tail(teacher, self.normalizers[1])
+                log_t, self.lse["teacher"] = with_tail(teacher, self.normalizers[1])
             return Buckets(log_s, log_t, torch.where(rest == -torch.inf, 0, rest), True)
-        self.lse = self.normalizers[0]
-        log_s = student - self.lse[:, None]
+        self.lse.update(zip(("student", "teacher"), self.normalizers))
+        background = self.lse["student"]
+        log_s = student - background[:, None]
         if remainder == "teacher_renormalize":
-            return Buckets(log_s, teacher.log_softmax(-1), self.lse, False)
-        log_t = teacher if is_served else teacher - self.normalizers[1][:, None]
+            return Buckets(log_s, teacher.log_softmax(-1), background, False)
+        log_t = teacher if is_served else teacher - self.lse["teacher"][:, None]
         if remainder == "tail":
             assert floor is not None
             log_s = torch.cat([log_s, log_complement(log_s, floor)], -1)
             log_t = torch.cat([log_t, log_complement(log_t, floor)], -1)
-        return Buckets(log_s, log_t, self.lse, False)
+        return Buckets(log_s, log_t, background, False)
 
     def _floored(self) -> Buckets:
         """The buckets with every counted log-probability raised to the floor."""
@@ -135,56 +140,72 @@ class TruncatedRows:
         columns = self.chunk.shard.columns(ids, num_columns - 1)
         return columns if counted is None else torch.where(counted, columns, num_columns - 1)
 
-    def student_normalizer(self) -> Tensor:
-        """Log-sum-exp (C,) of the student's whole rows."""
-        if self.lse is None:
-            self.lse = self.chunk.log_normalizer("student")
-        return self.lse
+    def normalizer(self, side: SideName) -> Tensor:
+        """Log-sum-exp (C,) of a side's whole rows."""
+        if side not in self.lse:
+            self.lse[side] = self.chunk.log_normalizer(side)
+        return self.lse[side]
 
-    def metrics(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Both sides' mass on the support and outside it, each (C,), where one is named."""
-        found: dict[str, Tensor] = {}
-        if not set(names).intersection(SUPPORT_METRICS):
-            return found
-        teacher_lse: Tensor | float = 0.0
-        if self.chunk.teacher_side is not None:
-            teacher_lse = self._whole_normalizer("teacher", self.entries.teacher)
-        student_lse = self._whole_normalizer("student", self.entries.student)
-        for name, entries, lse in (
-            ("student", self.entries.student, student_lse),
-            ("teacher", self.entries.teacher, teacher_lse),
-        ):
-            log_mass = (entries.logsumexp(-1) - lse).clamp(max=0)
-            found[f"{name}_mass"] = log_mass.exp()
-            found[f"{name}_tail_mass"] = -torch.expm1(log_mass)
+    def loss_and_gradient_(
+        self, row_weights: Tensor | None, names: Sequence[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return each token's loss and named metrics; with ``row_weights``, write the gradient."""
+        loss, found = self.terms.sum(-1), self._row_metrics(names) | self._masses(names)
+        if "entry_clip_fraction" in names:
+            found["entry_clip_fraction"] = self._entry_clip_fraction()
+        bounds = self.comparison.token_bounds
+        if bounds is not None:
+            loss, is_unclipped = clip_tokens(loss, bounds)
+            found["token_clip_fraction"] = 1 - is_unclipped
+            row_weights = None if row_weights is None else row_weights * is_unclipped
+        if row_weights is not None:
+            self._write_gradient_(row_weights)
+        return loss, found
+
+    def _row_metrics(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Metrics of whole rows: one read, in which masked entries are back in their places."""
+        chunk, rows = self.chunk, self.chunk.functions.rows
+        named = [name for name in names if name in ROW_METRICS]
+        if not named or chunk.teacher_side is None:
+            return {}
+        if self.lse:
+            lses = self.normalizer("student"), self.normalizer("teacher")
+            normalizers = rows.known_normalizers(*lses, chunk.shard)
+        else:
+            normalizers = rows.normalizers(*chunk.sides(), chunk.shard)
+        if self.has_exact_tail:
+            behind = self.masked == chunk.width - 1  # where there is no column to put back
+            for whole, logits in zip((chunk.student, chunk.teacher), self.entries[2:], strict=True):
+                assert whole is not None
+                whole.scatter_(1, self.masked, logits.masked_fill(behind, -torch.inf))
+        found: dict[str, Tensor] = rows.row_metrics(*chunk.sides(), normalizers, named)
+        if self.has_exact_tail:  # as the gradient expects them
+            chunk.student.scatter_(1, self.masked, -torch.inf)
         return found
 
-    def row_metrics(self) -> dict[str, Tensor]:
-        """None: metrics of whole rows are found before the entries are masked."""
-        return {}
+    def _masses(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Both sides' mass on the support and outside it, each (C,), where one is named."""
+        found: dict[str, Tensor] = {}
+        sides: tuple[SideName, SideName] = ("student", "teacher")
+        for side in sides:
+            if not {f"{side}_mass", f"{side}_tail_mass"}.intersection(names):
+                continue
+            is_served = side == "teacher" and self.chunk.teacher_side is None
+            log_mass: Tensor = getattr(self.entries, side).logsumexp(-1)
+            if not is_served:  # a server's are log-probabilities already
+                log_mass = log_mass - self.normalizer(side)
+            log_mass = log_mass.clamp(max=0)
+            found[f"{side}_mass"] = log_mass.exp()
+            found[f"{side}_tail_mass"] = -torch.expm1(log_mass)
+        return found
 
-    def entry_clip_fraction(self) -> Tensor:
+    def _entry_clip_fraction(self) -> Tensor:
         """Share (C,) of the compared entries, the tail among them, that the entry clip cut."""
         num_compared: Tensor | int = self.clipped.shape[-1]
         if self.entries.counted is not None:
             places = self.entries.counted.shape[-1]
             num_compared = self.entries.counted.sum(-1) + (self.clipped.shape[-1] - places)
         return self.clipped.sum(-1).to(self.terms) / num_compared
-
-    def _whole_normalizer(self, side: SideName, entries: Tensor) -> Tensor:
-        """Log-sum-exp of a row whose entries may have been taken out."""
-        rest = self.chunk.log_normalizer(side)
-        return torch.logaddexp(rest, entries.logsumexp(-1)) if self.has_exact_tail else rest
-
-    def loss_and_gradient_(self, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return each token's loss, and 1 where the token clip left it unclipped.
-
-        With ``row_weights``, also write the gradient.
-        """
-        loss, is_unclipped = clip_tokens(self.terms.sum(-1), self.comparison.token_bounds)
-        if row_weights is not None:
-            self._write_gradient_(row_weights * is_unclipped)
-        return loss, is_unclipped
 
     def _write_gradient_(self, row_weights: Tensor) -> None:
         """Write a constant times a softmax outside the entries, and the entries' own values."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fused_sd.engine import layout as chunking
-from fused_sd.engine.layout import Layout, RunSize
+from fused_sd.engine.layout import Layout, Room, RunSize
 from fused_sd.objectives.divergence import DivergenceObjective
 from fused_sd.planning.objectives import PlannedObjective
 from fused_sd.planning.workload import Parts, Workload, total
@@ -59,6 +59,7 @@ def size_of(work: Workload, has_gradient: bool) -> RunSize:
         logit_bytes=WIDE,
         operand_bytes=operand_bytes(work),
         has_dlogits=has_gradient,
+        dweight_bytes=finished(work, 0)["fp32 dW"] if has_gradient else 0,
     )
 
 
@@ -69,7 +70,9 @@ def layout(work: Workload, size: RunSize, finishing: bool) -> Layout:
         finishing: whether the run computes gradients that backward only scales: it leaves memory
             for them.
     """
-    return chunking.choose_layout(size, work.active, _budget(work, finishing), work.chunk_size)
+    if not finishing:
+        size = size._replace(dweight_bytes=0)
+    return chunking.choose_layout(size, work.active, _room(work, finishing), work.chunk_size)
 
 
 def operand_bytes(work: Workload) -> int:
@@ -77,16 +80,16 @@ def operand_bytes(work: Workload) -> int:
     return work.element if work.kind == "cuda" else WIDE
 
 
-def _budget(work: Workload, finishing: bool) -> int:
-    """Bytes that the engine's ``layout`` grants the workspaces."""
+def _room(work: Workload, finishing: bool) -> Room:
+    """What the engine's ``layout`` grants the workspaces."""
     if work.kind == "cpu":
-        return chunking.CPU_BUDGET
+        return Room(chunking.CPU_BUDGET, 0)
     if work.tensor_parallel > 1:  # ranks with unequal free memory must choose the same chunk
-        return chunking.GPU_BUDGET
+        return Room(chunking.GPU_BUDGET, 0)
     held = work.inputs_bytes + total(compacted(work))
     if finishing:
-        held += total(finished(work, work.active))
-    return chunking.gpu_budget(work.free_bytes - held)
+        held += total(finished(work, work.tokens))
+    return chunking.room_beside(work.free_bytes - held)
 
 
 def finished(work: Workload, num_tokens: int) -> Parts:

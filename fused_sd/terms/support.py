@@ -57,6 +57,10 @@ class Support:
         """Whether the choice needs a side's logits of the whole vocabulary."""
         return False
 
+    def chooses(self, side: SideName) -> bool:
+        """Whether the choice looks for a side's largest entries."""
+        return self.top_k > 0 and self.reads_whole(side)
+
     def choose(self, rows: Rows, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Choose the entries of each row.
 

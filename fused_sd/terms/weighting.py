@@ -52,12 +52,8 @@ def capped_ratio(log_prob: Tensor, old_log_prob: Tensor, cap: float) -> tuple[Te
     return ratio.clamp(max=cap), (ratio > cap).to(ratio)
 
 
-def clip_tokens(
-    loss: Tensor, bounds: tuple[float | None, float | None] | None
-) -> tuple[Tensor, Tensor]:
+def clip_tokens(loss: Tensor, bounds: tuple[float | None, float | None]) -> tuple[Tensor, Tensor]:
     """A token's loss clipped to (lower, upper), and 1 where it still follows the logits."""
-    if bounds is None:
-        return loss, torch.ones_like(loss)
     clipped = loss.clamp(*bounds)
     return clipped, (clipped == loss).to(loss)
 

@@ -90,6 +90,11 @@ def normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> 
     return Normalizers(lses[0], lses[1], None, shard)
 
 
+def known_normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> Normalizers:
+    """Normalisers of which the log-sum-exps (C,) are known, for ``row_metrics`` alone."""
+    return Normalizers(student, teacher, None, shard)
+
+
 def divergence_(
     student: Tensor,  # (C, W)
     teacher: Tensor,  # (C, W)

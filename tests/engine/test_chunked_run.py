@@ -7,6 +7,7 @@ from closeness import TOLERANCE, assert_close, assert_no_worse_than_eager
 
 import fused_sd
 from fused_sd import LMHead, reference
+from fused_sd.engine.workspace import Workspace
 
 
 def loss_of(case, **settings):
@@ -441,6 +442,26 @@ def test_autocast_takes_the_matrices_and_leaves_fp32_logits():
     ):
         assert gradient.dtype == tensor.dtype == torch.float32
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("valid_vocab", [None, 60])
+def test_a_shared_head_is_cast_once_under_autocast(valid_vocab, monkeypatch):
+    made, init = [], Workspace.__init__
+
+    def watch(self, student, teacher, *rest):
+        made.append((student, teacher))
+        init(self, student, teacher, *rest)
+
+    monkeypatch.setattr(Workspace, "__init__", watch)
+    case = make_case(dtype=torch.float32, valid_vocab=valid_vocab)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for weight in (case.weight.detach(), case.weight.detach().clone()):
+            head = LMHead(weight, valid_vocab=valid_vocab)
+            fused_sd.divergence_loss(case.hidden, case.head, case.teacher_hidden, head)
+    (student, teacher), (_, apart) = made
+    assert student.given[0].dtype == torch.bfloat16
+    assert teacher.weight is student.weight
+    assert apart.weight is not student.weight
 
 
 def test_mixed_hidden_and_head_under_autocast():

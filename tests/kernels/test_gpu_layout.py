@@ -1,6 +1,5 @@
 """A chunked run with a GPU's layout, tested without one: 16-bit operands, separate memory for
-gradients, one GEMM for both sides of a shared head.  Only the mixed-precision GEMM is replaced, by
-PyTorch operations with the same result.
+gradients, one GEMM for both sides of a shared head (the fixture ``gemms``).
 """
 
 from collections import Counter
@@ -9,10 +8,11 @@ import pytest
 import torch
 from cases import make_case
 from closeness import assert_close
+from gpu_layout import VOCAB
 
 import fused_sd
 from fused_sd.engine import gradients, workspace
-from fused_sd.engine.layout import Layout, RunSize, choose_layout, workspace_bytes
+from fused_sd.engine.layout import Layout, Room, RunSize, choose_layout, workspace_bytes
 from fused_sd.head import projection as heads
 from fused_sd.head.vocab_shard import VocabShard
 from fused_sd.torch_kernels import sparse
@@ -24,44 +24,17 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU shows the real thing"),
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
 ]
-VOCAB, CHUNK = 509, 3
+CHUNK = 3
 BACKENDS = ["torch", "triton"]
 SETTINGS = {
     "reverse": {},
     "jsd": {"divergence": fused_sd.Jsd(0.5)},
     "clipped": {"divergence": "forward_kl", "entry_clip": 0.05},
+    "temperatures": {"temperature": 0.7, "teacher_temperature": 1.3},
     "token clip": {"divergence": "forward_kl", "token_clip": 0.5},
     "tail": {"support": fused_sd.StudentTopK(3), "divergence": fused_sd.Jsd(0.5)},
     "renormalized": {"support": fused_sd.TeacherTopK(3), "remainder": "renormalize"},
 }
-
-
-@pytest.fixture
-def gemms(monkeypatch):
-    """Keep 16-bit operands as they are, as on a GPU, and count the GEMMs of each kind.
-
-    Sums of 16-bit products are exact in float64, so that a row is the same wherever it stands.
-    """
-    counted = Counter()
-
-    def kind(out):
-        return "dW" if out.shape[0] == VOCAB else "logits" if out.shape[1] == VOCAB else "dH"
-
-    def matmul(a, b, out):
-        assert a.dtype == b.dtype
-        counted[kind(out)] += 1
-        out.copy_(a.double() @ b.double())
-
-    def matmul_add_(a, b, out):
-        assert a.dtype == b.dtype
-        counted[kind(out)] += 1
-        out.add_(a.double() @ b.double())
-
-    monkeypatch.setattr(heads, "operand_dtype", lambda hidden: hidden.dtype)
-    monkeypatch.setattr(heads, "matmul", matmul)
-    monkeypatch.setattr(workspace, "matmul", matmul)
-    monkeypatch.setattr(workspace, "matmul_add_", matmul_add_)
-    return counted
 
 
 def sixteen_bit_case(num_tokens=24, **settings):
@@ -89,6 +62,36 @@ def test_gradients_in_their_own_memory(name, backend, shared, gemms):
     (loss, found), (exact, expected) = losses(case, backend, shared, **SETTINGS[name])
     assert_close(loss, exact, torch.float32)
     for value, truth in zip(found, expected, strict=True):
+        assert (value.double() - truth).norm() <= 6e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_bias_and_scale_are_the_gemms(backend, shared, gemms):
+    case = sixteen_bit_case(bias=True, logit_scale=1.7, softcap=20.0)
+    (loss, found), (exact, expected) = losses(case, backend, shared)
+    assert_close(loss, exact, torch.float32)
+    for value, truth in zip(found, expected, strict=True):
+        assert (value.double() - truth).norm() <= 6e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_with_a_gradient_leave_the_padding_as_it_was(backend, gemms):
+    """Their gradient is written over the logits, which the next chunk's GEMM fills again."""
+    case, found = sixteen_bit_case(), []
+    for one, how in (
+        (case, {"backend": backend, "chunk_size": CHUNK}),
+        (case.to(torch.float64), {"backend": "torch"}),
+    ):
+        output = fused_sd.divergence_loss(
+            *(one.hidden, one.head, one.teacher_hidden, one.teacher_head),
+            **{"token_ids": one.token_ids, "with_grad": ("student_log_prob",), **how},
+            reduction="none",
+        )
+        loss = output.loss.sum() + output.with_grad["student_log_prob"].sum()
+        found.append((loss, *torch.autograd.grad(loss, one.inputs)))
+    assert_close(found[0][0], found[1][0], torch.float32)
+    for value, truth in zip(found[0][1:], found[1][1:], strict=True):
         assert (value.double() - truth).norm() <= 6e-3 * truth.norm()
 
 
@@ -211,15 +214,15 @@ def test_workspaces_take_the_bytes_that_are_planned(
     student = heads.Projection(hidden, weight, None, heads.Shaping(1.0, None))
     teacher = student if has_teacher else None
     dots, whole = sparse.entry_logits, VocabShard(None, VOCAB)
-    needs = workspace.Needs((True, True), has_gradient, reserved=0, chunk_size=7)
+    needs = workspace.Needs((True, True), has_gradient, 0, Room(0, 0), chunk_size=7)
     made = workspace.Workspace(student, teacher, needs, dots, whole)
     held = [made.logits] if made.dlogits is None else [made.logits, made.dlogits]
-    size = RunSize(VOCAB, 1 + has_teacher, 4, dtype.itemsize, has_gradient)
+    size = RunSize(VOCAB, 1 + has_teacher, 4, dtype.itemsize, has_gradient, 0)
     assert size.in_place == (has_gradient and not sixteen_bit)
     assert made.layout == (7, 14 if size.in_place else 28)
     assert sum(tensor.nbytes for tensor in held) == workspace_bytes(size, made.layout)
     limit = 40 * workspace_bytes(size, Layout(1, 1))
-    chunk, group = choose_layout(size, 10**6, limit)
+    chunk, group = choose_layout(size, 10**6, Room(limit, 0))
     assert workspace_bytes(size, Layout(chunk, group)) <= limit
     longer = Layout(chunk + 1, group + group // chunk)
     assert workspace_bytes(size, longer) > limit

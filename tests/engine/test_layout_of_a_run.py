@@ -1,0 +1,54 @@
+"""How many tokens a chunk and a group hold, by the memory there is."""
+
+import pytest
+
+from fused_sd.engine.layout import (
+    GPU_BUDGET,
+    Layout,
+    Room,
+    RunSize,
+    choose_layout,
+    room_beside,
+    workspace_bytes,
+)
+
+HEAD = 4 * 151936 * 4096  # bytes of the fp32 gradient of Qwen3-8B's head
+SIZE = RunSize(151936, 2, 4, 2, True, HEAD)
+
+
+def test_a_group_grows_until_the_workspaces_are_as_large_as_dweight():
+    room = room_beside(60 * 2**30)
+    chosen = choose_layout(SIZE, 10**6, room)
+    assert chosen == (512, 5632)
+    assert workspace_bytes(SIZE, chosen) <= HEAD
+    assert workspace_bytes(SIZE, Layout(512, 6144)) > HEAD
+    frozen = SIZE._replace(dweight_bytes=0)
+    assert choose_layout(frozen, 10**6, room) == (512, 2048)
+    assert workspace_bytes(frozen, Layout(512, 2048)) <= GPU_BUDGET
+
+
+def test_an_eighth_of_the_free_memory_bounds_a_group():
+    room = room_beside(14 * 2**30)
+    chosen = choose_layout(SIZE, 10**6, room)
+    assert 2048 < chosen.group < 5632
+    assert workspace_bytes(SIZE, chosen) <= room.all
+    assert choose_layout(SIZE, 10**6, room_beside(8 * 2**30)) == (512, 2048)
+    assert choose_layout(SIZE, 10**6, room_beside(-1)) == (1, 4)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 100, 3000])
+def test_a_group_is_no_longer_than_the_run(num_tokens):
+    chosen = choose_layout(SIZE, num_tokens, room_beside(60 * 2**30))
+    assert chosen == (min(512, max(1, num_tokens)), max(1, num_tokens))
+
+
+def test_a_given_chunk_and_ranks_have_the_shortest_group():
+    assert choose_layout(SIZE, 10**6, room_beside(60 * 2**30), 256) == (256, 1024)
+    assert choose_layout(SIZE, 10**6, Room(GPU_BUDGET, 0)) == (512, 2048)
+
+
+def test_wide_operands_keep_gradients_where_the_logits_are():
+    size = SIZE._replace(operand_bytes=4)
+    chosen = choose_layout(size, 10**6, room_beside(60 * 2**30))
+    assert chosen.group > 2 * chosen.chunk
+    assert workspace_bytes(size, chosen) <= HEAD

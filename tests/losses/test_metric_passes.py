@@ -1,0 +1,77 @@
+"""How often a loss reads its rows of logits, with and without what trainers log."""
+
+from collections import Counter
+
+import pytest
+from cases import make_case
+
+import fused_sd
+from fused_sd.torch_kernels import rows, sparse
+
+NAMES = ("forward_kl", "reverse_kl", "jsd", "student_entropy", "teacher_entropy")
+LABELS = ("student_log_prob", "teacher_log_prob")
+TOP = ("top1_agreement", "topk_overlap")
+TAILS = ("student_tail_mass", "teacher_tail_mass", "student_mass", "teacher_mass")
+TAIL = {"support": fused_sd.StudentTopK(3), "divergence": fused_sd.Jsd(0.5)}
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """Calls of every function that reads whole rows, in a loss of one chunk and its gradient."""
+    calls = Counter()
+
+    def watched(module, name):
+        function = getattr(module, name)
+
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("log_normalizer", "lse_and_entropy", "normalizers", "row_metrics"):
+        watched(rows, name)
+    for name in ("divergence_", "softmax_gradient_"):
+        watched(rows, name)
+    watched(sparse, "top_k")
+
+    def count(**settings):
+        calls.clear()
+        case = make_case()
+        output = fused_sd.divergence_loss(
+            *(case.hidden, case.head, case.teacher_hidden, case.head),
+            **{"token_ids": case.token_ids, **settings},
+        )
+        output.loss.backward()
+        return Counter(calls)
+
+    return count
+
+
+def test_the_losses_own_passes_find_the_metrics_of_whole_rows(count):
+    """``row_metrics`` and the second ``log_normalizer`` calls are those of ``divergence_``."""
+    assert count() == {"normalizers": 1, "log_normalizer": 2, "divergence_": 1}
+    found = count(metrics=(*NAMES, *LABELS))
+    assert found - Counter(row_metrics=1) == count()
+
+
+def test_a_truncated_support_reads_its_rows_once_more(count):
+    alone = {"top_k": 1, "log_normalizer": 2, "softmax_gradient_": 1}
+    assert count(**TAIL) == alone
+    for metrics in (LABELS, TAILS, (*LABELS, *TAILS)):
+        assert count(metrics=metrics, **TAIL) == alone
+    assert count(metrics=(*NAMES, *LABELS, *TAILS), **TAIL) == {**alone, "row_metrics": 1}
+
+
+def test_a_side_is_searched_once(count):
+    assert count(metrics=TOP, **TAIL)["top_k"] == 2  # the student's is the support's own
+    assert count(metrics=TOP[:1], **TAIL)["top_k"] == 2
+    support = fused_sd.UnionTopK(3)
+    assert count(metrics=TOP, support=support)["top_k"] == 2
+
+
+def test_an_importance_ratio_reads_nothing_more(count):
+    case = make_case()
+    cap = fused_sd.ImportanceCap(case.old_log_probs)
+    assert count(importance=cap, **TAIL) == count(**TAIL)
+    assert count(importance=cap) == count()
