@@ -27,7 +27,13 @@ from fused_sd.kernels.programs import row_gradients
 from fused_sd.kernels.programs import rows as row_programs
 from fused_sd.kernels.tuning import launch, launch_for
 from fused_sd.terms.divergence_term import DivergenceTerm
-from fused_sd.torch_kernels.rows import ROW_METRICS, Compared, Normalizers, RowGradient
+from fused_sd.torch_kernels.rows import (
+    ROW_METRICS,
+    Compared,
+    EntryGradient,
+    Normalizers,
+    RowGradient,
+)
 
 READS_PADDING = True  # rows are read with their padding, 16 bytes at a time for any vocabulary
 STATE = 8  # numbers that a pair's state takes: five, padded to one 32-byte sector of memory
@@ -136,8 +142,14 @@ def softmax_gradient_(
     slope: Tensor | None,
     cap: float | None,
     out: Tensor,
+    entries: EntryGradient | None = None,
 ) -> None:
     """Write ``exp(x) * (constant + slope * x)`` with ``x = logits - normalizer`` to ``out``."""
+    columns = values = chosen = row_weights = None
+    num_entries = 0
+    if entries is not None:
+        columns, chosen, values = (part.contiguous() for part in entries[:3])
+        row_weights, num_entries = entries.row_weights, columns.shape[1]
     _launch(
         row_gradients.softmax_gradient,
         logits,
@@ -148,6 +160,12 @@ def softmax_gradient_(
         out_ptr=out,
         out_stride=out.stride(0),
         inverse_cap=None if cap is None else 1 / cap,
+        row_weights_ptr=row_weights,
+        columns_ptr=columns,
+        values_ptr=values,
+        entries_ptr=chosen,
+        num_entries=num_entries,
+        ENTRIES=triton.next_power_of_2(max(1, num_entries)),
         IN_PLACE=out.dtype == logits.dtype,
     )
 

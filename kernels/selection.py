@@ -24,7 +24,7 @@ from fused_sd.torch_kernels.selection import Selection
 BLOCKS = 128, 64, 32, 16, 8  # sizes that a block of columns may have
 LIST = 16384  # most entries that one program holds in registers: 32 for each of 512 threads
 TILE = 1024  # entries that a program loads again at a time, to write those that it found
-PIECE = 16  # candidates that all others of a row are compared with at a time
+PIECE = 16  # entries that all others of a row are compared with at a time
 SEGMENT = 4096  # columns whose blocks one program reads
 
 
@@ -44,8 +44,21 @@ def top_k(logits: Tensor, k: int) -> Tensor:
         ids = _largest(logits, k, _largest(maxima, k), block)
     else:  # a list of thousands of entries is too long for one program, and rare: sort the row
         return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices
-    return ids.gather(1, order)
+    ordered = torch.empty_like(ids)
+    launch(
+        top_k_programs.order_by_value,
+        num_rows,
+        logits,
+        values_ptr=logits,
+        stride=logits.stride(0),
+        ids_ptr=ids,
+        k=k,
+        out_ptr=ordered,
+        PLACES=triton.next_power_of_2(k),
+        PIECE=PIECE,
+        num_warps=_warps_for(triton.next_power_of_2(k) * PIECE),
+    )
+    return ordered
 
 
 def select(gradient: Tensor, share: float, most: int) -> Selection:

@@ -1,9 +1,9 @@
 """Which kernels run: Triton's on a GPU, PyTorch's elsewhere.  The only place that decides.
 
 The kernels of both backends are modules with the same functions and arguments (twins):
-``torch_kernels/rows.py`` and ``kernels/rows.py`` work on whole rows of logits,
-``torch_kernels/sparse.py`` and ``kernels/sparse.py`` on chosen entries.  An objective calls them
-through ``chunk.functions`` and never asks which they are.
+``rows.py`` of ``torch_kernels`` and of ``kernels`` work on whole rows of logits, ``entries.py`` on
+chosen entries of them, ``sparse.py`` on gradients of few entries.  An objective calls them through
+``chunk.functions`` and never asks which they are.
 """
 
 import importlib
@@ -14,17 +14,18 @@ from typing import NamedTuple
 import torch
 
 from fused_sd import checks
-from fused_sd.torch_kernels import rows, sparse
+from fused_sd.torch_kernels import entries, rows, sparse
 
 
 class Functions(NamedTuple):
     """The modules of one backend."""
 
     rows: ModuleType  # functions on whole rows of logits
-    sparse: ModuleType  # functions on chosen entries of rows
+    sparse: ModuleType  # functions on gradients of few entries, and the search for them
+    entries: ModuleType  # functions on chosen entries of rows
 
 
-TORCH = Functions(rows, sparse)
+TORCH = Functions(rows, sparse, entries)
 
 
 def choose_functions(backend: str, device: torch.device, dtype: torch.dtype) -> Functions:

@@ -22,6 +22,7 @@ from torch import Tensor
 from fused_sd.engine.backend import Functions
 from fused_sd.head.vocab_shard import VocabShard
 from fused_sd.terms.support import SideName
+from fused_sd.torch_kernels.rows import EntryGradient
 
 
 class Side(NamedTuple):
@@ -123,11 +124,9 @@ class Chunk(NamedTuple):
     def write_gradient_(
         self,
         background: Tensor | None,  # (C,) log-normaliser of the entries outside; None: they get 0
-        constant: Tensor,  # (C,)
+        constant: Tensor | None,  # (C,)
         slope: Tensor | None,  # (C,)
-        columns: Tensor,  # (C, K) of this rank; V and above: nowhere
-        logits: Tensor,  # (C, K) at the columns
-        values: Tensor,  # (C, K) gradient w.r.t. the logits there
+        entries: EntryGradient,  # columns are this rank's; V and above: nowhere
     ) -> None:
         """Write a gradient that is a softmax over the whole row, but for K entries of their own.
 
@@ -136,20 +135,17 @@ class Chunk(NamedTuple):
         derivative is applied here.
         """
         cap, dlogits = self.cap, self.dlogits
-        if cap is not None:
-            values = torch.where(values == 0, 0, values * (1 - (logits / cap).square()))
         if self.sparse is not None:
-            vocab = self.sparse.vocab
+            vocab, columns = self.sparse.vocab, entries.columns
             self.sparse.columns.copy_(columns.clamp(max=vocab))
-            self.sparse.values.copy_(values.masked_fill(columns >= vocab, 0))
+            self.sparse.values.copy_(entries.weighted(cap).masked_fill(columns >= vocab, 0))
             return
         assert dlogits is not None
         if background is None:
-            dlogits.zero_()
-        else:
-            fill = self.functions.rows.softmax_gradient_
-            fill(self.student, background, constant, slope, cap, dlogits)
-        dlogits.scatter_(1, columns, values.to(dlogits.dtype))
+            dlogits.zero_().scatter_(1, entries.columns, entries.weighted(cap).to(dlogits.dtype))
+            return
+        fill = self.functions.rows.softmax_gradient_
+        fill(self.student, background, constant, slope, cap, dlogits, entries)
 
 
 class Objective(Protocol):

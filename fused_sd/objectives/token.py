@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_sd.engine.chunk import Chunk, Objective
 from fused_sd.settings import setting
 from fused_sd.terms.surrogate import Surrogate, cross_entropy, surrogate
+from fused_sd.torch_kernels.rows import EntryGradient
 
 
 @setting
@@ -91,8 +92,8 @@ class LogProbObjective(NamedTuple):
             at_entries = at_entries + log_probs.exp() * slope[:, None] * (
                 log_probs + values[:, -1:]
             )
-        columns = chunk.columns_of(ids)
-        chunk.write_gradient_(normalizer, constant, slope, columns, chosen, at_entries)
+        entries = EntryGradient(chunk.columns_of(ids), chosen, at_entries, None)
+        chunk.write_gradient_(normalizer, constant, slope, entries)
 
 
 def _statistics(chunk: Chunk, entropy: bool) -> tuple[Tensor, ...]:
@@ -161,6 +162,6 @@ class TokenLossObjective(NamedTuple):
         if chunk.row_weights is not None:
             coefficient = chunk.row_weights[:, 0] * term.dlog_prob
             at_token = (-coefficient * torch.expm1(log_prob))[:, None]
-            columns = chunk.columns_of(ids)
-            chunk.write_gradient_(lses[0], -coefficient, None, columns, labels[0], at_token)
+            entries = EntryGradient(chunk.columns_of(ids), labels[0], at_token, None)
+            chunk.write_gradient_(lses[0], -coefficient, None, entries)
         return term.loss[:, None], [metrics[name] for name in self.metrics]

@@ -1,8 +1,9 @@
 """Compares rows on a truncated support: on its K entries and, with a tail, a bucket for the rest.
 
 The support chooses its entries, both sides' logits are read there, and the comparison's remainder
-says what the other entries become (``Buckets``).  The divergence is evaluated on those few columns.
-The gradient w.r.t. a whole row is then a constant times a softmax outside the entries, with the
+says what the other entries become (``Buckets``).  The divergence is evaluated on those few columns,
+by a kernel for the exact tail and for renormalised entries, and in PyTorch for the rarer ones.  The
+gradient w.r.t. a whole row is then a constant times a softmax outside the entries, with the
 entries' own values written over it.
 
 Dimension key:  C rows in a chunk, W columns of a chunk's logits, K entries of the support
@@ -17,15 +18,18 @@ from torch import Tensor
 from fused_sd.engine.chunk import Chunk, Side
 from fused_sd.terms.buckets import (
     Buckets,
+    EntryTerms,
     bucket_terms,
+    entry_terms,
     log_complement,
+    renormalized,
     tail_gradient_to_entries,
     with_tail,
 )
 from fused_sd.terms.comparison import Comparison
 from fused_sd.terms.support import SideName
 from fused_sd.terms.weighting import clip_tokens
-from fused_sd.torch_kernels.rows import ROW_METRICS
+from fused_sd.torch_kernels.rows import ROW_METRICS, EntryGradient
 
 SUPPORT_METRICS = ("student_mass", "teacher_mass", "student_tail_mass", "teacher_tail_mass")
 
@@ -49,14 +53,7 @@ class TruncatedRows:
         self.normalizers: list[Tensor] = []  # of the sides whose normaliser the remainder needs
         self.lse: dict[SideName, Tensor] = {}  # known log-sum-exps of whole rows
         self.entries = self._entries(inputs)
-        self.buckets = self._buckets()
-        compared = self._floored()
-        self.terms, self.dlog_s, self.clipped = bucket_terms(
-            compared, comparison.term, comparison.remainder, comparison.entry_clip
-        )
-        if comparison.log_prob_floor is not None:
-            is_below = self.buckets.log_s < comparison.log_prob_floor
-            self.dlog_s = self.dlog_s.masked_fill(is_below, 0)
+        self.terms = self._terms()
 
     def _entries(self, inputs: dict[str, Tensor]) -> _Entries:
         """Choose the entries and read both sides' logits there."""
@@ -77,47 +74,79 @@ class TruncatedRows:
     def _read(self, ids: Tensor, counted: Tensor | None) -> list[Tensor]:
         """Read the sides' logits at the entries, and the normalisers that the remainder needs."""
         chunk, remainder = self.chunk, self.comparison.remainder
-        if self.has_exact_tail:
-            self.masked = self._columns(ids, counted, chunk.width)
         sides = [side for side in (chunk.student_side, chunk.teacher_side) if side is not None]
+        if self.has_exact_tail:
+            return self._take_out(sides, ids, counted)
         # use the same summation order on both sides, so that an identical teacher gives exactly 0
         dotted = remainder == "renormalize" and any(side.whole is None for side in sides)
         parts = [chunk.part(side, ids, dotted=dotted) for side in sides]
-        lses = []
-        for side in self._normalized(sides):
-            assert side.whole is not None
-            if self.has_exact_tail:
-                side.whole.scatter_(1, self.masked, -torch.inf)
-            lses.append(chunk.functions.rows.log_normalizer(side.whole))
+        normalized = [] if remainder == "renormalize" else sides
+        if remainder == "teacher_renormalize":
+            normalized = sides[:1]
+        lses = [chunk.functions.rows.log_normalizer(side.whole) for side in normalized]
         self.normalizers, _, parts = chunk.shard.join(lses, extra_sums=parts)
         return parts
 
-    def _normalized(self, sides: list[Side]) -> list[Side]:
-        """The sides whose whole rows' normalisers the remainder needs."""
-        if self.comparison.remainder == "renormalize":
-            return []
-        return sides[:1] if self.comparison.remainder == "teacher_renormalize" else sides
+    def _take_out(self, sides: list[Side], ids: Tensor, counted: Tensor | None) -> list[Tensor]:
+        """Read the entries of rows, which become their tails."""
+        chunk = self.chunk
+        self.masked = self._columns(ids, counted, chunk.width)
+        found = [chunk.functions.entries.take_out_(side.whole, self.masked) for side in sides]
+        parts = [entries for entries, _ in found]
+        if not chunk.shard.alone:
+            elsewhere = self.masked == chunk.width - 1
+            parts = [entries.masked_fill(elsewhere, 0) for entries in parts]
+        rests = [rest for _, rest in found]
+        self.normalizers, _, parts = chunk.shard.join(rests, extra_sums=parts)
+        return parts
 
-    def _buckets(self) -> Buckets:
+    def _terms(self) -> EntryTerms:
+        """Loss and gradient of every row."""
+        comparison, entries = self.comparison, self.entries
+        is_served = self.chunk.teacher_side is None  # then the teacher has no logits
+        if is_served or not (self.has_exact_tail or comparison.remainder == "renormalize"):
+            return self._rare_terms(is_served)
+        rests = tuple(self.normalizers) if self.has_exact_tail else None
+        compare = self.chunk.functions.entries.compare_entries
+        found: EntryTerms = compare(
+            entries.student, entries.teacher, rests, comparison.term, comparison.entry_clip
+        )
+        if found.lses is not None:
+            self.lse.update(zip(("student", "teacher"), found.lses))
+        return found
+
+    def _rare_terms(self, is_served: bool) -> EntryTerms:
+        """Loss and gradient where a bucket has a floor, or the sides do not both sum to 1."""
+        comparison, k = self.comparison, self.entries.ids.shape[-1]
+        buckets = self._buckets(is_served)
+        found = bucket_terms(
+            self._floored(buckets), comparison.term, comparison.remainder, comparison.entry_clip
+        )
+        if comparison.log_prob_floor is not None:
+            is_below = buckets.log_s < comparison.log_prob_floor
+            found = found._replace(dlog_s=found.dlog_s.masked_fill(is_below, 0))
+        if comparison.tail_floor is not None:
+            dlog_s = tail_gradient_to_entries(found.dlog_s, buckets.log_s, comparison.tail_floor)
+            found = found._replace(dlog_s=dlog_s)
+            buckets = buckets._replace(log_s=buckets.log_s[:, :k])
+        return entry_terms(buckets, found, k)
+
+    def _buckets(self, is_served: bool) -> Buckets:
         """Log-probabilities of the buckets, by the comparison's remainder."""
         remainder, floor = self.comparison.remainder, self.comparison.tail_floor
         student, teacher = self.entries.student, self.entries.teacher
-        is_served = self.chunk.teacher_side is None  # then the teacher has no logits
         if remainder == "renormalize":
-            return Buckets(student.log_softmax(-1), teacher.log_softmax(-1), None, True)
+            return Buckets(renormalized(student), renormalized(teacher), None, True)
         if self.has_exact_tail:
-            rest = self.normalizers[0]
+            [rest] = self.normalizers
             log_s, self.lse["student"] = with_tail(student, rest)
-            if is_served:
-                log_t = torch.cat([teacher, log_complement(teacher, 0.0)], -1)
-            else:
-                log_t, self.lse["teacher"] = with_tail(teacher, self.normalizers[1])
+            log_t = torch.cat([teacher, log_complement(teacher, 0.0)], -1)
             return Buckets(log_s, log_t, torch.where(rest == -torch.inf, 0, rest), True)
         self.lse.update(zip(("student", "teacher"), self.normalizers))
         background = self.lse["student"]
         log_s = student - background[:, None]
         if remainder == "teacher_renormalize":
-            return Buckets(log_s, teacher.log_softmax(-1), background, False)
+            return Buckets(log_s, renormalized(teacher), background, False)
         log_t = teacher if is_served else teacher - self.lse["teacher"][:, None]
         if remainder == "tail":
             assert floor is not None
@@ -125,15 +154,15 @@ class TruncatedRows:
             log_t = torch.cat([log_t, log_complement(log_t, floor)], -1)
         return Buckets(log_s, log_t, background, False)
 
-    def _floored(self) -> Buckets:
+    def _floored(self, buckets: Buckets) -> Buckets:
         """The buckets with every counted log-probability raised to the floor."""
         floor, counted = self.comparison.log_prob_floor, self.entries.counted
         if floor is None:
-            return self.buckets
-        log_s, log_t = self.buckets.log_s.clamp(min=floor), self.buckets.log_t.clamp(min=floor)
+            return buckets
+        log_s, log_t = buckets.log_s.clamp(min=floor), buckets.log_t.clamp(min=floor)
         if counted is not None:
             log_s, log_t = (side.masked_fill(~counted, -torch.inf) for side in (log_s, log_t))
-        return self.buckets._replace(log_s=log_s, log_t=log_t)
+        return buckets._replace(log_s=log_s, log_t=log_t)
 
     def _columns(self, ids: Tensor, counted: Tensor | None, num_columns: int) -> Tensor:
         """The entries' columns; those that are not counted, or another rank's, get the last."""
@@ -150,7 +179,7 @@ class TruncatedRows:
         self, row_weights: Tensor | None, names: Sequence[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return each token's loss and named metrics; with ``row_weights``, write the gradient."""
-        loss, found = self.terms.sum(-1), self._row_metrics(names) | self._masses(names)
+        loss, found = self.terms.loss, self._row_metrics(names) | self._masses(names)
         if "entry_clip_fraction" in names:
             found["entry_clip_fraction"] = self._entry_clip_fraction()
         bounds = self.comparison.token_bounds
@@ -200,30 +229,16 @@ class TruncatedRows:
         return found
 
     def _entry_clip_fraction(self) -> Tensor:
-        """Share (C,) of the compared entries, the tail among them, that the entry clip cut."""
-        num_compared: Tensor | int = self.clipped.shape[-1]
-        if self.entries.counted is not None:
-            places = self.entries.counted.shape[-1]
-            num_compared = self.entries.counted.sum(-1) + (self.clipped.shape[-1] - places)
-        return self.clipped.sum(-1).to(self.terms) / num_compared
+        """Share (C,) of the compared buckets that the entry clip cut."""
+        assert self.terms.clipped is not None
+        counted, has_tail = self.entries.counted, self.comparison.remainder == "tail"
+        num_compared = self.entries.ids.shape[-1] if counted is None else counted.sum(-1)
+        return self.terms.clipped.to(self.terms.loss) / (num_compared + has_tail)
 
     def _write_gradient_(self, row_weights: Tensor) -> None:
         """Write a constant times a softmax outside the entries, and the entries' own values."""
-        floor, k = self.comparison.tail_floor, self.entries.ids.shape[-1]
-        dlog_s, log_s = self.dlog_s, self.buckets.log_s
-        if floor is not None:
-            dlog_s, log_s = tail_gradient_to_entries(dlog_s, log_s, floor), log_s[:, :k]
-        total = dlog_s.sum(-1, keepdim=True)
-        cut = (
-            row_weights[:, None] == 0
-        )  # a row of weight 0 may hold infinite terms, and 0 * inf is NaN
-        dlogits = (dlog_s - log_s.exp() * total) * row_weights[:, None]  # w.r.t. the buckets
-        dlogits, total = dlogits.masked_fill(cut, 0), total.masked_fill(cut, 0)
-        outside = dlogits[:, k] if dlogits.shape[-1] > k else -total[:, 0] * row_weights
-        inside = dlogits[:, :k]
-        if self.entries.counted is not None:
-            inside = inside.masked_fill(~self.entries.counted, 0)
-        background, sparse = self.buckets.background, self.chunk.sparse
+        terms, sparse = self.terms, self.chunk.sparse
         num_columns = self.chunk.width if sparse is None else sparse.vocab + 1
         columns = self._columns(self.entries.ids, self.entries.counted, num_columns)
-        self.chunk.write_gradient_(background, outside, None, columns, self.entries.student, inside)
+        entries = EntryGradient(columns, self.entries.student, terms.inside, row_weights)
+        self.chunk.write_gradient_(terms.background, terms.outside, None, entries)

@@ -30,7 +30,18 @@ class BucketTerms(NamedTuple):
 
     term: Tensor  # contribution of each bucket to the token's loss
     dlog_s: Tensor  # its derivative w.r.t. the student's bucket log-probability
-    clipped: Tensor  # bool, which contributions the entry clip cut
+    clipped: Tensor | None  # bool, which contributions the entry clip cut; None: there is no clip
+
+
+class EntryTerms(NamedTuple):
+    """The loss of a truncated row, and its gradient w.r.t. the row's logits."""
+
+    loss: Tensor  # (C,)
+    clipped: Tensor | None  # (C,) number of buckets that the entry clip cut; None: there is no clip
+    inside: Tensor  # (C, K) gradient at the entries
+    outside: Tensor | None  # (C,) factor of exp(logit - background) elsewhere; None: it is 0 there
+    background: Tensor | None  # (C,)
+    lses: tuple[Tensor, Tensor] | None  # (C,) of both sides' whole rows, where they were found
 
 
 def bucket_terms(
@@ -48,9 +59,28 @@ def bucket_terms(
     else:
         return BucketTerms(*term.clipped(log_s, log_t, entry_clip))
     if entry_clip is None:
-        return BucketTerms(value, dlog_s, torch.zeros_like(value, dtype=torch.bool))
+        return BucketTerms(value, dlog_s, None)
     clipped = value > entry_clip
     return BucketTerms(value.clamp(max=entry_clip), dlog_s.masked_fill(clipped, 0), clipped)
+
+
+def entry_terms(
+    buckets: Buckets, found: BucketTerms, k: int, lses: tuple[Tensor, Tensor] | None = None
+) -> EntryTerms:
+    """Turn a gradient w.r.t. the buckets of K entries into one w.r.t. the logits of a row."""
+    total = found.dlog_s.sum(-1, keepdim=True)
+    dlogits = found.dlog_s - buckets.log_s.exp() * total
+    outside = None
+    if buckets.background is not None:
+        outside = dlogits[:, k] if dlogits.shape[-1] > k else -total[:, 0]
+    clipped = None if found.clipped is None else found.clipped.sum(-1)
+    inside = dlogits[:, :k]
+    return EntryTerms(found.term.sum(-1), clipped, inside, outside, buckets.background, lses)
+
+
+def renormalized(entries: Tensor) -> Tensor:
+    """Log-probabilities (C, K) over the entries alone; -inf in a row that has none."""
+    return torch.where(entries == -torch.inf, entries, entries.log_softmax(-1))
 
 
 def with_tail(entries: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,25 @@ class RowGradient(NamedTuple):
     out: Tensor  # (C, >= W); may be the student's logits
 
 
+class EntryGradient(NamedTuple):
+    """The gradient w.r.t. chosen logits of each row, where it is not that of the other columns."""
+
+    columns: Tensor  # (C, K) int64
+    logits: Tensor  # (C, K) at the columns
+    values: Tensor  # (C, K), before the weights and the soft-cap's derivative
+    row_weights: Tensor | None  # (C,) factors of the row's whole gradient; None: ones
+
+    def weighted(self, cap: float | None) -> Tensor:
+        """The values (C, K) times the weights and the derivative of a soft-cap."""
+        values = self.values
+        if self.row_weights is not None:
+            values = _weighted(values, self.row_weights[:, None])
+        if cap is not None:
+            slope = 1 - (self.logits / cap).square()
+            values = torch.where(values == 0, 0, values * slope)
+        return values
+
+
 class Compared(NamedTuple):
     """What a comparison of both sides' rows finds."""
 
@@ -172,8 +191,16 @@ def softmax_gradient_(
     slope: Tensor | None,  # (C,)
     cap: float | None,
     out: Tensor,  # (C, W); may be the logits
+    entries: EntryGradient | None = None,
 ) -> None:
-    """``out = exp(x) * (constant + slope * x)`` with ``x = logits - normalizer``."""
+    """``out = exp(x) * (constant + slope * x)`` with ``x = logits - normalizer``.
+
+    The entries have values of their own, and their weights multiply the constant too, where there
+    is no slope.
+    """
+    if entries is not None and entries.row_weights is not None:
+        assert slope is None
+        constant = _weighted(constant, entries.row_weights)
     for at, shifted, share in _row_blocks(logits, 2):
         torch.sub(logits[at], normalizer[at, None], out=shifted)
         torch.exp(shifted, out=share)
@@ -182,6 +209,8 @@ def softmax_gradient_(
             _write(share.mul_(factor), None, logits[at], cap, out[at])
         else:
             _write(share, constant[at], logits[at], cap, out[at])
+    if entries is not None:
+        out.scatter_(1, entries.columns, entries.weighted(cap).to(out.dtype))
 
 
 def row_metrics(
@@ -204,6 +233,11 @@ def row_metrics(
         if name in names:
             parts[name] = _entropy(side, lse)
     return dict(zip(parts, normalizers.shard.sum(*parts.values()), strict=True))
+
+
+def _weighted(gradient: Tensor, row_weights: Tensor) -> Tensor:
+    """A gradient times its row's weight; 0 at a weight of 0, where it may be infinite."""
+    return torch.where(row_weights == 0, 0, gradient * row_weights)
 
 
 def _row_blocks(logits: Tensor, num_buffers: int = 0) -> Iterator[Any]:

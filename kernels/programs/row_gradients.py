@@ -176,18 +176,27 @@ def softmax_gradient(
     out_ptr,  # (C, W) fp32, bf16 or fp16, written: p * (constant + slope * log p)
     out_stride,  # elements from one row of the gradient to the next
     inverse_cap,  # float or None, 1 / soft-cap of the logits
+    row_weights_ptr,  # (C,) fp32 or None, factors of the rows' gradients; not with a slope
+    columns_ptr,  # (C, K) int64 in [0, W) or None, contiguous: columns with values of their own
+    values_ptr,  # (C, K) fp32, contiguous: gradient there, before the weights and the cap
+    entries_ptr,  # (C, K) fp32, contiguous: logits there; read with a cap
+    num_entries,  # K
     IN_PLACE: tl.constexpr,  # bool: out may be the logits themselves
+    ENTRIES: tl.constexpr,  # K or the next power of 2
     BLOCK_V: tl.constexpr,  # columns that are read at a time
 ):
     """A softmax times a line in its logarithm, written as a row's gradient; reads the row once.
 
     One program a row.  ``softmax_gradient_`` in ``kernels/rows.py`` launches it for every loss of
     chosen entries: log-probabilities, cross entropies, policy losses and truncated supports have
-    this gradient in all other columns, and the caller overwrites the chosen ones.  The slope is an
+    this gradient in all other columns, and values of their own in the chosen ones.  The slope is an
     entropy's.
     """
     row = tl.program_id(0).to(tl.int64)
     normalizer, constant = tl.load(normalizer_ptr + row), tl.load(constant_ptr + row)
+    if row_weights_ptr is not None:
+        row_weight = tl.load(row_weights_ptr + row)
+        constant = tl.where(row_weight == 0, 0.0, constant * row_weight)
     for start in range(0, num_columns, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         z = load_logits(logits_ptr + row * stride, offs_v, num_columns)
@@ -198,3 +207,15 @@ def softmax_gradient(
         dlogits = prob * factor
         to = out_ptr + row * out_stride
         store_gradient(to, offs_v, num_columns, dlogits, z, inverse_cap, IN_PLACE)
+    if columns_ptr is not None:
+        place = tl.arange(0, ENTRIES)
+        exists, at = place < num_entries, row * num_entries + place
+        values = tl.load(values_ptr + at, mask=exists, other=0.0)
+        if row_weights_ptr is not None:
+            values = tl.where(row_weight == 0, 0.0, values * row_weight)
+        if inverse_cap is not None:
+            share = tl.load(entries_ptr + at, mask=exists, other=0.0) * inverse_cap
+            values = tl.where(values == 0, 0.0, values * (1 - share * share))
+        to = out_ptr + row * out_stride + tl.load(columns_ptr + at, mask=exists, other=0)
+        tl.debug_barrier()  # other threads have written these columns
+        tl.store(to, values.to(out_ptr.dtype.element_ty), mask=exists)

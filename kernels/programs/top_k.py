@@ -7,7 +7,8 @@ largest entries lie in the k blocks with the largest maxima (of equal maxima the
 ``largest`` holds a whole list of entries in the registers of one program.  It finds the k-th
 largest bit by bit, by counting the entries that reach a trial value, and writes what reaches it in
 the order of the columns, each entry to the place that a cumulative sum gives it.  So the result
-never depends on the order in which threads run.
+never depends on the order in which threads run.  ``order_by_value`` then sorts the few that are
+left.
 
 Dimension key:  C rows, W columns, K entries wanted of a row, B blocks in a row, L blocks in a list
 """
@@ -136,3 +137,34 @@ def largest(
         tl.store(out_ptr + row * k + place, columns.to(out_ptr.dtype.element_ty), mask=taken)
         num_above += tl.sum(above, axis=0)
         num_tied += tl.sum(tied, axis=0)
+
+
+@triton.jit
+def order_by_value(
+    values_ptr,  # (C, W) fp32, unit stride in the columns
+    stride,  # elements from one row of the values to the next
+    ids_ptr,  # (C, K) int64, contiguous, ascending: columns
+    k,  # K
+    out_ptr,  # (C, K) int64, contiguous, written: the columns, those of the largest values first
+    PLACES: tl.constexpr,  # K or the next power of 2
+    PIECE: tl.constexpr,  # entries that all others are compared with at a time
+):
+    """Columns of a row in the order of their values; of equal values the first column leads.
+
+    One program a row.  An entry's place is the number of entries that come before it.  ``top_k`` in
+    ``kernels/selection.py`` launches it for what ``largest`` has found.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    values_ptr, ids_ptr, out_ptr = values_ptr + row * stride, ids_ptr + row * k, out_ptr + row * k
+    place = tl.arange(0, PLACES)
+    ids = tl.load(ids_ptr + place, mask=place < k, other=0)
+    keys = sort_key(tl.load(values_ptr + ids, mask=place < k, other=0.0))
+    before = tl.zeros([PLACES], tl.int32)
+    for start in range(0, k, PIECE):
+        other = start + tl.arange(0, PIECE)
+        columns = tl.load(ids_ptr + other, mask=other < k, other=0)
+        others = sort_key(tl.load(values_ptr + columns, mask=other < k, other=0.0))
+        is_tied = (others[None, :] == keys[:, None]) & (other[None, :] < place[:, None])
+        leads = (others[None, :] > keys[:, None]) | is_tied
+        before += tl.sum((leads & (other < k)[None, :]).to(tl.int32), axis=1)
+    tl.store(out_ptr + before, ids, mask=place < k)

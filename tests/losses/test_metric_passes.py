@@ -6,7 +6,7 @@ import pytest
 from cases import make_case
 
 import fused_sd
-from fused_sd.torch_kernels import rows, sparse
+from fused_sd.torch_kernels import entries, rows, sparse
 
 NAMES = ("forward_kl", "reverse_kl", "jsd", "student_entropy", "teacher_entropy")
 LABELS = ("student_log_prob", "teacher_log_prob")
@@ -34,6 +34,7 @@ def count(monkeypatch):
     for name in ("divergence_", "softmax_gradient_"):
         watched(rows, name)
     watched(sparse, "top_k")
+    watched(entries, "take_out_")
 
     def count(**settings):
         calls.clear()
@@ -56,7 +57,7 @@ def test_the_losses_own_passes_find_the_metrics_of_whole_rows(count):
 
 
 def test_a_truncated_support_reads_its_rows_once_more(count):
-    alone = {"top_k": 1, "log_normalizer": 2, "softmax_gradient_": 1}
+    alone = {"top_k": 1, "take_out_": 2, "softmax_gradient_": 1}
     assert count(**TAIL) == alone
     for metrics in (LABELS, TAILS, (*LABELS, *TAILS)):
         assert count(metrics=metrics, **TAIL) == alone

@@ -1,6 +1,8 @@
 """Identities that hold for any input."""
 
+import pytest
 import torch
+from cases import make_case
 from closeness import TOLERANCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,3 +98,21 @@ def test_the_gradient_by_a_renormalised_support_is_sparse(pair, k):
     ids = (hidden @ head.T).topk(k).indices.flatten().tolist()
     untouched = [row for row in range(head.shape[0]) if row not in ids]
     assert (head.grad[untouched] == 0).all()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", fused_sd.Jsd(0.5)], ids=str)
+@pytest.mark.parametrize("remainder", ["renormalize", "teacher_renormalize", "drop", "tail"])
+def test_a_token_that_names_no_entry_has_no_loss(remainder, divergence):
+    if remainder == "teacher_renormalize":
+        divergence = "forward_kl"
+    case = make_case(3)
+    support = fused_sd.TokenIds(torch.tensor([[1, 2, 3], [-1, -1, -1], [4, -1, 4]]))
+    output = fused_sd.divergence_loss(
+        *(case.hidden, case.head, case.teacher_hidden, case.teacher_head),
+        **{"support": support, "remainder": remainder, "divergence": divergence},
+    )
+    output.loss.backward()
+    assert output.token_loss[1].abs() <= 1e-12
+    assert output.token_loss.isfinite().all()
+    assert case.hidden.grad.isfinite().all()
+    assert (case.hidden.grad[1].abs() <= 1e-12).all()

@@ -24,10 +24,10 @@ from triton.runtime.jit import JITFunction
 
 from fused_sd.engine.gradients import MOST
 from fused_sd.engine.layout import ALIGNMENT, workspace_width
-from fused_sd.kernels import rows, sparse
+from fused_sd.kernels import entries, rows, sparse
 from fused_sd.terms.divergence import DIVERGENCES
-from fused_sd.terms.divergence_term import divergence_term
-from fused_sd.torch_kernels.rows import RowGradient
+from fused_sd.terms.divergence_term import DivergenceTerm, divergence_term
+from fused_sd.torch_kernels.rows import EntryGradient, RowGradient
 from fused_sd.torch_kernels.sparse import SparseValues
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
@@ -77,6 +77,7 @@ def compile_all(target: GPUTarget) -> list[Compiled]:
     JITFunction.run = compile_instead
     for vocab in VOCABULARIES:
         launch_rows(vocab)
+        launch_entries(vocab)
         launch_sparse(vocab)
     return compiled
 
@@ -93,12 +94,33 @@ def launch_rows(vocab: int) -> None:
     for out in (narrow, student):
         for slope in (None, row):
             rows.softmax_gradient_(student, row, row, slope, 30.0, out)
-        for name, definition in DIVERGENCES.items():
-            divergence = name if definition.setting is None else definition.setting()
-            pair = (student, teacher, sides, divergence_term(divergence))
+        for name in DIVERGENCES:
+            pair = (student, teacher, sides, _term_of(name))
             for entry_clip in (None, 0.05):
                 rows.divergence_(*pair, entry_clip, None)
                 rows.divergence_(*pair, entry_clip, RowGradient(row, None, out))
+
+
+def _term_of(name: str) -> DivergenceTerm:
+    definition = DIVERGENCES[name]
+    return divergence_term(name if definition.setting is None else definition.setting())
+
+
+def launch_entries(vocab: int) -> None:
+    """Call every function on chosen entries, of rows as wide as a chunk's."""
+    logits = torch.empty(1024, workspace_width(vocab), device="meta")
+    row, narrow = torch.empty(1024, device="meta"), torch.empty_like(logits, dtype=torch.bfloat16)
+    for k in (1, 100):
+        columns = torch.empty(1024, k, dtype=torch.int64, device="meta")
+        found, rest = entries.take_out_(logits, columns)
+        for name in DIVERGENCES:
+            term = _term_of(name)
+            for entry_clip in (None, 0.05):
+                entries.compare_entries(found, found, None, term, entry_clip)
+                entries.compare_entries(found, found, (rest, rest), term, entry_clip)
+        given = EntryGradient(columns, found, found, row)
+        for out in (narrow, logits):
+            rows.softmax_gradient_(logits, row, row, None, 30.0, out, given)
 
 
 def launch_sparse(vocab: int) -> None:
@@ -113,10 +135,10 @@ def launch_sparse(vocab: int) -> None:
         factor = torch.empty(1024, device="meta")
         columns = torch.empty(65536, dtype=torch.int32, device="meta")
         starts = torch.empty(1025, dtype=torch.int64, device="meta")
-        entries = SparseValues(columns, torch.empty(65536, device="meta"), starts, factor)
-        sparse.gather_sum(entries, weight, wide, factor, dtype)
+        values = SparseValues(columns, torch.empty(65536, device="meta"), starts, factor)
+        sparse.gather_sum(values, weight, wide, factor, dtype)
         base = torch.empty(vocab, 4096, device="meta"), torch.empty((), device="meta")
-        sparse.segment_sum(entries, hidden, vocab, factor, *base, dtype)
+        sparse.segment_sum(values, hidden, vocab, factor, *base, dtype)
     for k in (20, 100, 1024):  # short to long lists
         sparse.top_k(torch.empty(1024, workspace_width(vocab), device="meta"), k)
 
