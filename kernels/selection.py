@@ -127,6 +127,59 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
     return selection
 
 
+def trim(selection: Selection, smallest: Tensor, is_dense: Tensor) -> Selection:
+    """A selection without its values of small magnitude, and without all those of some rows."""
+    num_rows, most = selection.values.shape
+    trimmed = selection._replace(
+        values=torch.empty_like(selection.values),
+        count=torch.empty_like(selection.count),
+        dropped=torch.empty_like(selection.dropped),
+        dropped_mass=torch.empty_like(selection.dropped_mass),
+    )
+    places = triton.next_power_of_2(max(most, 1))
+    launch(
+        programs.trim,
+        num_rows,
+        selection.values,
+        values_ptr=selection.values,
+        dropped_ptr=selection.dropped,
+        dropped_mass_ptr=selection.dropped_mass,
+        smallest_ptr=smallest,
+        is_dense_ptr=is_dense.view(torch.uint8),
+        kept_ptr=trimmed.values,
+        count_ptr=trimmed.count,
+        all_dropped_ptr=trimmed.dropped,
+        all_dropped_mass_ptr=trimmed.dropped_mass,
+        most=most,
+        MOST=places,
+        num_warps=_warps_for(places),
+    )
+    return trimmed
+
+
+def compact(selection: Selection, num_values: int) -> tuple[Tensor, Tensor]:
+    """Columns (E,) and values (E,) of a selection, row by row, without the places not used."""
+    num_rows, most = selection.values.shape
+    columns = selection.columns.new_empty(num_values)
+    values = selection.values.new_empty(num_values)
+    places = triton.next_power_of_2(max(most, 1))
+    launch(
+        programs.compact,
+        num_rows,
+        selection.values,
+        columns_ptr=selection.columns,
+        values_ptr=selection.values,
+        count_ptr=selection.count,
+        ends_ptr=selection.count.cumsum(0),
+        out_columns_ptr=columns,
+        out_values_ptr=values,
+        most=most,
+        MOST=places,
+        num_warps=_warps_for(places),
+    )
+    return columns, values
+
+
 def _largest(values: Tensor, k: int, blocks: Tensor | None = None, block: int = 1) -> Tensor:
     """Columns of the k largest values of each row, ascending: (C, k) int64.
 

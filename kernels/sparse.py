@@ -15,11 +15,11 @@ import triton
 from torch import Tensor
 
 from fused_sd.kernels.programs import sparse as programs
-from fused_sd.kernels.selection import select, top_k
+from fused_sd.kernels.selection import compact, select, top_k, trim
 from fused_sd.kernels.tuning import launch
 from fused_sd.torch_kernels.sparse import SparseValues, by_column
 
-__all__ = ["entry_logits", "gather_sum", "segment_sum", "select", "top_k"]
+__all__ = ["compact", "entry_logits", "gather_sum", "segment_sum", "select", "top_k", "trim"]
 
 LONG = 512  # values of a column above which it is summed in tiles of another shape
 

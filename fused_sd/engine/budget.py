@@ -40,10 +40,11 @@ def smallest_kept(selection: Selection, is_dense: Tensor, tolerance: float) -> T
     """
     values = selection.values
     left = _budget(selection.norm, tolerance) - selection.dropped.masked_fill(is_dense, 0).sum()
-    places = torch.arange(values.shape[1], device=values.device)
-    sizes = values[~is_dense[:, None] & (places < selection.count[:, None])].abs()
-    sizes = torch.cat([sizes.sort().values, sizes.new_full((1,), torch.inf)])
-    return sizes[count_within_budget(sizes, left)]
+    # places that are not used take part, as infinite ones: to leave them out by a mask, the host
+    # would have to wait for their number
+    sizes = values.abs().masked_fill(is_dense[:, None] | (values == 0), torch.inf).flatten()
+    sizes = torch.cat([sizes, sizes.new_full((1,), torch.inf)]).sort().values
+    return sizes.gather(0, count_within_budget(sizes, left)[None])[0]
 
 
 def _budget(norm: Tensor, tolerance: float) -> Tensor:

@@ -108,6 +108,15 @@ class Part(NamedTuple):
     dropped_mass: Tensor  # (R,)
 
 
+class Decision(NamedTuple):
+    """Which rows of a group are dense, and which values the others keep."""
+
+    kept: Selection
+    is_dense: Tensor  # (R,) bool
+    num_values: int
+    num_dense: int
+
+
 class CertifiedGradients(DenseGradients):
     """For each token keeps the largest values where they are enough, the dense row elsewhere.
 
@@ -136,44 +145,83 @@ class CertifiedGradients(DenseGradients):
         return max(layout.chunk, (layout.group - self.first_row) // layout.chunk * layout.chunk)
 
     def accumulate(self, group: slice) -> None:
-        dlogits, count = self.workspace.dlogits, group.stop - group.start
-        assert dlogits is not None
-        vocab = self.workspace.student.vocab
-        rows = dlogits[self.first_row : self.first_row + count, :vocab]
-        share = row_share(self.tolerance, self.reduced)
-        selection = _nothing_to_select(rows)
-        if vocab:
-            selection = self.functions.sparse.select(rows, share, min(MOST, vocab))
-        shard = self.workspace.shard
-        failed = needs_dense(selection, self.tolerance, self.reduced)
-        # a row that is dense on one rank is dense on all, so that all make the same GEMMs
-        is_dense = shard.max(failed.byte()).bool()
-        dense = is_dense.nonzero()[:, 0]
-        if 2 * dense.numel() > count:  # moving the dense rows would cost more than it saves
-            part = _all_dense(selection, group)
-        else:
-            threshold = selection.values.new_zeros(())
-            if self.reduced:
-                threshold = smallest_kept(selection, is_dense, self.tolerance)
-            part = _cut(selection, is_dense, threshold, dense + group.start, vocab)
-        self.parts.append(part)
-        if any(self.wanted):
-            self._keep(part.dense_tokens - group.start, count)
-            self.waiting.append(part.dense_tokens)
-            if 2 * self.first_row > self.workspace.layout.group:
-                self._flush()
+        self._take(self._decide(self._select(group)), group)
+        self._flush_if_long()
 
-    def _keep(self, rows: Tensor, count: int) -> None:
-        """Move chosen rows (ascending) of the last ``count`` to the first that do not wait."""
+    def _rows(self, group: slice) -> Tensor:
+        """A group's dlogits, which lie behind the rows that wait."""
         dlogits = self.workspace.dlogits
         assert dlogits is not None
-        to, self.first_row = self.first_row, self.first_row + rows.numel()
-        if rows.numel() == count:
+        stop = self.first_row + group.stop - group.start
+        return dlogits[self.first_row : stop, : self.workspace.student.vocab]
+
+    def _select(self, group: slice) -> Selection:
+        rows = self._rows(group)
+        vocab = rows.shape[1]
+        if not vocab:
+            return _nothing_to_select(rows)
+        share = row_share(self.tolerance, self.reduced)
+        selection: Selection = self.functions.sparse.select(rows, share, min(MOST, vocab))
+        return selection
+
+    def _decide(self, selection: Selection) -> Decision:
+        """Spend the tolerance of a group's rows.  The host waits for two counts, and only here."""
+        failed = needs_dense(selection, self.tolerance, self.reduced)
+        # a row that is dense on one rank is dense on all, so that all make the same GEMMs
+        is_dense = self.workspace.shard.max(failed.byte()).bool()
+        threshold = selection.values.new_zeros(())
+        if self.reduced:
+            threshold = smallest_kept(selection, is_dense, self.tolerance)
+        kept: Selection = self.functions.sparse.trim(selection, threshold, is_dense)
+        counts = torch.stack([kept.count.sum(), is_dense.sum()]).tolist()
+        return Decision(kept, is_dense, *counts)
+
+    def _take(self, decided: Decision, group: slice) -> None:
+        """Keep what was decided about the group's rows."""
+        kept, is_dense, num_values, num_dense = decided
+        if 2 * num_dense > is_dense.numel():  # moving them would cost more than it saves
+            self._take_dense(kept.norm, group)
             return
+        columns, values = self.functions.sparse.compact(kept, num_values)
+        dense = torch.nonzero_static(is_dense, size=num_dense)[:, 0]
+        tokens = dense + group.start
+        self.parts.append(
+            Part(columns, values, tokens, kept.count, kept.norm, kept.dropped, kept.dropped_mass)
+        )
+        self._keep(tokens, dense)
+
+    def _take_dense(self, norm: Tensor, group: slice) -> None:
+        """Keep all rows of a group, of given norms."""
+        columns, values, *_ = self.parts[0]
+        tokens = torch.arange(group.start, group.stop, device=norm.device)
+        none = torch.zeros_like(norm)
+        self.parts.append(Part(columns, values, tokens, none.long(), norm, none, none))
+        self._keep(tokens, None)
+
+    def _keep(self, tokens: Tensor, rows: Tensor | None) -> None:
+        """Let the rows of dense tokens wait.
+
+        Args:
+            tokens: whose rows they are.
+            rows: which rows of the group, ascending; None: all, in their places.
+        """
+        if not any(self.wanted):  # backward computes them again
+            return
+        self.waiting.append(tokens)
+        to, self.first_row = self.first_row, self.first_row + tokens.numel()
+        if rows is None:
+            return
+        dlogits = self.workspace.dlogits
+        assert dlogits is not None
         for part in (rows + to).split(self.workspace.layout.chunk):
             # no row moves backwards, so a row that is overwritten has already moved
             dlogits[to : to + part.numel()] = dlogits.index_select(0, part)
             to += part.numel()
+
+    def _flush_if_long(self) -> None:
+        """Accumulate the rows that wait, where few others would fit behind them."""
+        if 2 * self.first_row > self.workspace.layout.group:
+            self._flush()
 
     def _flush(self) -> None:
         """Accumulate the rows that wait."""
@@ -234,34 +282,3 @@ def _nothing_to_select(rows: Tensor) -> Selection:
     none = rows.new_zeros(rows.shape[0], dtype=accumulation_dtype(rows.dtype))
     columns = rows.new_empty((rows.shape[0], 0), dtype=torch.int32)
     return Selection(columns, columns.to(none.dtype), none.long(), none, none, none)
-
-
-def _cut(
-    selection: Selection, is_dense: Tensor, threshold: Tensor, dense_tokens: Tensor, vocab: int
-) -> Part:
-    """Keep the values of at least the threshold, in the rows that are not dense."""
-    columns, values = selection.columns, selection.values
-    small = values.abs() < threshold
-    used = (columns < vocab) & ~small & ~is_dense[:, None]
-    trimmed = values * small
-    dropped = selection.dropped + trimmed.abs().sum(-1)
-    dropped_mass = selection.dropped_mass + trimmed.sum(-1)
-    return Part(
-        columns[used],
-        values[used],
-        dense_tokens,
-        used.sum(-1),
-        selection.norm,
-        dropped.masked_fill(is_dense, 0),
-        dropped_mass.masked_fill(is_dense, 0),
-    )
-
-
-def _all_dense(selection: Selection, group: slice) -> Part:
-    """The part of a group whose rows are all dense."""
-    columns, values, count, norm, *_ = selection
-    tokens = torch.arange(group.start, group.stop, device=norm.device)
-    none = torch.zeros_like(norm)
-    return Part(
-        columns.new_empty(0), values.new_empty(0), tokens, torch.zeros_like(count), norm, none, none
-    )

@@ -109,6 +109,39 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
     return _fewest(ids, values, _RowSums(norm, rest, dropped_mass), share, most, vocab)
 
 
+def trim(selection: Selection, smallest: Tensor, is_dense: Tensor) -> Selection:
+    """A selection without its values of small magnitude, and without all those of some rows.
+
+    Args:
+        selection: of R rows; is left as it is.
+        smallest: () magnitude below which values are dropped too.
+        is_dense: (R,) which rows keep no value and drop nothing.
+
+    Returns:
+        Selection with 0 in place of the values that are gone, and with their columns still there.
+    """
+    values = selection.values
+    kept = torch.where((values.abs() < smallest) | is_dense[:, None], 0, values)
+    gone = values - kept
+    return selection._replace(
+        values=kept,
+        count=(kept != 0).sum(-1),
+        dropped=torch.where(is_dense, 0, selection.dropped + gone.abs().sum(-1)),
+        dropped_mass=torch.where(is_dense, 0, selection.dropped_mass + gone.sum(-1)),
+    )
+
+
+def compact(selection: Selection, num_values: int) -> tuple[Tensor, Tensor]:
+    """Columns (E,) and values (E,) of a selection, row by row, without the places not used.
+
+    Args:
+        num_values: E, the sum of ``selection.count``.  With it, nothing is read from the device.
+    """
+    columns, values = selection.columns.flatten(), selection.values.flatten()
+    places = torch.nonzero_static(values != 0, size=num_values)[:, 0]
+    return columns[places], values[places]
+
+
 def _fewest(
     ids: Tensor,  # (R, M or M + 1) largest first
     values: Tensor,  # as ids

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from fused_sd.torch_kernels.selection import Selection, select, top_k
+from fused_sd.torch_kernels.selection import Selection, compact, select, top_k, trim
 from fused_sd.torch_kernels.slices import slices
 
 __all__ = [
@@ -25,11 +25,13 @@ __all__ = [
     "Selection",
     "SparseValues",
     "by_column",
+    "compact",
     "entry_logits",
     "gather_sum",
     "segment_sum",
     "select",
     "top_k",
+    "trim",
 ]
 
 LONGEST = 4096  # values that are summed one after the other

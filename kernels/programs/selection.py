@@ -1,18 +1,21 @@
 """Triton programs that keep the few entries of a gradient that matter, row by row.
 
-Three programs run one after the other, and only the first reads the whole gradient:
+Three programs choose them one after the other, and only the first reads the whole gradient:
 
 1. ``block_statistics`` reads a row once and sums up every block of columns in three numbers.
 2. ``find_candidates`` looks at blocks whose largest magnitude reaches a power of two.  Candidates
    are the entries that reach the smallest power of two which at most ``most`` entries reach.
 3. ``keep_fewest`` drops the smallest candidates again while the budget allows it.
 
+Two more take what the rows of a group keep: ``trim`` drops values once more, by a magnitude that
+the whole group decides, and ``compact`` writes what is left without gaps.
+
 What is dropped is summed as such, never as the difference of two larger sums.  Entries are written
 in the order of their columns, each to the place that a cumulative sum gives it, so the result never
 depends on the order in which threads run.
 
 Dimension key:  R rows of a gradient, V columns, B blocks in a row, M entries that may be kept of a
-                row (``most``)
+                row (``most``), E values of all rows
 """
 
 import triton
@@ -207,3 +210,64 @@ def keep_fewest(
     largest_cut = tl.max(tl.where(cut, up_to, 0.0), axis=0)  # the very sum that met the budget
     tl.store(dropped_ptr + row, tl.where(count < num_candidates, largest_cut, dropped))
     tl.store(dropped_mass_ptr + row, dropped_mass + tl.sum(tl.where(cut, g, 0.0), axis=0))
+
+
+@triton.jit
+def trim(
+    values_ptr,  # (R, M) fp32, contiguous: values, 0 in places that are not used
+    dropped_ptr,  # (R,) fp32: sum |g| of what is dropped
+    dropped_mass_ptr,  # (R,) fp32: sum g of what is dropped
+    smallest_ptr,  # () fp32: magnitude below which values are dropped too
+    is_dense_ptr,  # (R,) uint8: 1 for a row that keeps no value and drops nothing
+    kept_ptr,  # (R, M) fp32, contiguous, written: values, 0 in place of those that are gone
+    count_ptr,  # (R,) int64, written: number of values kept
+    all_dropped_ptr,  # (R,) fp32, written: sum |g| of all that is dropped
+    all_dropped_mass_ptr,  # (R,) fp32, written: sum g of all that is dropped
+    most,  # M
+    MOST: tl.constexpr,  # M or the next power of 2
+):
+    """Drop the values of a row that are below a magnitude, or all values of a dense row.
+
+    One program a row.  ``trim`` in ``kernels/selection.py`` launches it for a group of rows, once
+    it is known which of them are dense.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, MOST)
+    exists = place < most
+    g = tl.load(values_ptr + row * most + place, mask=exists, other=0.0)
+    is_dense = tl.load(is_dense_ptr + row) != 0
+    kept = tl.where(is_dense | (tl.abs(g) < tl.load(smallest_ptr)), 0.0, g)
+    gone = g - kept
+    dropped = tl.load(dropped_ptr + row) + tl.sum(tl.abs(gone), axis=0)
+    dropped_mass = tl.load(dropped_mass_ptr + row) + tl.sum(gone, axis=0)
+    tl.store(kept_ptr + row * most + place, kept, mask=exists)
+    tl.store(count_ptr + row, tl.sum((kept != 0).to(tl.int32), axis=0).to(tl.int64))
+    tl.store(all_dropped_ptr + row, tl.where(is_dense, 0.0, dropped))
+    tl.store(all_dropped_mass_ptr + row, tl.where(is_dense, 0.0, dropped_mass))
+
+
+@triton.jit
+def compact(
+    columns_ptr,  # (R, M) int32, contiguous: columns of the values
+    values_ptr,  # (R, M) fp32, contiguous: values, 0 in places that are not used
+    count_ptr,  # (R,) int64: number of values of each row that are not 0
+    ends_ptr,  # (R,) int64: where each row's values end among those of all rows
+    out_columns_ptr,  # (E,) int32, written: the columns without gaps
+    out_values_ptr,  # (E,) fp32, written: the values without gaps
+    most,  # M
+    MOST: tl.constexpr,  # M or the next power of 2
+):
+    """Write the columns and values of a row, without places not used, behind those before it.
+
+    One program a row.  ``compact`` in ``kernels/selection.py`` launches it once for a group.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, MOST)
+    exists = place < most
+    g = tl.load(values_ptr + row * most + place, mask=exists, other=0.0)
+    used = g != 0
+    columns = tl.load(columns_ptr + row * most + place, mask=used, other=0)
+    start = tl.load(ends_ptr + row) - tl.load(count_ptr + row)
+    to = start + tl.cumsum(used.to(tl.int32), axis=0) - 1
+    tl.store(out_columns_ptr + to, columns, mask=used)
+    tl.store(out_values_ptr + to, g, mask=used)

@@ -205,6 +205,35 @@ def test_select_reads_rows_of_a_wider_workspace():
     assert workspace[:, PRIME:].isnan().all()
 
 
+@pytest.mark.parametrize("most", [1, 13, 64])
+def test_what_is_kept_of_a_group_is_trimmed_and_written_without_gaps(most):
+    selected = kernels.select(one_row_of_each([*KINDS, "alternating"], 509), 0.02, most)
+    is_dense = torch.tensor([False, True] * 5, device=DEVICE)
+    for smallest in (0.0, 0.3, torch.inf):
+        threshold = torch.tensor(smallest, device=DEVICE)
+        trimmed = kernels.trim(selected, threshold, is_dense)
+        twin = selection.trim(selected, threshold, is_dense)
+        assert torch.equal(trimmed.values, twin.values)
+        assert torch.equal(trimmed.count, twin.count)
+        for name in ("dropped", "dropped_mass"):
+            assert torch.allclose(getattr(trimmed, name), getattr(twin, name), rtol=1e-6, atol=1e-6)
+        num_values = int(trimmed.count.sum())
+        found = kernels.compact(trimmed, num_values)
+        for one, other in zip(found, selection.compact(twin, num_values), strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+
+
+def test_a_group_without_values_is_written_without_gaps():
+    for num_rows, most in ((0, 5), (3, 0)):
+        wide = torch.zeros(num_rows, most, device=DEVICE)
+        of_row = wide.new_ones(num_rows)
+        nothing = selection.Selection(wide.int(), wide, of_row.long(), of_row, of_row, of_row)
+        trimmed = kernels.trim(nothing, wide.new_zeros(()), of_row.bool())
+        assert trimmed.count.tolist() == trimmed.dropped.tolist() == [0] * num_rows
+        assert [part.shape for part in kernels.compact(trimmed, 0)] == [(0,), (0,)]
+
+
 def test_more_than_a_program_can_search_is_refused():
     gradient = torch.ones(1, 32_771, device=DEVICE)
     with pytest.raises(ValueError, match="most must leave a list of at most 16384 entries"):

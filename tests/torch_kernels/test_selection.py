@@ -218,6 +218,24 @@ def test_nothing_to_select(num_rows, most):
     assert selection.dropped.tolist() == selection.norm.tolist() == [33.0] * num_rows
 
 
+def test_a_group_is_trimmed_by_one_magnitude_and_written_without_gaps():
+    rows = torch.tensor([[4.0, -1.0, 0.5, 8.0], [2.0, 2.0, -3.0, 0.25], [0.5, 0.0, 0.0, -0.75]])
+    selection = sparse.select(rows, 0.0, 4)
+    is_dense = torch.tensor([False, True, False])
+    trimmed = sparse.trim(selection, torch.tensor(1.0), is_dense)
+    assert trimmed.values.tolist() == [[4, -1, 0, 8], [0] * 4, [0] * 4]
+    assert trimmed.count.tolist() == [3, 0, 0]
+    assert trimmed.dropped.tolist() == [0.5, 0, 1.25]
+    assert trimmed.dropped_mass.tolist() == [0.5, 0, -0.25]
+    assert torch.equal(trimmed.norm, selection.norm)
+    assert torch.equal(selection.values[1], rows[1])  # what is trimmed is left as it was
+    columns, values = sparse.compact(trimmed, 3)
+    assert (columns.tolist(), values.tolist()) == ([0, 1, 3], [4, -1, 8])
+    columns, values = sparse.compact(selection, int(selection.count.sum()))
+    assert columns.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 3]
+    assert torch.equal(values, rows[rows != 0])
+
+
 @pytest.mark.bits
 def test_a_choice_is_the_same_bits_every_time():
     rows = torch.randn(3, 30_011) ** 5
