@@ -37,7 +37,7 @@ class Applied(NamedTuple):
     total: Tensor  # (), sum(row_weights * values); differentiable where the loss is reduced
     values: Tensor  # (N, J); differentiable where the loss is not reduced
     extras: list[Tensor]  # (N, ...), detached; 0 for a token without a weight
-    certificate: GradientCertificate | None  # of a sparse gradient
+    certificate: GradientCertificate | None  # of a gradient that may be sparse
 
 
 def apply_objective(
@@ -82,6 +82,7 @@ def apply_objective(
         options.chunk_size,
         options.sparse_tolerance,
         shards,
+        options.gradient == "auto",
     )
     wanted = [
         tensor is not None and tensor.requires_grad and torch.is_grad_enabled()

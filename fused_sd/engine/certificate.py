@@ -22,7 +22,7 @@ from fused_sd.head.lm_head import LMHead, as_head
 from fused_sd.head.projection import accumulation_dtype
 from fused_sd.torch_kernels.slices import slices
 
-GradientKind = Literal["dense", "sparse"]
+GradientKind = Literal["dense", "sparse", "auto"]
 TOLERANCE = 2.0**-8  # the rounding of a bf16 gradient
 SLAB = 2**13  # rows of a head that are read together
 # How far two sums of V numbers in different orders may be apart, in units of sqrt(V) eps: single
@@ -80,19 +80,19 @@ class GradientCertificate(NamedTuple):
 
 
 def checked_tolerance(gradient: str, tolerance: float | None) -> float | None:
-    """The tolerance of a sparse gradient; None for a dense one.
+    """The tolerance of a gradient that may be sparse; None for a dense one.
 
     Raises:
-        ValueError: when the tolerance is out of range or has no sparse gradient beside it.
+        ValueError: when the tolerance is out of range or comes with a dense gradient.
     """
     checks.check_one_of("gradient", gradient, get_args(GradientKind))
     if gradient == "dense":
         if tolerance is not None:
             checks.fail(
                 "tolerance",
-                "come with gradient='sparse'",
+                "come with gradient='sparse' or 'auto'",
                 repr(tolerance),
-                "pass gradient='sparse', or leave it out: a dense gradient drops nothing",
+                "pass one of them, or leave it out: a dense gradient drops nothing",
             )
         return None
     if tolerance is None:

@@ -22,6 +22,15 @@ from fused_sd.head.projection import accumulation_dtype
 from fused_sd.torch_kernels.selection import Selection
 
 MOST = 512  # most sparse values of a row; with more, gathering rows of the head saves little
+# Share of dense rows above which sparse ones do not pay.  In units u of a GEMM of all rows with the
+# head, the sparse share 1 - f saves two GEMMs, less the gathers g of its values; s is spent on
+# selecting and deciding for every row, m on moving the dense ones.  It pays while
+#     (2u - g) (1 - f) > s + m f.
+# Predicted for an H200, 16384 rows and V = 151936, in ms: u = 29.6 D / 4096, s = 4 (all rows read
+# once, and a wait of the host for each group), m = 2.3 (a row read and written), g = 17 D / 4096
+# (270 values a row, as rows of a policy with so many dense ones keep): up to f = 0.86 at D = 4096,
+# 0.73 at 2048, 0.51 at 1024.  Near these shares both forms take equally long.
+DENSE_SHARE = 0.75
 
 
 class DenseGradients:
@@ -179,7 +188,7 @@ class CertifiedGradients(DenseGradients):
     def _take(self, decided: Decision, group: slice) -> None:
         """Keep what was decided about the group's rows."""
         kept, is_dense, num_values, num_dense = decided
-        if 2 * num_dense > is_dense.numel():  # moving them would cost more than it saves
+        if num_dense > DENSE_SHARE * is_dense.numel():
             self._take_dense(kept.norm, group)
             return
         columns, values = self.functions.sparse.compact(kept, num_values)

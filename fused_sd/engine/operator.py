@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import checks
+from fused_sd.engine.auto_gradients import AutoGradients
 from fused_sd.engine.backend import choose_functions
 from fused_sd.engine.chunk import Chunk, Objective
 from fused_sd.engine.gradients import CertifiedGradients, DenseGradients, SparseGradients
@@ -50,6 +51,7 @@ class RunSettings(NamedTuple):
     chunk_size: int | None
     tolerance: float | None  # of a certified sparse gradient; None: a dense one
     shards: Shards | None  # None: the vocabulary is whole here
+    auto: bool = False  # whether the gradient is certified only where that pays
 
 
 class GradientPlan(NamedTuple):
@@ -169,15 +171,16 @@ def chunked_run(
         gradients = SparseGradients(workspace, num_tokens, objective.num_sparse_values)
     elif plan.kind == "certified":
         assert settings.tolerance is not None
-        if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+        if not settings.auto and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
             checks.fail(
                 "gradient",
-                "be 'dense' under CUDA graph capture",
+                "be 'dense' or 'auto' under CUDA graph capture",
                 "'sparse'",
                 "how many values and dense rows there are must be read from the device",
             )
         chosen = plan.finished, settings.tolerance, settings.reduced
-        gradients = CertifiedGradients(workspace, functions, *chosen)
+        form = AutoGradients if settings.auto else CertifiedGradients
+        gradients = form(workspace, functions, *chosen)
     else:
         gradients = DenseGradients(workspace, plan.finished)
 

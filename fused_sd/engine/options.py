@@ -46,12 +46,15 @@ class Options:
         reduction: ``"sum"``; ``"mean"``, the sum divided by the sum of the weights, which must then
             be at least 0; ``"none"``.
         metrics: names of what to return per token beside the loss.
-        gradient: ``"dense"``, or ``"sparse"``: of each token's logit gradient the largest entries
+        gradient: ``"dense"``; ``"sparse"``: of each token's logit gradient the largest entries
             are kept, the rest is put on the head's mean row, and a token whose gradient is not
-            nearly sparse keeps all of it.  Saves two of four GEMMs where most tokens are nearly
-            decided.  A renormalised support needs neither: its gradient has K entries.
-        tolerance: share of the gradient's L1 norm that a sparse gradient may drop, over the batch;
-            with ``reduction="none"`` of each token.  None: 2**-8.
+            nearly sparse keeps all of it, which saves two of four GEMMs where most tokens are
+            nearly decided; or ``"auto"``: sparse, but once more than three quarters of the tokens
+            searched so far in a call kept all of it, only a part of the others is searched, and
+            the rest is dense.  A renormalised support needs none of this: its gradient has K
+            entries.
+        tolerance: share of the gradient's L1 norm that a gradient other than a dense one may drop,
+            over the batch; with ``reduction="none"`` of each token.  None: 2**-8.
         compact: drop tokens of weight 0 before any GEMM; the number of tokens left is read from the
             device once.  False runs all tokens and sets the results of those to 0.
         backend: ``"auto"``: Triton on a GPU, PyTorch elsewhere; or one of the two by name.
@@ -118,7 +121,7 @@ class Options:
 
     @property
     def sparse_tolerance(self) -> float | None:
-        """Tolerance of a sparse gradient; None: the gradient is dense."""
+        """Tolerance of a gradient that may be sparse; None: the gradient is dense."""
         return checked_tolerance(self.gradient, self.tolerance)
 
     def teacher_divisor(self, has_teacher_states: bool) -> float:

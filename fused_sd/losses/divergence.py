@@ -101,7 +101,7 @@ def divergence_loss(
             ``fused_sd.Options``.  Metrics are names from ``fused_sd.METRICS``.
 
     Returns:
-        Loss, token losses, metrics, and with a sparse gradient its certificate.
+        Loss, token losses, metrics, and the certificate of a gradient that may be sparse.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, a number is out of range, the teacher
@@ -251,7 +251,7 @@ def _with_log_probs(
         return objective, []
     if token_ids is None:
         checks.fail("with_grad", "come with token_ids", "none", "pass the sampled tokens")
-    if options.is_reduced or options.gradient == "sparse":
+    if options.is_reduced or options.gradient != "dense":
         checks.fail(
             "with_grad",
             'come with reduction="none" and gradient="dense"',

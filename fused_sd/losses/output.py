@@ -17,8 +17,8 @@ class LossOutput(NamedTuple):
         loss: (), or (...) for ``reduction="none"``; differentiable; fp32 (fp64 for fp64 operands).
         token_loss: (...), detached, before weighting; 0 for a token of weight 0.
         metrics: the metrics asked for, each (...) and detached; 0 for a token of weight 0.
-        certificate: of ``gradient="sparse"``, where a gradient is wanted: how far the gradient is
-            from the dense one.
+        certificate: of ``gradient="sparse"`` or ``"auto"``, where a gradient is wanted: how far the
+            gradient is from the dense one.
         with_grad: the values asked for beside the divergence, each (...), differentiable and not
             weighted; 0 for a token of weight 0.  None: nothing was asked for.
     """

@@ -1,4 +1,5 @@
-"""Memory of this library with ``gradient="sparse"``: sparse values, and gradients of dense rows.
+"""Memory of this library with ``gradient="sparse"`` and ``"auto"``: sparse values, and gradients of
+dense rows.
 
 How many entries a token keeps, and how many tokens are dense, depends on the policy; a plan assumes
 both.  Without a dense token there is no fp32 sum of dweight.
@@ -8,7 +9,7 @@ Dimension key:  N tokens, A tokens with a weight, F dense tokens, D hidden size,
 
 from collections.abc import Sequence
 
-from fused_sd.engine.gradients import MOST
+from fused_sd.engine.gradients import DENSE_SHARE, MOST
 from fused_sd.engine.layout import Layout, RunSize
 from fused_sd.planning import chunked, fused
 from fused_sd.planning.chunked import PER_TOKEN, WIDE, ChunkedRun
@@ -100,4 +101,19 @@ def _gemms(work: Workload) -> float:
     return logits + work.dense_share * dense
 
 
+def _moments_of_auto(work: Workload) -> Sequence[Parts]:
+    """Of what is assumed, and of the form that the run takes where its first tokens are dense."""
+    return [*_moments(work), *_moments(all_dense(work))]
+
+
+def _gemms_of_auto(work: Workload) -> float:
+    return _gemms(all_dense(work) if work.dense_share > DENSE_SHARE else work)
+
+
+def all_dense(work: Workload) -> Workload:
+    """The same loss, with a dense gradient of every token."""
+    return work._replace(dense_share=1.0)
+
+
 SPARSE = Implementation("fused_sd, sparse", _moments, _gemms, "its own layout")
+AUTO = Implementation("fused_sd, auto", _moments_of_auto, _gemms_of_auto, "its own layout")

@@ -1,8 +1,11 @@
 """Checks of the arguments of ``fused_sd.plan``."""
 
+from typing import get_args
+
 import torch
 
 from fused_sd import checks
+from fused_sd.engine.certificate import GradientKind
 from fused_sd.measuring.dtypes import DTYPES
 from fused_sd.planning.objectives import PlannedObjective
 
@@ -40,12 +43,12 @@ def check_gradient(
     gradient: object, kept: int | None, dense_share: float | None, objective: PlannedObjective
 ) -> None:
     """Check the kind of gradient, and the assumptions about a sparse one."""
-    checks.check_one_of("gradient", gradient, ("dense", "sparse"))
+    checks.check_one_of("gradient", gradient, get_args(GradientKind))
     if gradient == "dense":
         for name, value in (("kept", kept), ("dense_share", dense_share)):
             if value is not None:
-                remedy = "pass gradient='sparse', or leave it out"
-                checks.fail(name, "come with gradient='sparse'", repr(value), remedy)
+                remedy = "pass one of them, or leave it out"
+                checks.fail(name, "come with gradient='sparse' or 'auto'", repr(value), remedy)
         return
     if objective.is_per_token:
         remedy = "leave it out: log-probabilities have dense gradients"

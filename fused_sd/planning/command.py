@@ -44,7 +44,7 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     add("--dtype", default="bf16", help=f"{', '.join(PLANNED_DTYPES)} (default bf16)")
     add("--frozen", action="store_true", help="the head has no gradient")
     add("--reduction", default="mean", help="mean, sum or none (default mean)")
-    add("--gradient", default="dense", help="dense or sparse (default dense)")
+    add("--gradient", default="dense", help="dense, sparse or auto (default dense)")
     add(
         "--kept",
         type=int,
@@ -55,7 +55,7 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "--dense-share",
         type=float,
         metavar="SHARE",
-        help="share of tokens with a dense gradient under --gradient sparse (default 0)",
+        help="share of tokens whose gradient is dense under --gradient sparse or auto (default 0)",
     )
     add(
         "--mask",

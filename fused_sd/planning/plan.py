@@ -23,11 +23,8 @@ from fused_sd.planning.workload import Implementation, Workload, peak, total
 from fused_sd.terms.divergence import Divergence
 from fused_sd.terms.support import Support
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    certified.SPARSE,  # only with gradient="sparse"
-    fused.FUSED_SD,
-    eager.EAGER,
-)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (fused.FUSED_SD, eager.EAGER)
+CERTIFIED = {"sparse": certified.SPARSE, "auto": certified.AUTO}  # listed first, by the gradient
 MAX_TOKENS = 2**34  # largest answer to how many tokens fit
 
 Model = str | PathLike[str] | Mapping[str, Any] | object
@@ -83,11 +80,12 @@ def plan(
         train_head: whether the head has a gradient.
         reduction: "mean", "sum" or "none".  With "none" and a trained head, backward computes the
             logits again.
-        gradient: "dense" or "sparse", as the losses take it.  A renormalised support has a sparse
-            gradient either way.
+        gradient: "dense", "sparse" or "auto", as the losses take it; the memory of "auto" is the
+            larger of what "sparse" takes with ``dense_share`` and with dense tokens alone.  A
+            renormalised support has a sparse gradient in any case.
         kept: expected number of entries that a token's sparse gradient keeps; None: 64.
-        dense_share: expected share of the tokens whose gradient is dense with gradient="sparse";
-            None: 0.  A computed loss's certificate has this number and ``kept``.
+        dense_share: expected share of the tokens whose gradient is dense with gradient="sparse"
+            or "auto"; None: 0.  A computed loss's certificate has this number and ``kept``.
         masked: share of the tokens that have weight 0, in [0, 1).
         tensor_parallel: number of ranks that share a head.  The plan is for a rank with the most
             rows of it.
@@ -120,7 +118,8 @@ def plan(
     found = find_device(device, free_bytes, rate, link)
     chosen = choose(objective, divergence, support, remainder)
     checking.check_gradient(gradient, kept, dense_share, chosen)
-    is_sparse = gradient == "sparse" and not num_entries(chosen)
+    is_sparse = gradient != "dense" and not num_entries(chosen)
+    implementations = (CERTIFIED[gradient], *IMPLEMENTATIONS) if is_sparse else IMPLEMENTATIONS
     kept = certified.KEPT if kept is None else kept
 
     def workload(tokens_of_rank: int) -> Workload:
@@ -175,7 +174,7 @@ def plan(
         prediction=None if is_sparse else predict(work, sends, found.rates),
         estimates=tuple(
             _estimate(implementation, workload, work, found, num_groups)
-            for implementation in IMPLEMENTATIONS
+            for implementation in implementations
             if implementation.moments(work)
         ),
     )

@@ -35,7 +35,7 @@ class Workload(NamedTuple):
     free_bytes: int  # on the device, before the hidden states are allocated
     chunk_size: int | None = None  # the loss's argument of that name
     kept: int | None = None  # entries that a token's sparse gradient keeps; None: it is dense
-    dense_share: float = 0.0  # share of the tokens whose gradient is dense despite "sparse"
+    dense_share: float = 0.0  # share of the tokens whose gradient is dense with "sparse" or "auto"
     tensor_parallel: int = 1  # ranks that share the head
 
     @property

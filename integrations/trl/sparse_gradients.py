@@ -22,29 +22,31 @@ class GradientSettings:
         ValueError: a value is out of its range, or a tolerance is given for a dense gradient.
     """
 
-    gradient: Literal["dense", "sparse"] = field(
+    gradient: Literal["dense", "sparse", "auto"] = field(
         default="dense",
         metadata={
             "help": "`sparse` keeps the largest entries of a token's gradient w.r.t. its logits "
-            "where few are enough for `gradient_tolerance`; other tokens stay dense."
+            "where few are enough for `gradient_tolerance`; other tokens stay dense. `auto` does "
+            "so while few enough tokens of a batch stay dense, and else leaves most of them dense."
         },
     )
     gradient_tolerance: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the gradient's norm that `gradient='sparse'` may drop; None: 2**-8."
+            "help": "Share of the gradient's norm that `sparse` and `auto` may drop; None: 2**-8."
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # of TRL's configuration, which is next in the method order
-        check_one_of("gradient", self.gradient, ("dense", "sparse"))
+        check_one_of("gradient", self.gradient, ("dense", "sparse", "auto"))
         tolerance = self.gradient_tolerance
         if tolerance is None:
             return
         if self.gradient == "dense":
-            remedy = "pass gradient='sparse', or leave it out: a dense gradient drops nothing"
-            fail("gradient_tolerance", "come with gradient='sparse'", repr(tolerance), remedy)
+            rule = "come with gradient='sparse' or 'auto'"
+            remedy = "pass one of them, or leave it out: a dense gradient drops nothing"
+            fail("gradient_tolerance", rule, repr(tolerance), remedy)
         ok = isinstance(tolerance, int | float) and 0 < tolerance < 1
         rule, remedy = "lie in the open interval (0, 1)", "2**-8 is the default"
         check_number("gradient_tolerance", tolerance, rule, ok, remedy)

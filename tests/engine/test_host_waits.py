@@ -8,6 +8,7 @@ from host_waits import HostWaits
 pytest.importorskip("triton")
 import fused_sd
 from fused_sd.engine import gradients
+from fused_sd.engine.auto_gradients import AutoGradients
 from fused_sd.kernels import selection
 
 pytestmark = [
@@ -21,14 +22,17 @@ pytestmark = [
 def groups(monkeypatch):
     """The waits and launches of every group that is accumulated."""
     counted = []
-    accumulate = gradients.CertifiedGradients.accumulate
 
-    def counting(self, group):
-        with monkeypatch.context() as patch, HostWaits(patch, selection) as waits:
-            accumulate(self, group)
-        counted.append(waits)
+    def counted_with(accumulate):
+        def counting(self, group):
+            with monkeypatch.context() as patch, HostWaits(patch, selection) as waits:
+                accumulate(self, group)
+            counted.append(waits)
 
-    monkeypatch.setattr(gradients.CertifiedGradients, "accumulate", counting)
+        return counting
+
+    for form in (gradients.CertifiedGradients, AutoGradients):
+        monkeypatch.setattr(form, "accumulate", counted_with(form.accumulate))
     monkeypatch.setattr(gradients, "MOST", 12)
     return counted
 
@@ -63,3 +67,19 @@ def test_a_group_of_sparse_gradients_waits_once(groups, dense_every, reduction, 
         assert by_program == {"trim": 1, "compact": int(dense_every != 1)}
     if dense_every != 1:  # where no row moves and nothing is multiplied
         assert sum(groups[0].launches.values()) <= most_launches + 2 * bool(dense_every)
+
+
+def test_what_an_automatic_gradient_does_not_search_waits_for_nothing(groups):
+    certificate = certificate_of(1, "sum", gradient="auto")
+    assert certificate.dense.all()
+    assert [group.waits["tolist"] for group in groups] == [1, 0] * 4
+    assert all(group.waits.total() == group.waits["tolist"] for group in groups)
+    for group in groups[1::2]:
+        assert not group.launches["block_statistics"] + group.launches["trim"]
+        assert group.launches["linalg_vector_norm"] == 1
+
+
+def test_an_automatic_gradient_that_pays_waits_once_more_in_all(groups):
+    certificate = certificate_of(0, "sum", gradient="auto")
+    assert not certificate.dense.any()
+    assert sum(group.waits.total() for group in groups) == 4 + 1

@@ -228,13 +228,13 @@ def test_tokens_without_a_weight_are_not_called_dense(compact, few_entries):
 
 
 def test_where_most_rows_are_dense_all_are(few_entries):
-    """The others would save less than moving the dense ones costs."""
+    """The others would save less than selecting and moving costs."""
     case = make_case(24, 16, 211, peak=0.1)
-    case.hidden.data[::3] *= 300
+    case.hidden.data[::6] *= 300
     case.teacher_hidden = case.hidden.detach() * 0.9
     sparse, *_ = run_both(LOSSES["reverse_kl"], case, tolerance=0.1, reduction="none")
     assert sparse.certificate.dense.all()
-    alone = case.hidden.detach()[::3], case.head, case.teacher_hidden[::3], case.teacher_head
+    alone = case.hidden.detach()[::6], case.head, case.teacher_hidden[::6], case.teacher_head
     alone[0].requires_grad_()
     output = fused_sd.divergence_loss(*alone, gradient="sparse", tolerance=0.1, reduction="none")
     assert not output.certificate.dense.any()
@@ -530,8 +530,9 @@ def test_compiled_whole(reduction, few_entries):
     ("wrong", "message"),
     [
         ({"gradient": "thin"}, "gradient must be"),
-        ({"tolerance": 0.01}, "tolerance must come with gradient='sparse'"),
+        ({"tolerance": 0.01}, "tolerance must come with gradient='sparse' or 'auto'"),
         ({"gradient": "sparse", "tolerance": 0.0}, "tolerance must be"),
+        ({"gradient": "auto", "tolerance": 0.0}, "tolerance must be"),
         ({"gradient": "sparse", "tolerance": 1.0}, "tolerance must be below 1"),
         ({"gradient": "sparse", "tolerance": float("nan")}, "tolerance must be"),
     ],

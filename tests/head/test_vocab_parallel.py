@@ -155,6 +155,24 @@ def test_a_sparse_gradient_keeps_its_tolerance_over_all_ranks(found, reduction, 
     assert not missing[sparse[0]["dense"]].any()
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_ranks_decide_alike_which_rows_an_automatic_gradient_searches(found, reduction):
+    """The first chunk is flat, so that the second is dense unsearched; the third is sparse."""
+    auto = [found[rank]["sparse"]["auto", reduction, 2**-4] for rank in (0, 1)]
+    dense = [found[rank]["sparse"]["auto", reduction, None] for rank in (0, 1)]
+    for part in auto:
+        assert part["dense"].tolist() == [True] * 4 + [False] + [True] * 2 + [False] * 2
+        assert (part["norm"] != 0).tolist() == (worker.SPARSE_WEIGHTS != 0).tolist()
+    assert torch.equal(auto[0]["dhidden"], auto[1]["dhidden"])
+    is_dense = auto[0]["dense"]
+    expected = dense[0]["dhidden"]
+    assert_close(auto[0]["dhidden"][is_dense], expected[is_dense], torch.float64)
+    missing = (auto[0]["dhidden"] - expected)[~is_dense].abs().sum()
+    assert 0 < missing <= 2**-4 * 2 * expected.abs().sum()
+    for part, whole in zip(auto, dense, strict=True):
+        assert (part["dweight"] - whole["dweight"]).norm() <= 2**-4 * whole["dweight"].norm()
+
+
 def planned(name):
     """What a plan says of a check."""
     how = dict(worker.WIRED[name])

@@ -262,8 +262,28 @@ def test_dense_rows_cost_the_sum_of_the_heads_gradient_and_their_share_of_the_ge
     assert shares == pytest.approx([0.5, 0.5 + 0.125, 0.5 + 0.25])
     assert (none.chunked_runs, some.chunked_runs, again.chunked_runs) == (1, 1, 2)
     renormalized = settings | {"objective": "topk_renormalized"}
-    either = [fused_sd.plan(gradient=kind, **renormalized) for kind in ("dense", "sparse")]
-    assert either[0].estimates == either[1].estimates
+    kinds = ("dense", "sparse", "auto")
+    each = [fused_sd.plan(gradient=kind, **renormalized).estimates for kind in kinds]
+    assert each[0] == each[1] == each[2]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_automatic_gradient_may_take_the_memory_of_either_form(reduction):
+    settings = {"model": "qwen3-8b", "tokens": 16384, "objective": "reverse_kl", "device": "H200"}
+
+    def estimate(gradient, dense_share):
+        planned = fused_sd.plan(
+            gradient=gradient, dense_share=dense_share, reduction=reduction, **settings
+        )
+        return planned.estimates[0]
+
+    all_dense = estimate("sparse", 1.0)
+    for share in (0.0, 0.5):
+        sparse, auto = estimate("sparse", share), estimate("auto", share)
+        assert auto.provider == "fused_sd, auto"
+        assert auto.peak_bytes == max(sparse.peak_bytes, all_dense.peak_bytes)
+        assert auto.seconds == sparse.seconds
+    assert estimate("auto", 0.8).seconds == all_dense.seconds
 
 
 @pytest.mark.parametrize("dtype, trained, masked", [("fp32", True, 0.5), ("bf16", False, 0.0)])
@@ -469,11 +489,12 @@ def test_a_transformers_configuration_is_read():
         ({"rate": 0}, "rate must be"),
         ({"chunk_size": 0}, "chunk_size must be"),
         ({"gradient": "some"}, "gradient must be one of"),
-        ({"kept": 8}, "kept must come with gradient='sparse'"),
+        ({"kept": 8}, "kept must come with gradient='sparse' or 'auto'"),
         ({"dense_share": 0.1}, "dense_share must come with"),
         ({"gradient": "sparse", "kept": 0}, "kept must be"),
         ({"gradient": "sparse", "dense_share": 2}, "dense_share must lie in"),
         ({"gradient": "sparse", "objective": "token_log_probs"}, "gradient must be 'dense'"),
+        ({"gradient": "auto", "dense_share": 2}, "dense_share must lie in"),
         ({"teacher": "qwen3-0.6b", "shared_head": True}, "shared_head must be False"),
     ],
 )

@@ -227,20 +227,30 @@ def sparse(place: Place) -> dict[tuple[str, float], Outcome]:
                 found[reduction, tolerance, valid] = sparse_gradient(
                     place, reduction, tolerance, vocab, valid
                 )
+        for tolerance in (None, 2**-4):
+            found["auto", reduction, tolerance] = sparse_gradient(
+                place, reduction, tolerance, 41, None, slice(0, 6), "auto"
+            )
     return found
 
 
 def sparse_gradient(
-    place: Place, reduction: str, tolerance: float | None, vocab: int, valid: int | None
+    place: Place,
+    reduction: str,
+    tolerance: float | None,
+    vocab: int,
+    valid: int | None,
+    flat: slice = slice(None, None, 3),  # tokens
+    gradient: str = "sparse",
 ) -> Outcome:
     torch.manual_seed(0)
     hidden = 4 * torch.randn(9, vocab, dtype=torch.float64)
-    hidden[::3] *= 0.02  # nearly flat: too many entries to keep
+    hidden[flat] *= 0.02  # nearly flat: too many entries to keep
     teacher = hidden + 0.3 * torch.randn_like(hidden)
     sizes = place.layout.sizes(vocab)
     rows = place.mine(torch.eye(vocab, dtype=torch.float64))
     head = LMHead(rows.requires_grad_(), valid_vocab=valid, shard_sizes=sizes)
-    kind = {} if tolerance is None else {"gradient": "sparse", "tolerance": tolerance}
+    kind = {} if tolerance is None else {"gradient": gradient, "tolerance": tolerance}
     hidden.requires_grad_()
     with mock.patch.object(gradients, "MOST", 9):
         output = fused_sd.divergence_loss(

@@ -256,6 +256,7 @@ SPARSE = [(method, {}) for method in METHODS]
 SPARSE += [("SDPO", {"distillation_weight": 0.4}), ("SDPO", {"distillation_weight": 0.0})]
 SPARSE += [("SDPO", {"distillation_mode": "sampled_token", "distillation_alpha": 1.0})]
 SPARSE += [("SDZero", {"variant": "paper"})]
+SPARSE += [("SDPO", {"gradient": "auto"})]
 
 
 @pytest.mark.parametrize("method, settings", SPARSE)
@@ -264,10 +265,9 @@ def test_a_sparse_gradient_is_near_the_dense_one_and_says_how_near(method, setti
     trainer = make(
         method,
         tmp_path,
-        gradient="sparse",
+        **{"gradient": "sparse", **settings},
         gradient_tolerance=tolerance,
         temperature=0.5,
-        **settings,
     )
     inputs = sample(trainer)
     loss, sparse = loss_and_gradients(trainer, inputs)
@@ -724,7 +724,7 @@ REFUSED = {
     ),
     "a tolerance that nothing reads": (
         lambda f: make("RLSD", f, gradient_tolerance=0.01),
-        "gradient_tolerance must come with gradient='sparse', got 0.01; pass",
+        "gradient_tolerance must come with gradient='sparse' or 'auto', got 0.01; pass",
     ),
     "a tolerance of everything": (
         lambda f: make("RFT", f, gradient="sparse", gradient_tolerance=1),
