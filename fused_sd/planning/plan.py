@@ -81,8 +81,8 @@ def plan(
         reduction: "mean", "sum" or "none".  With "none" and a trained head, backward computes the
             logits again.
         gradient: "dense", "sparse" or "auto", as the losses take it; the memory of "auto" is the
-            larger of what "sparse" takes with ``dense_share`` and with dense tokens alone.  A
-            renormalised support has a sparse gradient in any case.
+            larger of what "sparse" takes with ``dense_share`` and with dense tokens alone, and its
+            traffic that of "sparse".  A renormalised support has a sparse gradient in any case.
         kept: expected number of entries that a token's sparse gradient keeps; None: 64.
         dense_share: expected share of the tokens whose gradient is dense with gradient="sparse"
             or "auto"; None: 0.  A computed loss's certificate has this number and ``kept``.
