@@ -3,13 +3,12 @@
 import pytest
 import torch
 from cases import make_case
-from host_waits import HostWaits
+from launches import Launches
 
 pytest.importorskip("triton")
 import fused_sd
 from fused_sd.engine import gradients
 from fused_sd.engine.auto_gradients import AutoGradients
-from fused_sd.kernels import selection
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="counted in the interpreter"),
@@ -25,9 +24,9 @@ def groups(monkeypatch):
 
     def counted_with(accumulate):
         def counting(self, group):
-            with monkeypatch.context() as patch, HostWaits(patch, selection) as waits:
+            with monkeypatch.context() as patch, Launches(patch) as launches:
                 accumulate(self, group)
-            counted.append(waits)
+            counted.append(launches)
 
         return counting
 
@@ -63,10 +62,10 @@ def test_a_group_of_sparse_gradients_waits_once(groups, dense_every, reduction, 
     assert len(groups) >= 4
     for group in groups:
         assert group.waits == {"tolist": 1}
-        by_program = {name: group.launches[name] for name in ("trim", "compact")}
+        by_program = {name: group.kernels[name] for name in ("trim", "compact")}
         assert by_program == {"trim": 1, "compact": int(dense_every != 1)}
     if dense_every != 1:  # where no row moves and nothing is multiplied
-        assert sum(groups[0].launches.values()) <= most_launches + 2 * bool(dense_every)
+        assert sum(groups[0].kernels.values()) <= most_launches + 2 * bool(dense_every)
 
 
 def test_what_an_automatic_gradient_does_not_search_waits_for_nothing(groups):
@@ -75,8 +74,8 @@ def test_what_an_automatic_gradient_does_not_search_waits_for_nothing(groups):
     assert [group.waits["tolist"] for group in groups] == [1, 0] * 4
     assert all(group.waits.total() == group.waits["tolist"] for group in groups)
     for group in groups[1::2]:
-        assert not group.launches["block_statistics"] + group.launches["trim"]
-        assert group.launches["linalg_vector_norm"] == 1
+        assert not group.kernels["block_statistics"] + group.kernels["trim"]
+        assert group.kernels["linalg_vector_norm"] == 1
 
 
 def test_an_automatic_gradient_that_pays_waits_once_more_in_all(groups):

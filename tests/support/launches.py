@@ -16,7 +16,9 @@ from fused_sd.engine import backward, operator, workspace
 from fused_sd.head import projection
 
 FREE = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "alias", "_unsafe_view")
-WAITS = ("nonzero", "_local_scalar_dense", "is_nonzero", "unique_dim", "_unique2", "masked_select")
+WAITS = {"nonzero", "_local_scalar_dense", "is_nonzero", "unique_dim", "_unique2", "masked_select"}
+WAITS |= {"item"}
+INDEXING = {"index", "index_put", "index_put_"}  # by a mask they wait for the number of elements
 INSIDE: dict[Any, Callable[..., Any]] = {
     torch.ops.fused_sd.chunked_run.default: operator.chunked_run._init_fn,
     torch.ops.fused_sd.sparse_gradients.default: backward.sparse_gradients._init_fn,
@@ -38,6 +40,7 @@ class Launches(TorchDispatchMode):
         for module in (projection, workspace):
             for name in ("matmul", "matmul_add_"):
                 monkeypatch.setattr(module, name, self._unseen(getattr(module, name)))
+        monkeypatch.setattr(torch.Tensor, "tolist", self._counted_to_list(torch.Tensor.tolist))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -47,9 +50,21 @@ class Launches(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if not self.is_paused and not func.is_view and name not in FREE:
             self.kernels[name] += 1
-            if name in WAITS:
+            by_mask = name in INDEXING and any(
+                index is not None and index.dtype == torch.bool for index in args[1]
+            )
+            if name in WAITS or by_mask:
                 self.waits[name] += 1
         return func(*args, **kwargs)
+
+    def _counted_to_list(self, to_list: Callable[..., Any]) -> Callable[..., Any]:
+        """On a CPU it dispatches nothing."""
+
+        def counted(tensor: Any) -> Any:
+            self.waits["tolist"] += not self.is_paused
+            return self._unseen(to_list)(tensor)
+
+        return counted
 
     def _program(self, launch: Callable[..., None]) -> Callable[..., None]:
         def counted(program: Any, *args: Any, **kwargs: Any) -> None:
