@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from fused_sd.head.vocab_shard import WHOLE, VocabShard
-from fused_sd.kernels.divergence import TERMS
+from fused_sd.kernels.divergence import program_arguments
 from fused_sd.kernels.programs import row_gradients
 from fused_sd.kernels.programs import rows as row_programs
 from fused_sd.kernels.tuning import launch, launch_for
@@ -99,10 +99,9 @@ def divergence_(
     clipped = torch.zeros_like(loss)
     compared = {
         **_both_sides(student, teacher, normalizers.state),
-        "parameter": term.parameter,
+        **program_arguments(term),
         "balance": term.balance,
         "clip": entry_clip,
-        "DIVERGENCE": TERMS[term.name],
     }
     mean_share = None if entry_clip is not None else term.share_of_mean_ratio
     if gradient is None or mean_share is None:

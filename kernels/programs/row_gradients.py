@@ -76,7 +76,7 @@ def divergence(
     loss_ptr,  # (C,) fp32, written: sum of the terms
     total_ptr,  # (C,) fp32, written: sum of the terms' derivatives w.r.t. log s
     clipped_ptr,  # (C,) fp32, written: number of entries that were cut
-    parameter,  # float that the divergence takes, such as a JSD's beta
+    parameter,  # what the divergence takes, by program_arguments in kernels/divergence.py
     balance,  # float, DivergenceTerm.balance: plain term = balanced term + balance * (s - t)
     clip,  # float or None, largest plain term
     DIVERGENCE: tl.constexpr,  # function of kernels/divergence.py, inlined
@@ -123,7 +123,7 @@ def divergence_gradient(
     row_weights_ptr,  # (C,) fp32 factors of the rows' gradients
     out_ptr,  # (C, W) fp32, bf16 or fp16, written: gradient of sum(row_weights * loss)
     out_stride,  # elements from one row of the gradient to the next
-    parameter,  # float that the divergence takes, such as a JSD's beta
+    parameter,  # what the divergence takes, by program_arguments in kernels/divergence.py
     balance,  # float, DivergenceTerm.balance: plain term = balanced term + balance * (s - t)
     clip,  # float or None, largest plain term
     share_of_mean_ratio,  # float or None: total / mean log-ratio, where total_ptr is None
