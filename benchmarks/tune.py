@@ -66,7 +66,9 @@ def make_tasks(num_rows: int, vocab: int, device: torch.device) -> list[Task]:
         Task("normalizers", lambda: rows.normalizers(student, teacher), two),
         Task("divergence", compare(jsd, None), two),
         Task("divergence_gradient", compare(reverse, ones), two + narrow),
-        Task("row_metrics", lambda: rows.row_metrics(student, teacher, sides, ()), two),
+        Task(
+            "row_metrics", lambda: rows.row_metrics(student, teacher, sides, rows.ROW_METRICS), two
+        ),
         Task(
             "softmax_gradient",
             lambda: rows.softmax_gradient_(student, sides.student, ones, None, None, out),

@@ -11,6 +11,9 @@ A row is read from memory as few times as its loss allows:
 * a third time if the loss is a JSD or has an entry clip or a token clip.  Their gradient needs a
   sum over the row, or the loss itself, before its first entry can be written.
 
+Metrics of whole rows are found in the read that finds the loss.  Only a truncated support, whose
+loss reads no whole rows, has a read of its own for them.
+
 Dimension key:  C rows in a chunk, W columns
 """
 
@@ -22,12 +25,13 @@ import triton
 from torch import Tensor
 
 from fused_sd.head.vocab_shard import WHOLE, VocabShard
-from fused_sd.kernels.divergence import program_arguments
+from fused_sd.kernels.divergence import jsd_parameter, program_arguments
 from fused_sd.kernels.programs import row_gradients
 from fused_sd.kernels.programs import rows as row_programs
 from fused_sd.kernels.tuning import launch, launch_for
 from fused_sd.terms.divergence_term import DivergenceTerm
 from fused_sd.torch_kernels.rows import (
+    ROW_METRIC_PARAMETERS,
     ROW_METRICS,
     Compared,
     EntryGradient,
@@ -67,11 +71,19 @@ def lse_and_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> Normalizers:
     """Log-sum-exps of both sides' rows, from one read, and the state of each pair: (C, STATE)."""
-    state = student.new_empty((student.shape[0], STATE))
-    _launch(row_programs.normalizers, student, **_both_sides(student, teacher, state))
+    num_rows = student.shape[0]
+    state, lses = student.new_empty((num_rows, STATE)), student.new_empty((2, num_rows))
+    _launch(
+        row_programs.normalizers,
+        student,
+        **_both_sides(student, teacher, state),
+        student_lse_ptr=lses[0],
+        teacher_lse_ptr=lses[1],
+    )
     if not shard.alone:
         _join_ranks_(state, shard)
-    return Normalizers(state[:, 0] + state[:, 1], state[:, 2] + state[:, 3], state, shard)
+        lses = (state[:, 0:4:2] + state[:, 1:4:2]).T
+    return Normalizers(lses[0], lses[1], state, shard)
 
 
 def known_normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> Normalizers:
@@ -90,38 +102,48 @@ def divergence_(
     gradient: RowGradient | None,
     names: Collection[str] = (),
 ) -> Compared:
-    """Sum a divergence's terms over the vocabulary and, where asked for, write the gradient."""
-    metrics = {}
-    if names:
-        metrics = row_metrics(student, teacher, normalizers, names)
+    """Sum a divergence's terms over the vocabulary and, where asked for, write the gradient.
+
+    The metrics are summed by the program that sums the loss, so that they need no read of the rows
+    of their own, and a metric that is the loss itself is not computed again.
+    """
     shard = normalizers.shard
-    loss, total = (torch.empty_like(normalizers.student) for _ in range(2))
-    clipped = torch.zeros_like(loss)
+    mean_share = None if entry_clip is not None else term.share_of_mean_ratio
+    has_total = gradient is not None and mean_share is None
+    loss = student.new_empty(student.shape[0])
+    total = torch.empty_like(loss) if has_total else None
+    clipped = torch.empty_like(loss) if entry_clip is not None else None
+    is_metric = entry_clip is None and ROW_METRIC_PARAMETERS.get(term.name) == term.parameter
+    beside = [name for name in names if not (is_metric and name == term.name)]
+    metrics = student.new_empty((len(beside), student.shape[0]))
+    places = _metric_places(dict(zip(beside, metrics)))
     compared = {
         **_both_sides(student, teacher, normalizers.state),
         **program_arguments(term),
         "balance": term.balance,
         "clip": entry_clip,
     }
-    mean_share = None if entry_clip is not None else term.share_of_mean_ratio
-    if gradient is None or mean_share is None:
+    if gradient is None or has_total:
         _launch(
             row_gradients.divergence,
             student,
             **compared,
+            **places,
             loss_ptr=loss,
             total_ptr=total,
             clipped_ptr=clipped,
         )
-        loss, total, clipped = shard.sum(loss, total, clipped)
+        places = _metric_places({})
+        loss, total, clipped = _sum_present(shard, loss, total, clipped)
     if gradient is not None:
         row_weights, cap, out = gradient
         _launch(
             row_gradients.divergence_gradient,
             student,
             **compared,
+            **places,
             loss_ptr=loss,
-            total_ptr=total if mean_share is None else None,
+            total_ptr=total,
             row_weights_ptr=row_weights,
             out_ptr=out,
             out_stride=out.stride(0),
@@ -129,9 +151,12 @@ def divergence_(
             inverse_cap=None if cap is None else 1 / cap,
             IN_PLACE=out.dtype == student.dtype,
         )
-        if mean_share is not None:
+        if not has_total:
             [loss] = shard.sum(loss)
-    return Compared(loss, None if entry_clip is None else clipped, metrics)
+    if beside:
+        [metrics] = shard.sum(metrics)
+    found = {term.name: loss, **dict(zip(beside, metrics))}
+    return Compared(loss, clipped, {name: found[name] for name in names})
 
 
 def softmax_gradient_(
@@ -175,17 +200,31 @@ def row_metrics(
     normalizers: Normalizers,
     names: Collection[str],
 ) -> dict[str, Tensor]:
-    """The named metrics of ``ROW_METRICS``, each (C,); one read of the rows finds all of them."""
-    out = student.new_empty((len(ROW_METRICS), student.shape[0]))
+    """The named metrics of ``ROW_METRICS``, each (C,), from one read of the rows."""
+    metrics = student.new_empty((len(names), student.shape[0]))
     _launch(
         row_programs.row_metrics,
         student,
         **_both_sides(student, teacher, normalizers.state),
-        out_ptr=out,
-        out_stride=out.stride(0),
+        **_metric_places(dict(zip(names, metrics))),
     )
-    [out] = normalizers.shard.sum(out)
-    return {name: values for name, values in zip(ROW_METRICS, out) if name in names}
+    [metrics] = normalizers.shard.sum(metrics)
+    return dict(zip(names, metrics))
+
+
+def _metric_places(places: dict[str, Tensor]) -> dict[str, Any]:
+    """Arguments of a program that sums metrics, with the place (C,) of each that it sums."""
+    jsd = jsd_parameter(ROW_METRIC_PARAMETERS["jsd"]) if "jsd" in places else None
+    return {
+        "metric_ptrs": tuple(places.get(name) for name in ROW_METRICS),
+        "jsd_parameter": jsd,
+    }
+
+
+def _sum_present(shard: VocabShard, *parts: Tensor | None) -> list[Any]:
+    """Add the parts of all ranks that there are; None stays None."""
+    sums = iter(shard.sum(*(part for part in parts if part is not None)))
+    return [part if part is None else next(sums) for part in parts]
 
 
 def _join_ranks_(state: Tensor, shard: VocabShard) -> None:

@@ -1,7 +1,7 @@
 """Triton programs that turn whole rows of logits into losses and gradients w.r.t. the logits.
 
-They read rows whose normalisers are known already (``rows.py``), one program a row, in blocks of
-``BLOCK_V`` columns, and add up the lanes of a block once, after the loop.
+They read rows whose normalisers are known already, one program a row, in the blocks and lanes of
+``rows.py``.
 
 The gradient of a divergence is ``dlogit_v = dlog_s_v - s_v * total`` with ``total`` the sum of
 ``dlog_s`` over the row, so ``total`` must be known before the first entry is written:
@@ -11,13 +11,24 @@ The gradient of a divergence is ``dlogit_v = dlog_s_v - s_v * total`` with ``tot
 * For any other divergence, or under an entry clip, ``divergence`` reads the rows first and finds
   the loss and ``total``, and ``divergence_gradient`` reads them again.
 
+Whichever program sums the loss also sums the metrics that are named (``ROW_METRICS``).
+
 Dimension key:  C rows in a chunk, W columns
 """
 
 import triton
 import triton.language as tl
 
-from fused_sd.kernels.programs.rows import load_log_probs, load_logits, load_state
+from fused_sd.kernels.divergence import exp
+from fused_sd.kernels.programs.rows import (
+    add_metrics,
+    block_range,
+    load_log_probs,
+    load_logits,
+    load_state,
+    no_metrics,
+    store_metrics,
+)
 
 
 @triton.jit
@@ -32,8 +43,8 @@ def clipped_term(log_s, log_t, parameter, balance, clip, DIVERGENCE: tl.constexp
     term, dlog_s = DIVERGENCE(log_s, log_t, parameter)
     cut = tl.zeros_like(term)
     if clip is not None:
-        s = tl.exp(log_s)
-        shift = balance * (s - tl.exp(log_t))
+        s = exp(log_s)
+        shift = balance * (s - exp(log_t))
         above = term + shift > clip
         cut = tl.where(above, 1.0, 0.0)
         dlog_s = tl.where(above, -balance * s, dlog_s)
@@ -46,6 +57,7 @@ def store_gradient(
     out_ptr,
     offs_v,
     num_columns,
+    is_tail: tl.constexpr,
     dlogits,
     logits,
     inverse_cap,
@@ -62,7 +74,11 @@ def store_gradient(
         dlogits = tl.where(logits == -float("inf"), 0.0, dlogits * (1 - share * share))
     if IN_PLACE:
         tl.debug_barrier()
-    tl.store(out_ptr + offs_v, dlogits.to(out_ptr.dtype.element_ty), mask=offs_v < num_columns)
+    dlogits = dlogits.to(out_ptr.dtype.element_ty)
+    if is_tail:
+        tl.store(out_ptr + offs_v, dlogits, mask=offs_v < num_columns)
+    else:
+        tl.store(out_ptr + offs_v, dlogits)
 
 
 @triton.jit
@@ -74,11 +90,13 @@ def divergence(
     num_columns,  # W
     state_ptr,  # (C, STATE) fp32, contiguous, as normalizers wrote it
     loss_ptr,  # (C,) fp32, written: sum of the terms
-    total_ptr,  # (C,) fp32, written: sum of the terms' derivatives w.r.t. log s
-    clipped_ptr,  # (C,) fp32, written: number of entries that were cut
+    total_ptr,  # (C,) fp32 or None, written: sum of the terms' derivatives w.r.t. log s
+    clipped_ptr,  # (C,) fp32 or None, written: number of entries that were cut
     parameter,  # what the divergence takes, by program_arguments in kernels/divergence.py
     balance,  # float, DivergenceTerm.balance: plain term = balanced term + balance * (s - t)
     clip,  # float or None, largest plain term
+    metric_ptrs,  # (C,) fp32 or None for each of ROW_METRICS, written: further sums
+    jsd_parameter,  # moderate_jsd's parameter for that metric, or None without it
     DIVERGENCE: tl.constexpr,  # function of kernels/divergence.py, inlined
     STATE: tl.constexpr,  # elements from one pair's state to the next
     BLOCK_V: tl.constexpr,  # columns that are read at a time
@@ -97,17 +115,24 @@ def divergence(
     loss = tl.zeros([BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
     clipped = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, num_columns, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        log_s = load_log_probs(student_ptr, offs_v, num_columns, anchor_s, log_scale_s)
-        log_t = load_log_probs(teacher_ptr, offs_v, num_columns, anchor_t, log_scale_t)
-        term, dlog_s, cut = clipped_term(log_s, log_t, parameter, balance, clip, DIVERGENCE)
-        loss += term
-        total += dlog_s
-        clipped += cut
+    sums = no_metrics(BLOCK_V)
+    for is_tail in tl.static_range(2):
+        begin, end = block_range(num_columns, is_tail, BLOCK_V)
+        for start in range(begin, end, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            log_s = load_log_probs(student_ptr, offs_v, num_columns, is_tail, anchor_s, log_scale_s)
+            log_t = load_log_probs(teacher_ptr, offs_v, num_columns, is_tail, anchor_t, log_scale_t)
+            term, dlog_s, cut = clipped_term(log_s, log_t, parameter, balance, clip, DIVERGENCE)
+            loss += term
+            total += dlog_s
+            clipped += cut
+            sums = add_metrics(sums, log_s, log_t, metric_ptrs, jsd_parameter)
     tl.store(loss_ptr + row, tl.sum(loss, axis=0))
-    tl.store(total_ptr + row, tl.sum(total, axis=0))
-    tl.store(clipped_ptr + row, tl.sum(clipped, axis=0))
+    if total_ptr is not None:
+        tl.store(total_ptr + row, tl.sum(total, axis=0))
+    if clipped_ptr is not None:
+        tl.store(clipped_ptr + row, tl.sum(clipped, axis=0))
+    store_metrics(sums, metric_ptrs, row)
 
 
 @triton.jit
@@ -128,6 +153,8 @@ def divergence_gradient(
     clip,  # float or None, largest plain term
     share_of_mean_ratio,  # float or None: total / mean log-ratio, where total_ptr is None
     inverse_cap,  # float or None, 1 / soft-cap of the student's logits
+    metric_ptrs,  # (C,) fp32 or None for each of ROW_METRICS, written: further sums
+    jsd_parameter,  # moderate_jsd's parameter for that metric, or None without it
     DIVERGENCE: tl.constexpr,  # function of kernels/divergence.py, inlined
     IN_PLACE: tl.constexpr,  # bool: out may be the student's logits themselves
     STATE: tl.constexpr,  # elements from one pair's state to the next
@@ -150,19 +177,24 @@ def divergence_gradient(
     else:
         total = share_of_mean_ratio * mean_ratio
     loss = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, num_columns, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        z = load_logits(student_ptr, offs_v, num_columns)
-        log_s = (z - anchor_s) - log_scale_s
-        log_t = load_log_probs(teacher_ptr, offs_v, num_columns, anchor_t, log_scale_t)
-        term, dlog_s, _ = clipped_term(log_s, log_t, parameter, balance, clip, DIVERGENCE)
-        loss += term
-        dlogits = (dlog_s - tl.exp(log_s) * total) * row_weight
-        # a row of weight 0 may have an infinite loss, as a token that was cut does: 0 * inf is NaN
-        dlogits = tl.where(row_weight == 0, 0.0, dlogits)
-        store_gradient(out_ptr, offs_v, num_columns, dlogits, z, inverse_cap, IN_PLACE)
+    sums = no_metrics(BLOCK_V)
+    for is_tail in tl.static_range(2):
+        begin, end = block_range(num_columns, is_tail, BLOCK_V)
+        for start in range(begin, end, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            z = load_logits(student_ptr, offs_v, num_columns, is_tail)
+            log_s = (z - anchor_s) - log_scale_s
+            log_t = load_log_probs(teacher_ptr, offs_v, num_columns, is_tail, anchor_t, log_scale_t)
+            term, dlog_s, _ = clipped_term(log_s, log_t, parameter, balance, clip, DIVERGENCE)
+            loss += term
+            sums = add_metrics(sums, log_s, log_t, metric_ptrs, jsd_parameter)
+            dlogits = (dlog_s - exp(log_s) * total) * row_weight
+            # a row of weight 0 may have an infinite loss, as a token that was cut does
+            dlogits = tl.where(row_weight == 0, 0.0, dlogits)  # 0 * inf is NaN
+            store_gradient(out_ptr, offs_v, num_columns, is_tail, dlogits, z, inverse_cap, IN_PLACE)
     if total_ptr is None:
         tl.store(loss_ptr + row, tl.sum(loss, axis=0))
+    store_metrics(sums, metric_ptrs, row)
 
 
 @triton.jit
@@ -197,16 +229,18 @@ def softmax_gradient(
     if row_weights_ptr is not None:
         row_weight = tl.load(row_weights_ptr + row)
         constant = tl.where(row_weight == 0, 0.0, constant * row_weight)
-    for start in range(0, num_columns, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        z = load_logits(logits_ptr + row * stride, offs_v, num_columns)
-        prob = tl.exp(z - normalizer)
-        factor = constant
-        if slope_ptr is not None:
-            factor += tl.load(slope_ptr + row) * tl.where(prob == 0, 0.0, z - normalizer)
-        dlogits = prob * factor
-        to = out_ptr + row * out_stride
-        store_gradient(to, offs_v, num_columns, dlogits, z, inverse_cap, IN_PLACE)
+    for is_tail in tl.static_range(2):
+        begin, end = block_range(num_columns, is_tail, BLOCK_V)
+        for start in range(begin, end, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            z = load_logits(logits_ptr + row * stride, offs_v, num_columns, is_tail)
+            prob = exp(z - normalizer)
+            factor = constant
+            if slope_ptr is not None:
+                factor += tl.load(slope_ptr + row) * tl.where(prob == 0, 0.0, z - normalizer)
+            dlogits = prob * factor
+            to = out_ptr + row * out_stride
+            store_gradient(to, offs_v, num_columns, is_tail, dlogits, z, inverse_cap, IN_PLACE)
     if columns_ptr is not None:
         place = tl.arange(0, ENTRIES)
         exists, at = place < num_entries, row * num_entries + place

@@ -1,8 +1,9 @@
 """Triton programs that measure whole rows of logits: normalisers, entropies and metrics.
 
 A program handles one row (its ``program_id``) and loops over the row's fp32 logits in blocks of
-``BLOCK_V`` columns.  It keeps one partial sum for each of the ``BLOCK_V`` lanes and adds the lanes
-up once, after the loop, so that no thread waits for another inside the loop.
+``BLOCK_V`` columns: over all whole blocks and then, in a copy of the loop that masks what it reads,
+over the tail of the row.  It keeps one partial sum for each of the ``BLOCK_V`` lanes and adds the
+lanes up once, after the loop, so that no thread waits for another inside the loop.
 
 ``normalizers`` reads the student's row and the teacher's row together and leaves five numbers, the
 *state* of the pair, for the programs that read the same rows after it:
@@ -24,21 +25,36 @@ Dimension key:  C rows in a chunk, W columns
 import triton
 import triton.language as tl
 
-from fused_sd.kernels.divergence import forward_kl, jsd, reverse_kl
+from fused_sd.kernels.divergence import exp, forward_kl, moderate_jsd, reverse_kl
 
 LOWEST = tl.constexpr(-3e38)  # finite, and below every logit but -inf
 
 
 @triton.jit
-def load_logits(row_ptr, offs_v, num_columns):
-    """Load a block of a row's logits, fp32, with -inf (no mass) in columns behind the row's end."""
+def block_range(num_columns, is_tail: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The first column of a row's whole blocks, or of its tail, and the first one behind them."""
+    tail = num_columns // BLOCK_V * BLOCK_V
+    if is_tail:
+        return tail, num_columns
+    else:
+        return 0, tail
+
+
+@triton.jit
+def load_logits(row_ptr, offs_v, num_columns, is_tail: tl.constexpr = True):
+    """Load a block of a row's logits, fp32, with -inf (no mass) in columns behind the row's end.
+
+    Only a row's tail may reach behind its end; a block that is known to be whole is not masked.
+    """
+    if not is_tail:
+        return tl.load(row_ptr + offs_v)
     return tl.load(row_ptr + offs_v, mask=offs_v < num_columns, other=-float("inf"))
 
 
 @triton.jit
-def load_log_probs(row_ptr, offs_v, num_columns, anchor, log_scale):
+def load_log_probs(row_ptr, offs_v, num_columns, is_tail: tl.constexpr, anchor, log_scale):
     """Load a block of a row's logits as log-probabilities, from the row's anchor and log_scale."""
-    return (load_logits(row_ptr, offs_v, num_columns) - anchor) - log_scale
+    return (load_logits(row_ptr, offs_v, num_columns, is_tail) - anchor) - log_scale
 
 
 @triton.jit
@@ -62,16 +78,45 @@ def online_lse_step(z, anchor):
         weight: ``exp(z - anchor)`` of this block relative to the new anchor.
     """
     is_larger = z > anchor
-    ratio = tl.exp(-tl.abs(z - anchor))  # 0 where z is -inf, because an anchor is finite
+    ratio = exp(-tl.abs(z - anchor))  # 0 where z is -inf, because an anchor is finite
     decay, weight = tl.where(is_larger, ratio, 1.0), tl.where(is_larger, 1.0, ratio)
     return tl.where(is_larger, z, anchor), decay, weight
 
 
 @triton.jit
-def entropy_term(log_prob):
-    """``-p log p`` of each log-probability, 0 where p is 0."""
-    prob = tl.exp(log_prob)
-    return tl.where(prob == 0, 0.0, -prob * log_prob)
+def no_metrics(BLOCK_V: tl.constexpr):
+    """Sums of the five metrics of ``ROW_METRICS`` before the first block, one of them a lane."""
+    zeros = tl.zeros([BLOCK_V], tl.float32)
+    return zeros, zeros, zeros, zeros, zeros
+
+
+@triton.jit
+def add_metrics(sums, log_s, log_t, metric_ptrs, jsd_parameter):
+    """Add a block's terms to the sums of those metrics that have a place in ``metric_ptrs``.
+
+    A sum that is not wanted stays a constant, which the compiler removes from the caller's loop;
+    what the caller has computed of the same log-probabilities is not computed again.
+    """
+    forward, reverse, mixture, entropy_s, entropy_t = sums
+    if metric_ptrs[0] is not None:
+        forward += forward_kl(log_s, log_t, 0.0)[0]
+    if metric_ptrs[1] is not None:
+        reverse += reverse_kl(log_s, log_t, 0.0)[0]
+    if metric_ptrs[2] is not None:
+        mixture += moderate_jsd(log_s, log_t, jsd_parameter)[0]
+    if metric_ptrs[3] is not None:
+        entropy_s -= exp(log_s) * tl.maximum(log_s, LOWEST)  # the logarithm of 0 is made finite
+    if metric_ptrs[4] is not None:
+        entropy_t -= exp(log_t) * tl.maximum(log_t, LOWEST)
+    return forward, reverse, mixture, entropy_s, entropy_t
+
+
+@triton.jit
+def store_metrics(sums, metric_ptrs, row):
+    """Store a row's metrics, each where it has a place."""
+    for i in tl.static_range(5):
+        if metric_ptrs[i] is not None:
+            tl.store(metric_ptrs[i] + row, tl.sum(sums[i], axis=0))
 
 
 @triton.jit
@@ -92,18 +137,20 @@ def log_normalizer(
     anchor = tl.full([BLOCK_V], LOWEST, tl.float32)
     scale = tl.zeros([BLOCK_V], tl.float32)
     weighted = tl.zeros([BLOCK_V], tl.float32)  # sum of exp(z - anchor) (z - anchor)
-    for start in range(0, num_columns, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        z = load_logits(logits_ptr + row * stride, offs_v, num_columns)
-        before = anchor
-        anchor, decay, weight = online_lse_step(z, before)
-        if entropy_ptr is not None:
-            step = tl.where(scale == 0, 0.0, before - anchor)
-            gap = tl.where(weight == 0, 0.0, z - anchor)
-            weighted = decay * (weighted + scale * step) + weight * gap
-        scale = decay * scale + weight
+    for is_tail in tl.static_range(2):
+        begin, end = block_range(num_columns, is_tail, BLOCK_V)
+        for start in range(begin, end, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            z = load_logits(logits_ptr + row * stride, offs_v, num_columns, is_tail)
+            before = anchor
+            anchor, decay, weight = online_lse_step(z, before)
+            if entropy_ptr is not None:
+                step = tl.where(scale == 0, 0.0, before - anchor)
+                gap = tl.where(weight == 0, 0.0, z - anchor)
+                weighted = decay * (weighted + scale * step) + weight * gap
+            scale = decay * scale + weight
     top = tl.max(anchor, axis=0)
-    decay = tl.exp(anchor - top)
+    decay = exp(anchor - top)
     total = tl.sum(scale * decay, axis=0)
     tl.store(lse_ptr + row, top + tl.log(total))
     if entropy_ptr is not None:
@@ -120,6 +167,8 @@ def normalizers(
     teacher_stride,  # elements from one row of the teacher's logits to the next
     num_columns,  # W
     state_ptr,  # (C, STATE) fp32, contiguous; the first 5 of each row are written
+    student_lse_ptr,  # (C,) fp32, written: log-sum-exp of each of the student's rows
+    teacher_lse_ptr,  # (C,) fp32, written: log-sum-exp of each of the teacher's rows
     STATE: tl.constexpr,  # elements from one pair's state to the next
     BLOCK_V: tl.constexpr,  # columns that are read at a time
 ):
@@ -135,21 +184,25 @@ def normalizers(
     scale_s = tl.zeros([BLOCK_V], tl.float32)
     scale_t = tl.zeros([BLOCK_V], tl.float32)
     weighted = tl.zeros([BLOCK_V], tl.float32)  # sum of exp(z_s - anchor_s) (z_s - z_t)
-    for start in range(0, num_columns, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        z_s = load_logits(student_ptr + row * student_stride, offs_v, num_columns)
-        z_t = load_logits(teacher_ptr + row * teacher_stride, offs_v, num_columns)
-        anchor_s, decay, weight = online_lse_step(z_s, anchor_s)
-        scale_s = decay * scale_s + weight
-        weighted = decay * weighted + tl.where(weight == 0, 0.0, weight * (z_s - z_t))
-        anchor_t, decay, weight = online_lse_step(z_t, anchor_t)
-        scale_t = decay * scale_t + weight
+    for is_tail in tl.static_range(2):
+        begin, end = block_range(num_columns, is_tail, BLOCK_V)
+        for start in range(begin, end, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            z_s = load_logits(student_ptr + row * student_stride, offs_v, num_columns, is_tail)
+            z_t = load_logits(teacher_ptr + row * teacher_stride, offs_v, num_columns, is_tail)
+            anchor_s, decay, weight = online_lse_step(z_s, anchor_s)
+            scale_s = decay * scale_s + weight
+            weighted = decay * weighted + tl.where(weight == 0, 0.0, weight * (z_s - z_t))
+            anchor_t, decay, weight = online_lse_step(z_t, anchor_t)
+            scale_t = decay * scale_t + weight
     top_s, top_t = tl.max(anchor_s, axis=0), tl.max(anchor_t, axis=0)
-    decay = tl.exp(anchor_s - top_s)
+    decay = exp(anchor_s - top_s)
     total_s = tl.sum(scale_s * decay, axis=0)
     mean = tl.sum(tl.where(decay == 0, 0.0, weighted * decay), axis=0) / total_s
     log_scale_s = tl.log(total_s)
-    log_scale_t = tl.log(tl.sum(scale_t * tl.exp(anchor_t - top_t), axis=0))
+    log_scale_t = tl.log(tl.sum(scale_t * exp(anchor_t - top_t), axis=0))
+    tl.store(student_lse_ptr + row, top_s + log_scale_s)
+    tl.store(teacher_lse_ptr + row, top_t + log_scale_t)
     state_ptr += row * STATE
     tl.store(state_ptr, top_s)
     tl.store(state_ptr + 1, log_scale_s)
@@ -166,37 +219,27 @@ def row_metrics(
     teacher_stride,  # elements from one row of the teacher's logits to the next
     num_columns,  # W
     state_ptr,  # (C, STATE) fp32, contiguous, as normalizers wrote it
-    out_ptr,  # (5, C) fp32, written: a row for each of ROW_METRICS, in its order
-    out_stride,  # elements from one metric's row to the next
+    metric_ptrs,  # (C,) fp32 or None for each of ROW_METRICS, written: the metrics that are named
+    jsd_parameter,  # moderate_jsd's parameter for that metric, or None without it
     STATE: tl.constexpr,  # elements from one pair's state to the next
     BLOCK_V: tl.constexpr,  # columns that are read at a time
 ):
-    """Forward KL, reverse KL, JSD and both entropies of a pair of rows; reads both rows once.
+    """Those that are named of both KLs, the JSD and both entropies of a pair of rows; one read.
 
-    One program a pair.  ``row_metrics`` in ``kernels/rows.py`` launches it, only when a caller asks
-    for such metrics.  It is a program of its own so that a loss without metrics does not pay for
-    their exponentials, and it finds all five because the reads cost more than the sums.
+    One program a pair.  ``row_metrics`` in ``kernels/rows.py`` launches it for a loss that does not
+    sum whole rows: that of a truncated support.  Where a loss does, its own pass adds the metrics
+    up (``row_gradients.py``).
     """
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
     anchor_s, log_scale_s, anchor_t, log_scale_t, _ = load_state(state_ptr + row * STATE)
-    forward = tl.zeros([BLOCK_V], tl.float32)
-    reverse = tl.zeros([BLOCK_V], tl.float32)
-    mixture = tl.zeros([BLOCK_V], tl.float32)
-    entropy_s = tl.zeros([BLOCK_V], tl.float32)
-    entropy_t = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, num_columns, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        log_s = load_log_probs(student_ptr, offs_v, num_columns, anchor_s, log_scale_s)
-        log_t = load_log_probs(teacher_ptr, offs_v, num_columns, anchor_t, log_scale_t)
-        forward += forward_kl(log_s, log_t, 0.0)[0]
-        reverse += reverse_kl(log_s, log_t, 0.0)[0]
-        mixture += jsd(log_s, log_t, 0.5)[0]
-        entropy_s += entropy_term(log_s)
-        entropy_t += entropy_term(log_t)
-    tl.store(out_ptr + row, tl.sum(forward, axis=0))
-    tl.store(out_ptr + out_stride + row, tl.sum(reverse, axis=0))
-    tl.store(out_ptr + 2 * out_stride + row, tl.sum(mixture, axis=0))
-    tl.store(out_ptr + 3 * out_stride + row, tl.sum(entropy_s, axis=0))
-    tl.store(out_ptr + 4 * out_stride + row, tl.sum(entropy_t, axis=0))
+    sums = no_metrics(BLOCK_V)
+    for is_tail in tl.static_range(2):
+        begin, end = block_range(num_columns, is_tail, BLOCK_V)
+        for start in range(begin, end, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            log_s = load_log_probs(student_ptr, offs_v, num_columns, is_tail, anchor_s, log_scale_s)
+            log_t = load_log_probs(teacher_ptr, offs_v, num_columns, is_tail, anchor_t, log_scale_t)
+            sums = add_metrics(sums, log_s, log_t, metric_ptrs, jsd_parameter)
+    store_metrics(sums, metric_ptrs, row)

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fused_sd import Jsd, SkewKl
 from fused_sd.engine.gradients import MOST
 from fused_sd.engine.layout import ALIGNMENT, workspace_width
 from fused_sd.kernels import entries, rows, sparse
@@ -89,7 +90,7 @@ def launch_rows(vocab: int) -> None:
     rows.log_normalizer(student)
     rows.lse_and_entropy(student)
     sides = rows.normalizers(student, teacher)
-    rows.row_metrics(student, teacher, sides, ())
+    rows.row_metrics(student, teacher, sides, rows.ROW_METRICS)
     narrow = torch.empty_like(student, dtype=torch.bfloat16)
     for out in (narrow, student):
         for slope in (None, row):
@@ -99,6 +100,9 @@ def launch_rows(vocab: int) -> None:
             for entry_clip in (None, 0.05):
                 rows.divergence_(*pair, entry_clip, None)
                 rows.divergence_(*pair, entry_clip, RowGradient(row, None, out))
+    for divergence in (Jsd(0.01), SkewKl(0.1)):  # mixtures that nearly are one side
+        term = divergence_term(divergence)
+        rows.divergence_(student, teacher, sides, term, None, RowGradient(row, None, narrow))
 
 
 def _term_of(name: str) -> DivergenceTerm:
