@@ -10,7 +10,7 @@ Dimension key:  C rows in a chunk, W columns, K chosen entries of a row
 import triton
 from torch import Tensor
 
-from fused_sd.kernels.divergence import TERMS
+from fused_sd.kernels.divergence import program_arguments
 from fused_sd.kernels.programs import entries as programs
 from fused_sd.kernels.tuning import launch, launch_for
 from fused_sd.terms.buckets import EntryTerms
@@ -76,10 +76,9 @@ def compare_entries(
         background_ptr=background,
         student_lse_ptr=lses[0],
         teacher_lse_ptr=lses[1],
-        parameter=term.parameter,
+        **program_arguments(term),
         balance=term.balance,
         clip=entry_clip,
-        DIVERGENCE=TERMS[term.name],
         BUCKETS=buckets,
         num_warps=max(1, min(8, buckets // 128)),
     )

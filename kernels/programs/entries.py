@@ -10,8 +10,9 @@ Dimension key:  C rows in a chunk, W columns, K entries of a row
 import triton
 import triton.language as tl
 
+from fused_sd.kernels.divergence import exp
 from fused_sd.kernels.programs.row_gradients import clipped_term
-from fused_sd.kernels.programs.rows import LOWEST, load_logits, online_lse_step
+from fused_sd.kernels.programs.rows import LOWEST, block_range, load_logits, online_lse_step
 
 
 @triton.jit
@@ -44,12 +45,15 @@ def take_out(
     tl.debug_barrier()  # other threads read what was written
     anchor = tl.full([BLOCK_V], LOWEST, tl.float32)
     scale = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, num_columns, BLOCK_V):
-        z = load_logits(logits_ptr, start + tl.arange(0, BLOCK_V), num_columns)
-        anchor, decay, weight = online_lse_step(z, anchor)
-        scale = decay * scale + weight
+    for is_tail in tl.static_range(2):
+        begin, end = block_range(num_columns, is_tail, BLOCK_V)
+        for start in range(begin, end, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            z = load_logits(logits_ptr, offs_v, num_columns, is_tail)
+            anchor, decay, weight = online_lse_step(z, anchor)
+            scale = decay * scale + weight
     top = tl.max(anchor, axis=0)
-    total = tl.sum(scale * tl.exp(anchor - top), axis=0)
+    total = tl.sum(scale * exp(anchor - top), axis=0)
     tl.store(rest_ptr + row, top + tl.log(total))
 
 
@@ -66,7 +70,7 @@ def load_buckets(entries_ptr, rest_ptr, row, place, num_entries):
     if rest_ptr is not None:
         z = tl.where(place == num_entries, tl.load(rest_ptr + row), z)
     anchor = tl.maximum(tl.max(z, axis=0), LOWEST)
-    total = tl.sum(tl.exp(z - anchor), axis=0)
+    total = tl.sum(exp(z - anchor), axis=0)
     log_scale = tl.where(total == 0, 0.0, tl.log(total))
     return (z - anchor) - log_scale, tl.where(total == 0, -float("inf"), anchor + log_scale)
 
@@ -85,7 +89,7 @@ def compare_entries(
     background_ptr,  # (C,) fp32, written with rests: the student's rest, 0 where it is -inf
     student_lse_ptr,  # (C,) fp32, written with rests: log-sum-exp of the student's whole row
     teacher_lse_ptr,  # (C,) fp32, written with rests: log-sum-exp of the teacher's whole row
-    parameter,  # float that the divergence takes, such as a JSD's beta
+    parameter,  # what the divergence takes, by program_arguments in kernels/divergence.py
     balance,  # float, DivergenceTerm.balance: plain term = balanced term + balance * (s - t)
     clip,  # float or None, largest plain term
     DIVERGENCE: tl.constexpr,  # function of kernels/divergence.py, inlined
@@ -101,7 +105,7 @@ def compare_entries(
     log_s, lse_s = load_buckets(student_ptr, student_rest_ptr, row, place, num_entries)
     log_t, lse_t = load_buckets(teacher_ptr, teacher_rest_ptr, row, place, num_entries)
     term, dlog_s, cut = clipped_term(log_s, log_t, parameter, balance, clip, DIVERGENCE)
-    dlogits = dlog_s - tl.exp(log_s) * tl.sum(dlog_s, axis=0)
+    dlogits = dlog_s - exp(log_s) * tl.sum(dlog_s, axis=0)
     tl.store(loss_ptr + row, tl.sum(term, axis=0))
     if clipped_ptr is not None:
         tl.store(clipped_ptr + row, tl.sum(cut, axis=0))
