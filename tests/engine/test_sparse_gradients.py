@@ -9,6 +9,8 @@ import pytest
 import torch
 from cases import make_case
 from closeness import assert_close
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

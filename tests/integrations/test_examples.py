@@ -5,6 +5,10 @@ import runpy
 import sys
 
 import pytest
+
+for _package in ("trl", "peft", "datasets", "accelerate"):
+    pytest.importorskip(_package)
+
 from method_pairs import model
 from trl_pairs import TOKENIZER
 

@@ -5,6 +5,7 @@ import torch
 from cases import make_case
 from closeness import assert_close
 from divergences import EACH
+from waits import no_waits
 
 import fused_sd
 from fused_sd import reference
@@ -63,12 +64,8 @@ def test_fp16_gradients_survive_tiny_weights():
 def test_no_host_synchronisation_without_compaction(name):
     case, settings = on_gpu(torch.bfloat16), DIVERGENCES[name]
     loss_of(case, compact=False, **settings).loss.backward()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         loss_of(case, compact=False, **settings).loss.backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_policy_losses_do_not_synchronise_either():
@@ -87,12 +84,8 @@ def test_policy_losses_do_not_synchronise_either():
         (policy + log_probs.log_probs.sum() + log_probs.entropy.sum()).backward()
 
     losses()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         losses()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_cuda_graph_replays_the_loss():

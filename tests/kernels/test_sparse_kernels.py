@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from waits import no_waits
 
 pytest.importorskip("triton")
 from fused_sd.kernels import sparse as kernels
@@ -248,9 +249,5 @@ def test_nothing_waits_for_the_gpu():
         kernels.segment_sum(entries, hidden, 32_003, factor, None, None, torch.bfloat16)
 
     run()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

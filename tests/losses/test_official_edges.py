@@ -7,10 +7,12 @@ import official_policies
 import pytest
 import torch
 from closeness import assert_close
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from official_batches import BATCHES, VOCAB, Batch, assert_same, make_batch
 from torch import Tensor
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fused_sd
 from fused_sd import Evidence, StudentTopK, TeacherTopK

@@ -4,6 +4,8 @@ import pytest
 import torch
 from cases import make_case
 from closeness import TOLERANCE
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

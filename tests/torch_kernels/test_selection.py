@@ -3,6 +3,8 @@
 import pytest
 import torch
 from closeness import TOLERANCE
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -7,10 +7,6 @@ import types
 
 import pytest
 import torch
-
-pytest.importorskip("trl")
-pytest.importorskip("peft")
-
 from tiny_models import tiny_model
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-pytest.importorskip("trl")
-pytest.importorskip("peft")
 
 import accelerate
 import peft

@@ -4,11 +4,7 @@ import os
 import pathlib
 import socket
 
-import pytest
-
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-pytest.importorskip("trl")
-pytest.importorskip("peft")
 
 import torch
 from test_srt import assert_one_step, train_once

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-pytest.importorskip("trl")
 
 from tiny_models import tiny_model
 from trl_pairs import TOKENIZER, VOCAB

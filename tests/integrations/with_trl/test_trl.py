@@ -5,10 +5,6 @@ import types
 import pytest
 import torch
 from closeness import errors
-
-pytest.importorskip("trl")
-pytest.importorskip("peft")
-
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 from trl.experimental.sdft import SDFTTrainer

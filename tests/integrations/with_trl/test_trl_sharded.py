@@ -6,10 +6,6 @@ import socket
 
 import pytest
 import torch
-
-pytest.importorskip("trl")
-pytest.importorskip("peft")
-
 import trl_worker
 from method_pairs import weights
 from trl_worker import RUNS, rewards, train
