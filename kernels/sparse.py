@@ -34,7 +34,7 @@ class TileShape(NamedTuple):
 
 FEW = TileShape(4, 4096, 4)  # for the few values of a token, or of most columns
 MANY = TileShape(128, 256, 8)  # for the many values of a column that every token names
-DOTS = TileShape(16, 512, 4)  # for dot products
+DOTS = TileShape(16, 512, 8)  # for dot products; with half the warps some compilers spill
 
 
 def entry_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
