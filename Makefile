@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 VENV_VERL := .venv-verl
 PYTHON_VERL := $(VENV_VERL)/bin/python
 
-.PHONY: venv venv-verl test test-portable test-verl check demo bench clean
+.PHONY: venv venv-verl test test-gpu test-portable test-verl check demo bench clean
 
 venv: $(VENV)/.ready
 
@@ -29,6 +29,11 @@ test:
 	$(call other-bits,$(AVX2) $(ONE),$(QUICK) -n 2)
 	$(call other-bits,$(COMPATIBLE) $(TWO),$(QUICK))
 	$(MAKE) test-verl
+
+# On a GPU, two minutes: all that needs one, and all that compares kernels with float64, which the
+# other targets run in Triton's interpreter.
+test-gpu: venv
+	OMP_NUM_THREADS=2 $(PYTHON) -m pytest @tests/gpu.txt -n 8
 
 # A CPU without AVX-512, or with another BLAS, sums in other orders.  These variables show its bits
 # here.

@@ -31,6 +31,17 @@ def test_every_module_collects_without_the_optional_packages():
     assert "tests/kernels/test_gpu.py::" in run.stdout
 
 
+def test_the_list_for_a_gpu_is_whole():
+    """It names every file that has a marked test, and a test that may run on a GPU is marked."""
+    listed = (ROOT / "tests" / "gpu.txt").read_text().splitlines()[2:]
+    for path in set((ROOT / "tests").rglob("test_*.py")) - {pathlib.Path(__file__)}:
+        text = path.read_text()
+        if '"cuda" if torch.cuda.is_available()' in text:
+            assert "pytest.mark.kernels" in text, path
+        if "pytest.mark.gpu" in text or "pytest.mark.kernels" in text:
+            assert any(path.is_relative_to(ROOT / name) for name in listed), path
+
+
 def test_a_wait_that_fails_leaves_later_tests_alone(monkeypatch):
     """PyTorch warns after it has set the mode, and the tests turn warnings into errors."""
     mode = []

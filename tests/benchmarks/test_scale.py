@@ -58,6 +58,7 @@ class CountingShard(VocabShard):
         return part.clone()
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("has_gradient", [True, False])
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "gkd", "opsd"])

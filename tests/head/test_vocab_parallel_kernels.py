@@ -10,7 +10,10 @@ from test_vocab_parallel import definition, joined, on_one_rank
 pytest.importorskip("triton")
 from fused_sd.kernels import rows
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted without a GPU"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from fused_sd.kernels import rows as kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIVERGENCES = tuple(divergence for divergence, _ in EACH.values())
 pytestmark = [
+    pytest.mark.kernels,
     # the interpreter computes both branches of a select in numpy, which warns of inf - inf
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
 ]

@@ -11,6 +11,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PRIME = 4201  # columns: over 32 blocks of 128, and one of 105
 pytestmark = [
+    pytest.mark.kernels,
     # the interpreter computes both branches of a select in numpy, which warns of inf - inf
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
 ]

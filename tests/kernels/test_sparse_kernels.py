@@ -13,6 +13,7 @@ from fused_sd.torch_kernels import sparse
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = [
+    pytest.mark.kernels,
     # the interpreter computes both branches of a select in numpy, which warns of inf - inf
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
 ]
