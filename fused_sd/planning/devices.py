@@ -19,13 +19,14 @@ class Card(NamedTuple):
     link: float | None = None  # bytes/s that NCCL sends from one GPU to the next
 
 
-# Published rates, none of them measured by us.  GEMMs: the H200's from Liger's pull request 1356,
-# (4096, 4096) x (4096, 128256) in bf16; the others are round estimates.  Copies: nine tenths of the
-# 4.8 TB/s in the data sheet.  Link: NVLink 4 without sums in the switches, according to an author
-# of NCCL (nccl-tests, issue 212).
+# Published rates and estimates, none of them measured by us.  GEMMs: the H200's from Liger's pull
+# request 1356, (4096, 4096) x (4096, 128256) in bf16; the H100's is an estimate for such shapes,
+# since others measured 798e12 at 8192 cubed; the others are round estimates.  Copies: nine tenths
+# of the 4.8 TB/s in the H200's data sheet, and what others measured on an H100.  Link: NVLink 4
+# without sums in the switches, according to an author of NCCL (nccl-tests, issue 212).
 CARDS: dict[str, Card] = {
     "H200": Card(141e9, 690e12, 4.3e12, 370e9),
-    "H100": Card(80e9, None, None, 370e9),
+    "H100": Card(80e9, 650e12, 3.0e12, 370e9),
     "A100": Card(80e9, 250e12),
     "RTX 4090": Card(24e9, 160e12),
 }

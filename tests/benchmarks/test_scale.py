@@ -137,9 +137,18 @@ def test_a_prediction_is_the_gemms_the_rows_the_rounding_and_the_wire():
     assert found.total == pytest.approx(sum(parts))
     slower = fused_sd.plan(tensor_parallel=8, objective="jsd", link=CARD.link / 10, **SETTINGS)
     assert slower.prediction.wire == pytest.approx(10 * found.wire)
-    for unknown in ({"device": "A100"}, {"device": "H100", "tensor_parallel": 2}):
+    for unknown in ({"device": "A100"}, {"device": "A100", "tensor_parallel": 2}):
         assert fused_sd.plan(**SETTINGS | unknown).prediction is None
     assert fused_sd.plan(gradient="sparse", **SETTINGS).prediction is None
+
+
+def test_a_known_card_without_a_measurement_of_ours_is_predicted():
+    for ranks in (1, 2):
+        h100, h200 = (
+            fused_sd.plan(tensor_parallel=ranks, **SETTINGS | {"device": name}).prediction
+            for name in ("H100", "H200")
+        )
+        assert h200.total < h100.total < 1.5 * h200.total
 
 
 def test_exact_entries_are_predicted_by_the_rows_that_they_gather():
