@@ -6,7 +6,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import fused_sd
 from benchmarks import tune
+from fused_sd.engine.layout import workspace_width
 from fused_sd.kernels import rows, selection, tuning
 from fused_sd.kernels.tuning import DEFAULT, Launch
 
@@ -76,6 +78,35 @@ def test_the_fastest_candidate_of_every_program_is_written(table, monkeypatch):
     tune.write(results, "cpu", {"gpu": "none"})
     tuning.tuned.cache_clear()
     assert tuning.launch_for("divergence", CPU) == Launch(512, 4)
+
+
+def test_the_measured_rows_are_those_of_a_run(monkeypatch):
+    """Rows of any vocabulary are padded, so that they are read 16 bytes at a time."""
+    vocab, seen, launch = 1001, {}, tuning.launch
+
+    def row_of(value):
+        is_rows = isinstance(value, torch.Tensor) and value.dim() == 2
+        return (value.shape[1], value.stride()) if is_rows else None
+
+    def launched(program, num_programs, data, /, **arguments):
+        seen[program.__name__] = {name: row_of(value) for name, value in arguments.items()}
+        seen[program.__name__]["num_columns"] = arguments.get("num_columns")
+        launch(program, num_programs, data, **arguments)
+
+    for module in (rows, selection):
+        monkeypatch.setattr(module, "launch", launched)
+    for task in tune.make_tasks(4, vocab, CPU):
+        task.run()
+    measured = dict(seen)
+    assert measured["normalizers"]["num_columns"] == workspace_width(vocab)
+    seen.clear()
+    hidden, weight = torch.randn(4, 16).bfloat16(), torch.randn(vocab, 16).bfloat16()
+    sides = hidden.requires_grad_(), weight.requires_grad_(), hidden.detach(), weight.detach()
+    for divergence in ("reverse_kl", fused_sd.Jsd(0.5)):
+        chosen = {"divergence": divergence, "metrics": ("forward_kl",), "backend": "triton"}
+        fused_sd.divergence_loss(*sides, **chosen).loss.backward()
+    names = {"normalizers", "divergence", "divergence_gradient", "row_metrics"}
+    assert {name: seen[name] for name in names} == {name: measured[name] for name in names}
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys):
