@@ -23,7 +23,7 @@ TO_COME = (
     "**GPU figures are still to be measured**: by `python -m benchmarks.run --suite gpu`, which "
     "ends within nine minutes; `python -m benchmarks.report --update-readme` then puts them here."
 )
-WHOLE_TABLE = "main"  # the part whose cells are shown with every provider
+WHOLE_TABLES = ("main", "compiled")  # the parts whose cells are shown with every provider
 PLOT_TITLES = {
     "plane.png": "Time against error",
     "scaling.png": "Time and memory by tokens",
@@ -98,14 +98,15 @@ def markdown_lines(
         yield from (f"{environment_line(document['environment'])}:", "")
         for name in plots.get(index, []):
             yield from (f"![{PLOT_TITLES[name.rpartition('_')[2]]}](docs/images/{name})", "")
-        for cell in document["parts"].get(WHOLE_TABLE, {}).values():
-            yield from cell_lines(cell)
+        for part in WHOLE_TABLES:
+            for cell in document["parts"].get(part, {}).values():
+                yield from cell_lines(cell)
         sparse = document["parts"].get(sparse_table.PART, {})
         yield from (sparse_table.sparse_lines(sparse) if sparse else ())
         rest = [
             cell
             for part, cells in document["parts"].items()
-            if part not in (WHOLE_TABLE, sparse_table.PART)
+            if part not in (*WHOLE_TABLES, sparse_table.PART)
             for cell in cells.values()
             if cell["floor"] is not None
         ]

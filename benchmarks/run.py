@@ -1,7 +1,9 @@
 """``python -m benchmarks.run --suite gpu``: time, memory and errors of every provider, by part.
 
 benchmarks/notes.md says what is measured and how.  Each cell is written as soon as it is measured.
-When the time is up, the missing cells are printed, and ``--resume`` continues with them.
+When the time is up, the missing cells are printed, and ``--resume`` continues with them.  When the
+device is lost, the cell is thrown away; ``--resume`` measures it again, in a process that has the
+device again, and leaves out the provider that lost it.
 
 Exit status: 0; 1 if the device was lost; 2 for wrong use; 3 if the time was up.
 """
@@ -11,7 +13,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +24,9 @@ from benchmarks.storage import RESULTS, SuiteResults, file_slug, stamp
 from benchmarks.suites import SUITES, CellRequest, Suite, expected_seconds
 from fused_sd import checks
 from fused_sd.bench.cell import Cell, measure_cell
-from fused_sd.bench.measure import synchronize
+from fused_sd.bench.limits import DeviceLost
 from fused_sd.bench.problem import SHAPES, Problem, make_problem, variant
-from fused_sd.bench.providers import PROVIDERS
+from fused_sd.bench.providers import PROVIDERS, Provider
 from fused_sd.bench.table import report_lines
 from fused_sd.measuring.environment import device_name
 
@@ -114,17 +116,18 @@ def measure(
         started = time.monotonic()
         settings = _operand_settings(request)
         operands = make_operands(settings, largest[settings], device)
-        cell = measure_request(request, operands, SUITES[suite_name])
+        try:
+            cell = measure_request(request, operands, SUITES[suite_name], results.lost)
+        except DeviceLost as error:
+            results.lost[error.provider] = f"{error} ({part}: {request.key})"
+            results.write()
+            print(f"{error}.  Run again with --resume.", file=sys.stderr)
+            return LOST
         seconds = time.monotonic() - started
         results.add(
             part, request.key, cell.as_json() | {"shape": request.shape, "seconds": seconds}
         )
         print(*report_lines(cell), f"{seconds:.0f} s", sep="\n", flush=True)
-        try:
-            synchronize(device)
-        except RuntimeError as error:
-            print(f"The device was lost ({error}).  Run again with --resume.", file=sys.stderr)
-            return LOST
     return DONE
 
 
@@ -154,8 +157,10 @@ def make_operands(settings: OperandSettings, num_tokens: int, device: torch.devi
     )
 
 
-def measure_request(request: CellRequest, operands: Problem, suite: Suite) -> Cell:
-    """Measure one cell on the first tokens of the operands."""
+def measure_request(
+    request: CellRequest, operands: Problem, suite: Suite, lost: Mapping[str, str]
+) -> Cell:
+    """Measure one cell on the first tokens of the operands, without those who lost the device."""
     problem = variant(
         operands,
         objective=request.objective,
@@ -166,11 +171,18 @@ def measure_request(request: CellRequest, operands: Problem, suite: Suite) -> Ce
     return measure_cell(
         problem,
         operands,
-        [provider for provider in PROVIDERS if provider.name in request.providers],
+        [_unless_lost(p, lost) for p in PROVIDERS if p.name in request.providers],
         suite.effort if request.timed else None,
         floor_warm_seconds=suite.floor_warm_seconds,
+        provider_seconds=suite.provider_seconds,
         seed=len(request.key) + request.tokens,
     )
+
+
+def _unless_lost(provider: Provider, lost: Mapping[str, str]) -> Provider:
+    """Return the provider, or one that refuses every problem if it has lost the device before."""
+    reason = lost.get(provider.name)
+    return provider if reason is None else provider._replace(why_not=lambda problem: reason)
 
 
 if __name__ == "__main__":

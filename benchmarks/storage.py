@@ -118,8 +118,14 @@ class SuiteResults(Document):
     """
 
     def __init__(self, folder: Path, name: str, environment: dict[str, str], resume: bool) -> None:
-        empty = {"suite": name, "environment": environment, "parts": {}}
+        empty = {"suite": name, "environment": environment, "parts": {}, "lost": {}}
         super().__init__(folder / f"{name}.json", empty, fixed=("environment",), resume=resume)
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Providers that lost the device, with what was measured and said then."""
+        found: dict[str, str] = self.values.setdefault("lost", {})
+        return found
 
     def has(self, part: str, key: str) -> bool:
         return key in self.values["parts"].get(part, {})

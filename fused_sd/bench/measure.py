@@ -53,8 +53,20 @@ def tiny_is_zero() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def time_runs(run: Run, device: torch.device, effort: Effort) -> Times:
-    """Warm up, then time runs one after another, without a pause between them."""
+def time_runs(
+    run: Run,
+    device: torch.device,
+    effort: Effort,
+    check: Callable[[float], None] = lambda seconds: None,
+) -> Times:
+    """Warm up, then time runs one after another, without a pause between them.
+
+    Args:
+        run: what is timed.
+        device: where it computes.
+        effort: how long it is timed.
+        check: called with the seconds that the timed runs are expected to take; it may raise.
+    """
     synchronize(device)
     started, warm_runs = time.perf_counter(), 0
     while not warm_runs or time.perf_counter() - started < effort.warm_seconds:
@@ -64,6 +76,7 @@ def time_runs(run: Run, device: torch.device, effort: Effort) -> Times:
     once = (time.perf_counter() - started) / warm_runs
     affordable = int(min(effort.max_seconds / max(once, 1e-9), effort.runs))
     count = max(effort.least_runs, affordable)
+    check(count * once)
     milliseconds = _on_gpu(run, count) if device.type == "cuda" else _on_cpu(run, count)
     p20, p50, p80 = (quantile(milliseconds, share) for share in (0.2, 0.5, 0.8))
     return Times(p20, p50, p80, count)

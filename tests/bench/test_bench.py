@@ -1,6 +1,9 @@
 """Measuring: realistic problems, the truth about gradients, time, memory, floors and verdicts."""
 
 import json
+import signal
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,6 +15,7 @@ from fused_sd.bench import command
 from fused_sd.bench.accuracy import DEFINITIONS, errors, find_truth
 from fused_sd.bench.cell import Cell, Row, measure_cell
 from fused_sd.bench.floor import Floor, measure_floor, products
+from fused_sd.bench.limits import TimeUp, time_limit
 from fused_sd.bench.measure import Effort, Times, is_out_of_memory, peak_bytes, quantile, time_runs
 from fused_sd.bench.problem import OBJECTIVES, SHAPES, Problem, make_problem, refill_, variant
 from fused_sd.bench.providers import PROVIDERS, Provider
@@ -293,6 +297,51 @@ def test_running_out_of_memory_is_told_from_other_errors():
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory"))
     assert not is_out_of_memory(RuntimeError("illegal memory access"))
     assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_a_provider_has_so_much_time(source):
+    """An endless loop, a slow call between two runs, and runs that would take too long."""
+
+    def endless(problem):
+        while True:
+            try:
+                time.sleep(0.001)
+            except Exception:  # as in libraries that try one way after the other
+                continue
+
+    def slow(problem):
+        def loss():
+            time.sleep(0.06)
+            return EAGER.build(problem)()
+
+        return loss
+
+    everybody = [FUSED, stub("endless", endless), stub("slow", slow)]
+    problem = variant(source, objective="reverse_kl")
+    cell = measure_cell(problem, source, everybody, Effort(0.0, 50), provider_seconds=1.0)
+    rows = {row.provider: row for row in cell.rows}
+    assert rows["fused_sd"].status == "ok"
+    for name in ("endless", "slow"):
+        assert (rows[name].status, rows[name].reason) == ("too slow", "more than 1 s")
+        assert rows[name].times is None
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_a_time_limit_holds_in_other_threads_between_runs():
+    found = []
+
+    def work():
+        with time_limit(0.05) as limit:
+            limit.check()
+            try:
+                limit.check(ahead=1.0)
+            except TimeUp as error:
+                found.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == ["more than 0.05 s"]
 
 
 def test_a_cell_holds_what_came_of_everybody(source):

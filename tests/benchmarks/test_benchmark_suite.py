@@ -9,6 +9,7 @@ import torch
 from benchmarks import report, run, sparse_table, suites
 from benchmarks.storage import SuiteResults, file_slug, suite_documents
 from benchmarks.suites import SUITES, CellRequest, Suite, expected_seconds
+from fused_sd.bench import cell as bench_cell
 from fused_sd.bench.measure import Effort
 from fused_sd.bench.problem import OBJECTIVES, SHAPES
 from fused_sd.bench.providers import PROVIDERS
@@ -160,14 +161,53 @@ def test_wrong_use_says_what_to_do(tiny, capsys, monkeypatch):
     assert re.search(r"in all \d+ s, of 540", capsys.readouterr().out)
 
 
-def test_a_lost_device_ends_the_run_with_what_was_measured(tiny, capsys, monkeypatch):
-    def lost(device):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_whoever_loses_the_device_is_named_and_left_out(tiny, capsys, monkeypatch):
+    """The cell is measured again: after an illegal access, whatever is called fails."""
+    eager = next(provider for provider in PROVIDERS if provider.name == "eager")
+    dead = []
 
-    monkeypatch.setattr(run, "synchronize", lost)
-    assert measure(tiny) == 1
-    assert "The device was lost" in capsys.readouterr().err
-    assert len(document(tiny)["parts"]["main"]) == 1
+    def build(problem):
+        if problem.objective == "grpo":
+            dead.append(True)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return eager.build(problem)
+
+    def synchronize(device):
+        if dead:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    others = [provider for provider in PROVIDERS if provider is not eager]
+    monkeypatch.setattr(run, "PROVIDERS", [eager._replace(build=build), *others])
+    monkeypatch.setattr(bench_cell, "synchronize", synchronize)
+    assert measure(tiny, "--parts", "main") == 1
+    assert "eager lost the device: CUDA error" in capsys.readouterr().err
+    first = document(tiny)
+    assert list(first["parts"]["main"]) == ["tiny, 40, reverse_kl, float32"]
+    assert "main: tiny, 40, grpo" in first["lost"]["eager"]
+    dead.clear()  # a new process has the device again
+    assert measure(tiny, "--parts", "main", "--resume") == 0
+    before, after = document(tiny)["parts"]["main"].values()
+    assert [row["status"] for row in before["rows"]] == ["ok", "ok"]
+    status = {row["provider"]: row["status"] for row in after["rows"]}
+    assert status == {"fused_sd": "ok", "eager": "unavailable"}
+    assert "illegal memory access" in after["rows"][1 - list(status).index("fused_sd")]["reason"]
+
+
+def test_providers_that_compile_have_the_last_part():
+    for suite in SUITES.values():
+        *earlier, last = suite.parts.values()
+        assert {name for request in last for name in request.providers} & set(suites.COMPILING)
+        for request in (request for part in earlier for request in part):
+            assert not set(request.providers) & set(suites.COMPILING), request.key
+
+
+def test_time_is_expected_by_the_memory_of_the_gpu(monkeypatch):
+    eager = CellRequest("qwen3-8b", 40_000, "reverse_kl", ("eager",))
+    large = expected_seconds(eager, "gpu")
+    monkeypatch.setattr(suites, "gpu_memory", lambda: 80e9)
+    assert expected_seconds(eager, "gpu") < large
+    small = eager._replace(tokens=16_384)
+    assert expected_seconds(small, "gpu") > expected_seconds(eager, "gpu")
 
 
 def test_a_device_has_one_folder():
