@@ -1,7 +1,8 @@
 """Measure block sizes and warps of the programs that read whole rows, and write the fastest ones.
 
-    python -m benchmarks.tune            prints a table
-    python -m benchmarks.tune --write    also writes it to kernels/tuned.json, with GPU and versions
+    python -m benchmarks.tune                 prints a table
+    python -m benchmarks.tune --write         also writes it to kernels/tuned.json
+    python -m benchmarks.tune --write FILE    also writes it to a file, with GPU and versions
 
 Each program is timed alone on logits of several vocabularies, with a chunk's number of rows, which
 are padded as in a run.  It takes half a minute.
@@ -13,16 +14,22 @@ table shows a program's time and what share of this GPU's copy bandwidth it reac
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
+from benchmarks.offline import compiling
 from fused_sd import Jsd
 from fused_sd.engine.layout import workspace_width
 from fused_sd.kernels import rows, selection
 from fused_sd.kernels.tuning import TABLE, Launch, family_of, forced, launch_for
+from fused_sd.measuring.environment import default_device, device_name
 from fused_sd.terms.divergence_term import divergence_term
 from fused_sd.torch_kernels.rows import RowGradient
 
@@ -116,50 +123,66 @@ def tune(
     return results
 
 
-def copy_bandwidth(device: torch.device, timer: Timer) -> float:
+def copy_bandwidth(device: torch.device, timer: Timer, num_elements: int = 2**28) -> float:
     """Bytes that a large copy on the device reads and writes in a second."""
-    source = torch.randn(2**28, device=device)
+    source = torch.randn(num_elements, device=device)
     target = torch.empty_like(source)
     return 8 * source.numel() / timer(lambda: target.copy_(source))
 
 
-def write(results: dict[str, Result], family: str, measured_on: dict[str, str]) -> None:
-    """Replace a GPU family's launches in the table by the measured ones."""
+def write(results: dict[str, Result], family: str, measured_on: dict[str, str], path: Path) -> None:
+    """Write the library's table to a file, with the measured launches of a family of GPUs."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     launches = {program: list(result.launch) for program, result in results.items()}
     table[family] = {"measured_on": measured_on, "launches": launches}
-    TABLE.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def median_seconds(run: Callable[[], object]) -> float:
+    """Median time on a GPU."""
+    median: float = triton.testing.do_bench(run, warmup=20, rep=60, return_mode="median")
+    return median / 1e3
+
+
+def seconds_once(run: Callable[[], object]) -> float:
+    """Time of one run, on a CPU."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write kernels/tuned.json")
+    add = parser.add_argument
+    add("--write", nargs="?", type=Path, const=TABLE, help=f"write FILE (default {TABLE.name})")
+    add("--tiny", action="store_true", help="few launches; without a GPU they are only compiled")
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    device = default_device()
+    if device.type == "cpu" and not arguments.tiny:
         print("benchmarks.tune: needs a GPU, and there is none", file=sys.stderr)
         return 2
-    import triton
-
-    device = torch.device("cuda")
-
-    def timer(run: Callable[[], object]) -> float:
-        median: float = triton.testing.do_bench(run, warmup=20, rep=60, return_mode="median")
-        return median / 1e3
-
-    bandwidth = copy_bandwidth(device, timer)
-    results = tune(device, timer)
-    print(f"{torch.cuda.get_device_name(device)}: copies run at {bandwidth / 1e12:.2f} TB/s")
+    sizes = (NUM_ROWS, VOCABULARIES, CANDIDATES)
+    if arguments.tiny:
+        sizes = (2, (1000,), CANDIDATES[:1])
+    if device.type == "cpu":
+        bandwidth = copy_bandwidth(device, seconds_once, 2**10)
+        with compiling(GPUTarget("cuda", 90, 32)):
+            results = tune(torch.device("meta"), seconds_once, *sizes)
+    else:
+        bandwidth = copy_bandwidth(device, median_seconds)
+        results = tune(device, median_seconds, *sizes)
+    print(f"{device_name(device)}: copies run at {bandwidth / 1e12:.2f} TB/s")
     for program, (launch, seconds, before, rate) in results.items():
         print(
             f"{program:20} block {launch.block_v:5} warps {launch.num_warps:2}  "
             f"{1e6 * seconds:8.1f} us, now {1e6 * before:8.1f} us, {rate / bandwidth:.0%} of copy"
         )
-    if arguments.write:
-        name = torch.cuda.get_device_name(device)
-        versions = {"gpu": name, "torch": torch.__version__, "triton": triton.__version__}
-        write(results, family_of(device), versions)
-        print(f"written to {TABLE.name}")
+    if arguments.write is not None:
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        measured_on = {"gpu": device_name(device), **versions}
+        write(results, family_of(device), measured_on, arguments.write)
+        print(f"written to {arguments.write}")
     return 0
 
 

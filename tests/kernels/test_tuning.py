@@ -1,6 +1,10 @@
 """The table of block sizes: it is read, has a default for what it lacks, and tune.py writes it."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from fused_sd.kernels import rows, selection, tuning
 from fused_sd.kernels.tuning import DEFAULT, Launch
 
 CPU = torch.device("cpu")
+ROOT = pathlib.Path(__file__).parents[2]
 PROGRAMS = {"log_normalizer", "normalizers", "divergence", "divergence_gradient"}
 PROGRAMS |= {"softmax_gradient", "row_metrics", "block_maxima", "block_statistics"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
@@ -75,7 +80,7 @@ def test_the_fastest_candidate_of_every_program_is_written(table, monkeypatch):
     assert set(results) == PROGRAMS
     assert all(result.launch == Launch(512, 4) for result in results.values())
     assert all(result.seconds < result.default_seconds for result in results.values())
-    tune.write(results, "cpu", {"gpu": "none"})
+    tune.write(results, "cpu", {"gpu": "none"}, table)
     tuning.tuned.cache_clear()
     assert tuning.launch_for("divergence", CPU) == Launch(512, 4)
 
@@ -113,3 +118,14 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tune.main([]) == 2
     assert "needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's launches are timed")
+def test_a_dry_run_compiles_and_writes_a_table_of_its_own(tmp_path):
+    library, path = tuning.TABLE.read_text(), tmp_path / "tuned.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.tune", "--tiny", "--write", str(path)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-1000:]
+    assert set(json.loads(path.read_text())["cpu"]["launches"]) == PROGRAMS
+    assert tuning.TABLE.read_text() == library
