@@ -2,7 +2,9 @@
 
 On a GPU the time is that between CUDA events, and the memory that of PyTorch's allocator.  On a CPU
 the memory is added up from the profiler's record of every allocation and release.  That is the
-exact counterpart of the GPU's number, without the noise of the process's resident memory.
+exact counterpart of the GPU's number, without the noise of the process's resident memory.  The
+profiler sees the calling thread alone: on several threads, temporaries of the helpers that process
+rows beside it are not counted (``torch_kernels/row_blocks.py``); their buffers are.
 """
 
 import gc

@@ -14,13 +14,14 @@ from fused_sd.engine.layout import Layout, RunSize
 from fused_sd.planning import chunked, fused
 from fused_sd.planning.chunked import PER_TOKEN, WIDE, ChunkedRun
 from fused_sd.planning.fused import ENTRY_BYTES
-from fused_sd.planning.workload import Implementation, Parts, Workload, gemm_flops
-from fused_sd.torch_kernels import rows
+from fused_sd.planning.workload import Implementation, Parts, Workload, gemm_flops, total
+from fused_sd.torch_kernels.row_blocks import rows_in_work
 
 KEPT = 64  # entries of a token by default: a policy with an entropy of 0.6 nat keeps fewer
-# bytes for each entry that may be selected: while PyTorch selects (the kernels: 12), and while it
-# is decided which rows stay sparse
-SELECTING, KERNELS_SELECTING, DECIDING = 62, 12, 32
+# bytes for each entry that may be selected: its id and value, which are held; while PyTorch chooses
+# the entries of some rows; while it keeps the fewest of all rows; and, after the kernels have
+# selected, while it is decided which rows stay sparse
+SELECTED, CHOOSING, KEEPING, DECIDING = 12, 30, 46, 32
 
 
 def runs(work: Workload) -> list[ChunkedRun]:
@@ -87,12 +88,14 @@ def _dense_gradients(work: Workload) -> Parts:
 
 
 def _selection(work: Workload, size: RunSize, num_rows: int) -> Parts:
-    """Entries selected from a group's rows, and PyTorch's copies of a block of rows."""
-    selected = num_rows * min(MOST, work.vocab)
+    """Entries selected from a group's rows, and PyTorch's copies of the rows in work."""
+    places = min(MOST, work.vocab)
+    selected = num_rows * places
     if work.kind == "cuda":
-        return {"selection": (KERNELS_SELECTING + DECIDING) * selected}
-    block = min(num_rows, max(1, rows.ROW_BLOCK_LOGITS // size.vocab)) * size.vocab
-    return {"selection": SELECTING * selected, "row blocks": 2 * WIDE * block}
+        return {"selection": (SELECTED + DECIDING) * selected}
+    in_work = rows_in_work(num_rows, size.vocab) * (CHOOSING * places + 2 * WIDE * size.vocab)
+    choosing = {"selection": SELECTED * selected, "row blocks": in_work}
+    return max(choosing, {"selection": (SELECTED + KEEPING) * selected}, key=total)
 
 
 def _gemms(work: Workload) -> float:

@@ -13,7 +13,8 @@ from fused_sd.objectives.divergence import DivergenceObjective
 from fused_sd.planning.objectives import PlannedObjective
 from fused_sd.planning.workload import Parts, Workload, total
 from fused_sd.terms.support import SideName
-from fused_sd.torch_kernels import near, rows, sparse
+from fused_sd.torch_kernels import near, sparse
+from fused_sd.torch_kernels.row_blocks import rows_in_work
 from fused_sd.torch_kernels.selection import BLOCK, has_short_list
 
 WIDE = 4  # bytes of an fp32 number: of a logit in any operands' dtype, and of a sum
@@ -138,7 +139,7 @@ def workspace(size: RunSize, chosen: Layout) -> Parts:
 def _row_bytes(work: Workload, size: RunSize, chunk: int) -> int:
     """Temporaries beside the logits: a top-k's on any device, other functions' on a CPU."""
     objective = work.objective
-    block = min(chunk, max(1, rows.ROW_BLOCK_LOGITS // size.width)) * size.width * WIDE
+    block = rows_in_work(chunk, size.width) * size.width * WIDE
     if work.kind == "cuda":
         block = 0
     if objective.is_full and objective.comparison is not None:

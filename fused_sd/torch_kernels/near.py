@@ -27,23 +27,23 @@ class Block(NamedTuple):
     one: Tensor
     other: Tensor
 
-    def fill_(
-        self, student: Tensor, teacher: Tensor, lse_s: Tensor, lse_t: Tensor, has_form: bool
-    ) -> bool:
-        """Write both sides' log-probabilities, or where the sides are near their probabilities.
+    def fill_(self, student: Tensor, teacher: Tensor, lse_s: Tensor, lse_t: Tensor) -> None:
+        """Write both sides' log-probabilities to ``s`` and ``t``.
 
         Args:
             student, teacher: logits of both sides.
             lse_s, lse_t: (R,) their log-sum-exps.
-            has_form: whether the divergence has a fast form; else the sides do not count as near.
-
-        Returns:
-            Whether the sides are near; then ``s`` and ``t`` hold probabilities and ``r`` their
-            log-ratio.  False on a GPU, where the question would wait for the device.
         """
         torch.sub(student, lse_s[:, None], out=self.s)
         torch.sub(teacher, lse_t[:, None], out=self.t)
-        if not has_form or self.r.is_cuda or self.r.numel() == 0:
+
+    def exponentiate_near_(self) -> bool:
+        """If the sides are near, turn log-probabilities into probabilities, and write ``r``.
+
+        Returns:
+            Whether they are.  False on a GPU, where the question would wait for the device.
+        """
+        if self.r.is_cuda or self.r.numel() == 0:
             return False
         torch.sub(self.s, self.t, out=self.r)
         low, high = self.r.aminmax()

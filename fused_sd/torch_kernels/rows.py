@@ -5,10 +5,11 @@ This is the last stop of a loss on a CPU: an objective calls these functions on 
 (C, W) logits in fp32 or fp64; a column of -inf has no mass.  A trailing underscore says that the
 gradient may be written over the logits.
 
-A block of a few rows is processed at a time, in memory that the next block reuses, so that all of
-it stays in the CPU's caches.  Blocks whose log-ratios are moderate take the in-place forms of
-``near.py``, which select nothing by a mask, because a mask costs as much as ten multiplications;
-other blocks take the general functions of ``terms/divergence.py``, where the formulas are.
+A block of a few rows is processed at a time (``row_blocks.py``), in memory that the next block
+reuses, so that all of it stays in the CPU's caches.  Blocks whose log-ratios are moderate take the
+in-place forms of ``near.py``, which select nothing by a mask, because a mask costs as much as ten
+multiplications; other blocks take the general functions of ``terms/divergence.py``, where the
+formulas are.
 
 Where ranks share the vocabulary, a function of two sides returns numbers over all ranks' columns, a
 function of one side numbers over this rank's columns.
@@ -16,7 +17,7 @@ function of one side numbers over this rank's columns.
 Dimension key:  C rows in a chunk, R rows of a block, W columns
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -25,14 +26,16 @@ from torch import Tensor
 from fused_sd.head.vocab_shard import WHOLE, VocabShard
 from fused_sd.terms.divergence_term import DivergenceTerm
 from fused_sd.torch_kernels.near import FORMS, Block, clip_
-from fused_sd.torch_kernels.slices import slices
+from fused_sd.torch_kernels.row_blocks import for_row_blocks
 
 READS_PADDING = False  # a column that is -inf on both sides has a log-ratio of NaN
-ROW_BLOCK_LOGITS = 2**19  # logits of a block; in smaller ones threads wait more often
 FLOOR = -1e4  # lower bound of log-probabilities that multiply a probability of 0: 0 * -inf is NaN
-# metrics over the full vocabulary: divergences with their parameters, then both entropies
-ROW_METRIC_PARAMETERS = {"forward_kl": 0.0, "reverse_kl": 0.0, "jsd": 0.5}
-ROW_METRICS = (*ROW_METRIC_PARAMETERS, "student_entropy", "teacher_entropy")
+# metrics over the full vocabulary: divergences, then both entropies
+ROW_METRIC_TERMS = {
+    name: DivergenceTerm(name, parameter)
+    for name, parameter in (("forward_kl", 0.0), ("reverse_kl", 0.0), ("jsd", 0.5))
+}
+ROW_METRICS = (*ROW_METRIC_TERMS, "student_entropy", "teacher_entropy")
 
 
 class RowGradient(NamedTuple):
@@ -70,6 +73,15 @@ class Compared(NamedTuple):
     metrics: dict[str, Tensor]  # the named ones of ROW_METRICS, each (C,)
 
 
+class _Loss(NamedTuple):
+    """A divergence that is a loss, and its gradient."""
+
+    term: DivergenceTerm
+    entry_clip: float | None
+    gradient: RowGradient | None
+    total: Tensor | None  # (C,) sum of dlog_s over all ranks; None: these are all columns
+
+
 class Normalizers(NamedTuple):
     """Log-sum-exps of a chunk's rows on both sides."""
 
@@ -82,25 +94,25 @@ class Normalizers(NamedTuple):
 def log_normalizer(logits: Tensor) -> Tensor:
     """Log-sum-exp of each row: (C,)."""
     lse = logits.new_empty(logits.shape[0])
-    for at in _row_blocks(logits):
+
+    def find(at: slice) -> None:
         torch.logsumexp(logits[at], -1, out=lse[at])
+
+    for_row_blocks(logits, 0, find)
     return lse
 
 
 def lse_and_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of each row and its entropy in nats: (C,) each."""
-    lse = log_normalizer(logits)
-    return lse, _entropy(logits, lse)
+    lse, entropy = (logits.new_empty(logits.shape[0]) for _ in range(2))
 
+    def find(at: slice, log_probs: Tensor, share: Tensor, spare: Tensor) -> None:
+        torch.logsumexp(logits[at], -1, out=lse[at])
+        torch.sub(logits[at], lse[at, None], out=log_probs)
+        _find_entropy(log_probs, share, spare, entropy[at])
 
-def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
-    """Part of these columns in the entropy of rows with given log-sum-exps: (C,)."""
-    entropy = torch.empty_like(normalizer)
-    for at, log_probs, spare in _row_blocks(logits, 2):
-        torch.sub(logits[at], normalizer[at, None], out=log_probs)
-        torch.exp(log_probs, out=spare)
-        torch.sum(spare.mul_(log_probs.clamp_(min=FLOOR)), -1, out=entropy[at])
-    return entropy.neg_()
+    for_row_blocks(logits, 3, find)
+    return lse, entropy
 
 
 def normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> Normalizers:
@@ -133,55 +145,81 @@ def divergence_(
         gradient: where and how the gradient is written; None: no gradient.
         names: metrics of ``ROW_METRICS`` to find beside the loss.
     """
-    given = student, teacher, normalizers, term, entry_clip
-    metrics = {}
-    if names:
-        metrics = row_metrics(student, teacher, normalizers, names)
-    shard = normalizers.shard
-    if shard.alone:
-        loss, clipped, _ = _compare(*given, None, gradient)
-    else:
-        loss, clipped, total = shard.sum(*_compare(*given, None, None))
-        if gradient is not None:
-            _compare(*given, total, gradient)
-    return Compared(loss, None if entry_clip is None else clipped, metrics)
+    given, shard = (student, teacher, normalizers), normalizers.shard
+    own = {term.name} if entry_clip is None and ROW_METRIC_TERMS.get(term.name) == term else set()
+    wanted = ["loss", *(name for name in names if name not in own)]
+    if entry_clip is not None:
+        wanted.append("clipped")
+    if gradient is not None:
+        wanted.append("total")
+    loss = _Loss(term, entry_clip, gradient if shard.alone else None, None)
+    sums = _compare(*given, wanted, loss)
+    if gradient is not None and not shard.alone:
+        _compare(*given, (), loss._replace(gradient=gradient, total=sums["total"]))
+    metrics = {name: sums["loss" if name in own else name] for name in names}
+    return Compared(sums["loss"], sums.get("clipped"), metrics)
+
+
+def row_metrics(
+    student: Tensor,
+    teacher: Tensor,
+    normalizers: Normalizers,
+    names: Collection[str],
+) -> dict[str, Tensor]:
+    """Metrics over the full vocabulary: those of ``ROW_METRICS`` that are named, each (C,)."""
+    return _compare(student, teacher, normalizers, names, None)
 
 
 def _compare(
     student: Tensor,
     teacher: Tensor,
     normalizers: Normalizers,
-    term: DivergenceTerm,
-    entry_clip: float | None,
-    known_total: Tensor | None,  # (C,) sum of dlog_s over all ranks; None: these are all columns
-    gradient: RowGradient | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``divergence_``, over these columns alone; and the sum of ``dlog_s`` over them."""
-    loss, total = torch.empty_like(normalizers.student), torch.empty_like(normalizers.student)
-    clipped = torch.zeros_like(loss)
-    lse_s, lse_t, form = normalizers.student, normalizers.teacher, FORMS.get(term.name)
-    for at, *buffers in _row_blocks(student, len(Block._fields)):
+    wanted: Collection[str],
+    loss: _Loss | None,
+) -> dict[str, Tensor]:
+    """Find sums over all ranks' columns, each (C,), and write the gradient over these columns.
+
+    Args:
+        wanted: which sums: metrics of ``ROW_METRICS``, and of a loss ``"loss"``, ``"clipped"`` (its
+            number of clipped entries) and ``"total"`` (of ``dlog_s``).
+        loss: the loss and its gradient; None: metrics alone.
+    """
+    lse_s, lse_t, shard = normalizers.student, normalizers.teacher, normalizers.shard
+    sums = {name: torch.empty_like(lse_s) for name in wanted}
+    metrics = {name: term for name, term in ROW_METRIC_TERMS.items() if name in sums}
+    terms = [*metrics.values()] if loss is None else [*metrics.values(), loss.term]
+    have_forms = all(term.name in FORMS for term in terms)
+
+    def compare(at: slice, *buffers: Tensor) -> None:
         block = Block(*buffers)
-        is_near = block.fill_(student[at], teacher[at], lse_s[at], lse_t[at], form is not None)
-        if is_near and form is not None:
-            value, dlog_s = form.evaluate(block, term.parameter)
-            if entry_clip is not None:
-                value, dlog_s, clipped[at] = clip_(block, value, dlog_s, term.balance, entry_clip)
-            s = block.s
-        else:
-            value, dlog_s, cut = _terms(block.s, block.t, term, entry_clip)
-            clipped[at] = cut.sum(-1).to(loss)
-            s = block.s.exp_()
-        torch.sum(value, -1, out=loss[at])
-        torch.sum(dlog_s, -1, out=total[at])
-        if gradient is not None:
-            row_weights, cap, out = gradient
-            whole = total if known_total is None else known_total
-            dlogits = dlog_s.sub_(s.mul_(whole[at, None]))
+        block.fill_(student[at], teacher[at], lse_s[at], lse_t[at])
+        for name, log_probs in (("student_entropy", block.s), ("teacher_entropy", block.t)):
+            if name in sums:
+                _find_entropy(log_probs, block.one, block.other, sums[name][at])
+        is_near = have_forms and block.exponentiate_near_()
+        for name, term in metrics.items():
+            kept = block._replace(r=block.r.clone())
+            torch.sum(_terms(kept, is_near, term, None)[0], -1, out=sums[name][at])
+        if loss is None:
+            return
+        value, dlog_s, num_clipped = _terms(block, is_near, loss.term, loss.entry_clip)
+        if "loss" in sums:
+            torch.sum(value, -1, out=sums["loss"][at])
+        if num_clipped is not None and "clipped" in sums:
+            sums["clipped"][at] = num_clipped
+        if "total" in sums:
+            torch.sum(dlog_s, -1, out=sums["total"][at])
+        if loss.gradient is not None:
+            row_weights, cap, out = loss.gradient
+            total = sums["total"] if loss.total is None else loss.total
+            s = block.s if is_near else block.s.exp_()
+            dlogits = dlog_s.sub_(s.mul_(total[at, None]))
             if not is_near:  # a row of weight 0 may hold infinite terms, and 0 * inf is NaN
                 dlogits.masked_fill_(row_weights[at, None] == 0, 0)
             _write(dlogits, row_weights[at], student[at], cap, out[at])
-    return loss, clipped, total
+
+    for_row_blocks(student, len(Block._fields), compare)
+    return dict(zip(sums, shard.sum(*sums.values()), strict=True))
 
 
 def softmax_gradient_(
@@ -201,7 +239,8 @@ def softmax_gradient_(
     if entries is not None and entries.row_weights is not None:
         assert slope is None
         constant = _weighted(constant, entries.row_weights)
-    for at, shifted, share in _row_blocks(logits, 2):
+
+    def write(at: slice, shifted: Tensor, share: Tensor) -> None:
         torch.sub(logits[at], normalizer[at, None], out=shifted)
         torch.exp(shifted, out=share)
         if slope is not None:
@@ -209,30 +248,10 @@ def softmax_gradient_(
             _write(share.mul_(factor), None, logits[at], cap, out[at])
         else:
             _write(share, constant[at], logits[at], cap, out[at])
+
+    for_row_blocks(logits, 2, write)
     if entries is not None:
         out.scatter_(1, entries.columns, entries.weighted(cap).to(out.dtype))
-
-
-def row_metrics(
-    student: Tensor,
-    teacher: Tensor,
-    normalizers: Normalizers,
-    names: Collection[str],
-) -> dict[str, Tensor]:
-    """Metrics over the full vocabulary: those of ``ROW_METRICS`` that are named, each (C,)."""
-    parts = {}
-    for name, parameter in ROW_METRIC_PARAMETERS.items():
-        if name in names:
-            term = DivergenceTerm(name, parameter)
-            pair = student, teacher, normalizers
-            parts[name] = _compare(*pair, term, None, None, None)[0]
-    for name, side, lse in (
-        ("student_entropy", student, normalizers.student),
-        ("teacher_entropy", teacher, normalizers.teacher),
-    ):
-        if name in names:
-            parts[name] = _entropy(side, lse)
-    return dict(zip(parts, normalizers.shard.sum(*parts.values()), strict=True))
 
 
 def _weighted(gradient: Tensor, row_weights: Tensor) -> Tensor:
@@ -240,22 +259,27 @@ def _weighted(gradient: Tensor, row_weights: Tensor) -> Tensor:
     return torch.where(row_weights == 0, 0, gradient * row_weights)
 
 
-def _row_blocks(logits: Tensor, num_buffers: int = 0) -> Iterator[Any]:
-    """Slices of rows, each with buffers (R, W) that the next block reuses."""
-    num_rows, width = logits.shape
-    size = max(1, num_rows if logits.is_cuda else ROW_BLOCK_LOGITS // max(1, width))
-    buffers = logits.new_empty((num_buffers, min(size, num_rows), width))
-    for at in slices(0, num_rows, size):
-        yield (at, *buffers[:, : at.stop - at.start]) if num_buffers else at
+def _find_entropy(log_probs: Tensor, share: Tensor, spare: Tensor, out: Tensor) -> None:
+    """Part of these columns (R, W) in the entropy of their rows; log-probabilities stay."""
+    torch.exp(log_probs, out=share)
+    torch.clamp(log_probs, min=FLOOR, out=spare)
+    torch.sum(share.mul_(spare), -1, out=out)
+    out.neg_()
 
 
 def _terms(
-    log_s: Tensor, log_t: Tensor, term: DivergenceTerm, entry_clip: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    if entry_clip is not None:
-        return term.clipped(log_s, log_t, entry_clip)
-    value, dlog_s = term.function(log_s, log_t, term.parameter)
-    return value, dlog_s, torch.zeros_like(value[:, :1])
+    block: Block, is_near: bool, term: DivergenceTerm, entry_clip: float | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Terms and ``dlog_s`` (R, W) of a block, and how many of a row's terms are clipped: (R,)."""
+    if is_near:
+        value, dlog_s = FORMS[term.name].evaluate(block, term.parameter)
+        if entry_clip is None:
+            return value, dlog_s, None
+        return clip_(block, value, dlog_s, term.balance, entry_clip)
+    if entry_clip is None:
+        return *term.function(block.s, block.t, term.parameter), None
+    value, dlog_s, is_clipped = term.clipped(block.s, block.t, entry_clip)
+    return value, dlog_s, is_clipped.sum(-1)
 
 
 def _write(

@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd.torch_kernels.rows import ROW_BLOCK_LOGITS
+from fused_sd.torch_kernels.row_blocks import for_row_blocks, rows_in_block
 from fused_sd.torch_kernels.slices import slices
 
 BLOCK = 128  # columns that top_k compares by their maximum
-GPU_ROW_BLOCK_LOGITS = 2**26  # entries at a time where launches cost more than memory
 
 
 class Selection(NamedTuple):
@@ -95,10 +94,8 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
     ids = torch.empty((num_rows, looked_at), dtype=torch.int64, device=gradient.device)
     values = torch.empty(ids.shape, dtype=wide, device=gradient.device)
     norm, rest, dropped_mass = (values.new_empty(num_rows) for _ in range(3))
-    size = max(1, (GPU_ROW_BLOCK_LOGITS if gradient.is_cuda else ROW_BLOCK_LOGITS) // vocab)
-    buffers = values.new_empty((2, min(size, num_rows), vocab))
-    for at in slices(0, num_rows, size):
-        signed, magnitude = buffers[:, : at.stop - at.start]
+
+    def choose(at: slice, signed: Tensor, magnitude: Tensor) -> None:
         torch.abs(signed.copy_(gradient[at]), out=magnitude)
         torch.sum(magnitude, -1, out=norm[at])
         ids[at] = top_k(magnitude, looked_at)
@@ -106,6 +103,8 @@ def select(gradient: Tensor, share: float, most: int) -> Selection:
         outside = torch.where(_is_candidate(values[at], most), 0, values[at])
         torch.sum(magnitude.scatter_(1, ids[at], outside.abs()), -1, out=rest[at])
         torch.sum(signed.scatter_(1, ids[at], outside), -1, out=dropped_mass[at])
+
+    for_row_blocks(gradient, 2, choose)
     return _fewest(ids, values, _RowSums(norm, rest, dropped_mass), share, most, vocab)
 
 
@@ -213,7 +212,7 @@ def _largest(values: Tensor, k: int) -> Tensor:
     found, columns = values.topk(k + 1, dim=-1)
     columns = columns[:, :k].sort(-1).values
     tied = (found[:, k - 1] == found[:, k]).nonzero()[:, 0]
-    for at in slices(0, len(tied), max(1, ROW_BLOCK_LOGITS // width)):
+    for at in slices(0, len(tied), rows_in_block(len(tied), width)):
         rows, border = values[tied[at]], found[tied[at], k, None]
         is_above, is_border = ~(rows <= border), rows == border
         num_equal = k - is_above.sum(-1, keepdim=True)

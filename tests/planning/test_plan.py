@@ -31,6 +31,15 @@ PROVIDER = {provider.name: provider for provider in PROVIDERS}
 DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Memory that other threads hold is not counted."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def drawn():
     """Operands of either dtype."""
