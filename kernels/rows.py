@@ -31,7 +31,7 @@ from fused_sd.kernels.programs import rows as row_programs
 from fused_sd.kernels.tuning import launch, launch_for
 from fused_sd.terms.divergence_term import DivergenceTerm
 from fused_sd.torch_kernels.rows import (
-    ROW_METRIC_PARAMETERS,
+    ROW_METRIC_TERMS,
     ROW_METRICS,
     Compared,
     EntryGradient,
@@ -113,7 +113,7 @@ def divergence_(
     loss = student.new_empty(student.shape[0])
     total = torch.empty_like(loss) if has_total else None
     clipped = torch.empty_like(loss) if entry_clip is not None else None
-    is_metric = entry_clip is None and ROW_METRIC_PARAMETERS.get(term.name) == term.parameter
+    is_metric = entry_clip is None and ROW_METRIC_TERMS.get(term.name) == term
     beside = [name for name in names if not (is_metric and name == term.name)]
     metrics = student.new_empty((len(beside), student.shape[0]))
     places = _metric_places(dict(zip(beside, metrics)))
@@ -214,7 +214,7 @@ def row_metrics(
 
 def _metric_places(places: dict[str, Tensor]) -> dict[str, Any]:
     """Arguments of a program that sums metrics, with the place (C,) of each that it sums."""
-    jsd = jsd_parameter(ROW_METRIC_PARAMETERS["jsd"]) if "jsd" in places else None
+    jsd = jsd_parameter(ROW_METRIC_TERMS["jsd"].parameter) if "jsd" in places else None
     return {
         "metric_ptrs": tuple(places.get(name) for name in ROW_METRICS),
         "jsd_parameter": jsd,
