@@ -1,7 +1,7 @@
 """Count the instructions that each row program spends on a column, in code compiled for sm_90.
 
-    python tests/support/count_instructions.py             prints a table
-    python tests/support/count_instructions.py --json      prints JSON
+    PYTHONPATH=. python tests/support/count_instructions.py             prints a table
+    PYTHONPATH=. python tests/support/count_instructions.py --json      prints JSON
 
 A row program reads a row in a loop.  The machine code of the loop's body, divided by the columns
 that a thread handles in one turn, is what a column of a pair of rows costs.  Nothing is launched
@@ -18,11 +18,10 @@ from pathlib import Path
 
 import torch
 import triton
-from compile_kernels import AbsentDriver, resources
+from compile_kernels import resources
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
+from benchmarks.offline import compiling
 from fused_sd import Jsd, MixedKl, SkewKl
 from fused_sd.kernels import rows
 from fused_sd.kernels.tuning import DEFAULT
@@ -100,25 +99,17 @@ def main_loop(code: list[tuple[str, str]]) -> list[str]:
 
 def count() -> list[dict[str, object]]:
     """The instructions a column and the resources of every launch of every case."""
-    launched: list[tuple[str, object]] = []
-    run = JITFunction.run
-
-    def compile_instead(self, *, grid, warmup=False, **arguments):
-        kernel = run(self, grid=grid, warmup=True, **arguments)
-        launched.append((self.fn.__name__, kernel))
-        return kernel
-
-    driver.set_active(AbsentDriver(GPUTarget("cuda", 90, 32)))
-    JITFunction.run = compile_instead
     counted = []
-    for case, call in cases().items():
-        launched.clear()
-        call()
-        for program, kernel in launched:
-            loop, used = main_loop(machine_code(kernel.asm["cubin"])), resources(kernel)
-            entry = {"case": case, "program": program, "instructions": len(loop)}
-            entry["instructions"] /= COLUMNS_OF_A_THREAD
-            counted.append({**entry, "registers": used["registers"], "spilled": used["spilled"]})
+    with compiling(GPUTarget("cuda", 90, 32)) as launched:
+        for case, call in cases().items():
+            launched.clear()
+            call()
+            for program, _, kernel in launched:
+                loop, used = main_loop(machine_code(kernel.asm["cubin"])), resources(kernel)
+                entry = {"case": case, "program": program, "instructions": len(loop)}
+                entry["instructions"] /= COLUMNS_OF_A_THREAD
+                entry |= {"registers": used["registers"], "spilled": used["spilled"]}
+                counted.append(entry)
     return counted
 
 
