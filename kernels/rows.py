@@ -69,9 +69,14 @@ def lse_and_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
     return lse, entropy
 
 
-def normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> Normalizers:
+def normalizers(
+    student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE, has_largest: bool = False
+) -> Normalizers:
     """Log-sum-exps of both sides' rows, from one read, and the state of each pair: (C, STATE)."""
     num_rows = student.shape[0]
+    largest = None
+    if has_largest:
+        largest = torch.empty((num_rows, 2), dtype=torch.int64, device=student.device)
     state, lses = student.new_empty((num_rows, STATE)), student.new_empty((2, num_rows))
     _launch(
         row_programs.normalizers,
@@ -79,11 +84,12 @@ def normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> 
         **_both_sides(student, teacher, state),
         student_lse_ptr=lses[0],
         teacher_lse_ptr=lses[1],
+        largest_ptr=largest,
     )
     if not shard.alone:
         _join_ranks_(state, shard)
         lses = (state[:, 0:4:2] + state[:, 1:4:2]).T
-    return Normalizers(lses[0], lses[1], state, shard)
+    return Normalizers(lses[0], lses[1], state, shard, largest)
 
 
 def known_normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> Normalizers:

@@ -87,7 +87,8 @@ class DivergenceObjective(NamedTuple):
         if self.comparison.support.is_truncated:
             rows = TruncatedRows(self.comparison, chunk, inputs)
         else:
-            rows = _FullRows(self.comparison, chunk)
+            with_largest = "top1_agreement" in self.metrics and "top1_agreement" not in metrics
+            rows = _FullRows(self.comparison, chunk, with_largest)
         log_probs = {side: label - rows.normalizer(side) for side, label in labels.items()}
         metrics |= {f"{side}_log_prob": value for side, value in log_probs.items()}
 
@@ -125,7 +126,10 @@ class DivergenceObjective(NamedTuple):
         if "topk_overlap" in self.metrics:
             chosen = [chunk.top_k(side, self.comparison.support.top_k) for side in sides]
             found["topk_overlap"] = overlap(*chosen).to(chunk.student)
-        if "top1_agreement" in self.metrics:
+        # whole rows of one rank are searched where they are normalised
+        if "top1_agreement" in self.metrics and (
+            self.comparison.support.is_truncated or not chunk.shard.alone
+        ):
             for side in sides:  # a support's top-k begins with the largest
                 if self.comparison.support.chooses(side):
                     chunk.top_k(side, self.comparison.support.top_k)
@@ -137,9 +141,10 @@ class DivergenceObjective(NamedTuple):
 class _FullRows:
     """Rows of which every entry of the vocabulary is compared."""
 
-    def __init__(self, comparison: Comparison, chunk: Chunk) -> None:
+    def __init__(self, comparison: Comparison, chunk: Chunk, with_largest: bool) -> None:
         self.comparison, self.chunk = comparison, chunk
-        self.normalizers = chunk.functions.rows.normalizers(*chunk.sides(), chunk.shard)
+        normalize = chunk.functions.rows.normalizers
+        self.normalizers = normalize(*chunk.sides(), chunk.shard, with_largest)
 
     def normalizer(self, side: SideName) -> Tensor:
         """Log-sum-exp (C,) of a side's rows."""
@@ -169,6 +174,9 @@ class _FullRows:
         loss, clipped, found = compare(
             *given, at_once, [name for name in names if name in ROW_METRICS]
         )
+        if self.normalizers.largest is not None:
+            one, other = self.normalizers.largest.unbind(1)
+            found["top1_agreement"] = (one == other).to(loss)
         if num_entries is not None:
             found["entry_clip_fraction"] = clipped / num_entries
         if bounds is not None:

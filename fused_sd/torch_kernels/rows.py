@@ -89,6 +89,7 @@ class Normalizers(NamedTuple):
     teacher: Tensor  # (C,)
     state: Any  # what the backend keeps beside them for its other functions
     shard: VocabShard  # which columns the rows have, where ranks share the vocabulary
+    largest: Tensor | None = None  # (C, 2) columns of both sides' largest logits; None: not wanted
 
 
 def log_normalizer(logits: Tensor) -> Tensor:
@@ -115,10 +116,21 @@ def lse_and_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
     return lse, entropy
 
 
-def normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> Normalizers:
-    """Log-sum-exps of both sides' rows."""
+def normalizers(
+    student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE, has_largest: bool = False
+) -> Normalizers:
+    """Log-sum-exps of both sides' rows.
+
+    Args:
+        student, teacher: logits of both sides.
+        shard: which columns these are.
+        has_largest: whether the columns of the largest logits are wanted, of equal ones the first.
+    """
     lses = shard.join([log_normalizer(student), log_normalizer(teacher)]).normalizers
-    return Normalizers(lses[0], lses[1], None, shard)
+    largest = None
+    if has_largest:
+        largest = torch.stack([student.argmax(-1), teacher.argmax(-1)], 1)
+    return Normalizers(lses[0], lses[1], None, shard, largest)
 
 
 def known_normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> Normalizers:

@@ -169,6 +169,7 @@ def normalizers(
     state_ptr,  # (C, STATE) fp32, contiguous; the first 5 of each row are written
     student_lse_ptr,  # (C,) fp32, written: log-sum-exp of each of the student's rows
     teacher_lse_ptr,  # (C,) fp32, written: log-sum-exp of each of the teacher's rows
+    largest_ptr,  # (C, 2) int64 or None, contiguous, written: columns of both sides' largest logits
     STATE: tl.constexpr,  # elements from one pair's state to the next
     BLOCK_V: tl.constexpr,  # columns that are read at a time
 ):
@@ -184,12 +185,17 @@ def normalizers(
     scale_s = tl.zeros([BLOCK_V], tl.float32)
     scale_t = tl.zeros([BLOCK_V], tl.float32)
     weighted = tl.zeros([BLOCK_V], tl.float32)  # sum of exp(z_s - anchor_s) (z_s - z_t)
+    largest_s = tl.zeros([BLOCK_V], tl.int32)  # columns of the anchors
+    largest_t = tl.zeros([BLOCK_V], tl.int32)
     for is_tail in tl.static_range(2):
         begin, end = block_range(num_columns, is_tail, BLOCK_V)
         for start in range(begin, end, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
             z_s = load_logits(student_ptr + row * student_stride, offs_v, num_columns, is_tail)
             z_t = load_logits(teacher_ptr + row * teacher_stride, offs_v, num_columns, is_tail)
+            if largest_ptr is not None:
+                largest_s = tl.where(z_s > anchor_s, offs_v, largest_s)
+                largest_t = tl.where(z_t > anchor_t, offs_v, largest_t)
             anchor_s, decay, weight = online_lse_step(z_s, anchor_s)
             scale_s = decay * scale_s + weight
             weighted = decay * weighted + tl.where(weight == 0, 0.0, weight * (z_s - z_t))
@@ -203,6 +209,11 @@ def normalizers(
     log_scale_t = tl.log(tl.sum(scale_t * exp(anchor_t - top_t), axis=0))
     tl.store(student_lse_ptr + row, top_s + log_scale_s)
     tl.store(teacher_lse_ptr + row, top_t + log_scale_t)
+    if largest_ptr is not None:  # of equal logits the first column, in a lane and among lanes
+        first_s = tl.min(tl.where(anchor_s == top_s, largest_s, num_columns), axis=0)
+        first_t = tl.min(tl.where(anchor_t == top_t, largest_t, num_columns), axis=0)
+        tl.store(largest_ptr + 2 * row, first_s.to(tl.int64))
+        tl.store(largest_ptr + 2 * row + 1, first_t.to(tl.int64))
     state_ptr += row * STATE
     tl.store(state_ptr, top_s)
     tl.store(state_ptr + 1, log_scale_s)

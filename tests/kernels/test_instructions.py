@@ -34,6 +34,7 @@ MOST = {
     "log_normalizer": (11,),
     "lse_and_entropy": (21,),
     "normalizers": (26,),
+    "normalizers and largest": (32,),
     "softmax_gradient": (8,),
     "reverse_kl": (32,),
     "forward_kl": (32,),

@@ -49,6 +49,17 @@ def test_the_twins_have_the_same_names():
 
 
 @pytest.mark.parametrize("num_columns", [1, 3, 2048, 4201])
+def test_the_first_of_the_largest(num_columns):
+    student, teacher = (side.round() for side in make_rows(num_columns, missing=num_columns > 10))
+    student[1], teacher[2] = 2.0, -torch.inf  # all equal; no mass at all
+    found = kernels.normalizers(student, teacher, has_largest=True).largest
+    assert torch.equal(found[:, 0], student.argmax(-1))
+    assert torch.equal(found[:2, 1], teacher[:2].argmax(-1))
+    assert torch.equal(rows.normalizers(student, teacher, has_largest=True).largest[:2], found[:2])
+    assert kernels.normalizers(student, teacher).largest is None
+
+
+@pytest.mark.parametrize("num_columns", [1, 3, 2048, 4201])
 def test_statistics(num_columns):
     student, _ = make_rows(num_columns, missing=num_columns > 10)
     exact, entropy = rows.lse_and_entropy(student.double())

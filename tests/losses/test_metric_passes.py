@@ -71,6 +71,10 @@ def test_a_side_is_searched_once(count):
     assert count(metrics=TOP, support=support)["top_k"] == 2
 
 
+def test_whole_rows_are_searched_where_they_are_normalised(count):
+    assert count(metrics=TOP[:1]) == count()
+
+
 def test_an_importance_ratio_reads_nothing_more(count):
     case = make_case()
     cap = fused_sd.ImportanceCap(case.old_log_probs)

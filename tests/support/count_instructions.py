@@ -53,6 +53,7 @@ def cases() -> dict[str, Callable[[], object]]:
         "log_normalizer": lambda: rows.log_normalizer(student),
         "lse_and_entropy": lambda: rows.lse_and_entropy(student),
         "normalizers": lambda: rows.normalizers(student, teacher),
+        "normalizers and largest": lambda: rows.normalizers(student, teacher, has_largest=True),
         "softmax_gradient": lambda: rows.softmax_gradient_(student, row, row, None, None, out),
         "reverse_kl": compare("reverse_kl"),
         "forward_kl": compare("forward_kl"),
