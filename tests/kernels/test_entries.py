@@ -13,7 +13,10 @@ pytest.importorskip("triton")
 from fused_sd.kernels import entries as kernels
 from fused_sd.kernels import rows as row_kernels
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
+]
 DIVERGENCES = tuple(divergence for divergence, _ in EACH.values())
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB, WIDTH, K = 4201, 4208, 5
