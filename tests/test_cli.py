@@ -47,13 +47,13 @@ def test_a_line_fits_a_terminal(capsys):
 
 
 def test_logits_rounded_to_16_bits_are_found_and_named(capsys, monkeypatch):
-    exact = heads.Projection.logits
+    exact = heads.Projection.project
 
-    def rounded(self, rows, out):
-        exact(self, rows, out)
+    def rounded(self, states, out):
+        exact(self, states, out)
         return out.copy_(out.bfloat16())
 
-    monkeypatch.setattr(heads.Projection, "logits", rounded)
+    monkeypatch.setattr(heads.Projection, "project", rounded)
     status, out = verify(capsys, "--losses", "sdpo")
     assert status == 1
     assert "BROKEN" in out

@@ -57,11 +57,13 @@ def wire(
     if comparison is None:
         extra_sums = sides  # the sampled token's logit
     elif support is None:
-        more = 3  # the loss, the number of clipped entries, and the sum that the gradient needs
+        has_clip, has_total = comparison.entry_clip is not None, has_gradient
         if kind == "cuda":
             extra_sums = 1
             known = comparison.term.share_of_mean_ratio is not None
-            more = 1 if has_gradient and known and comparison.entry_clip is None else 3
+            has_total = has_gradient and (has_clip or not known)
+        # the loss, the number of clipped entries, and the sum that the gradient needs
+        more = 1 + has_clip + has_total
     else:
         normalized = _NORMALIZED.get(comparison.remainder, sides)
         extra_sums = sides * support.num_entries

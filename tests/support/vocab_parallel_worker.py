@@ -302,7 +302,7 @@ def compared(support: str, remainder: str) -> dict[str, Any]:
     return {"comparison": Comparison(Jsd(0.3), chosen, remainder)}
 
 
-FULL = {"comparison": Comparison(Jsd(0.3))}
+FULL = {"comparison": Comparison(Jsd(0.3), entry_clip=0.05)}
 WIRED = {  # checks, and what a plan calls the same
     **{
         f"full {name}": {"comparison": Comparison(known)}

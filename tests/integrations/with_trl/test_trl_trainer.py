@@ -732,7 +732,7 @@ REFUSED = {
     ),
     "a gradient that is neither": (
         lambda f: make("OPSD", f, gradient="certified"),
-        "gradient must be one of 'dense', 'sparse', got 'certified'",
+        "gradient must be one of 'dense', 'sparse', 'auto', got 'certified'",
     ),
     "an average that is none": (
         lambda f: make("SDPO", f, loss_type="mean"),
