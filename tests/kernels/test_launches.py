@@ -22,6 +22,8 @@ def count(gemms, monkeypatch):
         case = make_case(num_chunks * CHUNK, 32, 509).to(torch.bfloat16)
         weights = torch.ones(num_chunks * CHUNK) if weighted else None
         how = {"chunk_size": CHUNK, "backend": "triton", **settings}
+        if "student_log_prob" in settings.get("metrics", ()):
+            how["token_ids"] = case.token_ids
         with pytest.MonkeyPatch.context() as patch, Launches(patch) as launches:
             output = fused_sd.divergence_loss(
                 *(case.hidden, case.head, case.teacher_hidden, case.head),
@@ -54,3 +56,26 @@ def test_a_chunk_launches_few_kernels(count, settings):
 def test_nothing_waits_without_weights_and_one_thing_with(count, settings):
     assert not count(4, backward=True, **settings).waits
     assert count(4, backward=True, weighted=True, **settings).waits == {"nonzero": 1}
+
+
+RENORMALIZED = {"support": fused_sd.TeacherTopK(3), "remainder": "renormalize"}
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "student_entropy", "teacher_entropy")
+LOGGED = (*DIVERGENCES, "top1_agreement", "student_log_prob", "teacher_log_prob")
+TAILS = ("student_tail_mass", "teacher_tail_mass", "topk_overlap")
+
+
+@pytest.mark.parametrize(
+    "settings, most",
+    [
+        (TAIL, 9),
+        ({**TAIL, "entry_clip": 0.05}, 9),
+        (RENORMALIZED, 21),
+        ({"metrics": DIVERGENCES}, 3),
+        ({"metrics": LOGGED}, 12),
+        ({**TAIL, "metrics": (*LOGGED, *TAILS)}, 46),
+    ],
+    ids=["tail", "tail, clip", "renormalized", "divergences", "logged", "tail, logged"],
+)
+def test_supports_and_metrics_add_few_kernels(count, settings, most):
+    found = of_a_chunk(count, **settings)
+    assert found.total() <= most, found

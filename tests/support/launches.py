@@ -33,9 +33,9 @@ class Launches(TorchDispatchMode):
         self.kernels: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.is_paused = False
-        from fused_sd.kernels import rows, selection, sparse  # they need Triton
+        from fused_sd.kernels import entries, rows, selection, sparse  # they need Triton
 
-        for module in (rows, selection, sparse):
+        for module in (entries, rows, selection, sparse):
             monkeypatch.setattr(module, "launch", self._program(module.launch))
         for module in (projection, workspace):
             for name in ("matmul", "matmul_add_"):
