@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fused_sd import checks
 from fused_sd.engine.auto_gradients import AutoGradients
-from fused_sd.engine.backend import choose_functions
+from fused_sd.engine.backend import Functions, choose_functions
 from fused_sd.engine.chunk import Chunk, Objective
 from fused_sd.engine.gradients import CertifiedGradients, DenseGradients, SparseGradients
 from fused_sd.engine.kept_tokens import KeptTokens
@@ -131,24 +131,21 @@ def chunked_run(
     finished = [wide.itemsize * size * has for size, has in zip(sizes, plan.finished, strict=True)]
     room = Room(0, 0)
     if settings.chunk_size is None:  # asked for before anything waits for the device
-        copied = 0 if row_weights is None else sum(_num_bytes(hidden, teacher_hidden, *inputs))
-        room = room_on(hidden.device, sum(finished) + copied, settings.shards is None)
+        copied = [] if row_weights is None else [hidden, teacher_hidden, *inputs]
+        reserved = sum(finished) + sum(0 if part is None else part.nbytes for part in copied)
+        room = room_on(hidden.device, reserved, settings.shards is None)
     kept = KeptTokens(row_weights, settings.compact)
     if row_weights is None:
         row_weights = hidden.new_ones((num_tokens, 1), dtype=wide)
     hidden, row_weights = kept.select(hidden), kept.select(row_weights)
     inputs = [kept.select(tensor) for tensor in inputs]
 
-    # a value's gradient w.r.t. the products of states and head takes the logits' factor.  fp16:
-    # divide by the largest weight so that dlogits do not underflow; multiply back in fp32 at the
-    # end
-    factors = row_weights
-    if settings.student.factor != 1:
-        factors = factors * settings.student.factor
-    weight_scale = None
-    if _has_fp16_dlogits(hidden):
-        weight_scale = row_weights.abs().amax().clamp(min=1e-30)
-        factors = factors / weight_scale
+    # fp16: divide the weights by their maximum so that dlogits do not underflow; multiply back in
+    # fp32 at the end
+    weight_scale = row_weights.abs().amax().clamp(min=1e-30) if _has_fp16_dlogits(hidden) else None
+    scaled = row_weights if weight_scale is None else row_weights / weight_scale
+    if settings.student.factor != 1:  # between the products of states and head and the logits
+        scaled = scaled * settings.student.factor
     student = Projection(hidden, weight, bias, settings.student)
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
@@ -166,24 +163,8 @@ def chunked_run(
         settings.chunk_size,
     )
     workspace = Workspace(student, teacher, needs, functions.sparse.entry_logits, shard)
-    gradients: DenseGradients
-    if plan.kind == "sparse":
-        gradients = SparseGradients(workspace, num_tokens, objective.num_sparse_values)
-    elif plan.kind == "certified":
-        assert settings.tolerance is not None
-        if not settings.auto and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
-            checks.fail(
-                "gradient",
-                "be 'dense' or 'auto' under CUDA graph capture",
-                "'sparse'",
-                "how many values and dense rows there are must be read from the device",
-            )
-        chosen = plan.finished, settings.tolerance, settings.reduced
-        form = AutoGradients if settings.auto else CertifiedGradients
-        gradients = form(workspace, functions, *chosen)
-    else:
-        gradients = DenseGradients(workspace, plan.finished)
-
+    shape = num_tokens, objective.num_sparse_values
+    gradients = _gradients(plan, settings, workspace, functions, shape)
     start, stop = 0, hidden.shape[0]
     found = [_by_token(objective, hidden, 0)]  # values and extras of every chunk
     while start < stop:
@@ -195,7 +176,7 @@ def chunked_run(
                 columns=workspace.width if functions.rows.READS_PADDING else workspace.vocab,
                 width=workspace.width,
                 inputs=[tensor[at] for tensor in inputs],
-                row_weights=None if plan.kind == "nothing" else factors[at],
+                row_weights=None if plan.kind == "nothing" else scaled[at],
                 cap=settings.student.cap,
                 functions=functions,
                 shard=shard,
@@ -267,8 +248,29 @@ def _(
     return Outputs(total, values, Dense(*dense), sparse, extras).flat()
 
 
-def _num_bytes(*tensors: Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor.nbytes for tensor in tensors]
+def _gradients(
+    plan: GradientPlan,
+    settings: RunSettings,
+    workspace: Workspace,
+    functions: Functions,
+    shape: tuple[int, int],  # tokens, and sparse values of each
+) -> DenseGradients:
+    """The form in which a run keeps its gradients."""
+    if plan.kind == "sparse":
+        return SparseGradients(workspace, *shape)
+    if plan.kind != "certified":
+        return DenseGradients(workspace, plan.finished)
+    assert settings.tolerance is not None
+    is_cuda = workspace.student.hidden.is_cuda
+    if not settings.auto and is_cuda and torch.cuda.is_current_stream_capturing():
+        checks.fail(
+            "gradient",
+            "be 'dense' or 'auto' under CUDA graph capture",
+            "'sparse'",
+            "how many values and dense rows there are must be read from the device",
+        )
+    form = AutoGradients if settings.auto else CertifiedGradients
+    return form(workspace, functions, plan.finished, settings.tolerance, settings.reduced)
 
 
 def _has_fp16_dlogits(hidden: Tensor) -> bool:
