@@ -9,6 +9,7 @@ all entries of those blocks in registers and searches them.
 Dimension key:  C rows of logits, R rows of a gradient, W and V their columns
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -263,4 +264,12 @@ def _list_sizes(block: int, num_entries: int, num_columns: int) -> tuple[int, in
 
 def _warps_for(list_size: int) -> int:
     """Warps of a program that holds a list in registers: 16 entries a thread, at most 32."""
-    return min(max(list_size // 512, 4), 16)
+    return min(max(list_size // 16, 128), 512) // _warp_size()
+
+
+@functools.cache
+def _warp_size() -> int:
+    """Threads of a warp: 64 on AMD's data-centre GPUs, else 32."""
+    if triton.knobs.runtime.interpret:
+        return 32
+    return int(triton.runtime.driver.active.get_current_target().warp_size)

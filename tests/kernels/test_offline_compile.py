@@ -30,8 +30,9 @@ def test_kernels_compile_without_spills(target):
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
         assert kernel["calls"] == 0, kernel
-        # 256 threads then take at most 43008 of a multiprocessor's 65536 registers
-        assert kernel["registers"] <= 168, kernel
+        # 256 threads then take at most 43008 of a multiprocessor's 65536 registers; on AMD's 512
+        # threads fit a compute unit
+        assert kernel["registers"] <= (256 if target.startswith("hip") else 168), kernel
         if kernel["aligned"] and kernel["name"] not in LISTS:
             assert kernel["wide_loads"] >= 1, kernel
         if kernel["in_place"]:
