@@ -18,7 +18,10 @@ BETAS = (0.001, 0.0999, 0.1, 0.3, 0.5, 0.7, 0.9, 0.9001, 0.999)
 WEIGHTS = (0.001, 0.1, 0.4999, 0.5, 0.9, 0.999, 0.9991)
 CASES = ["forward_kl", "reverse_kl", *(fused_sd.MixedKl(w) for w in (0.0, 0.4, 1.0))]
 CASES += [*map(fused_sd.Jsd, BETAS), *map(fused_sd.SkewKl, WEIGHTS)]
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
+]
 
 
 def largest_error(found: Tensor, exact: Tensor) -> float:

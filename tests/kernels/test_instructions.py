@@ -25,7 +25,10 @@ TESTS = pathlib.Path(__file__).parents[1]
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIVERGENCES = [divergence for divergence, _ in EACH.values()]
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
+]
 
 # The most instructions that a column of a pair of rows may take in code for sm_90, by what is
 # asked for: in the pass that finds loss and gradient together, or in that for the loss and that
