@@ -30,7 +30,7 @@ test:
 	$(call other-bits,$(COMPATIBLE) $(TWO),$(QUICK))
 	$(MAKE) test-verl
 
-# On a GPU, two minutes: all that needs one, and all that compares kernels with float64, which the
+# On a GPU: all that needs one, and all that compares kernels with float64, which the
 # other targets run in Triton's interpreter.
 test-gpu: venv
 	OMP_NUM_THREADS=2 $(PYTHON) -m pytest @tests/gpu.txt -n 8
