@@ -20,7 +20,7 @@ from fused_sd.objectives.truncated import SUPPORT_METRICS, TruncatedRows
 from fused_sd.settings import setting
 from fused_sd.terms.comparison import Comparison
 from fused_sd.terms.ids import overlap
-from fused_sd.terms.support import SideName
+from fused_sd.terms.support import SIDES, SideName
 from fused_sd.terms.weighting import capped_ratio, clip_tokens
 from fused_sd.torch_kernels.rows import ROW_METRICS, RowGradient
 
@@ -109,8 +109,7 @@ class DivergenceObjective(NamedTuple):
 
     def _labels(self, chunk: Chunk, token_ids: Tensor | None) -> dict[SideName, Tensor]:
         """The sampled tokens' logits (C,) on the sides whose log-probabilities are needed."""
-        sides: tuple[SideName, SideName] = ("student", "teacher")
-        needed = [side for side in sides if f"{side}_log_prob" in self.metrics]
+        needed = [side for side in SIDES if f"{side}_log_prob" in self.metrics]
         if self.importance_cap is not None and "student" not in needed:
             needed.append("student")
         if not needed:
@@ -122,18 +121,17 @@ class DivergenceObjective(NamedTuple):
     def _agreement(self, chunk: Chunk) -> dict[str, Tensor]:
         """How far the sides' largest entries agree; a support's own top-k is used again."""
         found = {}
-        sides: tuple[SideName, SideName] = ("student", "teacher")
         if "topk_overlap" in self.metrics:
-            chosen = [chunk.top_k(side, self.comparison.support.top_k) for side in sides]
+            chosen = [chunk.top_k(side, self.comparison.support.top_k) for side in SIDES]
             found["topk_overlap"] = overlap(*chosen).to(chunk.student)
         # whole rows of one rank are searched where they are normalised
         if "top1_agreement" in self.metrics and (
             self.comparison.support.is_truncated or not chunk.shard.alone
         ):
-            for side in sides:  # a support's top-k begins with the largest
+            for side in SIDES:  # a support's top-k begins with the largest
                 if self.comparison.support.chooses(side):
                     chunk.top_k(side, self.comparison.support.top_k)
-            ids, other = (chunk.top_k(side, 1)[:, 0] for side in sides)
+            ids, other = (chunk.top_k(side, 1)[:, 0] for side in SIDES)
             found["top1_agreement"] = (ids == other).to(chunk.student)
         return found
 

@@ -27,7 +27,7 @@ from fused_sd.terms.buckets import (
     with_tail,
 )
 from fused_sd.terms.comparison import Comparison
-from fused_sd.terms.support import SideName
+from fused_sd.terms.support import SIDES, SideName
 from fused_sd.terms.weighting import clip_tokens
 from fused_sd.torch_kernels.rows import ROW_METRICS, EntryGradient
 
@@ -112,7 +112,7 @@ class TruncatedRows:
             entries.student, entries.teacher, rests, comparison.term, comparison.entry_clip
         )
         if found.lses is not None:
-            self.lse.update(zip(("student", "teacher"), found.lses))
+            self.lse.update(zip(SIDES, found.lses))
         return found
 
     def _rare_terms(self, is_served: bool) -> EntryTerms:
@@ -142,7 +142,7 @@ class TruncatedRows:
             log_s, self.lse["student"] = with_tail(student, rest)
             log_t = torch.cat([teacher, log_complement(teacher, 0.0)], -1)
             return Buckets(log_s, log_t, torch.where(rest == -torch.inf, 0, rest), True)
-        self.lse.update(zip(("student", "teacher"), self.normalizers))
+        self.lse.update(zip(SIDES, self.normalizers))
         background = self.lse["student"]
         log_s = student - background[:, None]
         if remainder == "teacher_renormalize":
@@ -215,8 +215,7 @@ class TruncatedRows:
     def _masses(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Both sides' mass on the support and outside it, each (C,), where one is named."""
         found: dict[str, Tensor] = {}
-        sides: tuple[SideName, SideName] = ("student", "teacher")
-        for side in sides:
+        for side in SIDES:
             if not {f"{side}_mass", f"{side}_tail_mass"}.intersection(names):
                 continue
             is_served = side == "teacher" and self.chunk.teacher_side is None

@@ -12,7 +12,7 @@ from fused_sd.engine.layout import Layout, Room, RunSize
 from fused_sd.objectives.divergence import DivergenceObjective
 from fused_sd.planning.objectives import PlannedObjective
 from fused_sd.planning.workload import Parts, Workload, total
-from fused_sd.terms.support import SideName
+from fused_sd.terms.support import SIDES
 from fused_sd.torch_kernels import near, sparse
 from fused_sd.torch_kernels.row_blocks import rows_in_work
 from fused_sd.torch_kernels.selection import BLOCK, has_short_list
@@ -166,10 +166,7 @@ def compared(objective: PlannedObjective) -> int:
 def choosing_sides(objective: PlannedObjective) -> int:
     """Number of sides whose top-k forms the support."""
     support = objective.truncated
-    if support is None or not support.top_k:
-        return 0
-    sides: tuple[SideName, SideName] = ("student", "teacher")
-    return sum(support.reads_whole(side) for side in sides)
+    return 0 if support is None else sum(map(support.chooses, SIDES))
 
 
 def _dot_product_bytes(work: Workload, chunk: int) -> int:

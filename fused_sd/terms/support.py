@@ -21,6 +21,7 @@ from fused_sd.terms.ids import first_occurrence
 
 Remainder = Literal["tail", "renormalize", "drop", "teacher_renormalize"]
 SideName = Literal["student", "teacher"]
+SIDES: tuple[SideName, SideName] = ("student", "teacher")
 
 
 class Rows(Protocol):
