@@ -83,7 +83,9 @@ def _num_workers(num_blocks: int) -> int:
 
 def _on_threads(run: Callable[[Tensor], None], memory: Tensor) -> None:
     """Call ``run`` on this thread and on helpers, each with memory of its own."""
-    rounds_to_zero = torch.full((), 1e-40).item() == 0  # a setting of each thread
+    rounds_to_zero = (
+        torch.full((), 1e-40, dtype=torch.float32).item() == 0
+    )  # a setting of each thread
 
     def help_with(buffers: Tensor) -> None:
         torch.set_flush_denormal(rounds_to_zero)

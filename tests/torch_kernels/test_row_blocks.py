@@ -108,9 +108,15 @@ def test_autograd_inference_mode_and_rounding_to_zero_are_the_callers(threads):
     tiny = torch.full((40, WIDTH), 1e-30, requires_grad=True)
     with torch.inference_mode():
         inference = torch.zeros(40)
-    for out in (torch.zeros(40), inference):
+    default = torch.get_default_dtype()
+    for out, dtype in (
+        (torch.zeros(40), default),
+        (torch.zeros(40), torch.float64),
+        (inference, default),
+    ):
         for flushes in (True, False):
             torch.set_flush_denormal(flushes)
+            torch.set_default_dtype(dtype)
             try:
                 with torch.inference_mode(out.is_inference()), torch.no_grad():
                     for_row_blocks(
@@ -118,6 +124,7 @@ def test_autograd_inference_mode_and_rounding_to_zero_are_the_callers(threads):
                     )
             finally:
                 torch.set_flush_denormal(False)
+                torch.set_default_dtype(default)
             assert ((out == 0) == flushes).all()
             assert not out.requires_grad
 
