@@ -1,7 +1,10 @@
 """How many tokens a chunk and a group hold, by the memory there is."""
 
 import pytest
+from cases import make_case
 
+import fused_sd
+from fused_sd.engine import operator
 from fused_sd.engine.layout import (
     GPU_BUDGET,
     Layout,
@@ -40,6 +43,18 @@ def test_an_eighth_of_the_free_memory_bounds_a_group():
 def test_a_group_is_no_longer_than_the_run(num_tokens):
     chosen = choose_layout(SIZE, num_tokens, room_beside(60 * 2**30))
     assert chosen == (min(512, max(1, num_tokens)), max(1, num_tokens))
+
+
+def test_memory_is_asked_for_before_the_device_is_waited_for(monkeypatch):
+    asked = []
+    ask, keep = operator.room_on, operator.KeptTokens
+    monkeypatch.setattr(operator, "room_on", lambda *a: asked.append("memory") or ask(*a))
+    monkeypatch.setattr(operator, "KeptTokens", lambda *a: asked.append("tokens") or keep(*a))
+    case = make_case()
+    fused_sd.cross_entropy_loss(
+        case.hidden, case.head, case.token_ids, token_weights=case.token_weights
+    )
+    assert asked == ["memory", "tokens"]
 
 
 def test_a_given_chunk_and_ranks_have_the_shortest_group():
