@@ -8,8 +8,8 @@ Dimension key:  B sequences, T completion tokens, D hidden size
 """
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class CompletionForward:
         length: T, the length of the padded completions at the end of each row.
         padding_free: run the backbone on one row without padding.  The states at padding are then
             those of some other token, so that ``compute`` has to give them weight 0.
+        more_inputs: further arguments of the model, such as ``pixel_values``.
     """
 
     model: nn.Module
@@ -38,15 +39,21 @@ class CompletionForward:
     attention_mask: Tensor
     length: int
     padding_free: bool = False
+    more_inputs: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, compute: Compute) -> Any:
         """Run the model, and return what ``compute`` returns for the completions' states (B, T, D).
 
         Raises:
-            ValueError: something has replaced the forward that ``attach`` installed.
+            ValueError: something has replaced the forward that ``attach`` installed, or images are
+                to be packed.
         """
         positions = completion_positions(self.length)
         if self.padding_free:
+            if self.more_inputs:
+                # the places of image tokens follow from the padded rows, and position ids from them
+                got = ", ".join(self.more_inputs)
+                fail("padding_free", "be False for batches with images", got, "leave it out")
             check_packing(self.model)
             packed = pack_completions(self.input_ids, self.attention_mask, self.length)
             inputs = packed.inputs(self.model)
@@ -54,7 +61,7 @@ class CompletionForward:
         else:
             inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
             request = Request(compute, positions)
-        output = self.model(**inputs, use_cache=False, fused_sd=request)
+        output = self.model(**inputs, **self.more_inputs, use_cache=False, fused_sd=request)
         # Trainer applies Liger when training starts, after ``attach``: its fused head replaces the
         # instance's forward, swallows unknown keywords and returns logits.
         if not hasattr(output, "result"):

@@ -12,6 +12,7 @@ from fused_sd.integrations.trl.drop_in import (
     FusedSDPOTrainer,
     FusedSelfDistillationMixin,
 )
+from fused_sd.integrations.trl.fused_grpo import FusedGRPOTrainer
 from fused_sd.integrations.trl.generators import transformers_generate, vllm_generate
 from fused_sd.integrations.trl.grpo import GRPOConfig, GRPOTrainer
 from fused_sd.integrations.trl.opsd import OPSDConfig, OPSDTrainer
@@ -32,6 +33,7 @@ __all__ = [
     "CreditMapCallback",
     "DiscoveryConfig",
     "DiscoveryTrainer",
+    "FusedGRPOTrainer",
     "FusedSDFTTrainer",
     "FusedSDPOTrainer",
     "FusedSelfDistillationMixin",

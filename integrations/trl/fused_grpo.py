@@ -1,0 +1,148 @@
+"""TRL's GRPOTrainer with log-probabilities and entropies from the library's own loss head.
+
+    from fused_sd.integrations.trl import FusedGRPOTrainer as GRPOTrainer
+
+Arguments, configuration, rollouts, rewards, loss and logged names are TRL's.  Its loss, the old
+policy and the reference model read log-probabilities from one method alone,
+``_get_per_token_logps_and_entropies`` (TRL 1.9 to 1.16), which is replaced here.
+
+Dimension key:  B sequences, L positions, T completion tokens
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl import GRPOTrainer
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+
+from fused_sd import LMHead, TokenLogProbs, token_log_probs
+from fused_sd.integrations.shared.completion_scores import CompletionForward
+from fused_sd.integrations.transformers import attach
+
+# The model's arguments beside ids and mask that TRL's batches hold, where a model has them.
+IMAGE_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "image_position_ids",
+)
+# One number for each token: of which kind it is, such as text or image.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
+class FusedGRPOTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer, without logits and with fp32 log-probabilities in every dtype.
+
+    Two things are left to TRL's own computation: a model whose head cannot be reproduced, with a
+    warning, and a loss with a router's auxiliary loss, which reads more than log-probabilities.
+    """
+
+    _fused = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # After TRL's __init__, which may have prepared the reference model: accelerate's autocast
+        # does not reach requests unless it is passed on.
+        try:
+            for model in (self.model, self.ref_model):
+                if model is not None:
+                    attach(model, autocast=self.accelerator.autocast)
+            self._fused = True
+        except ValueError as error:
+            warnings.warn(f"{type(self).__name__} runs TRL's own loss: {error}", stacklevel=2)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **fields: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Score completions, some rows at a time.
+
+        Args:
+            input_ids, attention_mask: (B, L).
+            logits_to_keep: T.
+            batch_size: rows of one forward; None: all.
+            compute_entropy: return entropies too.
+            compute_aux_loss: return the auxiliary loss of a mixture of experts.
+            fields: images and token types of the batch.
+
+        Returns:
+            Log-probabilities (B, T), entropies (B, T) or None, auxiliary loss or None.
+        """
+        if compute_aux_loss or not self._fused:
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size=batch_size,
+                compute_entropy=compute_entropy,
+                compute_aux_loss=compute_aux_loss,
+                **fields,
+            )
+        batch = {name: value for name, value in fields.items() if value is not None}
+        batch.update(input_ids=input_ids, attention_mask=attention_mask)
+        parts = [
+            self._score(model, rows, logits_to_keep, compute_entropy)
+            for rows in row_slices(batch, batch_size or len(input_ids))
+        ]
+        log_probs = torch.cat([part.log_probs for part in parts])
+        entropies = [part.entropy for part in parts if part.entropy is not None]
+        return log_probs, torch.cat(entropies) if entropies else None, None
+
+    def _score(
+        self, model: nn.Module, batch: dict[str, Any], length: int, entropy: bool
+    ) -> TokenLogProbs:
+        """Return log-probabilities and entropies of the last ``length`` tokens of each row."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+
+        def compute(hidden: Tensor, head: LMHead) -> TokenLogProbs:
+            # ``cast_lm_head_to_fp32`` keeps a 16-bit model's head in fp32
+            hidden = hidden.to(torch.promote_types(hidden.dtype, head.weight.dtype))
+            return token_log_probs(
+                hidden,
+                head,
+                ids[:, -length:],
+                entropy=entropy,
+                temperature=self.temperature,
+                token_weights=mask[:, -length:],
+            )
+
+        forward = CompletionForward(model, ids, mask, length, more_inputs=model_inputs(batch))
+        return forward(compute)
+
+
+def model_inputs(batch: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the arguments of a model that a batch holds beside ids and mask.
+
+    Args:
+        batch: images, and token types for each sequence of the batch.
+        prefix: of the names of the token types: ``"teacher_"`` for the teacher's sequences.
+    """
+    images = {name: batch[name] for name in IMAGE_INPUTS if batch.get(name) is not None}
+    types = {name: batch.get(f"{prefix}{name}") for name in TOKEN_TYPES}
+    return images | {name: value for name, value in types.items() if value is not None}
+
+
+def row_slices(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    """Split a batch into parts of at most ``size`` rows, each with the images of its rows."""
+    num_rows = len(batch["input_ids"])
+    if size >= num_rows:
+        yield batch
+        return
+    # A list for each row; without ``num_images`` there are no images to deal out.
+    by_row = split_pixel_values_by_grid(batch)
+    for start in range(0, num_rows, size):
+        part = {name: values[start : start + size] for name, values in by_row.items()}
+        yield unsplit_pixel_values_by_grid(part)
