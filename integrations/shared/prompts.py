@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from fused_sd.checks import fail
-from fused_sd.integrations.shared.rollouts import Rollout, without_thinking
+from fused_sd.integrations.shared.rollouts import Rollout, Sibling, without_thinking
 
 
 def last_user_text(prompt: Any) -> str:
@@ -30,10 +30,20 @@ def last_user_text(prompt: Any) -> str:
 
 
 def with_user_text(prompt: Any, text: str) -> Any:
-    """Return the prompt with another text in its last user turn; earlier turns stay."""
+    """Return the prompt with another text in its last user turn; its images and earlier turns stay.
+
+    The text takes the place of the turn's first text; further texts are part of it, and go.
+    """
     if isinstance(prompt, str):
         return text
-    return [*prompt[:-1], {**prompt[-1], "content": text}]
+    content: Any = prompt[-1]["content"]
+    new: Any = text
+    if not isinstance(content, str):
+        is_text = [part.get("type") == "text" for part in content]
+        place = is_text.index(True) if any(is_text) else len(content)
+        others = [part for n, part in enumerate(content) if n > place and not is_text[n]]
+        new = [*content[:place], {"type": "text", "text": text}, *others]
+    return [*prompt[:-1], {**prompt[-1], "content": new}]
 
 
 def check_template(name: str, template: str, *needed: str) -> None:
@@ -92,6 +102,19 @@ def check_sibling_templates(settings: SiblingSettings) -> None:
     check_template("attempt_template", settings.attempt_template, "attempt")
 
 
+def has_demonstration(rollout: Rollout, settings: SiblingSettings) -> bool:
+    """Return whether a successful rollout of the group may be shown to this one's teacher."""
+    return bool(_demonstrations(rollout, settings))
+
+
+def _demonstrations(rollout: Rollout, settings: SiblingSettings) -> list[Sibling]:
+    return rollout.siblings(
+        threshold=settings.success_reward_threshold,
+        successful=True,
+        itself=not settings.dont_reprompt_on_self_success,
+    )
+
+
 def sibling_prompt(rollout: Rollout, feedback: str | None, settings: SiblingSettings) -> Any:
     """Return SDPO's teacher prompt: with a successful sibling, feedback or both; None for neither.
 
@@ -99,11 +122,7 @@ def sibling_prompt(rollout: Rollout, feedback: str | None, settings: SiblingSett
     """
     solution = shown_feedback = ""
     if settings.use_successful_as_teacher:
-        found = rollout.siblings(
-            threshold=settings.success_reward_threshold,
-            successful=True,
-            itself=not settings.dont_reprompt_on_self_success,
-        )
+        found = _demonstrations(rollout, settings)
         if found:
             text = found[0].text
             if settings.remove_thinking_from_demonstration:

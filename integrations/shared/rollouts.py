@@ -3,9 +3,10 @@
 Dimension key:  G generations of a prompt
 """
 
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
@@ -34,6 +35,9 @@ class Rollout:
         feedback: what ``feedback_func`` returned for this completion.
         index: its place among the rollouts of all processes.
         group: all completions of the prompt, this one included, from all processes.
+        observation: the last result of a tool in the completion, or None.
+        example: the dataset's row.
+        tools: the tools that the prompt offers.
     """
 
     prompt: Any
@@ -45,9 +49,14 @@ class Rollout:
     feedback: str | None
     index: int
     group: Sequence[Sibling]
+    observation: str | None = None
+    example: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Any] = ()
 
     def siblings(self, *, threshold: float, successful: bool, itself: bool) -> list[Sibling]:
         """Return the group's rollouts on one side of a reward threshold, in the order of sampling.
+
+        A rollout without a verdict, whose reward is NaN, is on neither side.
 
         Args:
             threshold: the reward from which on a rollout is successful.
@@ -57,7 +66,8 @@ class Rollout:
         return [
             sibling
             for sibling in self.group
-            if (sibling.reward >= threshold) == successful
+            if not math.isnan(sibling.reward)
+            and (sibling.reward >= threshold) == successful
             and (itself or sibling.index != self.index)
         ]
 

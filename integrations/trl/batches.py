@@ -1,11 +1,14 @@
-"""How sampled completions become a training batch: rewards, feedback, advantages and masks.
+"""How TRL's rollouts become a training batch: feedback, advantages, masks and the teacher's side.
 
 (What is said of TRL was read in 1.16.)
 
-Dimension key:  B sequences, T completion tokens
+Dimension key:  B sequences of this process, N of all processes, T completion tokens
 """
 
+import asyncio
+import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,89 +18,178 @@ from fused_sd.checks import fail
 from fused_sd.integrations.shared.rollouts import Rollout
 
 FeedbackFunction = Callable[..., Sequence[str | None]]
+FEEDBACK_METHOD = "get_feedback"  # of an environment
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What is known of a batch's rollouts once they have rewards.
+
+    Attributes:
+        examples: the dataset's rows.
+        prompts: as the student read them, with images and an environment's observation.
+        completion_ids: of this process, tools' results included.
+        texts: the completions without special tokens.
+        observations: the last result of a tool in each completion, or None.
+        feedback: what the environment said about each completion, or None.
+        rewards: (N,) weighted sums; NaN where no reward function had a verdict.
+    """
+
+    examples: Sequence[dict[str, Any]]
+    prompts: Sequence[Any]
+    completion_ids: Sequence[list[int]]
+    texts: Sequence[str]
+    observations: Sequence[str | None]
+    feedback: Sequence[str | None]
+    rewards: Tensor
 
 
 class RolloutBatches:
-    """Overrides the methods of TRL's ``SDPOTrainer`` that make a batch."""
+    """Overrides the methods of TRL's ``GRPOTrainer`` that make a batch."""
 
     needs_signal: ClassVar[bool] = True  # whether a rollout whose prompt is None has weight 0
     feedback_func: FeedbackFunction | None
-    # Of the rollouts that are being made: the dataset's rows, the completions, and the feedback.
-    # TRL hands the context builder neither rows nor texts; ``TeacherContexts`` reads them here.
-    _examples: Sequence[dict[str, Any]] = ()
-    _texts: Sequence[str] = ()
-    _feedback: Sequence[str | None] = ()
+    # TRL's batch holds neither rows nor texts: the teacher's contexts read them here.
+    scored: Scored
 
     def more_inputs(self, rollouts: Sequence[Rollout], output: dict[str, Any]) -> dict[str, Tensor]:
         """Return tensors (B, ...) to add to the batch; ``loss_mask`` (B, T) leaves out tokens.
 
         Args:
             rollouts: this process's.
-            output: the batch so far, with TRL's names.
+            output: the batch so far, with TRL's names and the ``loss_mask``.
         """
         return {}
 
-    def _generate(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Sample completions; one that ended at once is its end token.
 
         An engine may return no token for such a completion, and TRL reads each completion's last.
         """
-        prompts, completions = super()._generate(prompt_ids)
-        return prompts, [list(ids) or [self.end_token_ids[0]] for ids in completions]
+        completions, log_probs = super()._generate_single_turn(*args, **kwargs)
+        empty = [n for n, ids in enumerate(completions) if not len(ids)]
+        for n in empty:
+            completions[n] = [self.end_token_ids[0]]
+            if log_probs is not None:
+                log_probs[n] = [None]  # not known: TRL then corrects nothing
+        return completions, log_probs
+
+    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the tools, of which an environment's method for feedback is none."""
+        for tools in (*self._sync_tool_dicts, *self._async_tool_dicts):
+            tools.pop(FEEDBACK_METHOD, None)
+        return super()._tool_call_loop(*args, **kwargs)
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
-        """Ask for feedback too: only here are rows, texts and tokens of the rollouts at hand."""
-        self._examples = inputs
-        self._texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-        self._feedback: Sequence[str | None] = [None] * len(prompts)
+        """Ask for feedback too: only here are rows, prompts and completions at hand."""
+        if self.reward_funcs:
+            given = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        else:
+            number = len(prompts) * self.accelerator.num_processes
+            given = torch.zeros(number, 1, device=self.accelerator.device)
+        rewards = (given * self.reward_weights.to(given)).nansum(1)
+        rewards[given.isnan().all(1)] = torch.nan
+        self.scored = Scored(
+            inputs,
+            prompts,
+            completion_ids_list,
+            self._tokenizer.batch_decode(completion_ids_list, skip_special_tokens=True),
+            [_observation(completion) for completion in completions],
+            self._ask_for_feedback(inputs, prompts, completions, completion_ids_list),
+            rewards,
+        )
+        return given
+
+    def _ask_for_feedback(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Sequence[str | None]:
+        """Return what ``feedback_func`` says of each completion, else what the environments say."""
+        environments = getattr(self, "environments", None)
         if self.feedback_func is not None:
+            name = "feedback_func"
             columns = [key for key in inputs[0] if key not in ("prompt", "completion")]
-            answers = self.feedback_func(
+            answers: Any = self.feedback_func(
                 prompts=prompts,
                 completions=completions,
                 completion_ids=completion_ids_list,
+                **({} if environments is None else {"environments": environments}),
                 **{key: [example[key] for example in inputs] for key in columns},
             )
-            if len(answers) != len(prompts):
-                rule = f"return one answer for each of {len(prompts)} completions"
-                remedy = "return None where there is nothing to say"
-                fail("feedback_func", rule, len(answers), remedy)
-            self._feedback = answers
-        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        elif environments is not None:
+            name = FEEDBACK_METHOD
+            methods = [getattr(one, FEEDBACK_METHOD, None) for one in environments]
+            answers = [None if method is None else method() for method in methods]
+        else:
+            return [None] * len(prompts)
+        if inspect.isawaitable(answers):
+            answers = asyncio.run(_result(answers))
+        if len(answers) != len(prompts):
+            rule = f"return one answer for each of {len(prompts)} completions"
+            remedy = "return None where there is nothing to say"
+            fail(name, rule, len(answers), remedy)
+        for answer in answers:
+            if answer is not None and not isinstance(answer, str):
+                rule, remedy = "return texts, or None", "make it a text: str(...)"
+                fail(name, rule, f"a {type(answer).__name__}", remedy)
+        return list(answers)
 
-    def _prepare_training_batch(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Add a method's tensors, the loss mask, advantages and token counts to TRL's batch."""
-        batch = super()._prepare_training_batch(inputs)
-        batch.update(self.teacher_context_builder.more_inputs)
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Add the teacher's side, the loss mask, advantages and token counts to TRL's batch."""
+        batch = super()._generate_and_score_completions(inputs)
+        start = self.accelerator.process_index * len(inputs)
+        local = slice(start, start + len(inputs))
+        advantages = self._advantages(self.scored.rewards)
+        batch["rewards"], batch["advantages"] = self.scored.rewards[local], advantages[local]
+        self._relog(advantages)
+        mask = batch["completion_mask"]
+        batch["loss_mask"] = mask * batch["tool_mask"] if "tool_mask" in batch else mask
+        sampled = batch["loss_mask"].sum().float()
+        batch.update(self.teacher_contexts.build(batch))
         if self.needs_signal:
             batch["loss_mask"] = batch["loss_mask"] * batch["self_distillation_mask"][:, None]
-        batch["advantages"] = self._advantages(batch["rewards"])
         # TRL splits the batch into micro-batches along the first dimension and leaves tensors
         # without one as they are: all micro-batches divide by the same counts.
-        masks = (batch["loss_mask"], batch["completion_mask"])
-        counts = torch.stack([mask.sum().float() for mask in masks])
+        counts = torch.stack([batch["loss_mask"].sum().float(), sampled])
         counts = self.accelerator.gather(counts[None]).sum(0)
         batch["num_loss_tokens"], batch["num_tokens"] = counts
         return batch
 
-    def _advantages(self, rewards: Tensor) -> Tensor:
-        """Return advantages (B,): rewards less their group's mean, scaled by ``scale_rewards``.
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """Tell callbacks of new rollouts, as TRL's self-distillation trainers do."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not before:
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "on_generation_batch_built"):
+                    callback.on_generation_batch_built(self.args, self.state)
+        return inputs
 
-        TRL's own advantages add a fixed 1e-4 to the divisor, even where nothing is scaled, and are
-        0 or NaN in groups of one.  Here a group of one keeps its reward.
+    def _advantages(self, rewards: Tensor) -> Tensor:
+        """Return advantages (N,): rewards less their group's mean, scaled by ``scale_rewards``.
+
+        TRL's own advantages add a fixed 1e-4 to the divisor, and are 0 in groups of one.  Here a
+        group of one keeps its reward.  A rollout without a verdict has advantage 0.
         """
-        everyone = self.accelerator.gather(rewards)
         size = self.num_generations if self.model.training else self.num_generations_eval
-        groups = everyone.view(-1, size)
-        centred = groups - groups.mean(1, keepdim=True) if size > 1 else groups
+        groups = rewards.view(-1, size)
+        centred = groups - groups.nanmean(1, keepdim=True) if size > 1 else groups
         if self.args.scale_rewards == "group" and size > 1:
-            centred = centred / (groups.std(1, keepdim=True) + self.args.advantage_epsilon)
-        elif self.args.scale_rewards == "batch" and everyone.numel() > 1:
-            centred = centred / (everyone.std() + self.args.advantage_epsilon)
-        start = self.accelerator.process_index * len(rewards)
-        return centred.flatten()[start : start + len(rewards)]
+            centred = centred / (_deviation(groups) + self.args.advantage_epsilon)
+        elif self.args.scale_rewards == "batch" and rewards.numel() > 1:
+            centred = centred / (_deviation(rewards[None]) + self.args.advantage_epsilon)
+        return centred.flatten().nan_to_num(nan=0.0)
+
+    def _relog(self, advantages: Tensor) -> None:
+        """Put the advantages that are trained on into TRL's table; leave out absent rewards."""
+        table = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(table))):
+            table.pop()
+        table.extend(advantages.tolist())
+        if not self.reward_funcs:
+            for name in ("reward", "reward_std", "frac_reward_zero_std"):
+                self._metrics[self._phase(self.model)].pop(name, None)
 
     @property
     def end_token_ids(self) -> list[int]:
@@ -108,6 +200,53 @@ class RolloutBatches:
         declared: list[int] = getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id])
         return declared
 
-    def tokenize(self, prompt: Any) -> list[int]:
-        """Return the tokens of a prompt, with chat template and generation header."""
-        return self._tokenize_prompts_untruncated([prompt])[0]
+    def tokenize(self, prompt: Any, tools: Sequence[Any] | None = None) -> list[int]:
+        """Return the tokens of a prompt, with chat template and generation header.
+
+        Args:
+            prompt: text or messages, images included.
+            tools: what the template lists as the student's tools.
+        """
+        if isinstance(prompt, str):
+            return list(self.processing_class(text=[prompt])["input_ids"][0])
+        tokens = self.processing_class.apply_chat_template(
+            conversation=[prompt],
+            tools=list(tools) if tools else None,
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **self.chat_template_kwargs,
+        )
+        return list(tokens["input_ids"][0])
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the teacher's column where ``remove_unused_columns`` is set."""
+        super()._set_signature_columns_if_needed()
+        if "privileged_context" not in self._signature_columns:
+            self._signature_columns.append("privileged_context")
+
+
+async def _result(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def _deviation(groups: Tensor) -> Tensor:
+    """Return each row's standard deviation, without NaNs, (groups, 1)."""
+    known = ~groups.isnan()
+    count = known.sum(1, keepdim=True)
+    squares = (groups - groups.nanmean(1, keepdim=True)).nan_to_num(nan=0.0).square()
+    return (squares.sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+
+
+def _observation(completion: Any) -> str | None:
+    """Return the text of a completion's last tool turn, or None where it has none."""
+    if isinstance(completion, str):
+        return None
+    contents = [turn["content"] for turn in completion if turn.get("role") == "tool"]
+    if not contents:
+        return None
+    last = contents[-1]
+    if isinstance(last, str):
+        return last
+    return "".join(part["text"] for part in last if part.get("type") == "text")

@@ -1,46 +1,53 @@
 """The settings that all methods share.
 
-The methods' configurations extend TRL's ``SDPOConfig`` (1.6 to 1.16), so that TRL's command line,
-vLLM and generation settings work.  SDPOConfig has settings that a method does not read; its
-configuration lists them in ``unread``, and giving one is an error.
+The methods' configurations extend TRL's ``GRPOConfig`` (1.9 to 1.16), so that TRL's command line,
+its rollouts, vLLM, tools and logs work as in GRPO.  GRPOConfig has settings of GRPO's loss that a
+method does not read; its configuration lists them in ``unread``, and giving one is an error.
 """
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from trl.experimental.sdpo import SDPOConfig as StockSDPOConfig
+from trl import GRPOConfig
 
 from fused_sd.checks import check_one_of, check_positive_int, fail
 from fused_sd.integrations.trl.sparse_gradients import GradientSettings
 
 LOSS_TYPES = ("bnpo", "dapo", "grpo", "dr_grpo")
 TEACHERS = ("live", "base", "ema", "synced")  # of every method
-# groups of settings, of which some methods read none
-DIVERGENCE_SETTINGS = (
-    "distillation_alpha",
-    "distillation_mode",
-    "distillation_topk",
-    "distillation_is_clip",
-    "distillation_add_tail",
-    "distillation_weight",
+# settings of GRPO's loss that no method reads
+GRPO_SETTINGS = (
+    "beta",
+    "entropy_coef",
+    "entropy_coef_delta",
+    "entropy_coef_max",
+    "entropy_coef_min",
+    "entropy_target",
+    "importance_sampling_level",
+    "multi_objective_aggregation",
+    "off_policy_mask_threshold",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+    "router_aux_loss_coef",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
+    "sync_ref_model",
+    "top_entropy_quantile",
+    "use_adaptive_entropy",
+    "use_bias_correction_kl",
+    "vespo_k_neg",
+    "vespo_k_pos",
+    "vespo_lambda_neg",
+    "vespo_lambda_pos",
 )
-SIBLING_SETTINGS = (
-    "use_successful_as_teacher",
-    "dont_reprompt_on_self_success",
-    "include_environment_feedback",
-    "environment_feedback_only_without_solution",
-    "solution_template",
-    "feedback_template",
-    "remove_thinking_from_demonstration",
-)
-TEACHER_SETTINGS = ("teacher_model_kind", "teacher_update_rate", "teacher_sync_steps")
-POLICY_SETTINGS = ("epsilon", "epsilon_high", "scale_rewards", "advantage_epsilon")
+# settings of the clipped policy loss, of which some methods read none
+POLICY_SETTINGS = ("epsilon", "epsilon_high", "delta", "scale_rewards", "advantage_epsilon")
 
 
 @dataclass
-class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
-    """Base of the methods' configurations: TRL's settings of SDPO, and a few more.
+class SelfDistillationConfig(GradientSettings, GRPOConfig):
+    """Base of the methods' configurations: TRL's settings of GRPO, and a few more.
 
     TRL's names keep TRL's meaning, with two extensions.
 
@@ -49,27 +56,18 @@ class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
     processes, ``"grpo"`` the mean of all sequences' means; ``"dr_grpo"`` divides the sum by the
     number of sequences times ``max_completion_length``.
 
-    ``teacher_model_kind`` may also be ``"synced"``, a hard copy every ``teacher_sync_steps`` steps,
-    or, in methods that compare distributions, ``"trust_region"``, which mixes the initial weights'
-    and the student's log-probabilities at ``teacher_update_rate``.
+    ``num_generations`` may be 1 where the method compares no rollouts of a group.
 
     Raises:
         ValueError: a value is out of its range, or a setting is given that the method does not
             read.
     """
 
-    unread: ClassVar[tuple[str, ...]] = (
-        "beta",
-        "importance_sampling_level",
-        "use_teacher_server",
-    )
+    unread: ClassVar[tuple[str, ...]] = GRPO_SETTINGS
     """TRL's settings that the method does not read."""
 
-    teachers: ClassVar[tuple[str, ...]] = TEACHERS
-    """Values of ``teacher_model_kind``; a loss between distributions adds ``"trust_region"``."""
-
-    distillation_mode: Literal["sampled_token", "full_logits", "topk_logits"] = field(
-        default="full_logits", metadata={"help": "Only SDPO reads this."}
+    loss_type: str = field(
+        default="dapo", metadata={"help": f"Average of the token losses: {', '.join(LOSS_TYPES)}."}
     )
     advantage_epsilon: float = field(
         default=1e-6,
@@ -84,7 +82,10 @@ class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
     )
     padding_free: bool = field(
         default=False,
-        metadata={"help": "Run the backbone on sequences packed into one row, without padding."},
+        metadata={
+            "help": "Run the backbone on sequences packed into one row, without padding; not for "
+            "batches with images."
+        },
     )
     skip_nonfinite_gradients: bool = field(
         default=True,
@@ -92,9 +93,6 @@ class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
             "help": "Leave out the optimizer step and the teacher's update where a gradient is "
             "infinite or NaN."
         },
-    )
-    credit_map_steps: int = field(
-        default=0, metadata={"help": "Write credit maps every this many steps; 0 writes none."}
     )
 
     def __post_init__(self) -> None:
@@ -107,18 +105,70 @@ class SelfDistillationConfig(GradientSettings, StockSDPOConfig):
                     repr(getattr(self, setting.name)),
                     f"leave it at {_default(setting)!r}",
                 )
+        check_positive_int("num_generations", self.num_generations)
+        size = int(self.num_generations or 0)
+        if size == 1:
+            self.num_generations = _GroupOfOne(size)
         super().__post_init__()
+        self.num_generations = size
         check_one_of("loss_type", self.loss_type, LOSS_TYPES)
-        check_one_of("teacher_model_kind", self.teacher_model_kind, self.teachers)
-        check_positive_int("max_reprompt_len", self.max_reprompt_len)
         check_one_of("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
-        if self.num_generations == 1 and self.scale_rewards == "group":
+        if size == 1 and self.scale_rewards == "group":
             fail(
                 "num_generations",
                 'be at least 2 where rewards are scaled by their group (scale_rewards="group")',
                 1,
                 'sample more, or pass scale_rewards="none"',
             )
+
+
+class _GroupOfOne(int):
+    """The number 1, which TRL's ``num_generations < 2`` lets pass.
+
+    GRPO needs two rollouts of a prompt to compare; a divergence from a teacher needs one.
+    """
+
+    def __lt__(self, other: int) -> bool:
+        return False
+
+
+@dataclass
+class TeacherSettings:
+    """Mixin before a configuration: the settings of a method with a teacher.
+
+    ``teacher_model_kind`` is ``"live"`` (the student itself), ``"base"`` (the initial weights),
+    ``"ema"`` (a moving average), ``"synced"`` (a hard copy every ``teacher_sync_steps``) or, in
+    methods that compare distributions, ``"trust_region"``, which mixes the initial weights' and the
+    student's log-probabilities at ``teacher_update_rate``.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    teachers: ClassVar[tuple[str, ...]] = TEACHERS
+    """Values of ``teacher_model_kind``; a loss between distributions adds ``"trust_region"``."""
+
+    teacher_model_kind: str = field(
+        default="ema", metadata={"help": "Whose weights teach; see the class."}
+    )
+    teacher_update_rate: float = field(
+        default=0.05, metadata={"help": "Share of the student in each update of an average."}
+    )
+    teacher_sync_steps: int = field(
+        default=1, metadata={"help": "Batches of rollouts from one update to the next."}
+    )
+    max_reprompt_len: int = field(
+        default=10240,
+        metadata={"help": "Longest teacher prompt in tokens; a longer one loses its beginning."},
+    )
+    credit_map_steps: int = field(
+        default=0, metadata={"help": "Write credit maps every this many steps; 0 writes none."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # of the configuration that this stands before
+        check_one_of("teacher_model_kind", self.teacher_model_kind, self.teachers)
+        check_positive_int("max_reprompt_len", self.max_reprompt_len)
 
 
 def check_pair(name: str, values: Sequence[float]) -> None:

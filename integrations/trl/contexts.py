@@ -1,4 +1,4 @@
-"""Teacher prompts: filled templates, cut and padded tokens.
+"""Teacher prompts: filled templates, cut and padded tokens, and what kind of token each one is.
 
 Dimension key:  B sequences, L positions, T completion tokens
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_sd.checks import fail
 from fused_sd.integrations.shared.prompts import reprompted
 from fused_sd.integrations.shared.rollouts import Rollout
 
@@ -23,7 +24,7 @@ class PrivilegedPrompt:
     def hinted(self, rollout: Rollout, hint: str) -> list[int]:
         """Return the tokens of the rollout's prompt with a hint."""
         template = self.args.reprompt_template
-        return self.tokenize(reprompted(rollout.prompt, template, privileged=hint))
+        return self.tokenize(reprompted(rollout.prompt, template, privileged=hint), rollout.tools)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,7 @@ def teacher_inputs(
     *,
     pad_id: int,
     max_length: int,
+    multiple: int | None = None,
 ) -> TeacherInputs:
     """Pad prompts on the left and put the completions behind them.
 
@@ -50,9 +52,11 @@ def teacher_inputs(
     Args:
         pad_id: the padding token.
         max_length: of a prompt, in tokens.
+        multiple: the padded prompts' length is a multiple of this; None: that of the longest.
     """
     kept = [ids[-max_length:] for ids in prompts]
     longest = max((len(ids) for ids in kept), default=0)
+    longest = -(-longest // (multiple or 1)) * (multiple or 1)
     rows = torch.full((len(kept), longest), pad_id, dtype=completion_ids.dtype)
     mask = torch.zeros(len(kept), longest, dtype=completion_mask.dtype)
     for row, ids in enumerate(kept):
@@ -64,3 +68,34 @@ def teacher_inputs(
         torch.cat([mask.to(completion_mask.device), completion_mask], 1),
         sum(len(ids) < len(whole) for ids, whole in zip(kept, prompts)),
     )
+
+
+class TokenTypes:
+    """Which kind of token each token is, such as text or image, as a function of its id.
+
+    Processors tell it for the student's sequences alone.  Those of the teacher have the same
+    images among other text, and all families that are supported mark an image's own tokens.
+
+    Args:
+        ids: (B, L) the student's sequences.
+        types: (B, L) what the processor and TRL say of them.
+
+    Raises:
+        ValueError: one id has two types, so that they do not follow from the id.
+    """
+
+    def __init__(self, ids: Tensor, types: Tensor) -> None:
+        self.table = types.new_zeros(int(ids.max()) + 1)
+        self.table[ids] = types
+        if not torch.equal(self.table[ids], types):
+            fail(
+                "token types",
+                "follow from the token's id, to be known for the teacher's sequences",
+                "two types of one id",
+                "train on text, or use a model that marks image tokens alone",
+            )
+
+    def of(self, ids: Tensor) -> Tensor:
+        """Return the types of ids of any shape; an id that the student does not have is text."""
+        known = ids < len(self.table)
+        return self.table[torch.where(known, ids, 0)] * known

@@ -29,6 +29,7 @@ from fused_sd.credit import (
 from fused_sd.integrations.shared.completion_scores import CompletionForward, with_head
 from fused_sd.integrations.shared.probing import evaluating
 from fused_sd.integrations.transformers import attach
+from fused_sd.integrations.trl.fused_grpo import images_of, model_inputs
 from fused_sd.integrations.trl.teachers import teacher_head_is_resharded
 
 NEEDED = (
@@ -110,7 +111,8 @@ class CreditMapCallback(TrainerCallback):
         # A process without such a rollout runs the forwards too, which may be collective.
         if not count:
             chosen = torch.zeros(1, dtype=torch.long, device=mask.device)
-        batch = {name: inputs[name][chosen] for name in NEEDED}
+        rows = chosen.tolist()
+        batch = {name: inputs[name][chosen] for name in NEEDED} | images_of(inputs, rows)
         measures = self._measure(batch)
         captions = [f"step {step}, rollout {n}" for n in chosen.tolist()]
         if "rewards" in inputs:
@@ -146,7 +148,11 @@ class CreditMapCallback(TrainerCallback):
             attach(teacher, autocast=trainer.accelerator.autocast)
             is_resharded = teacher_head_is_resharded(trainer, teacher, trainer.model)
             forward = CompletionForward(
-                teacher, batch["teacher_input_ids"], batch["teacher_attention_mask"], ids.size(1)
+                teacher,
+                batch["teacher_input_ids"],
+                batch["teacher_attention_mask"],
+                ids.size(1),
+                more_inputs=model_inputs(batch, "teacher_"),
             )
             teacher_hidden, teacher_head = forward(with_head(is_resharded))
 
@@ -168,6 +174,7 @@ class CreditMapCallback(TrainerCallback):
                 torch.cat([batch["prompt_ids"], ids], 1),
                 torch.cat([batch["prompt_mask"], mask], 1),
                 ids.size(1),
+                more_inputs=model_inputs(batch),
             )
             measures: CreditMeasures = forward(compute)
         return measures

@@ -67,8 +67,9 @@ class DiscoveryTrainer(SDPOTrainer):
         self.first_success: int | None = None
         self.solution: str | None = None
         super().__init__(*args, **kwargs)
-        if len(self.train_dataset) != 1:
-            got = f"{len(self.train_dataset)} rows"
+        size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        if size != 1:
+            got = "a stream" if size is None else f"{size} rows"
             fail("train_dataset", "be one question", got, "make a trainer for each")
         # TRL fills a generation batch with different rows: one that holds several groups needs as
         # many copies of the question.
@@ -80,8 +81,8 @@ class DiscoveryTrainer(SDPOTrainer):
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """Record the attempts; rewards come back gathered, and texts are gathered to match."""
         per_function = super()._calculate_rewards(*args, **kwargs)
-        weighted = (per_function * self.reward_weights.to(per_function)).nansum(1).tolist()
-        for text, reward in zip(gather_object(self._texts), weighted):
+        rewards = self.scored.rewards.tolist()
+        for text, reward in zip(gather_object(list(self.scored.texts)), rewards):
             self.rewards.append(reward)
             if reward >= self.args.success_reward_threshold and self.first_success is None:
                 self.first_success, self.solution = len(self.rewards), text

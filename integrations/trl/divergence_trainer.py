@@ -12,9 +12,9 @@ from fused_sd import LMHead, LossOutput, trust_region_states
 from fused_sd.checks import fail
 from fused_sd.integrations.trl.config import (
     POLICY_SETTINGS,
-    SIBLING_SETTINGS,
     TEACHERS,
     SelfDistillationConfig,
+    TeacherSettings,
 )
 from fused_sd.integrations.trl.scores import DIVERGENCE_METRICS
 from fused_sd.integrations.trl.trainer import Inputs, Options, SelfDistillationTrainer
@@ -25,10 +25,17 @@ StatesAndHead = tuple[Tensor, LMHead]  # states are (B, T, D)
 
 
 @dataclass
-class DivergenceChoice:
+class DivergenceChoice(TeacherSettings):
     """Settings of a loss between distributions: any divergence, and a trust-region teacher."""
 
     teachers: ClassVar[tuple[str, ...]] = (*TEACHERS, "trust_region")
+
+    distillation_alpha: float = field(
+        default=0.5, metadata={"help": "0: KL(t||s), 1: KL(s||t), between: Jensen-Shannon."}
+    )
+    distillation_topk: int | None = field(
+        default=None, metadata={"help": "Entries of the support; None: the whole vocabulary."}
+    )
 
     divergence: str | None = field(
         default=None,
@@ -41,7 +48,7 @@ class DivergenceChoice:
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # of the configuration that this stands before
+        super().__post_init__()
         if self.divergence is None and self.divergence_parameter is not None:
             rule, remedy = "come with divergence", "name the divergence that it belongs to"
             fail("divergence_parameter", rule, self.divergence_parameter, remedy)
@@ -59,11 +66,7 @@ class DivergenceConfig(DivergenceChoice, SelfDistillationConfig):
 
     unread: ClassVar[tuple[str, ...]] = (
         *SelfDistillationConfig.unread,
-        *SIBLING_SETTINGS,
         *POLICY_SETTINGS,
-        "distillation_mode",
-        "distillation_is_clip",
-        "distillation_weight",
     )
 
     num_generations: int = field(default=1, metadata={"help": "Completions of a prompt."})

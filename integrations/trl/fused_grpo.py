@@ -10,7 +10,7 @@ Dimension key:  B sequences, L positions, T completion tokens
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -146,3 +146,16 @@ def row_slices(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
     for start in range(0, num_rows, size):
         part = {name: values[start : start + size] for name, values in by_row.items()}
         yield unsplit_pixel_values_by_grid(part)
+
+
+def images_of(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Return the images and token types of some of a batch's rows, under the names they have."""
+    names = {*IMAGE_INPUTS, *TOKEN_TYPES, *(f"teacher_{name}" for name in TOKEN_TYPES)}
+    counts = {"num_images", "num_tiles"}
+    found = {n: batch[n] for n in names | counts if batch.get(n) is not None}
+    by_row = split_pixel_values_by_grid(found)
+    chosen = {
+        name: [values[row] for row in rows] if isinstance(values, list) else values[list(rows)]
+        for name, values in by_row.items()
+    }
+    return unsplit_pixel_values_by_grid(chosen)

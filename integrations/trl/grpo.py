@@ -10,48 +10,31 @@ from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, grpo_loss
 from fused_sd.integrations.shared.rollouts import Rollout
-from fused_sd.integrations.trl.config import (
-    DIVERGENCE_SETTINGS,
-    SIBLING_SETTINGS,
-    TEACHER_SETTINGS,
-    SelfDistillationConfig,
-)
+from fused_sd.integrations.trl.config import SelfDistillationConfig
 from fused_sd.integrations.trl.trainer import Inputs, Options, SelfDistillationTrainer
-
-PROMPTING_SETTINGS = ("reprompt_template", "max_reprompt_len")
 
 
 @dataclass
 class PolicyConfig(SelfDistillationConfig):
     """Settings that the methods with a clipped policy loss share."""
 
-    unread: ClassVar[tuple[str, ...]] = (
-        *SelfDistillationConfig.unread,
-        *DIVERGENCE_SETTINGS,
-        *SIBLING_SETTINGS,
-    )
-
-    loss_type: str = field(default="dapo", metadata={"help": "Average of the token losses."})
     epsilon_high: float | None = field(
         default=0.28, metadata={"help": "Upper clip of the policy ratio; `epsilon` is the lower."}
     )
-    dual_clip: float | None = field(
+    delta: float | None = field(
         default=3.0,
-        metadata={"help": "Cap of the ratio where the advantage is negative; None: no cap."},
+        metadata={
+            "help": "Cap of the ratio where the advantage is negative (dual clip); None: no cap."
+        },
     )
 
 
 @dataclass
 class GRPOConfig(PolicyConfig):
-    """GRPO's settings, as in SDPO's and RLSD's baselines: clip (0.2, 0.28), dual clip 3, no KL."""
+    """GRPO's settings, as in SDPO's and RLSD's baselines: clip (0.2, 0.28), dual clip 3, no KL.
 
-    unread: ClassVar[tuple[str, ...]] = (
-        *PolicyConfig.unread,
-        *TEACHER_SETTINGS,
-        *PROMPTING_SETTINGS,
-        "success_reward_threshold",
-        "credit_map_steps",
-    )
+    ``FusedGRPOTrainer`` has all of TRL's settings and TRL's defaults.
+    """
 
 
 class PolicyTrainer(SelfDistillationTrainer):
@@ -67,8 +50,8 @@ class PolicyTrainer(SelfDistillationTrainer):
         """Return the keywords of ``policy_loss`` that configuration and batch decide."""
         return {
             "old_log_probs": inputs.get("old_per_token_logps"),
-            "ratio_clip": (self.args.epsilon, self.args.epsilon_high),
-            "dual_clip": self.args.dual_clip,
+            "ratio_clip": (self.epsilon_low, self.epsilon_high),
+            "dual_clip": self.args.delta,
         }
 
 

@@ -23,7 +23,7 @@ def record(trainer: Any, output: LossOutput, inputs: dict[str, Any]) -> None:
     mask = inputs["loss_mask"].float()
     metrics = {"loss": output.token_loss, **output.metrics}
     means = masked_means(metrics, mask, trainer.accelerator.gather)
-    counts = torch.stack([mask.sum(), inputs["completion_mask"].sum().float()])
+    counts = torch.stack([mask.sum(), trainer.sampled_mask(inputs).sum().float()])
     active, whole = trainer.accelerator.gather(counts[None]).sum(0).tolist()
     means["active_token_fraction"] = active / max(whole, 1.0)
     gap = _evidence(output.metrics)
@@ -35,6 +35,7 @@ def record(trainer: Any, output: LossOutput, inputs: dict[str, Any]) -> None:
         means.update(certificate_means(trainer.accelerator.gather(sums).sum(0).tolist()))
     if trainer.teacher is not None:
         means["teacher_age"] = float(trainer.teacher.age)
+    means.update(trainer.scalar_metrics())
     means["skipped_steps"] = float(trainer._teacher_callback.num_skipped)
     phase = trainer._phase(trainer.model)
     for name, value in means.items():

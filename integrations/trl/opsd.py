@@ -1,7 +1,6 @@
 """OPSD: forward KL to the initial model that has read the reference solution."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from fused_sd import LossOutput, opsd_loss
 from fused_sd.checks import fail
@@ -23,8 +22,6 @@ class OPSDConfig(DivergenceConfig):
     distillation_topk=50, temperature=1.1``.
     """
 
-    unread: ClassVar[tuple[str, ...]] = (*DivergenceConfig.unread, "success_reward_threshold")
-
     reprompt_template: str = field(
         default="{prompt}\n\nHere is a reference solution to this problem:\n{privileged}\nAfter "
         "understanding the reference solution and the rationale behind each step, now articulate "
@@ -36,6 +33,9 @@ class OPSDConfig(DivergenceConfig):
     )
     distillation_topk: int | None = field(
         default=None, metadata={"help": "Entries of the teacher's support; None: all."}
+    )
+    distillation_add_tail: bool = field(
+        default=False, metadata={"help": "One bucket for all other entries, or renormalise."}
     )
     entry_clip: float | None = field(
         default=0.05, metadata={"help": "Bound of each vocabulary entry's term; None: no bound."}

@@ -7,14 +7,7 @@ from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, cross_entropy_loss
 from fused_sd.integrations.shared.rollouts import Rollout
-from fused_sd.integrations.trl.config import (
-    DIVERGENCE_SETTINGS,
-    POLICY_SETTINGS,
-    SIBLING_SETTINGS,
-    TEACHER_SETTINGS,
-    SelfDistillationConfig,
-)
-from fused_sd.integrations.trl.grpo import PROMPTING_SETTINGS
+from fused_sd.integrations.trl.config import POLICY_SETTINGS, SelfDistillationConfig
 from fused_sd.integrations.trl.trainer import Inputs, Options, SelfDistillationTrainer
 
 
@@ -24,15 +17,12 @@ class RFTConfig(SelfDistillationConfig):
 
     unread: ClassVar[tuple[str, ...]] = (
         *SelfDistillationConfig.unread,
-        *DIVERGENCE_SETTINGS,
-        *SIBLING_SETTINGS,
-        *TEACHER_SETTINGS,
         *POLICY_SETTINGS,
-        *PROMPTING_SETTINGS,
-        "credit_map_steps",
     )
 
-    loss_type: str = field(default="dapo", metadata={"help": "Average of the token losses."})
+    success_reward_threshold: float = field(
+        default=1.0, metadata={"help": "Reward from which on a completion is learned from."}
+    )
     scale_rewards: str = field(default="none", metadata={"help": "RFT reads no advantage."})
 
 

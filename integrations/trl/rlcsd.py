@@ -15,14 +15,14 @@ from fused_sd.checks import check_one_of, check_positive_int
 from fused_sd.integrations.shared import completion_scores as completion
 from fused_sd.integrations.shared.prompts import check_template
 from fused_sd.integrations.shared.rollouts import Rollout, without_thinking
-from fused_sd.integrations.trl.config import check_pair
-from fused_sd.integrations.trl.contexts import PrivilegedPrompt, teacher_inputs
+from fused_sd.integrations.trl.config import TeacherSettings, check_pair
+from fused_sd.integrations.trl.contexts import PrivilegedPrompt
 from fused_sd.integrations.trl.grpo import PolicyConfig, PolicyTrainer
 from fused_sd.integrations.trl.trainer import Inputs, Options
 
 
 @dataclass
-class RLCSDConfig(PolicyConfig):
+class RLCSDConfig(TeacherSettings, PolicyConfig):
     """RLCSD's settings; defaults are the official configuration's (arXiv 2606.11709)."""
 
     reprompt_template: str = field(
@@ -57,7 +57,7 @@ class RLCSDConfig(PolicyConfig):
         default="bnpo", metadata={"help": "RLCSD has two token means of the micro-batch: bnpo."}
     )
     epsilon_high: float | None = field(default=0.2, metadata={"help": "Upper clip of the ratio."})
-    dual_clip: float | None = field(default=None, metadata={"help": "RLCSD has none."})
+    delta: float | None = field(default=None, metadata={"help": "RLCSD has none."})
     teacher_model_kind: str = field(
         default="synced", metadata={"help": "A hard copy, renewed every `teacher_sync_steps`."}
     )
@@ -72,7 +72,7 @@ class RLCSDConfig(PolicyConfig):
         check_positive_int("max_wrong_hints", self.max_wrong_hints)
         check_pair("contrast_clip", self.contrast_clip)
         check_one_of("loss_type", self.loss_type, ("bnpo",))
-        check_one_of("dual_clip", self.dual_clip, (None,))  # type: ignore[arg-type]
+        check_one_of("delta", self.delta, (None,))  # type: ignore[arg-type]
 
 
 class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
@@ -94,28 +94,21 @@ class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
         return self.hinted(rollout, hint)
 
     def more_inputs(self, rollouts: Sequence[Rollout], output: dict[str, Any]) -> dict[str, Tensor]:
-        ids, mask = output["completion_ids"], output["completion_mask"]
         # Always K rows for each rollout: forwards of sharded models are collective, so that all
         # processes have to run as many.  ``wrong_mask`` takes out those without a hint.
         num_hints = self.args.max_wrong_hints
         hints = [self._wrong_hints(rollout) for rollout in rollouts]
         shown = [
-            self.hinted(rollout, row[k]) if k < len(row) else rollout.prompt_ids
+            self.hinted(rollout, row[k]) if k < len(row) else None
             for rollout, row in zip(rollouts, hints)
             for k in range(num_hints)
         ]
-        inputs = teacher_inputs(
-            shown,
-            ids.repeat_interleave(num_hints, 0),
-            mask.repeat_interleave(num_hints, 0),
-            pad_id=self._tokenizer.pad_token_id,
-            max_length=self.args.max_reprompt_len,
-        )
-        counts = torch.tensor([len(row) for row in hints], device=mask.device)
+        inputs = self.teacher_contexts.inputs(shown, rollouts, output)
+        named = self.teacher_contexts.named("wrong_", inputs, output)
+        counts = torch.tensor([len(row) for row in hints], device=output["loss_mask"].device)
         return {
-            "wrong_input_ids": inputs.input_ids.view(len(rollouts), num_hints, -1),
-            "wrong_attention_mask": inputs.attention_mask.view(len(rollouts), num_hints, -1),
-            "wrong_mask": torch.arange(num_hints, device=mask.device) < counts[:, None],
+            **{name: rows.view(len(rollouts), num_hints, -1) for name, rows in named.items()},
+            "wrong_mask": torch.arange(num_hints, device=counts.device) < counts[:, None],
         }
 
     def score_teacher(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -123,15 +116,12 @@ class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
         compute = completion.log_probs(
             inputs["completion_ids"], inputs["loss_mask"], self.temperature
         )
-        correct = self.run_teacher(
-            inputs["teacher_input_ids"], inputs["teacher_attention_mask"], inputs, compute
-        ).log_probs
-        wrong = [
-            self.run_teacher(ids, mask, inputs, compute).log_probs
-            for ids, mask in zip(
-                inputs["wrong_input_ids"].unbind(1), inputs["wrong_attention_mask"].unbind(1)
-            )
-        ]
+        correct = self.run_teacher(inputs, compute).log_probs
+        hinted = [name for name in inputs if name.startswith("wrong_") and name != "wrong_mask"]
+        wrong = []
+        for k in range(self.args.max_wrong_hints):
+            one = inputs | {name: inputs[name][:, k] for name in hinted}
+            wrong.append(self.run_teacher(one, compute, prefix="wrong_").log_probs)
         return correct, torch.stack(wrong, -1)
 
     def method_loss(
@@ -153,7 +143,7 @@ class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
             self.token_advantages(inputs),
             *teacher,
             wrong_mask=inputs["wrong_mask"][:, None].expand(*ids.shape, -1),
-            token_weights=inputs["loss_mask"].float(),
+            token_weights=inputs["loss_mask"] * self.rollout_correction(inputs),
             old_log_probs=settings["old_log_probs"],
             ratio_clip=settings["ratio_clip"],
             selected_weight=args.selected_weight,

@@ -4,7 +4,6 @@ Dimension key:  B sequences, T completion tokens, D hidden size
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,20 +11,18 @@ from fused_sd import Evidence, EvidenceSchedule, LMHead, LossOutput, rlsd_loss
 from fused_sd.checks import check_one_of, check_unit_interval
 from fused_sd.integrations.shared import completion_scores as completion
 from fused_sd.integrations.shared.prompts import check_template
-from fused_sd.integrations.trl.config import check_pair
+from fused_sd.integrations.trl.config import TeacherSettings, check_pair
 from fused_sd.integrations.trl.contexts import PrivilegedPrompt
 from fused_sd.integrations.trl.grpo import PolicyConfig, PolicyTrainer
 from fused_sd.integrations.trl.trainer import Inputs, Options
 
 
 @dataclass
-class RLSDConfig(PolicyConfig):
+class RLSDConfig(TeacherSettings, PolicyConfig):
     """RLSD's settings; defaults are the official script's (arXiv 2604.03128).
 
     ``privileged_context`` is the reference; the official script gives only the final answer.
     """
-
-    unread: ClassVar[tuple[str, ...]] = (*PolicyConfig.unread, "success_reward_threshold")
 
     reprompt_template: str = field(
         default="{prompt}\n\nHere is a reference solution:\n{privileged}\n\nAfter understanding "
@@ -48,10 +45,13 @@ class RLSDConfig(PolicyConfig):
     evidence_mix: float = field(
         default=0.5, metadata={"help": "Lambda: share of the weighted advantage at its peak."}
     )
-    evidence_warmup_steps: int = field(default=0, metadata={"help": "Steps from 0 to the peak."})
-    evidence_hold_steps: int = field(default=0, metadata={"help": "Steps at the peak."})
+    evidence_warmup_steps: int = field(
+        default=0, metadata={"help": "Rollout batches from 0 to the peak."}
+    )
+    evidence_hold_steps: int = field(default=0, metadata={"help": "Rollout batches at the peak."})
     evidence_decay_steps: int = field(
-        default=60, metadata={"help": "Steps from the peak back to 0; 0 keeps the peak for ever."}
+        default=60,
+        metadata={"help": "Rollout batches from the peak to 0; 0 keeps the peak."},
     )
     evidence_log_prob: str = field(
         default="current",
@@ -85,12 +85,23 @@ class RLSDTrainer(PrivilegedPrompt, PolicyTrainer):
     def score_teacher(self, inputs: Inputs) -> Tensor:
         """Return the teacher's log-probabilities of the completions (B, T)."""
         ids, mask = inputs["completion_ids"], inputs["loss_mask"]
-        return self.run_teacher(
-            inputs["teacher_input_ids"],
-            inputs["teacher_attention_mask"],
-            inputs,
-            completion.log_probs(ids, mask, self.temperature),
-        ).log_probs
+        compute = completion.log_probs(ids, mask, self.temperature)
+        return self.run_teacher(inputs, compute).log_probs
+
+    def scalar_metrics(self) -> dict[str, float]:
+        return {"evidence_mix": self.schedule().value}
+
+    def schedule(self) -> EvidenceSchedule:
+        """Return lambda's schedule at the current batch of rollouts."""
+        args = self.args
+        schedule = EvidenceSchedule(
+            args.evidence_mix,
+            args.evidence_warmup_steps,
+            args.evidence_hold_steps,
+            args.evidence_decay_steps,
+        )
+        schedule.num_steps = self.num_rollout_batches
+        return schedule
 
     def evidence(self, inputs: Inputs) -> Evidence:
         """Return the evidence's clip, and each token's mix at the current step.
@@ -99,18 +110,11 @@ class RLSDTrainer(PrivilegedPrompt, PolicyTrainer):
         not negative: those tokens train as in GRPO.
         """
         args = self.args
-        schedule = EvidenceSchedule(
-            args.evidence_mix,
-            args.evidence_warmup_steps,
-            args.evidence_hold_steps,
-            args.evidence_decay_steps,
-        )
-        schedule.num_steps = self.state.global_step
         weighed = inputs["self_distillation_mask"].double()
         if args.negative_only:
             weighed = weighed * (inputs["advantages"] < 0)
         low, high = args.evidence_clip
-        mix = (schedule.value * weighed)[:, None].expand(inputs["completion_ids"].shape)
+        mix = (self.schedule().value * weighed)[:, None].expand(inputs["completion_ids"].shape)
         return Evidence((low, high), mix, args.evidence_log_prob)
 
     def method_loss(

@@ -32,11 +32,9 @@ class SDZeroConfig(DivergenceConfig):
 
     unread: ClassVar[tuple[str, ...]] = (
         *DivergenceConfig.unread,
-        "reprompt_template",
         "distillation_alpha",
         "divergence",
         "divergence_parameter",
-        "distillation_add_tail",
     )
 
     variant: str = field(
@@ -103,7 +101,7 @@ class SDZeroTrainer(DivergenceTrainer):
 
     def more_inputs(self, rollouts: Sequence[Rollout], output: dict[str, Any]) -> dict[str, Tensor]:
         # A response that is cut in the teacher's sequence has loss up to the cut.
-        mask = output["completion_mask"]
+        mask = output["loss_mask"]
         lengths = torch.tensor([self._longest(rollout) for rollout in rollouts], device=mask.device)
         columns = torch.arange(mask.size(1), device=mask.device)
         return {"loss_mask": mask * (columns < lengths[:, None])}

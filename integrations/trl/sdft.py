@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -28,12 +28,6 @@ class SDFTConfig(DivergenceConfig):
     difference between the inference engine's log-probabilities and the student's.  That is left
     out, because TRL's rollouts do not keep the engine's.
     """
-
-    unread: ClassVar[tuple[str, ...]] = (
-        *DivergenceConfig.unread,
-        "distillation_add_tail",
-        "success_reward_threshold",
-    )
 
     reprompt_template: str = field(
         default="{prompt}\nThis is an example for a response to the question:\n{privileged}\nNow "
@@ -71,7 +65,7 @@ class SDFTTrainer(PrivilegedPrompt, DivergenceTrainer):
     needs_privileged = True
 
     def more_inputs(self, rollouts: Sequence[Rollout], output: dict[str, Any]) -> dict[str, Tensor]:
-        mask, skipped = output["completion_mask"], self.args.num_loss_tokens_to_skip
+        mask, skipped = output["loss_mask"], self.args.num_loss_tokens_to_skip
         return {"loss_mask": skip_first_tokens(mask, skipped)}
 
     def divergence(

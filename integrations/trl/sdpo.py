@@ -4,14 +4,18 @@ Dimension key:  B sequences, T completion tokens, D hidden size
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from trl.experimental.sdpo import SDPOTrainer as StockSDPOTrainer
 
 from fused_sd import ImportanceCap, LMHead, LossOutput, grpo_loss, sampled_kl_loss, sdpo_loss
 from fused_sd.checks import fail
-from fused_sd.integrations.shared.prompts import check_sibling_templates, sibling_prompt
+from fused_sd.integrations.shared.prompts import (
+    check_sibling_templates,
+    has_demonstration,
+    sibling_prompt,
+)
 from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.trl.config import SelfDistillationConfig
 from fused_sd.integrations.trl.divergence_trainer import (
@@ -28,12 +32,9 @@ class SDPOConfig(DivergenceChoice, SelfDistillationConfig):
     """SDPO's settings; defaults are the official configuration's (arXiv 2601.20802).
 
     For the paper's runs with feedback pass ``distillation_alpha=1, distillation_topk=20,
-    teacher_update_rate=0.01``.  TRL's own SDPOConfig has other defaults.
+    teacher_update_rate=0.01``.  The names are those of TRL's SDPOConfig, whose defaults differ.
     """
 
-    distillation_alpha: float = field(
-        default=0.5, metadata={"help": "0: KL(t||s), 1: KL(s||t), between: Jensen-Shannon."}
-    )
     distillation_mode: Literal["sampled_token", "full_logits", "topk_logits"] = field(
         default="topk_logits",
         metadata={"help": "`topk_logits`, `full_logits` or `sampled_token` (alpha 1)."},
@@ -44,6 +45,12 @@ class SDPOConfig(DivergenceChoice, SelfDistillationConfig):
     distillation_add_tail: bool = field(
         default=True, metadata={"help": "One bucket for all other entries, or renormalise."}
     )
+    distillation_is_clip: float | None = field(
+        default=2.0, metadata={"help": "Cap of the ratio to the old policy; None: no ratio."}
+    )
+    distillation_weight: float = field(
+        default=1.0, metadata={"help": "Share of the divergence; the rest is GRPO's loss."}
+    )
     tail_floor: float | None = field(
         default=None, metadata={"help": "1e-7 for the official code's clamp; None: exact tail."}
     )
@@ -51,9 +58,15 @@ class SDPOConfig(DivergenceChoice, SelfDistillationConfig):
     scale_rewards: str = field(
         default="none", metadata={"help": "Read only where `distillation_weight` is below 1."}
     )
+    use_successful_as_teacher: bool = field(
+        default=True, metadata={"help": "Show the teacher a successful sibling."}
+    )
     success_reward_threshold: float = field(
         default=0.5,
         metadata={"help": "Reward from which on a rollout is shown to its siblings' teacher."},
+    )
+    dont_reprompt_on_self_success: bool = field(
+        default=True, metadata={"help": "Never show a rollout its own text."}
     )
     include_environment_feedback: bool = field(
         default=True, metadata={"help": "Show the teacher what `feedback_func` said."}
@@ -61,11 +74,28 @@ class SDPOConfig(DivergenceChoice, SelfDistillationConfig):
     environment_feedback_only_without_solution: bool = field(
         default=True, metadata={"help": "Leave feedback out beside a successful sibling."}
     )
+    observation_as_feedback: bool = field(
+        default=False,
+        metadata={"help": "A rollout without feedback has its last tool result for one."},
+    )
     remove_thinking_from_demonstration: bool = field(
         default=True, metadata={"help": "Leave <think> spans out of a sibling's solution."}
     )
     include_own_attempt: bool = field(
         default=False, metadata={"help": "Show the teacher the student's own attempt."}
+    )
+    reprompt_template: str = field(
+        default="{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n",
+        metadata={"help": "The teacher's last user turn."},
+    )
+    solution_template: str = field(
+        default="\nCorrect solution:\n\n{successful_previous_attempt}\n\n",
+        metadata={"help": "The part with a sibling's solution."},
+    )
+    feedback_template: str = field(
+        default="\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
+        "{feedback_raw}\n\n",
+        metadata={"help": "The part with the feedback."},
     )
     attempt_template: str = field(
         default="\nYour earlier attempt:\n\n{attempt}\n\n",
@@ -93,19 +123,42 @@ class SDPOTrainer(DivergenceTrainer):
     """SDPO (arXiv 2601.20802) with the official code's contexts, loss and reduction.
 
     A rollout's teacher sees the first successful sibling, or feedback, or both.  Feedback is what
-    ``feedback_func`` returned; without that function it is ``privileged_context``, as in TRL.  A
-    rollout with neither has weight 0.  The loss is ``distillation_weight`` times the divergence
-    plus the rest times GRPO's loss (eq. 3).
+    ``feedback_func`` or the environment's ``get_feedback`` returned; without that function it is
+    ``privileged_context``, as in TRL.  A rollout with neither has weight 0.  The loss is
+    ``distillation_weight`` times the divergence plus the rest times GRPO's loss (eq. 3).
     """
 
-    config_cls = SDPOConfig
+    config_cls: ClassVar[Any] = SDPOConfig
     _name = "SDPO"
     _paper = StockSDPOTrainer._paper
 
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
-        feedback = rollout.privileged if self.feedback_func is None else rollout.feedback
-        prompt = sibling_prompt(rollout, feedback, self.args)
-        return None if prompt is None else self.tokenize(prompt)
+        prompt = sibling_prompt(rollout, self._feedback_on(rollout), self.args)
+        return None if prompt is None else self.tokenize(prompt, rollout.tools)
+
+    def context_flags(self, rollout: Rollout) -> dict[str, bool]:
+        args, feedback = self.args, (self._feedback_on(rollout) or "").strip()
+        solved = args.use_successful_as_teacher and has_demonstration(rollout, args)
+        unneeded = solved and args.environment_feedback_only_without_solution
+        every = rollout.siblings(
+            threshold=args.success_reward_threshold, successful=True, itself=True
+        )
+        return {
+            "success_group_fraction": bool(every),
+            "success_sample_fraction": bool(solved),
+            "feedback_available_fraction": bool(feedback),
+            "feedback_used_fraction": bool(
+                feedback and args.include_environment_feedback and not unneeded
+            ),
+        }
+
+    def _feedback_on(self, rollout: Rollout) -> str | None:
+        said = rollout.feedback
+        if said is None and self.args.observation_as_feedback:
+            said = rollout.observation
+        if said is None and self.feedback_func is None:
+            said = rollout.privileged
+        return said
 
     @property
     def needs_signal(self) -> bool:  # type: ignore[override]
@@ -121,15 +174,15 @@ class SDPOTrainer(DivergenceTrainer):
         share = self.args.distillation_weight
         if share == 1:
             return super().method_loss(hidden, head, teacher, inputs, options)
-        args, ids = self.args, inputs["completion_ids"]
         policy = grpo_loss(
             hidden,
             head,
-            ids,
+            inputs["completion_ids"],
             self.token_advantages(inputs),
             old_log_probs=inputs.get("old_per_token_logps"),
-            ratio_clip=(args.epsilon, args.epsilon_high),
-            token_weights=self.token_weights(inputs, inputs["completion_mask"]),
+            ratio_clip=(self.epsilon_low, self.epsilon_high),
+            dual_clip=self.args.delta,
+            token_weights=self.token_weights(inputs, self.sampled_mask(inputs)),
             temperature=self.temperature,
             reduction="sum",
             gradient=options["gradient"],

@@ -1,11 +1,10 @@
-"""The builder that makes the teacher's side of a batch, in place of TRL's.
-
-``SDPOTrainer._prepare_training_batch`` calls ``teacher_context_builder.build`` and logs its
-``last_metrics`` (TRL 1.16).
+"""The teacher's side of a batch, from the prompts that a method writes for its rollouts.
 
 Dimension key:  B sequences, L positions, T completion tokens
 """
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,11 @@ from torch import Tensor
 
 from fused_sd import align_responses
 from fused_sd.integrations.shared.rollouts import Rollout, grouped
-from fused_sd.integrations.trl.contexts import TeacherInputs, teacher_inputs
+from fused_sd.integrations.trl.contexts import TeacherInputs, TokenTypes, teacher_inputs
+from fused_sd.integrations.trl.fused_grpo import TOKEN_TYPES
+
+logger = logging.getLogger(__name__)
+PATIENCE = 10  # batches without any signal before a warning
 
 
 class TeacherContexts:
@@ -22,79 +25,142 @@ class TeacherContexts:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.last_metrics: dict[str, float] = {}
-        self.more_inputs: dict[str, Tensor] = {}
-        self.num_with_signal = 0
+        self.num_idle = 0  # batches without any signal, one after the other
 
-    def build(
-        self, output: dict[str, Any], prompts: Any, rewards: Tensor, feedbacks: Any = None
-    ) -> dict[str, Tensor]:
+    def build(self, output: dict[str, Any]) -> dict[str, Tensor]:
         """Return the teacher's inputs and the mask of rollouts that have something to learn from.
 
         Args:
-            output: the batch so far, with TRL's names.
-            prompts: the prompts of this process's rollouts.
-            rewards: (B,) their rewards.
-            feedbacks: the rows' ``privileged_context``, which is read from the rows here.
+            output: the batch so far, with TRL's names and the ``loss_mask``.
         """
         trainer = self.trainer
-        rollouts = self._rollouts(output, prompts, rewards)
-        contexts = [trainer.teacher_prompts(rollout) for rollout in rollouts]
-        active = [context is not None for context in contexts]
-        mask = output["completion_mask"]
-        self.more_inputs = {"loss_mask": mask, **trainer.more_inputs(rollouts, output)}
-        # A rollout without context still needs a row, which its weight of 0 takes out of the loss.
-        given = [
-            rollout.prompt_ids if context is None else context
-            for rollout, context in zip(rollouts, contexts)
-        ]
-        inputs = teacher_inputs(
-            given,
-            output["completion_ids"],
-            mask,
-            pad_id=trainer._tokenizer.pad_token_id,
-            max_length=trainer.args.max_reprompt_len,
-        )
-        _check_aligned(output, inputs)
-        counts = gather_object([(sum(active), inputs.num_truncated, len(rollouts))])
-        self.num_with_signal, num_truncated, size = map(sum, zip(*counts))
-        self.last_metrics = {
-            "self_distillation/reprompt_sample_fraction": self.num_with_signal / size,
-            "self_distillation/truncated_reprompt_fraction": num_truncated / size,
-        }
-        return {
-            "teacher_input_ids": inputs.input_ids,
-            "teacher_attention_mask": inputs.attention_mask,
-            "self_distillation_mask": torch.tensor(active, device=mask.device).float(),
-        }
+        rollouts = self._rollouts(output)
+        prompts = [trainer.teacher_prompts(rollout) for rollout in rollouts]
+        made: dict[str, Tensor] = dict(trainer.more_inputs(rollouts, output))
+        num_cut = num_lost = 0
+        if trainer.has_teacher:
+            images = [self._num_image_tokens(rollout.prompt_ids) for rollout in rollouts]
+            limit = trainer.args.max_reprompt_len
+            for n, prompt in enumerate(prompts):
+                # a cut would leave image features without their tokens
+                if prompt and self._num_image_tokens(prompt[-limit:]) != images[n]:
+                    prompts[n] = None
+                    num_lost += 1
+            inputs = self.inputs(prompts, rollouts, output)
+            num_cut = inputs.num_truncated
+            made.update(self.named("teacher_", inputs, output))
+            _check_aligned(output, inputs)
+        active = [prompt is not None for prompt in prompts]
+        made["self_distillation_mask"] = torch.tensor(active, device=output["loss_mask"].device)
+        made["self_distillation_mask"] = made["self_distillation_mask"].float()
+        self._log(rollouts, [sum(active), num_cut + num_lost, num_lost, len(rollouts)])
+        return made
 
-    def _rollouts(self, output: dict[str, Any], prompts: Any, rewards: Tensor) -> list[Rollout]:
+    def inputs(
+        self,
+        prompts: Sequence[list[int] | None],
+        rollouts: Sequence[Rollout],
+        output: dict[str, Any],
+    ) -> TeacherInputs:
+        """Return sequences of prompts and the rollouts' completions.
+
+        Args:
+            prompts: as many for each rollout as there are more prompts than rollouts; in the place
+                of None, which still needs a row, stands the rollout's own prompt.
+            rollouts: this process's.
+            output: the batch so far.
+        """
+        times = len(prompts) // len(rollouts)
+        given = [
+            rollouts[n // times].prompt_ids if prompt is None else prompt
+            for n, prompt in enumerate(prompts)
+        ]
+        return teacher_inputs(
+            given,
+            output["completion_ids"].repeat_interleave(times, 0),
+            output["completion_mask"].repeat_interleave(times, 0),
+            pad_id=self.trainer._tokenizer.pad_token_id,
+            max_length=self.trainer.args.max_reprompt_len,
+            multiple=self.trainer.pad_to_multiple_of,
+        )
+
+    def named(
+        self, prefix: str, inputs: TeacherInputs, output: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return sequences and their token types under the names that ``run_teacher`` reads."""
+        made = {
+            f"{prefix}input_ids": inputs.input_ids,
+            f"{prefix}attention_mask": inputs.attention_mask,
+        }
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
+        for name in TOKEN_TYPES:
+            if output.get(name) is not None:
+                made[f"{prefix}{name}"] = TokenTypes(ids, output[name]).of(inputs.input_ids)
+        return made
+
+    def _num_image_tokens(self, ids: Sequence[int]) -> int:
+        image_token = getattr(self.trainer.processing_class, "image_token_id", None)
+        return 0 if image_token is None else list(ids).count(image_token)
+
+    def _rollouts(self, output: dict[str, Any]) -> list[Rollout]:
         """Return this process's rollouts, each with its group from all processes.
 
         A group may lie on two processes, since TRL deals out prompts by the generation batch.
         """
-        trainer = self.trainer
+        trainer, scored = self.trainer, self.trainer.scored
         is_training = trainer.model.training
         size = trainer.num_generations if is_training else trainer.num_generations_eval
-        texts, local = gather_object(trainer._texts), rewards.tolist()
-        groups = grouped(texts, gather_object(local), size)
-        first = trainer.accelerator.process_index * len(local)
+        rewards = scored.rewards.tolist()
+        groups = grouped(gather_object(list(scored.texts)), rewards, size)
+        first = trainer.accelerator.process_index * len(scored.texts)
         lengths = output["prompt_mask"].sum(1).tolist()
-        completions = trainer._get_completion_ids_list(output)
         return [
             Rollout(
-                prompt=prompts[n],
+                prompt=scored.prompts[n],
                 prompt_ids=output["prompt_ids"][n, -lengths[n] :].tolist() if lengths[n] else [],
-                completion_ids=completions[n],
-                text=trainer._texts[n],
-                reward=local[n],
-                privileged=trainer._examples[n].get("privileged_context"),
-                feedback=trainer._feedback[n],
+                completion_ids=list(scored.completion_ids[n]),
+                text=scored.texts[n],
+                reward=rewards[first + n],
+                privileged=scored.examples[n].get("privileged_context"),
+                feedback=scored.feedback[n],
                 index=first + n,
                 group=groups[(first + n) // size],
+                observation=scored.observations[n],
+                example=scored.examples[n],
+                tools=trainer.tools_of(n),
             )
-            for n in range(len(local))
+            for n in range(len(scored.texts))
         ]
+
+    def _log(self, rollouts: Sequence[Rollout], counts: Sequence[int]) -> None:
+        """Log shares over all processes, and warn of what was cut and of batches without signal."""
+        trainer = self.trainer
+        flags = [trainer.context_flags(rollout) for rollout in rollouts]
+        every = gather_object(flags)
+        gathered = gather_object([tuple(counts)])
+        with_signal, num_cut, num_lost, size = map(sum, zip(*gathered, strict=True))
+        shares = {name: sum(flag[name] for flag in every) / size for name in every[0]}
+        shares["reprompt_sample_fraction"] = with_signal / size
+        if trainer.has_teacher:
+            shares["truncated_reprompt_fraction"] = num_cut / size
+        metrics = trainer._metrics[trainer._phase(trainer.model)]
+        for name, share in shares.items():
+            metrics[f"self_distillation/{name}"].append(share)
+        if not trainer.accelerator.is_main_process:
+            return
+        if num_cut:
+            logger.warning(
+                "%d of %d teacher prompts are longer than max_reprompt_len=%d: %d lost their "
+                "beginning, and %d, whose images would have been cut, are left out.",
+                num_cut,
+                size,
+                trainer.args.max_reprompt_len,
+                num_cut - num_lost,
+                num_lost,
+            )
+        self.num_idle = 0 if with_signal else self.num_idle + 1
+        if self.num_idle and self.num_idle % PATIENCE == 0:
+            logger.warning("No rollout of the last %d batches has a signal.", self.num_idle)
 
 
 def _check_aligned(output: dict[str, Any], inputs: TeacherInputs) -> None:

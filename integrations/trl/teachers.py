@@ -16,7 +16,8 @@ from fused_sd import Teacher
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.adapter_teacher import make_teacher
 from fused_sd.integrations.shared.completion_scores import CompletionForward
-from fused_sd.integrations.transformers import attach, unwrap
+from fused_sd.integrations.transformers import ATTACHMENT, attach, unwrap
+from fused_sd.integrations.trl.fused_grpo import model_inputs
 from fused_sd.teaching.teacher import Kind
 
 TEACHER_FILE = "teacher.pt"
@@ -125,31 +126,28 @@ class TeacherOwner:
     has_teacher: ClassVar[bool] = True
     teacher: Teacher | None = None
 
-    def run_teacher(
-        self, input_ids: Tensor, attention_mask: Tensor, inputs: dict[str, Any], compute: Any
-    ) -> Any:
+    def run_teacher(self, inputs: dict[str, Any], compute: Any, *, prefix: str = "teacher_") -> Any:
         """Run the teacher, and return what ``compute`` returns for the completions' states.
 
         Args:
-            input_ids, attention_mask: (B, L), the teacher's prompts before the completions.
-            inputs: the micro-batch.
+            inputs: the micro-batch, with the teacher's prompts before the completions.
             compute: is called with states (B, T, D) and the teacher's head.
+            prefix: of the names of the teacher's sequences in ``inputs``.
         """
         assert self.teacher is not None
-        length = inputs["completion_ids"].size(1)
         with self.teacher.acting() as module:
             forward = CompletionForward(
-                module, input_ids, attention_mask, length, padding_free=self.args.padding_free
+                module,
+                inputs[f"{prefix}input_ids"],
+                inputs[f"{prefix}attention_mask"],
+                inputs["completion_ids"].size(1),
+                padding_free=self.args.padding_free,
+                more_inputs=model_inputs(inputs, prefix),
             )
             return forward(compute)
 
-    def _setup_teacher_model(self) -> None:
-        """Make the teacher; TRL calls this in ``__init__``, before accelerate shards the student.
-
-        TRL's own method loads the teacher from the model's path, so that a model whose weights are
-        not those of its path gets a wrong teacher.  It keeps averages in the model's dtype, and has
-        neither hard copies nor trust regions.
-        """
+    def _make_teacher(self) -> None:
+        """Make the teacher, before accelerate shards the student: that happens in training."""
         args = self.args
         if self.has_teacher:
             self.teacher = make_teacher(
@@ -160,12 +158,12 @@ class TeacherOwner:
             )
             self._shard_teacher(self.teacher.module)
         self.teacher_model = self.model if self.teacher is None else self.teacher.module
-        # Attach here, where an error stops the trainer: FusedSelfDistillationMixin would catch it
-        # and leave the loss to TRL, which does not have these methods.  accelerate prepares the
-        # student only when training starts, and its autocast then surrounds requests as well; it
-        # never prepares the teacher, whose requests need the autocast that is passed here.
-        for model in (self.model, self.teacher_model):
-            attach(model, autocast=self.accelerator.autocast)
+        if self.teacher_model is not self.model:
+            # TRL's loss head keeps the student's forward in a closure: a copy would run the student
+            vars(unwrap(self.teacher_model)).pop("forward", None)
+            vars(unwrap(self.teacher_model)).pop(ATTACHMENT, None)
+        # accelerate never prepares the teacher, whose requests need the autocast that is passed.
+        attach(self.teacher_model, autocast=self.accelerator.autocast)
         self._teacher_callback = TeacherCallback(
             self.teacher, self.accelerator, skip=args.skip_nonfinite_gradients
         )

@@ -1,7 +1,8 @@
-"""The base of the methods' trainers: TRL's ``SDPOTrainer`` with other teachers and losses.
+"""The base of the methods' trainers: TRL's ``GRPOTrainer`` with a teacher and another loss.
 
-TRL does the rollouts, rewards, buffering, logging and checkpoints, and knows vLLM, PEFT and
-accelerate.  A method is one file: it sets ``config_cls`` and what it needs, and overrides
+TRL does the rollouts, tools, environments, images, rewards, buffering, logging and checkpoints, and
+knows vLLM, PEFT and accelerate.  A method is one file: it sets ``config_cls`` and what it needs,
+and overrides
 
 * ``teacher_prompts``: the tokens that the teacher reads before a completion (or it puts
   ``PrivilegedPrompt`` before this base);
@@ -11,29 +12,29 @@ accelerate.  A method is one file: it sets ``config_cls`` and what it needs, and
 
 ``tests/integrations/with_trl/test_new_method.py`` is an example.
 
-Everything under "TRL's seams", in ``RolloutBatches`` and in ``TeacherOwner`` overrides a method of
-TRL or transformers.  The reasons given there were read in TRL 1.16 and transformers 5.24.
+Everything in ``RolloutBatches`` and ``TeacherOwner``, and ``compute_loss`` here, overrides a method
+of TRL or transformers.  The reasons given there were read in TRL 1.16 and transformers 5.24.
 ``tests/integrations/test_seams.py`` names the method where another release differs.
 
 Dimension key:  B sequences, T completion tokens, D hidden size
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
-from trl.experimental.sdpo import SDPOTrainer as StockSDPOTrainer
+from transformers import ProcessorMixin
 
 from fused_sd import LMHead, LossOutput
 from fused_sd.checks import fail
 from fused_sd.integrations.shared import completion_scores as completion
 from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.trl import observe
-from fused_sd.integrations.trl.batches import FeedbackFunction, RolloutBatches
+from fused_sd.integrations.trl.batches import FEEDBACK_METHOD, FeedbackFunction, RolloutBatches
 from fused_sd.integrations.trl.config import SelfDistillationConfig
 from fused_sd.integrations.trl.credit_maps import CreditMapCallback
-from fused_sd.integrations.trl.drop_in import FusedSelfDistillationMixin
+from fused_sd.integrations.trl.fused_grpo import FusedGRPOTrainer, model_inputs
 from fused_sd.integrations.trl.reduction import loss_type_weights
 from fused_sd.integrations.trl.teacher_contexts import TeacherContexts
 from fused_sd.integrations.trl.teachers import TeacherOwner
@@ -42,20 +43,20 @@ Inputs = dict[str, Any]  # a micro-batch, as TRL makes it
 Options = dict[str, Any]  # keywords that every loss of fused_sd takes
 
 
-class SelfDistillationTrainer(
-    RolloutBatches, TeacherOwner, FusedSelfDistillationMixin, StockSDPOTrainer
-):
+class SelfDistillationTrainer(RolloutBatches, TeacherOwner, FusedGRPOTrainer):
     """Base of the methods' trainers.
 
     Args:
-        model: a causal language model, its name or its folder.
+        model: a causal language model, with images or without, its name or its folder.
         reward_funcs: TRL's reward functions.  Methods that read no rewards do not need any.
         args: the method's configuration.
         train_dataset: has a column ``prompt``, and ``privileged_context`` with what only the
-            teacher may see, if the method reads it.
-        others, kwargs: the further arguments of TRL's ``SDPOTrainer``.
+            teacher may see, if the method reads it; ``image`` or ``images`` for both sides.
+        others, kwargs: the further arguments of TRL's ``GRPOTrainer``, such as ``tools``,
+            ``environment_factory`` and ``rollout_func``.
         feedback_func: is called as a reward function is, and returns for each completion what the
-            environment says about it, or None.
+            environment says about it, or None.  Without it an environment's ``get_feedback`` is
+            asked, where it has that method.
 
     Raises:
         ValueError: rewards or data that the method needs are missing, or the model's head cannot be
@@ -65,12 +66,11 @@ class SelfDistillationTrainer(
     args: Any  # the method's configuration
     model: Any
     train_dataset: Any
-    teacher_context_builder: Any
 
-    config_cls = SelfDistillationConfig
+    config_cls: ClassVar[Any] = SelfDistillationConfig
     _name = "Self-distillation"
     _tag_names: ClassVar[list[str]] = ["trl", "fused_sd"]
-    _paper: ClassVar[dict[str, str]] = {}  # otherwise TRL's model cards would cite SDPO's paper
+    _paper: ClassVar[dict[str, str]] = {}  # otherwise TRL's model cards would cite GRPO's paper
     needs_rewards: ClassVar[bool] = True
     needs_privileged: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ()  # names for the loss, computed where ``observe`` is set
@@ -92,31 +92,27 @@ class SelfDistillationTrainer(
             wanted = self.config_cls.__name__
             fail("args", f"be a {wanted} for {name}", type(args).__name__, f"pass {wanted}(...)")
         has_rewards = reward_funcs is not None and reward_funcs != []
-        if self.needs_rewards and not has_rewards:
+        has_environment = bool(kwargs.get("environment_factory"))
+        if self.needs_rewards and not (has_rewards or has_environment):
             fail("reward_funcs", f"be given to {name}", "none", "it learns from verified rollouts")
-        if isinstance(train_dataset, IterableDataset):
-            got, remedy = type(train_dataset).__name__, "pass a datasets.Dataset"
-            fail("train_dataset", "be indexed, for each prompt is drawn repeatedly", got, remedy)
         if self.reads_privileged(args) and train_dataset is not None:
             _check_privileged(name, train_dataset)
         self.feedback_func = feedback_func
-        super().__init__(
-            model,
-            reward_funcs if has_rewards else [_no_reward],
-            args,
-            train_dataset,
-            *others,
-            **kwargs,
-        )
-        # SDPOTrainer.__init__ refuses to have no reward function, but trains without: with empty
-        # lists all rewards are 0, and no reward of ours is logged.
-        if not has_rewards:
-            self.reward_funcs, self.reward_func_names = [], []
-            self.reward_processing_classes, self.reward_weights = [], torch.zeros(0)
-        if args.credit_map_steps:
+        # GRPOTrainer refuses to have no reward; this one is taken out again below.
+        given = reward_funcs if has_rewards or self.needs_rewards else [_no_reward]
+        super().__init__(model, given, args, train_dataset, *others, **kwargs)
+        if not self._fused:
+            attach_again = "use TRL's own trainer for this model"
+            fail("model", "have a head that can be reproduced", "see the warning", attach_again)
+        if args.padding_free and isinstance(self.processing_class, ProcessorMixin):
+            got = f"True with a {type(self.processing_class).__name__}"
+            fail("padding_free", "be False for a model with images", got, "leave it out")
+        self._drop_absent_rewards()
+        self._hide_feedback_from_tools()
+        self._make_teacher()
+        if self.has_teacher and args.credit_map_steps:
             self.add_callback(CreditMapCallback(self, every=args.credit_map_steps))
-        # SDPOTrainer.__init__ sets its own builder last.
-        self.teacher_context_builder = TeacherContexts(self)
+        self.teacher_contexts = TeacherContexts(self)
 
     # What a method chooses
 
@@ -131,14 +127,17 @@ class SelfDistillationTrainer(
         """
         raise NotImplementedError
 
+    def context_flags(self, rollout: Rollout) -> dict[str, bool]:
+        """Return what is logged of a rollout's context, as shares of all rollouts, by name."""
+        return {}
+
+    def scalar_metrics(self) -> dict[str, float]:
+        """Return numbers to log beside the loss's, by name."""
+        return {}
+
     def score_teacher(self, inputs: Inputs) -> Any:
         """Run the teacher, and return what the loss needs: here its hidden states and its head."""
-        return self.run_teacher(
-            inputs["teacher_input_ids"],
-            inputs["teacher_attention_mask"],
-            inputs,
-            completion.with_head(self._teacher_outlives_forward()),
-        )
+        return self.run_teacher(inputs, completion.with_head(self._teacher_outlives_forward()))
 
     def method_loss(
         self, hidden: Tensor, head: LMHead, teacher: Any, inputs: Inputs, options: Options
@@ -157,7 +156,7 @@ class SelfDistillationTrainer(
         """
         raise NotImplementedError
 
-    # TRL's seams
+    # The loss
 
     def compute_loss(
         self,
@@ -168,7 +167,7 @@ class SelfDistillationTrainer(
     ) -> Tensor:
         """Run the teacher, then the student with the loss inside its forward.
 
-        ``num_items_in_batch`` is None here: Trainer counts labels, and the batch has none.
+        ``num_items_in_batch`` is not read: the weights have their own counts of tokens.
         """
         if return_outputs:
             fail("return_outputs", "be False", True, "a fused loss has no outputs")
@@ -186,6 +185,7 @@ class SelfDistillationTrainer(
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
             inputs["completion_ids"].size(1),
             padding_free=self.args.padding_free,
+            more_inputs=model_inputs(inputs),
         )
         output = student(
             lambda hidden, head: self.method_loss(hidden, head, teacher, inputs, options)
@@ -195,31 +195,24 @@ class SelfDistillationTrainer(
         # micro-batches.
         return output.loss / (self.current_gradient_accumulation_steps if model.training else 1)
 
-    def _record_reward_diagnostics(self, *args: Any, **kwargs: Any) -> None:
-        # TRL's method warns that rewards are flat, also where there are none.
-        if self.reward_funcs:
-            super()._record_reward_diagnostics(*args, **kwargs)
-
-    def _warn_on_inactive_self_distillation(self, mode: str) -> None:
-        # TRL's method reads counts of successful groups, which ``TeacherContexts`` does not make,
-        # and would warn at each step.
-        if self.has_teacher and not self.teacher_context_builder.num_with_signal:
-            self._warn_on_degenerate_diagnostics(
-                mode,
-                "inactive_self_distillation",
-                "No rollout of the batch has a teacher's signal.",
-            )
-        else:
-            self._diagnostic_counters[mode]["inactive_self_distillation"] = 0
-
     # What the methods share
 
     def token_advantages(self, inputs: Inputs) -> Tensor:
         """Return each sequence's advantage at all of its tokens, (B, T)."""
         return inputs["advantages"][:, None].expand(inputs["completion_ids"].shape)
 
+    def rollout_correction(self, inputs: Inputs) -> Tensor | float:
+        """Return the ratio of the old policy to the rollout engine, (B, T), (B, 1) or 1.
+
+        TRL computes it where vLLM samples, by ``vllm_importance_sampling_mode``.
+        """
+        ratio: Tensor | float = inputs.get("importance_sampling_ratio", 1.0)
+        return ratio
+
     def token_weights(self, inputs: Inputs, mask: Tensor | None = None) -> Tensor:
         """Return weights (B, T) whose weighted sum is the average that ``loss_type`` names.
+
+        The rollout correction multiplies the weights, not the counts that they divide by.
 
         Args:
             inputs: the micro-batch.
@@ -228,13 +221,56 @@ class SelfDistillationTrainer(
         mask = inputs["loss_mask"] if mask is None else mask
         whole = inputs["num_loss_tokens"] if mask is inputs["loss_mask"] else inputs["num_tokens"]
         steps = self.args.steps_per_generation if self.model.training else 1
-        return loss_type_weights(
+        weights = loss_type_weights(
             mask,
             self.args.loss_type,
             step_tokens=whole / (steps * self.accelerator.num_processes),
             max_length=self.args.max_completion_length,
             dtype=torch.promote_types(self.model.dtype, torch.float32),
         )
+        return weights * self.rollout_correction(inputs)
+
+    def sampled_mask(self, inputs: Inputs) -> Tensor:
+        """Return the tokens (B, T) that the model wrote, whatever the method learns from."""
+        mask, tools = inputs["completion_mask"], inputs.get("tool_mask")
+        return mask if tools is None else mask * tools
+
+    @property
+    def num_rollout_batches(self) -> int:
+        """How many batches of rollouts have been trained on; at most one for each optimizer step.
+
+        From ``global_step``, which a resumed run continues.
+        """
+        steps, args = self.state.global_step, self.args
+        passes = args.steps_per_generation * self.num_iterations
+        return min(steps, steps * args.gradient_accumulation_steps // passes)
+
+    def tools_of(self, index: int) -> Sequence[Any]:
+        """Return the tools that the prompt of this process's rollout offers."""
+        if self.environment_factories is None:
+            return list(self.tools or ())
+        return list(self._env_tools[self._batch_environments[index]])
+
+    def _phase(self, model: nn.Module) -> str:
+        return "train" if model.training else "eval"
+
+    def _drop_absent_rewards(self) -> None:
+        """Take out the reward that stands for none; an environment's own rewards stay."""
+        kept = [n for n, function in enumerate(self.reward_funcs) if function is not _no_reward]
+        if len(kept) == len(self.reward_funcs):
+            return
+        for name in ("reward_funcs", "reward_func_names", "reward_processing_classes"):
+            values = getattr(self, name)
+            setattr(self, name, [values[n] for n in kept])
+        self.reward_weights = self.reward_weights[kept] if kept else torch.zeros(1)
+
+    def _hide_feedback_from_tools(self) -> None:
+        """TRL offers the model all public methods of an environment as tools."""
+        if self.environment_factories is None:
+            return
+        for name, tools in self._env_tools.items():
+            self._env_tools[name] = [tool for tool in tools if tool.__name__ != FEEDBACK_METHOD]
+        self.tools = [tool for tool in self.tools if tool.__name__ != FEEDBACK_METHOD]
 
 
 def _check_privileged(name: str, dataset: Any) -> None:

@@ -60,6 +60,11 @@ ABSENT = {"SDFTTrainer._calculate_rewards", "SDFTTrainer._compute_policy_loss"}
 RELIED_ON = {
     **{f"SDPOTrainer.{name}": SDPO for name in TRAINER_METHODS},
     **{f"SDFTTrainer.{name}": SDFT for name in TRAINER_METHODS},
+    "GRPOConfig.__post_init__": "trl.trainer.grpo_config",
+    "GRPOTrainer._compute_loss": "trl.trainer.grpo_trainer",
+    "GRPOTrainer._generate": "trl.trainer.grpo_trainer",
+    "split_pixel_values_by_grid": "trl.trainer.utils",
+    "unsplit_pixel_values_by_grid": "trl.trainer.utils",
     "SuccessfulRolloutTeacherContextBuilder.build": SDPO,
     "DemonstrationTeacherContextBuilder.build": SDFT,
     "DistillationLogits": SDPO,

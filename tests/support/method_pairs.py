@@ -96,7 +96,7 @@ def sample(trainer, *, off_policy=False, rows=None):
     """A batch of rollouts; off policy with log-probs on both sides of the clips."""
     trainer.model.train()
     rows = trainer.train_dataset.select([0] * GROUP if rows is None else rows)
-    inputs = trainer._prepare_training_batch(list(rows))
+    inputs = trainer._generate_and_score_completions(list(rows))
     if off_policy:
         own = states(trainer.model, inputs, "student").old
         inputs["old_per_token_logps"] = own + 0.3 * torch.randn_like(own)
@@ -115,8 +115,9 @@ def states(student, inputs, side, teacher=None):
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     hidden, head = run(student, ids, mask), student.lm_head.weight
     teacher = student if teacher is None else teacher
+    read = inputs.get("teacher_input_ids", ids), inputs.get("teacher_attention_mask", mask)
     with torch.no_grad():
-        known = run(teacher, inputs["teacher_input_ids"], inputs["teacher_attention_mask"])
+        known = run(teacher, *read)
     own = (hidden @ head.t()).log_softmax(-1)
     own = own.gather(-1, inputs["completion_ids"][..., None])[..., 0].detach()
     old = inputs.get("old_per_token_logps")

@@ -18,7 +18,8 @@ from accelerate.utils import DistributedType
 from method_pairs import DATA, GROUP, make, model
 from transformers import TrainerCallback
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
-from trl.experimental.sdpo import SDPOTrainer as StockSDPOTrainer
+from trl import GRPOTrainer as StockGRPOTrainer
+from trl.trainer import grpo_trainer
 
 GOOD, BAD, END = 40, 41, 1
 LORA = {"r": 1, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
@@ -134,14 +135,15 @@ def train(run: Run, folder: pathlib.Path, num_processes: int) -> dict[str, Any]:
         settings.update(save_strategy="steps", save_steps=1, **adam)
     rank = int(os.environ.get("RANK", "0"))
 
-    def scripted(self: Any, prompt_ids: list[list[int]]) -> tuple[Any, Any]:
+    def scripted(self: Any, prompt_ids: list[list[int]], *_: Any) -> tuple[Any, None]:
         first = rank * len(prompt_ids)
         rows = range(first, first + len(prompt_ids))
-        return prompt_ids, [completion(row, run.success[row % len(run.success)]) for row in rows]
+        return [completion(row, run.success[row % len(run.success)]) for row in rows], None
 
     build = functools.partial(_build, run, folder, settings)
     with (
-        mock.patch.object(StockSDPOTrainer, "_generate", scripted),
+        mock.patch.object(StockGRPOTrainer, "_generate_single_turn", scripted),
+        mock.patch.object(grpo_trainer, "shuffle_sequence_dict", lambda batch: batch),
         mock.patch.object(Qwen3RotaryEmbedding, "forward", exact_rotary),
     ):
         trainer = build()
@@ -194,6 +196,7 @@ def remains(trainer: Any) -> dict[str, Any]:
     contexts = [
         ids[: -length[n]][mask[: -length[n]].bool()].tolist()
         for n, batch in enumerate(batches)
+        if trainer.has_teacher
         for ids, mask in zip(batch["teacher_input_ids"], batch["teacher_attention_mask"])
     ]
     teacher: dict[str, torch.Tensor] = {}

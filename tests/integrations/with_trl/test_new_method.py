@@ -22,10 +22,9 @@ from fused_sd.integrations.shared.completion_scores import log_probs
 from fused_sd.integrations.shared.output_head import Compute
 from fused_sd.integrations.shared.prompts import check_template
 from fused_sd.integrations.trl.config import (
-    DIVERGENCE_SETTINGS,
     POLICY_SETTINGS,
-    SIBLING_SETTINGS,
     SelfDistillationConfig,
+    TeacherSettings,
 )
 from fused_sd.integrations.trl.contexts import PrivilegedPrompt
 from fused_sd.integrations.trl.trainer import Inputs, Options, SelfDistillationTrainer
@@ -34,15 +33,12 @@ FLOAT = torch.float64
 
 
 @dataclass
-class IWOPDConfig(SelfDistillationConfig):
+class IWOPDConfig(TeacherSettings, SelfDistillationConfig):
     """IW-OPD's settings; the weight's default is the paper's (arXiv 2606.22600)."""
 
     unread: ClassVar[tuple[str, ...]] = (
         *SelfDistillationConfig.unread,
-        *DIVERGENCE_SETTINGS,
-        *SIBLING_SETTINGS,
         *POLICY_SETTINGS,
-        "success_reward_threshold",
     )
 
     reprompt_template: str = field(
@@ -78,8 +74,7 @@ class IWOPDTrainer(PrivilegedPrompt, SelfDistillationTrainer):
 
     def score_teacher(self, inputs: Inputs) -> Tensor:
         """Return the teacher's log-probabilities of the completions (B, T)."""
-        ids, mask = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
-        return self.run_teacher(ids, mask, inputs, self.sampled(inputs)).log_probs
+        return self.run_teacher(inputs, self.sampled(inputs)).log_probs
 
     def sampled(self, inputs: Inputs) -> Compute:
         """Return a ``compute`` for the log-probabilities of the completions."""

@@ -11,7 +11,7 @@ from closeness import assert_close
 from datasets import Dataset
 from method_pairs import DATA, GROUP, METHODS, loss_and_gradients, make, model, rewards, sample
 from transformers import TrainerCallback, TrainingArguments
-from trl.experimental.sdpo import SDPOTrainer as StockSDPOTrainer
+from trl import GRPOTrainer as StockGRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 from trl_pairs import TOKENIZER
 
@@ -49,7 +49,7 @@ def after_sibling(text):
 def test_sdpo_shows_the_first_successful_sibling_or_the_feedback(tmp_path):
     trainer = make("SDPO", tmp_path)
     inputs = sample(trainer)
-    texts = trainer._texts  # rollouts 1 and 3 succeed; 0 and 3 are told something
+    texts = trainer.scored.texts  # rollouts 1 and 3 succeed; 0 and 3 are told something
     first, third = (after_sibling(text.strip()) for text in (texts[1], texts[3]))
     assert teacher_texts(trainer, inputs) == [first, third, first, first]
     assert inputs["self_distillation_mask"].tolist() == [1, 1, 1, 1]
@@ -64,7 +64,7 @@ def test_sdpo_shows_feedback_the_attempt_and_a_sibling_together(tmp_path):
     )
     inputs = sample(trainer)
     text = teacher_texts(trainer, inputs)[0]
-    assert f"Your earlier attempt:\n\n{trainer._texts[0]}\n" in text
+    assert f"Your earlier attempt:\n\n{trainer.scored.texts[0]}\n" in text
     assert "feedback from your unsuccessful earlier attempt:\n\nAttempt 0 fails." in text
     assert "Correct solution:" in text
 
@@ -84,10 +84,10 @@ def test_sdpo_reads_feedback_from_the_data_where_no_function_says_it(tmp_path):
 
 def test_thinking_is_left_out_of_a_demonstration(tmp_path):
     trainer = make("SDPO", tmp_path)
-    rollout = trainer.teacher_context_builder
     inputs = sample(trainer)
-    trainer._texts = ["no", "<think>\nhidden\n</think>\nshown", "no", "no"]
-    inputs.update(rollout.build(inputs, [DATA[0]["prompt"]] * GROUP, inputs["rewards"]))
+    texts = ["no", "<think>\nhidden\n</think>\nshown", "no", "no"]
+    trainer.scored = dataclasses.replace(trainer.scored, texts=texts)
+    inputs.update(trainer.teacher_contexts.build(inputs))
     text = teacher_texts(trainer, inputs)[0]
     assert "shown" in text
     assert "hidden" not in text
@@ -112,7 +112,7 @@ def test_sd_zero_shows_the_response_and_its_verdict(tmp_path):
         "Let me rephrase the above solution.",
     )
     for index, text in enumerate(teacher_texts(trainer, inputs)):
-        own = TOKENIZER.decode(trainer._get_completion_ids_list(inputs)[index])
+        own = TOKENIZER.decode(trainer.scored.completion_ids[index])
         own = own.removesuffix(TOKENIZER.eos_token)
         assert text == f"Solve 2 + 2.{own}\n\n{right if index % 2 else wrong}\n\n"
 
@@ -133,7 +133,7 @@ def test_rlcsd_shows_each_failed_sibling_once(tmp_path):
     trainer = make("RLCSD", tmp_path, max_wrong_hints=3)
     inputs = sample(trainer)  # 1 and 3 succeed
     assert inputs["wrong_mask"].sum(1).tolist() == [1, 2, 1, 2]
-    texts = trainer._texts
+    texts = trainer.scored.texts
     length = inputs["completion_ids"].size(1)
     shown = TOKENIZER.decode(inputs["wrong_input_ids"][1, 1, :-length], skip_special_tokens=True)
     assert f"Solution Begin ===\n{texts[2].strip()}\n===" in shown
@@ -384,12 +384,12 @@ def test_rlsd_without_a_reference_is_grpo(tmp_path):
 
 def test_a_completion_that_ends_at_once_is_its_end(tmp_path, monkeypatch):
     trainer = make("SDPO", tmp_path)
-    stock = StockSDPOTrainer._generate
+    stock = StockGRPOTrainer._generate_single_turn
 
-    def some_empty(self, ids):
-        return ids, [[], *stock(self, ids)[1][1:]]
+    def some_empty(*args):
+        return [[], *stock(*args)[0][1:]], None
 
-    monkeypatch.setattr(StockSDPOTrainer, "_generate", some_empty)
+    monkeypatch.setattr(StockGRPOTrainer, "_generate_single_turn", some_empty)
     inputs = sample(trainer)
     assert inputs["completion_mask"][0].sum() == 1
     loss, _ = loss_and_gradients(trainer, inputs)
@@ -417,13 +417,18 @@ def test_evaluation_on_one_completion_each_has_a_loss(tmp_path):
     )
     trainer.eval_dataset = DATA.select(range(2))
     trainer.model.eval()
-    inputs = trainer._prepare_training_batch(list(trainer.eval_dataset))
+    inputs = trainer._generate_and_score_completions(list(trainer.eval_dataset))
     assert torch.equal(inputs["advantages"], inputs["rewards"])
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]  # no NaN
 
 
 # settings that TRL reads where they matter, or only with vLLM, which is not run here
-TRLS_OWN = {"diagnostics_warning_interval", "diagnostics_flat_tolerance", "trust_remote_code"}
+TRLS_OWN = {
+    "trust_remote_code",
+    "use_transformers_paged",
+    "transformers_continuous_batching_config",
+    "log_completions_hub_repo",
+}
 READ_WITH = {  # settings under which others are read
     "SDPO": {
         "distillation_weight": 0.5,
@@ -497,10 +502,10 @@ class Seen(TrainerCallback):
 def test_a_truncated_completion_has_no_loss_where_it_is_masked(tmp_path, monkeypatch):
     end = TOKENIZER.eos_token_id
 
-    def scripted(self, ids):
-        return ids, [[7, 8, end], [7, 8, 9], [7, end], [9, 9, 9]]
+    def scripted(*_):
+        return [[7, 8, end], [7, 8, 9], [7, end], [9, 9, 9]], None
 
-    monkeypatch.setattr(StockSDPOTrainer, "_generate", scripted)
+    monkeypatch.setattr(StockGRPOTrainer, "_generate_single_turn", scripted)
     for method in ("SDPO", "SDZero"):
         for padding_free in (False, True):
             trainer = make(
@@ -551,6 +556,13 @@ def test_a_row_without_privileged_context_has_no_weight(tmp_path):
         assert inputs["self_distillation_mask"].tolist() == [signal[0]] * 2 + [signal[1]] * 2
         active = inputs["loss_mask"].sum(1) > 0
         assert active.tolist() == [True, True, method == "RLSD", method == "RLSD"]
+
+
+def test_rows_may_come_from_a_stream(tmp_path):
+    student = model(torch.float32)
+    trainer = make("OPSD", tmp_path, student=student, data=DATA.to_iterable_dataset())
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_a_path_is_a_model(tmp_path):
@@ -609,21 +621,28 @@ def test_a_resumed_adapter_has_the_teacher_that_it_had(tmp_path):
 
 
 def test_vllm_is_set_up_as_trl_sets_it_up(tmp_path, monkeypatch):
-    from trl.generation import vllm_generation
+    from trl.trainer import grpo_trainer
 
     made = []
 
     class Engine:
+        vllm_client = None
+
         def __init__(self, **settings):
             made.append(settings)
+            self.vllm_client = self
+
+        def get_server_info(self):
+            return {"model_config": {"logprobs_mode": "processed_logprobs"}}
 
         def sync_weights(self):
             made.append("synced")
 
-        def generate(self, prompts, images, num_generations):
-            return prompts, [[5] * (1 + n % 3) for n in range(len(prompts))], None, None
+        def generate(self, prompts, images, num_generations, profiler):
+            completions = [[5] * (1 + n % 3) for n in range(len(prompts))]
+            return prompts, completions, [[[-1.0] for _ in ids] for ids in completions], None
 
-    monkeypatch.setattr(vllm_generation, "VLLMGeneration", Engine)
+    monkeypatch.setattr(grpo_trainer, "VLLMGeneration", Engine)
     asked = {"vllm_mode": "server", "vllm_server_port": 8123, "vllm_max_model_length": 99}
     trainer = make("SDPO", tmp_path, use_vllm=True, **asked)
     inputs = sample(trainer)
@@ -663,8 +682,8 @@ REFUSED = {
         "args must be a OPSDConfig for OPSDTrainer",
     ),
     "a setting that is not read": (
-        lambda f: make("RLSD", f, distillation_topk=20),
-        "distillation_topk must be left as it is in RLSDConfig",
+        lambda f: make("RLSD", f, top_entropy_quantile=0.5),
+        "top_entropy_quantile must be left as it is in RLSDConfig",
     ),
     "a KL to a reference": (
         lambda f: make("GRPO", f, beta=0.1),
@@ -698,17 +717,17 @@ REFUSED = {
         lambda f: make_discovery(f, DATA),
         "train_dataset must be one question",
     ),
-    "rows that cannot be drawn again": (
-        lambda f: make("OPSD", f, data=DATA.to_iterable_dataset()),
-        "train_dataset must be indexed",
+    "a stream at test time": (
+        lambda f: make_discovery(f, DATA.to_iterable_dataset()),
+        "train_dataset must be one question, got a stream",
     ),
     "a mixture without a divergence": (
         lambda f: make("RLSD", f, teacher_model_kind="trust_region"),
         "teacher_model_kind must be one of 'live', 'base', 'ema', 'synced', got 'trust_region'",
     ),
-    "a threshold that RLSD has not": (
-        lambda f: make("RLSD", f, success_reward_threshold=0.7),
-        "success_reward_threshold must be left as it is in RLSDConfig",
+    "feedback that is no text": (
+        lambda f: sample(make("SDPO", f, feedback_func=lambda prompts, **_: [1, 2, 3, 4])),
+        "feedback_func must return texts, or None, got a int",
     ),
     "a support of the whole vocabulary": (
         lambda f: make("SDZero", f, variant="paper", distillation_topk=5),
@@ -782,7 +801,7 @@ def test_discovery_ends_with_the_first_success(tmp_path):
     trainer.train()
     assert trainer.first_success == 7
     assert len(trainer.rewards) == 8
-    assert trainer.solution == trainer._texts[2]
+    assert trainer.solution == trainer.scored.texts[2]
     assert ours.discovery_probability([7, None, 3, 20], 10) == 0.5
 
 
