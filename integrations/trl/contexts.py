@@ -33,7 +33,6 @@ class TeacherInputs:
 
     input_ids: Tensor  # (B, L + T)
     attention_mask: Tensor  # (B, L + T)
-    num_truncated: int
 
 
 def teacher_inputs(
@@ -42,31 +41,25 @@ def teacher_inputs(
     completion_mask: Tensor,  # (B, T)
     *,
     pad_id: int,
-    max_length: int,
     multiple: int | None = None,
 ) -> TeacherInputs:
     """Pad prompts on the left and put the completions behind them.
 
-    A prompt over the limit loses its beginning, because its end holds the generation header.
-
     Args:
         pad_id: the padding token.
-        max_length: of a prompt, in tokens.
         multiple: the padded prompts' length is a multiple of this; None: that of the longest.
     """
-    kept = [ids[-max_length:] for ids in prompts]
-    longest = max((len(ids) for ids in kept), default=0)
+    longest = max((len(ids) for ids in prompts), default=0)
     longest = -(-longest // (multiple or 1)) * (multiple or 1)
-    rows = torch.full((len(kept), longest), pad_id, dtype=completion_ids.dtype)
-    mask = torch.zeros(len(kept), longest, dtype=completion_mask.dtype)
-    for row, ids in enumerate(kept):
+    rows = torch.full((len(prompts), longest), pad_id, dtype=completion_ids.dtype)
+    mask = torch.zeros(len(prompts), longest, dtype=completion_mask.dtype)
+    for row, ids in enumerate(prompts):
         if len(ids):
             rows[row, -len(ids) :] = torch.tensor(ids)
             mask[row, -len(ids) :] = 1
     return TeacherInputs(
         torch.cat([rows.to(completion_ids.device), completion_ids], 1),
         torch.cat([mask.to(completion_mask.device), completion_mask], 1),
-        sum(len(ids) < len(whole) for ids, whole in zip(kept, prompts)),
     )
 
 

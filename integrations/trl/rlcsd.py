@@ -103,12 +103,14 @@ class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
             for rollout, row in zip(rollouts, hints)
             for k in range(num_hints)
         ]
-        inputs = self.teacher_contexts.inputs(shown, rollouts, output)
-        named = self.teacher_contexts.named("wrong_", inputs, output)
-        counts = torch.tensor([len(row) for row in hints], device=output["loss_mask"].device)
+        contexts = self.teacher_contexts
+        shown = contexts.fitted(shown, rollouts)
+        named = contexts.named("wrong_", contexts.inputs(shown, rollouts, output), output)
+        is_hint = [prompt is not None for prompt in shown]
+        mask = torch.tensor(is_hint, device=output["loss_mask"].device)
         return {
             **{name: rows.view(len(rollouts), num_hints, -1) for name, rows in named.items()},
-            "wrong_mask": torch.arange(num_hints, device=counts.device) < counts[:, None],
+            "wrong_mask": mask.view(len(rollouts), num_hints),
         }
 
     def score_teacher(self, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ class TeacherContexts:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.num_idle = 0  # batches without any signal, one after the other
+        self.num_cut = self.num_lost = 0  # prompts of this batch that are too long
 
     def build(self, output: dict[str, Any]) -> dict[str, Tensor]:
         """Return the teacher's inputs and the mask of rollouts that have something to learn from.
@@ -35,26 +36,42 @@ class TeacherContexts:
         """
         trainer = self.trainer
         rollouts = self._rollouts(output)
+        self.num_cut = self.num_lost = 0
         prompts = [trainer.teacher_prompts(rollout) for rollout in rollouts]
         made: dict[str, Tensor] = dict(trainer.more_inputs(rollouts, output))
-        num_cut = num_lost = 0
         if trainer.has_teacher:
-            images = [self._num_image_tokens(rollout.prompt_ids) for rollout in rollouts]
-            limit = trainer.args.max_reprompt_len
-            for n, prompt in enumerate(prompts):
-                # a cut would leave image features without their tokens
-                if prompt and self._num_image_tokens(prompt[-limit:]) != images[n]:
-                    prompts[n] = None
-                    num_lost += 1
+            prompts = self.fitted(prompts, rollouts)
             inputs = self.inputs(prompts, rollouts, output)
-            num_cut = inputs.num_truncated
             made.update(self.named("teacher_", inputs, output))
             _check_aligned(output, inputs)
         active = [prompt is not None for prompt in prompts]
         made["self_distillation_mask"] = torch.tensor(active, device=output["loss_mask"].device)
         made["self_distillation_mask"] = made["self_distillation_mask"].float()
-        self._log(rollouts, [sum(active), num_cut + num_lost, num_lost, len(rollouts)])
+        self._log(rollouts, (sum(active), self.num_cut, self.num_lost, len(rollouts)))
         return made
+
+    def fitted(
+        self, prompts: Sequence[list[int] | None], rollouts: Sequence[Rollout]
+    ) -> list[list[int] | None]:
+        """Cut prompts to ``max_reprompt_len``: they lose their beginning, and keep the header.
+
+        A prompt whose images would be cut becomes None: features need their tokens.
+
+        Args:
+            prompts, rollouts: as in ``inputs``.
+        """
+        limit, times = self.trainer.args.max_reprompt_len, len(prompts) // len(rollouts)
+        kept: list[list[int] | None] = []
+        for n, prompt in enumerate(prompts):
+            cut = None if prompt is None else prompt[-limit:]
+            if prompt is not None and cut is not None:
+                own = rollouts[n // times].prompt_ids
+                is_lost = self._num_image_tokens(cut) != self._num_image_tokens(own)
+                self.num_cut += len(cut) < len(prompt)
+                self.num_lost += is_lost
+                cut = None if is_lost else cut
+            kept.append(cut)
+        return kept
 
     def inputs(
         self,
@@ -80,7 +97,6 @@ class TeacherContexts:
             output["completion_ids"].repeat_interleave(times, 0),
             output["completion_mask"].repeat_interleave(times, 0),
             pad_id=self.trainer._tokenizer.pad_token_id,
-            max_length=self.trainer.args.max_reprompt_len,
             multiple=self.trainer.pad_to_multiple_of,
         )
 
@@ -132,12 +148,12 @@ class TeacherContexts:
             for n in range(len(scored.texts))
         ]
 
-    def _log(self, rollouts: Sequence[Rollout], counts: Sequence[int]) -> None:
+    def _log(self, rollouts: Sequence[Rollout], counts: tuple[int, ...]) -> None:
         """Log shares over all processes, and warn of what was cut and of batches without signal."""
         trainer = self.trainer
         flags = [trainer.context_flags(rollout) for rollout in rollouts]
         every = gather_object(flags)
-        gathered = gather_object([tuple(counts)])
+        gathered = gather_object([counts])
         with_signal, num_cut, num_lost, size = map(sum, zip(*gathered, strict=True))
         shares = {name: sum(flag[name] for flag in every) / size for name in every[0]}
         shares["reprompt_sample_fraction"] = with_signal / size
@@ -148,14 +164,13 @@ class TeacherContexts:
             metrics[f"self_distillation/{name}"].append(share)
         if not trainer.accelerator.is_main_process:
             return
-        if num_cut:
+        if num_cut or num_lost:
             logger.warning(
-                "%d of %d teacher prompts are longer than max_reprompt_len=%d: %d lost their "
-                "beginning, and %d, whose images would have been cut, are left out.",
+                "%d teacher prompts of %d rollouts are longer than max_reprompt_len=%d and lost "
+                "their beginning; %d that would have lost images are left out.",
                 num_cut,
                 size,
                 trainer.args.max_reprompt_len,
-                num_cut - num_lost,
                 num_lost,
             )
         self.num_idle = 0 if with_signal else self.num_idle + 1

@@ -49,11 +49,15 @@ def model(dtype=torch.float64, family="Qwen3", **changes):
     return made.to(dtype)
 
 
-def make(method, folder, *, student=None, data=DATA, peft_config=None, callbacks=None, **settings):
+TRAINERS = ("tools", "environment_factory", "rollout_func", "peft_config", "callbacks")
+
+
+def make(method, folder, *, student=None, data=DATA, processor=TOKENIZER, **settings):
     """A trainer that has not trained yet.
 
     Args:
         method: one of METHODS, or the trainer and the configuration of another.
+        settings: of the configuration, and those of ``TRAINERS``, which the trainer takes.
     """
     pair = method
     if isinstance(method, str):
@@ -75,6 +79,7 @@ def make(method, folder, *, student=None, data=DATA, peft_config=None, callbacks
         "learning_rate": 1e-2,
         "max_steps": 2,
     }
+    more = {name: settings.pop(name) for name in TRAINERS if name in settings}
     given = {"reward_funcs": settings.pop("reward_funcs", rewards)} if method in REWARDED else {}
     said = settings.pop("feedback_func", feedback if method == "SDPO" else None)
     torch.manual_seed(1)
@@ -83,10 +88,9 @@ def make(method, folder, *, student=None, data=DATA, peft_config=None, callbacks
         **given,
         args=config(**{**defaults, **settings}),
         train_dataset=data,
-        processing_class=TOKENIZER,
-        peft_config=peft_config,
-        callbacks=callbacks,
+        processing_class=processor,
         feedback_func=said,
+        **more,
     )
     made.current_gradient_accumulation_steps = 1  # what training sets
     return made
