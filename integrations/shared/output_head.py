@@ -77,6 +77,9 @@ class Projection:
             hidden = torch.cat([part.to(dtype) for part in states], -1)
             weight = torch.cat([part.to(dtype) for part in columns], -1)
             bias = None if bias is None else bias.to(dtype)
+        elif not torch.is_autocast_enabled(hidden.device.type):
+            # a head may be kept in fp32 on a 16-bit backbone, as TRL's cast_lm_head_to_fp32 does
+            hidden = hidden.to(torch.promote_types(hidden.dtype, weight.dtype))
         return hidden, LMHead(weight, bias, self.logit_scale, self.softcap)
 
 

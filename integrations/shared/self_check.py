@@ -4,6 +4,7 @@ transformers has no field that says everything a model does to its logits.  ``ou
 the settings that are known; this check catches the models that do something else.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -97,7 +98,8 @@ class _Rebuilt(NamedTuple):
 def _rebuild(hidden: Tensor, head: LMHead) -> _Rebuilt:
     """Make both kinds of logits; runs inside the head's module, where its weight is whole."""
     product = _product(hidden, head)
-    factor = LARGE_LOGIT / max(float(product.abs().max()), 1e-6)
+    # a power of two rounds nothing, in whichever dtype the model multiplies its states
+    factor = 2.0 ** round(math.log2(LARGE_LOGIT / max(float(product.abs().max()), 1e-6)))
     shaping = f"scale {head.logit_scale:g}, soft-cap {head.softcap}"
     enlarged = _soft_capped(_product(hidden * factor, head), head)
     precision = product_precision(hidden, head)

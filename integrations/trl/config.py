@@ -19,6 +19,7 @@ TEACHERS = ("live", "base", "ema", "synced")  # of every method
 # settings of GRPO's loss that no method reads
 GRPO_SETTINGS = (
     "beta",
+    "cast_lm_head_to_fp32",  # the losses form fp32 logits from a head in any dtype
     "entropy_coef",
     "entropy_coef_delta",
     "entropy_coef_max",

@@ -108,8 +108,6 @@ class FusedGRPOTrainer(GRPOTrainer):
         ids, mask = batch["input_ids"], batch["attention_mask"]
 
         def compute(hidden: Tensor, head: LMHead) -> TokenLogProbs:
-            # ``cast_lm_head_to_fp32`` keeps a 16-bit model's head in fp32
-            hidden = hidden.to(torch.promote_types(hidden.dtype, head.weight.dtype))
             return token_log_probs(
                 hidden,
                 head,

@@ -19,6 +19,7 @@ of TRL or transformers.  The reasons given there were read in TRL 1.16 and trans
 Dimension key:  B sequences, T completion tokens, D hidden size
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -104,6 +105,8 @@ class SelfDistillationTrainer(RolloutBatches, TeacherOwner, FusedGRPOTrainer):
         if not self._fused:
             attach_again = "use TRL's own trainer for this model"
             fail("model", "have a head that can be reproduced", "see the warning", attach_again)
+        if train_dataset is not None:
+            _check_modalities(name, train_dataset, self.processing_class)
         if args.padding_free and isinstance(self.processing_class, ProcessorMixin):
             got = f"True with a {type(self.processing_class).__name__}"
             fail("padding_free", "be False for a model with images", got, "leave it out")
@@ -281,6 +284,24 @@ def _check_privileged(name: str, dataset: Any) -> None:
             f"have a column privileged_context for {name}, what only the teacher may see",
             f"columns {', '.join(columns)}",
             "add the reference answer, solution or demonstration under that name",
+        )
+
+
+def _check_modalities(name: str, dataset: Any, processing_class: Any) -> None:
+    """Refuse images that a text model would not see; warn of what GRPOTrainer does not read."""
+    columns = set(getattr(dataset, "column_names", None) or ())
+    images = sorted(columns & {"image", "images"})
+    if images and not isinstance(processing_class, ProcessorMixin):
+        fail(
+            "processing_class",
+            f"be a processor, for the dataset has a column {images[0]!r}",
+            type(processing_class).__name__,
+            "pass a vision-language model and its processor, or remove the column",
+        )
+    if others := sorted(columns & {"video", "videos", "audio", "audios"}):
+        warnings.warn(
+            f"{name} reads no {', '.join(others)}: such columns reach the rewards alone",
+            stacklevel=3,
         )
 
 

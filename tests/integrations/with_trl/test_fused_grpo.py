@@ -208,6 +208,14 @@ def test_sixteen_bit_log_probabilities_are_nearer_to_float64_than_stocks(tmp_pat
             assert error <= 1e-5 * right.norm(norm)
 
 
+def test_a_head_in_fp32_on_a_sixteen_bit_model_is_scored_in_fp32(tmp_path):
+    untied = method_pairs.model(torch.bfloat16, tie_word_embeddings=False)
+    stock, fused = pair(tmp_path, model=untied, cast_lm_head_to_fp32=True)
+    assert fused.model.lm_head.weight.dtype == torch.float32
+    assert fused._fused
+    assert_same(stock, fused, batch(stock))
+
+
 def test_no_logits_exist_in_training(tmp_path, monkeypatch):
     trainer = make(FusedGRPOTrainer, tmp_path)
     inputs = batch(trainer)

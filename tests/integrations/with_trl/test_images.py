@@ -224,6 +224,17 @@ def test_a_prompt_whose_images_would_be_cut_has_no_teacher(tmp_path, caplog):
     assert loss == 0
 
 
+def test_a_text_model_refuses_images_before_training(tmp_path):
+    with pytest.raises(ValueError, match="be a processor, for the dataset has a column 'images'"):
+        make("OPSD", tmp_path, data=DATA)
+
+
+def test_videos_are_left_to_the_rewards_with_a_warning(tmp_path):
+    data = DATA.remove_columns("images").add_column("video", ["a.mp4"] * 4)
+    with pytest.warns(UserWarning, match="OPSDTrainer reads no video"):
+        trainer_of("OPSD", tmp_path, data=data)
+
+
 def test_packed_rows_and_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match="padding_free must be False for a model with images"):
         trainer_of("OPSD", tmp_path, padding_free=True)
