@@ -86,7 +86,6 @@ def discover(
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
-                diagnostics_warning_interval=0,
                 **TEMPLATES,
             ),
             train_dataset=Dataset.from_list([{"prompt": question.prompt}]),

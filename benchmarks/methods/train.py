@@ -58,7 +58,6 @@ def build(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        diagnostics_warning_interval=0,
         **(task.templates[settings.template] if settings.template else {}),
         **method_settings(task.name, method),
     )

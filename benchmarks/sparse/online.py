@@ -113,7 +113,6 @@ def build_trainer(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        diagnostics_warning_interval=0,
     )
     adapter = LoraConfig(
         r=settings.lora_rank,
