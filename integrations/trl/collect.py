@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from fused_sd.checks import check_positive_int
+from fused_sd.integrations.shared.revision_phrases import phrases_for
 from fused_sd.integrations.trl.generators import Generate
 from fused_sd.integrations.trl.revise import Reviser, RewardFunction, TraceConfig
 from fused_sd.integrations.trl.traces import (
@@ -66,6 +67,9 @@ def collect_traces(
     """
     config = TraceConfig() if config is None else config
     check_positive_int("questions_per_batch", questions_per_batch)
+    # The file says which phrases it holds, also those that the model's family has chosen.
+    phrases = phrases_for(processing_class.name_or_path, config.correct_phrase, config.wrong_phrase)
+    config = replace(config, correct_phrase=phrases.correct, wrong_phrase=phrases.wrong)
     path = Path(path)
     header = {
         "format": FORMAT,

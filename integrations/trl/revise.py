@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fused_sd.checks import check_positive_int, fail
-from fused_sd.integrations.shared.verdicts import CORRECT_PHRASE, WRONG_PHRASE, verdict_ids
+from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for
 from fused_sd.integrations.trl.generators import Generate
 from fused_sd.integrations.trl.trace_filters import is_sycophantic, trim_repeats
 from fused_sd.integrations.trl.traces import Trace, TraceCounts, record
@@ -27,11 +27,13 @@ class TraceConfig:
         num_initial: the number of initial responses to each question.  The paper has 1.
         num_revisions: the number of revisions of each initial response.
         revise_correct: revise right responses too, as in the paper.
-        correct_phrase, wrong_phrase: what the model reads after its response.
+        correct_phrase, wrong_phrase: what the model reads after its response; None: the official
+            phrase for the model's family, by the tokenizer's name or folder.
         reward_threshold: a response is right if its reward is above this.
         drop_sycophantic: leave out revisions that open by answering a user ("You're right").
             The official code cuts off such openings, which would split tokens.
-        trim_repeats: reduce a block that a response repeats until its end to one copy.
+        trim_repeats: reduce a block that a response repeats until its end to one copy.  Blocks are
+            of tokens; the official code's are of characters.
         chat_template_kwargs: arguments of the chat template, as ``{"enable_thinking": False}``.
         source: describes what generates (model, temperature); a file is continued only from the
             same source.
@@ -43,8 +45,8 @@ class TraceConfig:
     num_initial: int = 3
     num_revisions: int = 3
     revise_correct: bool = False
-    correct_phrase: str = CORRECT_PHRASE
-    wrong_phrase: str = WRONG_PHRASE
+    correct_phrase: str | None = None
+    wrong_phrase: str | None = None
     reward_threshold: float = 0.5
     drop_sycophantic: bool = True
     trim_repeats: bool = True
@@ -198,10 +200,11 @@ class Reviser:
         return list(encoded["input_ids"])
 
     def _phrase(self, correct: bool) -> str:
-        return self.config.correct_phrase if correct else self.config.wrong_phrase
+        given = self.config.correct_phrase, self.config.wrong_phrase
+        return phrases_for(self.tokenizer.name_or_path, *given).after(correct)
 
     def _verdict(self, correct: bool) -> list[int]:
-        return verdict_ids(self.tokenizer, self._phrase(correct))
+        return phrase_ids(self.tokenizer, self._phrase(correct))
 
     def _without_end(self, ids: list[int]) -> list[int]:
         """Return a response without the special tokens at its end."""

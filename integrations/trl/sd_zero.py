@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fused_sd import LossOutput, sd_zero_loss
 from fused_sd.checks import check_one_of, check_unit_interval, fail
+from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for
 from fused_sd.integrations.shared.rollouts import Rollout
-from fused_sd.integrations.shared.verdicts import CORRECT_PHRASE, WRONG_PHRASE, verdict_ids
 from fused_sd.integrations.trl.divergence_trainer import (
     DivergenceConfig,
     DivergenceTrainer,
@@ -50,11 +50,16 @@ class SDZeroConfig(DivergenceConfig):
     distillation_topk: int | None = field(
         default=64, metadata={"help": "Entries of the teacher's support in `code`."}
     )
-    correct_phrase: str = field(
-        default=CORRECT_PHRASE, metadata={"help": "What follows a response that was right."}
+    correct_phrase: str | None = field(
+        default=None,
+        metadata={
+            "help": "What follows a response that was right; None: the official phrase for the "
+            "model's family."
+        },
     )
-    wrong_phrase: str = field(
-        default=WRONG_PHRASE, metadata={"help": "What follows a response that was wrong."}
+    wrong_phrase: str | None = field(
+        default=None,
+        metadata={"help": "What follows a response that was wrong; None as for `correct_phrase`."},
     )
     success_reward_threshold: float = field(
         default=0.5, metadata={"help": "A response is right where its reward is above this."}
@@ -122,19 +127,16 @@ class SDZeroTrainer(DivergenceTrainer):
         )
 
     def _first_copy(self, rollout: Rollout) -> tuple[list[int], list[int]]:
-        """Return the tokens of the response without its end, and of the verdict."""
-        ends = {*self.end_token_ids, self._tokenizer.pad_token_id}
-        response = rollout.completion_ids[: self._longest(rollout)]
-        if response and response[-1] in ends:
-            response = response[:-1]
-        return response, self._verdict(rollout)
+        """Return the tokens of the response, with its end if it has one, and of the phrase."""
+        return rollout.completion_ids[: self._longest(rollout)], self._phrase(rollout)
 
-    def _verdict(self, rollout: Rollout) -> list[int]:
+    def _phrase(self, rollout: Rollout) -> list[int]:
+        given = self.args.correct_phrase, self.args.wrong_phrase
+        phrases = phrases_for(self.model.config, *given)
         is_correct = rollout.reward > self.args.success_reward_threshold
-        phrase = self.args.correct_phrase if is_correct else self.args.wrong_phrase
-        return verdict_ids(self._tokenizer, phrase)
+        return phrase_ids(self._tokenizer, phrases.after(is_correct))
 
     def _longest(self, rollout: Rollout) -> int:
         """Return how many tokens of the response fit twice into the teacher's sequence."""
-        taken = len(rollout.prompt_ids) + len(self._verdict(rollout))
+        taken = len(rollout.prompt_ids) + len(self._phrase(rollout))
         return max((self.args.max_reprompt_len - taken) // 2, 0)

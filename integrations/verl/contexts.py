@@ -18,8 +18,8 @@ from fused_sd.integrations.shared.prompts import (
     reprompted,
     sibling_prompt,
 )
+from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for
 from fused_sd.integrations.shared.rollouts import Rollout
-from fused_sd.integrations.shared.verdicts import CORRECT_PHRASE, DELIMITER, WRONG_PHRASE
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,6 @@ class PromptTokenizer:
             list(messages), add_generation_prompt=True, tokenize=True, **self.chat_settings
         )
         return normalize_token_ids(encoded)  # transformers 5 returns a BatchEncoding
-
-    def text(self, text: str) -> list[int]:
-        """Return the tokens of text that stands inside a sequence."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class Context(Protocol):
@@ -125,17 +121,20 @@ class ReferenceContext:
 class AttemptContext:
     """SD-Zero's context (phase 2): the response itself and a phrase that says whether it was right.
 
+    As in the official code (arXiv 2604.12002), the response is shown with all its tokens: with its
+    end, if it has one.
+
     Args:
         success_reward_threshold: a response is right if its reward is above this.
-        correct_phrase, wrong_phrase: the phrase behind the response; the defaults are those of the
-            official code for Qwen (arXiv 2604.12002).
+        correct_phrase, wrong_phrase: the phrase behind the response; None: the official one for the
+            model's family, see ``fused_sd.integrations.shared.revision_phrases``.
         max_length: most tokens of the whole sequence, which holds the response twice; a longer
-            sample gets no context.
+            sample gets no context.  The official code cuts its response, for the student too.
     """
 
     success_reward_threshold: float = 0.5
-    correct_phrase: str = CORRECT_PHRASE
-    wrong_phrase: str = WRONG_PHRASE
+    correct_phrase: str | None = None
+    wrong_phrase: str | None = None
     max_length: int = 32768
 
     def __post_init__(self) -> None:
@@ -143,10 +142,12 @@ class AttemptContext:
         check_positive_int("max_length", self.max_length)
 
     def teacher_prompt(self, rollout: Rollout, tokenizer: PromptTokenizer) -> list[int] | None:
-        is_correct = rollout.reward > self.success_reward_threshold
-        phrase = self.correct_phrase if is_correct else self.wrong_phrase
-        response = list(rollout.completion_ids)
-        if response and response[-1] in set(tokenizer.tokenizer.all_special_ids):
-            response = response[:-1]  # drop the end-of-turn token: the phrase continues the turn
-        shown = [*rollout.prompt_ids, *response, *tokenizer.text(f"{DELIMITER}{phrase}{DELIMITER}")]
+        model = tokenizer.tokenizer.name_or_path
+        phrases = phrases_for(model, self.correct_phrase, self.wrong_phrase)
+        phrase = phrases.after(rollout.reward > self.success_reward_threshold)
+        shown = [
+            *rollout.prompt_ids,
+            *rollout.completion_ids,
+            *phrase_ids(tokenizer.tokenizer, phrase),
+        ]
         return shown if len(shown) + len(rollout.completion_ids) <= self.max_length else None

@@ -21,7 +21,7 @@ from benchmarks.methods.tokens import character_tokenizer
 from benchmarks.storage import Parts
 from fused_sd.credit import credit_map, planted_error_scores
 from fused_sd.integrations import trl
-from fused_sd.integrations.shared.verdicts import DELIMITER
+from fused_sd.integrations.shared.revision_phrases import DELIMITER
 from fused_sd.measuring.readme import Block
 
 TOKENIZER = character_tokenizer(arithmetic.SYMBOLS)

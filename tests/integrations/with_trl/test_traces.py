@@ -10,7 +10,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 from tiny_models import tiny_model
 from trl_pairs import TOKENIZER, VOCAB
 
-from fused_sd.integrations.shared.verdicts import CORRECT_PHRASE, WRONG_PHRASE
+from fused_sd.integrations.shared.revision_phrases import CORRECT_PHRASE, WRONG_PHRASE
 from fused_sd.integrations.trl.collect import collect_traces
 from fused_sd.integrations.trl.generators import transformers_generate, vllm_generate
 from fused_sd.integrations.trl.revise import TraceConfig

@@ -1,5 +1,6 @@
 """The teacher's sequences, against lists of tokens written by hand."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -171,14 +172,30 @@ def test_opsd_shows_the_reference_and_nothing_without_one():
 def test_sd_zero_shows_ones_own_response_and_the_verdict():
     context = AttemptContext(correct_phrase="Right.", wrong_phrase="Wrong.")
     prompt = rollout().prompt_ids
-    assert context.teacher_prompt(rollout(), WORDS) == [*prompt, *ids("3\n\nWrong.\n\n")]
+    whole = rollout()  # its end token is shown, too
+    shown = [*prompt, *ids("3<|im_end|>\n\nWrong.\n\n")]
+    assert whole.completion_ids == ids("3<|im_end|>")
+    assert context.teacher_prompt(whole, WORDS) == shown
     right = rollout(reward=1.0)
-    assert context.teacher_prompt(right, WORDS) == [*prompt, *ids("3\n\nRight.\n\n")]
-    # the prompt, the attempt, the phrase between its delimiters, and the response with its end
-    whole = len(prompt) + len(ids("3\n\nWrong.\n\n")) + 2
-    assert AttemptContext(wrong_phrase="Wrong.", max_length=whole).teacher_prompt(rollout(), WORDS)
-    short = AttemptContext(wrong_phrase="Wrong.", max_length=whole - 1)
-    assert short.teacher_prompt(rollout(), WORDS) is None
+    assert context.teacher_prompt(right, WORDS) == [*prompt, *ids("3<|im_end|>\n\nRight.\n\n")]
+    cut = rollout(completion_ids=ids("3 or"))
+    assert context.teacher_prompt(cut, WORDS) == [*prompt, *ids("3 or\n\nWrong.\n\n")]
+    # the prompt, the attempt, the phrase between its delimiters, and the response again
+    length = len(shown) + len(whole.completion_ids)
+    assert AttemptContext(wrong_phrase="Wrong.", max_length=length).teacher_prompt(whole, WORDS)
+    short = AttemptContext(wrong_phrase="Wrong.", max_length=length - 1)
+    assert short.teacher_prompt(whole, WORDS) is None
+
+
+def test_sd_zeros_phrase_is_that_of_the_models_family():
+    words = PromptTokenizer(copy.copy(tokenizer()))
+    for name, phrase in (
+        ("Qwen/Qwen3-1.7B", "Wait, this response is wrong. Let me correct it."),
+        ("allenai/Olmo-3-7B-Instruct", "Wrong. I need to redo all."),
+    ):
+        words.tokenizer.name_or_path = name
+        shown = AttemptContext().teacher_prompt(rollout(), words)
+        assert text(shown).endswith(f"3<|im_end|>\n\n{phrase}\n\n")
 
 
 def micro_batch(mask, *, num_tokens=4):

@@ -202,8 +202,9 @@ def test_sd_zero_shows_the_response_and_the_verdict(batch):
     one = f"uid-{QUESTIONS[0]}"
     wrong, right = (found[f"{one}_{place}_0"] for place in range(2))
     start = text(wrong["prompts"])
-    assert shown(wrong)[0] == f"{start}3\n\nWait, this response is wrong. Let me correct it.\n\n"
-    attempt = "<think>hm</think> It is 2."
+    phrase = "Wait, this response is wrong. Let me correct it."
+    assert shown(wrong)[0] == f"{start}3<|im_end|>\n\n{phrase}\n\n"
+    attempt = "<think>hm</think> It is 2.<|im_end|>"
     assert shown(right)[0] == f"{start}{attempt}\n\nLet me rephrase the above solution.\n\n"
 
 
