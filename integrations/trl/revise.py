@@ -14,7 +14,7 @@ from fused_sd.checks import check_positive_int, fail
 from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for
 from fused_sd.integrations.trl.generators import Generate
 from fused_sd.integrations.trl.trace_filters import is_sycophantic, trim_repeats
-from fused_sd.integrations.trl.traces import Trace, TraceCounts, record
+from fused_sd.integrations.trl.traces import Trace, TraceCounts, chat_format_of, record
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -151,6 +151,7 @@ class Reviser:
             initial_correct=initial.correct,
             initial_reward=initial.reward,
             revision_reward=revision.reward,
+            chat_template_kwargs=chat_format_of(row["prompt"], self.config.chat_template_kwargs),
         )
 
     def _respond(

@@ -22,12 +22,14 @@ from trl import SFTTrainer
 
 from fused_sd import LMHead, LossOutput, cross_entropy_loss
 from fused_sd.checks import fail
+from fused_sd.integrations.shared.chat_format import record_chat_format
 from fused_sd.integrations.transformers import Request, attach
 from fused_sd.integrations.trl.sparse_gradients import certificate_means, certificate_sums
 from fused_sd.integrations.trl.srt_config import SRTConfig
 from fused_sd.integrations.trl.srt_data import (
     COLUMNS,
     TraceCollator,
+    one_chat_format,
     token_counts,
     trace_dataset,
 )
@@ -38,6 +40,9 @@ class SRTTrainer(SFTTrainer):
     """Self-Revision Training on traces, without logits.
 
     Each term is a mean over its tokens in all micro-batches and processes of an optimizer step.
+
+    The tokenizer remembers the chat template's arguments of the traces, and saves them with the
+    model; ``SDZeroTrainer`` then writes its prompts with the same.
 
         traces, _ = collect_traces(generate, dataset, reward, tokenizer, "traces.jsonl")
         SRTTrainer(model, SRTConfig("out"), traces, processing_class=tokenizer).train()
@@ -51,8 +56,8 @@ class SRTTrainer(SFTTrainer):
         kwargs: further arguments of TRL's SFTTrainer: peft_config, callbacks, optimizers...
 
     Raises:
-        ValueError: there is no trace, the model adds a router loss, or context or sequence
-            parallelism cuts sequences.
+        ValueError: there is no trace, traces differ in the chat template's arguments, the model
+            adds a router loss, or context or sequence parallelism cuts sequences.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "srt"]
@@ -98,6 +103,9 @@ class SRTTrainer(SFTTrainer):
         trained: Any = self.model
         attach(trained, autocast=self.accelerator.autocast)
         self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
+        chat_format = one_chat_format(train_dataset)
+        if chat_format is not None:
+            record_chat_format(self.processing_class, chat_format)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Dataset:
         """Leave the columns of ``trace_dataset`` alone.

@@ -84,6 +84,20 @@ def trace_dataset(traces: Sequence[Trace], max_length: int | None = None) -> Dat
     )
 
 
+def one_chat_format(traces: Sequence[Trace]) -> dict[str, Any] | None:
+    """Return the chat template's arguments of all traces; None where no trace knows its own.
+
+    Raises:
+        ValueError: two traces differ.
+    """
+    known = [t.chat_template_kwargs for t in traces if t.chat_template_kwargs is not None]
+    for other in known:
+        if other != known[0]:
+            got, remedy = f"{known[0]!r} and {other!r}", "collect all in one chat format"
+            fail("traces", "agree in chat_template_kwargs", got, remedy)
+    return dict(known[0]) if known else None
+
+
 def sft_dataset(traces: Sequence[Trace], objective: str = "joint") -> Dataset:
     """Return records of input_ids and labels, for any trainer of causal language models.
 

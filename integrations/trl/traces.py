@@ -37,6 +37,8 @@ class Trace:
         revision_ids: the second response as sampled; ends with the end token, unless it was cut.
         initial_correct: whether the first response was right.
         initial_reward, revision_reward: what the reward function returned.
+        chat_template_kwargs: arguments of the chat template that wrote the prompt; None: the prompt
+            is text, or nobody knows.  A file has them in its first line.
 
     Raises:
         ValueError: prompt or revision has no token.
@@ -52,6 +54,7 @@ class Trace:
     initial_correct: bool
     initial_reward: float | None
     revision_reward: float | None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt_ids", "revision_ids"):
@@ -123,17 +126,17 @@ def load_traces(path: str | os.PathLike[str]) -> Collected:
         ValueError: ``collect_traces`` did not write the file.
     """
     records = read_records(Path(path))
-    traces = [_trace(kept) for record in records for kept in record["traces"]]
+    chat_format = _header(Path(path))["config"]["chat_template_kwargs"]
+    traces = [_trace(kept, chat_format) for record in records for kept in record["traces"]]
     return Collected(traces, sum((counts_of(record) for record in records), TraceCounts()))
 
 
 def record(question: int, traces: Iterable[Trace], counts: TraceCounts) -> dict[str, Any]:
     """Return the line of one question, as a dict."""
-    return {
-        "question": question,
-        "counts": asdict(counts),
-        "traces": [asdict(trace) for trace in traces],
-    }
+    kept = [asdict(trace) for trace in traces]
+    for trace in kept:
+        del trace["chat_template_kwargs"]
+    return {"question": question, "counts": asdict(counts), "traces": kept}
 
 
 def counts_of(line: Mapping[str, Any]) -> TraceCounts:
@@ -141,11 +144,17 @@ def counts_of(line: Mapping[str, Any]) -> TraceCounts:
     return TraceCounts(**line["counts"])
 
 
-def _trace(kept: Mapping[str, Any]) -> Trace:
+def chat_format_of(prompt: Any, chat_template_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the chat template's arguments for a prompt of messages, and None for a text."""
+    return None if isinstance(prompt, str) else dict(chat_template_kwargs)
+
+
+def _trace(kept: Mapping[str, Any], chat_template_kwargs: Mapping[str, Any]) -> Trace:
     values: dict[str, Any] = {
         name: tuple(value) if name.endswith("_ids") else value for name, value in kept.items()
     }
-    return Trace(**values)
+    chat_format = chat_format_of(values["prompt"], chat_template_kwargs)
+    return Trace(**values, chat_template_kwargs=chat_format)
 
 
 def start_file(path: Path, header: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from verl.utils.tokenizer import normalize_token_ids
 
 from fused_sd.checks import check_finite, check_positive_int
+from fused_sd.integrations.shared.chat_format import check_chat_format
 from fused_sd.integrations.shared.prompts import (
     check_sibling_templates,
     check_template,
@@ -142,6 +143,8 @@ class AttemptContext:
         check_positive_int("max_length", self.max_length)
 
     def teacher_prompt(self, rollout: Rollout, tokenizer: PromptTokenizer) -> list[int] | None:
+        used = {k: value for k, value in tokenizer.chat_settings.items() if k != "tools"}
+        check_chat_format(tokenizer.tokenizer, used)
         model = tokenizer.tokenizer.name_or_path
         phrases = phrases_for(model, self.correct_phrase, self.wrong_phrase)
         phrase = phrases.after(rollout.reward > self.success_reward_threshold)

@@ -1,6 +1,8 @@
 """Self-Revision Training: masks, terms against plain log-softmax, steps, stages, adapters."""
 
+import copy
 import dataclasses
+import inspect
 import os
 from types import SimpleNamespace
 
@@ -14,10 +16,13 @@ import peft
 import transformers
 from closeness import assert_close
 from tiny_models import random_ids, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_pairs import TOKENIZER, VOCAB
 
 from fused_sd.integrations.examples import sd_zero_phase1 as example
+from fused_sd.integrations.shared.chat_format import recorded_chat_format
+from fused_sd.integrations.trl.generators import transformers_generate
+from fused_sd.integrations.trl.revise import TraceConfig
 from fused_sd.integrations.trl.srt import SRTConfig, SRTTrainer
 from fused_sd.integrations.trl.srt_data import TraceCollator, sft_dataset, trace_dataset
 from fused_sd.integrations.trl.srt_stages import sequential_srt, split_traces
@@ -410,6 +415,55 @@ def test_sequences_in_parts_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.trainer.Accelerator", Accelerator)
     with pytest.raises(ValueError, match="parallelism_config must keep sequences whole"):
         trainer(tmp_path)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_saved_tokenizer_remembers_the_traces_chat_format(tmp_path, adapted):
+    told = [dataclasses.replace(item, chat_template_kwargs={"a": 1}) for item in TRACES[:2]]
+    adapter = peft.LoraConfig(r=2, target_modules=["v_proj"]) if adapted else None
+    ours = SRTTrainer(
+        new_model(),
+        SRTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+        [*told, TRACES[2]],  # the last one does not know its own
+        processing_class=copy.deepcopy(TOKENIZER),
+        peft_config=adapter,
+    )
+    ours.save_model(str(tmp_path))
+    assert recorded_chat_format(AutoTokenizer.from_pretrained(tmp_path)) == {"a": 1}
+
+
+def test_traces_of_two_chat_formats_are_refused(tmp_path):
+    told = [
+        dataclasses.replace(item, chat_template_kwargs={"a": n}) for n, item in enumerate(TRACES)
+    ]
+    with pytest.raises(ValueError, match="traces must agree in chat_template_kwargs"):
+        trainer(tmp_path, told)
+    unknown = trainer(tmp_path)
+    assert recorded_chat_format(unknown.processing_class) is None
+
+
+def test_the_settings_are_those_of_the_official_script(tmp_path):
+    args = SRTConfig(str(tmp_path), use_cpu=True, bf16=False)
+    official = {
+        "learning_rate": 5e-6,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,  # a share of all steps
+        "weight_decay": 1e-4,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": True,
+        "max_grad_norm": 1.0,
+        "max_length": 32768,
+    }
+    assert {name: getattr(args, name) for name in official} == official
+    config = TraceConfig()
+    assert (config.num_initial, config.num_revisions, config.revise_correct) == (3, 3, False)
+    defaults = inspect.signature(transformers_generate).parameters
+    sampling = {"max_new_tokens": 16384, "temperature": 1.0, "top_p": 0.9}
+    assert {name: defaults[name].default for name in sampling} == sampling
 
 
 def test_what_has_no_meaning_for_traces_is_no_argument(tmp_path):

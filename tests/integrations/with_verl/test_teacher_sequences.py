@@ -198,6 +198,15 @@ def test_sd_zeros_phrase_is_that_of_the_models_family():
         assert text(shown).endswith(f"3<|im_end|>\n\n{phrase}\n\n")
 
 
+def test_sd_zero_asks_its_reviser_in_the_chat_format_of_phase_1():
+    own = copy.copy(tokenizer())
+    own.init_kwargs = {**own.init_kwargs, "chat_template_kwargs": {"enable_thinking": False}}
+    alike = PromptTokenizer(own, {"enable_thinking": False, "tools": []})
+    assert AttemptContext().teacher_prompt(rollout(), alike) is not None
+    with pytest.raises(ValueError, match="chat_template_kwargs must be those that the model was"):
+        AttemptContext().teacher_prompt(rollout(), PromptTokenizer(own))
+
+
 def micro_batch(mask, *, num_tokens=4):
     """Two samples of a prompt's token and two of a response; what the engine returns for them."""
     from verl.utils import tensordict_utils as tu
