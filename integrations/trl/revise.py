@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fused_sd.checks import check_positive_int, fail
 from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for
 from fused_sd.integrations.trl.generators import Generate
-from fused_sd.integrations.trl.trace_filters import is_sycophantic, trim_repeats
+from fused_sd.integrations.trl.trace_filters import before_stop, is_sycophantic, trim_repeats
 from fused_sd.integrations.trl.traces import Trace, TraceCounts, chat_format_of, record
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -30,6 +30,8 @@ class TraceConfig:
         correct_phrase, wrong_phrase: what the model reads after its response; None: the official
             phrase for the model's family, by the tokenizer's name or folder.
         reward_threshold: a response is right if its reward is above this.
+        stop_strings: a response ends before the first of these, and is judged without what follows.
+            The official code's other stop strings are special tokens, which end a response anyway.
         drop_sycophantic: leave out revisions that open by answering a user ("You're right").
             The official code cuts off such openings, which would split tokens.
         trim_repeats: reduce a block that a response repeats until its end to one copy.  Blocks are
@@ -48,6 +50,7 @@ class TraceConfig:
     correct_phrase: str | None = None
     wrong_phrase: str | None = None
     reward_threshold: float = 0.5
+    stop_strings: Sequence[str] = ("Question:",)
     drop_sycophantic: bool = True
     trim_repeats: bool = True
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -168,6 +171,8 @@ class Reviser:
         _check_length("generate", completions, contexts)
         for index, ids in zip(questions, completions, strict=True):
             tally[index].generated_tokens += len(ids)
+        stops = self.config.stop_strings
+        completions = [before_stop(ids, stops, self._text) for ids in completions]
         chosen = [rows[index] for index in questions]
         columns = {name: [row[name] for row in chosen] for name in chosen[0] if name != "prompt"}
         texts = [self._text(ids) for ids in completions]

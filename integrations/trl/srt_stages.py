@@ -1,11 +1,15 @@
 """SRT as SD-Zero's official code runs it: two trainings one after the other, on different traces.
 
 The paper trains both terms jointly, which is ``SRTTrainer`` with its defaults.
+
+The second stage differs from the official one by default.  There the user's turn holds the initial
+response and the phrase; here the assistant's turn does, because traces are sampled so, and because
+phase 2 asks the reviser so.  ``official_stages`` writes both stages as the official code does.
 """
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,7 @@ def split_traces(
     rng = random.Random(seed)
     right = [trace for trace in traces if trace.initial_correct]
     wrong = [trace for trace in traces if not trace.initial_correct]
-    for group in (right, wrong):
+    for group in (wrong, right):  # in the official code's order, to draw what it draws
         rng.shuffle(group)
     num_wrong = max(num_revision_traces - len(right), 0)
     stages = {
@@ -55,7 +59,7 @@ def split_traces(
 def sequential_srt(
     model: str | PreTrainedModel | nn.Module,
     args: SRTConfig,
-    traces: Sequence[Trace],
+    traces: Sequence[Trace] | Mapping[str, Sequence[Trace]],
     *,
     num_revision_traces: int = 1000,
     **kwargs: Any,
@@ -67,8 +71,9 @@ def sequential_srt(
     Args:
         model: a causal language model or its name.
         args: the settings of both stages.
-        traces: are split by ``split_traces`` with ``args.seed``.
-        num_revision_traces: of the second stage.
+        traces: are split by ``split_traces`` with ``args.seed``; or the stages themselves, such as
+            ``official_stages`` returns.
+        num_revision_traces: of the second stage, where traces are split here.
         kwargs: further arguments of ``SRTTrainer``, for both stages.
 
     Returns:
@@ -77,8 +82,13 @@ def sequential_srt(
     Raises:
         ValueError: a stage has no traces, or parameters are sharded.
     """
-    stages = split_traces(traces, num_revision_traces, seed=args.seed)
-    for objective, selected in stages.items():
+    stages: Mapping[str, Sequence[Trace]] = (
+        traces
+        if isinstance(traces, Mapping)
+        else split_traces(traces, num_revision_traces, seed=args.seed)
+    )
+    for objective in ("generation", "revision"):
+        selected = stages[objective]
         settings = dataclasses.replace(
             args, objective=objective, output_dir=str(Path(args.output_dir or ".") / objective)
         )

@@ -1,7 +1,15 @@
-"""Filters for responses that make bad training data: replies to a user, and loops."""
+"""Filters for responses that make bad training data: replies to a user, loops, what follows a stop.
 
+They drop whole tokens.  ``official_stages`` has the official code's, which cut text.
+"""
+
+import bisect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+MAX_LOOPS = 5  # loops of different lengths that are cut, one behind the other
 
 SYCOPHANTIC = re.compile(
     r"\s*(?:(?:yes|indeed)\W+)?"
@@ -21,27 +29,41 @@ def is_sycophantic(text: str) -> bool:
     return SYCOPHANTIC.match(text) is not None
 
 
-def trim_repeats(
-    ids: Sequence[int], *, min_block: int = 4, max_block: int = 512, min_copies: int = 3
+def before_stop(
+    ids: Sequence[int], stop_strings: Sequence[str], decode: Callable[[list[int]], str]
 ) -> list[int]:
+    """Return the tokens before the one in which the first stop string begins."""
+    kept = list(ids)
+    text = decode(kept)
+    starts = [text.find(stop) for stop in stop_strings if stop in text]
+    if not starts:
+        return kept
+    # the longest beginning whose text ends where the stop string begins, or earlier
+    counts = range(len(kept) + 1)
+    length = bisect.bisect_right(counts, min(starts), key=lambda n: len(decode(kept[:n])))
+    return kept[: length - 1]
+
+
+def trim_repeats(
+    items: Sequence[Item], *, min_block: int = 4, max_block: int = 512, min_copies: int = 3
+) -> list[Item]:
     """Reduce a block that a sequence repeats until its end to one copy.
 
     Args:
-        ids: tokens.
-        min_block, max_block: the shortest and the longest block that counts as a loop, in tokens.
-            The official code has 10 and 1500 characters.
+        items: tokens, or characters.
+        min_block, max_block: the shortest and the longest block that counts as a loop.
         min_copies: the number of copies from which on a block counts as a loop.
 
     Returns:
-        The shortest beginning of ``ids`` that is followed by nothing but copies of its end.
+        The beginning of ``items`` that is followed by nothing but copies of its end.
     """
-    kept = list(ids)
-    while (length := _length_without_loop(kept, min_block, max_block, min_copies)) < len(kept):
-        kept = kept[:length]
+    kept = list(items)
+    for _ in range(MAX_LOOPS):
+        kept = kept[: _length_without_loop(kept, min_block, max_block, min_copies)]
     return kept
 
 
-def _length_without_loop(ids: list[int], min_block: int, max_block: int, min_copies: int) -> int:
+def _length_without_loop(ids: list[Item], min_block: int, max_block: int, min_copies: int) -> int:
     """Return the length up to the first copy of the shortest loop, or the whole length."""
     length = len(ids)
     for block in range(min_block, min(max_block, length // min_copies) + 1):
