@@ -3,6 +3,7 @@
 Dimension key:  B sequences, T completion tokens
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fused_sd import LossOutput, sd_zero_loss
 from fused_sd.checks import check_one_of, check_unit_interval, fail
+from fused_sd.integrations.shared.chat_format import check_chat_format, recorded_chat_format
 from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for
 from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.trl.divergence_trainer import (
@@ -24,7 +26,12 @@ from fused_sd.integrations.trl.trainer import Inputs, Options
 
 @dataclass
 class SDZeroConfig(DivergenceConfig):
-    """SD-Zero's settings; defaults are the official code's (arXiv 2604.12002).
+    """SD-Zero's settings; defaults are those of the official script (arXiv 2604.12002).
+
+    The script's configuration file has another learning rate, 1e-5.  A step of the official run has
+    128 questions with one response each, and there are 1000 steps.  Its warm-up begins at a tenth
+    of the learning rate, and this one at 0.  There prompt and response together have 8192 tokens;
+    with vLLM, ``vllm_max_model_length=8192`` limits them together.
 
     For the paper's iterative self-evolution, which renews the teacher, pass
     ``teacher_model_kind="synced", teacher_sync_steps=400``.
@@ -37,6 +44,20 @@ class SDZeroConfig(DivergenceConfig):
         "divergence_parameter",
     )
 
+    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup", metadata={"help": "Learning rate schedule."}
+    )
+    warmup_steps: float = field(
+        default=20, metadata={"help": "Warm-up, in steps or as a share of all."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
+    max_completion_length: int | None = field(
+        default=8192, metadata={"help": "Tokens to sample at most."}
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False, metadata={"help": "Multiply by the ratio of the student to vLLM."}
+    )
     variant: str = field(
         default="code",
         metadata={
@@ -92,17 +113,35 @@ class SDZeroTrainer(DivergenceTrainer):
     """SD-Zero's phase 2 (arXiv 2604.12002).
 
     The teacher reads the prompt, the student's own response and a phrase that says whether it was
-    right, and then scores the same response again.  Start from the model that ``SRTTrainer`` made.
+    right, and then scores the same response again.  As in the official code, the response is read
+    whole: with its end if it has one, and with the results of tools.
+
+    Start from the model and the tokenizer that ``SRTTrainer`` saved: the prompts are then written
+    with the chat template's arguments of phase 1.
+
+    Raises:
+        ValueError: ``chat_template_kwargs`` differ from those of phase 1.
     """
 
     config_cls = SDZeroConfig
     _name = "SD-Zero"
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        given = self.args.correct_phrase, self.args.wrong_phrase
+        self.phrases = phrases_for(self.model.config, *given)
+        used: Any = self.chat_template_kwargs  # a dict, once the configuration is made
+        if used:
+            check_chat_format(self.processing_class, used)
+        else:
+            self.chat_template_kwargs = recorded_chat_format(self.processing_class) or {}
+
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
-        response, phrase = self._first_copy(rollout)
-        if not response and rollout.completion_ids:
-            return None  # prompt and phrase leave no space for the response
-        return [*rollout.prompt_ids, *response, *phrase]
+        response = rollout.completion_ids[: self._longest(rollout)]
+        # Without a verdict there is no phrase; prompt and phrase may leave no space for a response.
+        if math.isnan(rollout.reward) or not response:
+            return None
+        return [*rollout.prompt_ids, *response, *self._phrase(rollout)]
 
     def more_inputs(self, rollouts: Sequence[Rollout], output: dict[str, Any]) -> dict[str, Tensor]:
         # A response that is cut in the teacher's sequence has loss up to the cut.
@@ -126,15 +165,9 @@ class SDZeroTrainer(DivergenceTrainer):
             **options,
         )
 
-    def _first_copy(self, rollout: Rollout) -> tuple[list[int], list[int]]:
-        """Return the tokens of the response, with its end if it has one, and of the phrase."""
-        return rollout.completion_ids[: self._longest(rollout)], self._phrase(rollout)
-
     def _phrase(self, rollout: Rollout) -> list[int]:
-        given = self.args.correct_phrase, self.args.wrong_phrase
-        phrases = phrases_for(self.model.config, *given)
         is_correct = rollout.reward > self.args.success_reward_threshold
-        return phrase_ids(self._tokenizer, phrases.after(is_correct))
+        return phrase_ids(self._tokenizer, self.phrases.after(is_correct))
 
     def _longest(self, rollout: Rollout) -> int:
         """Return how many tokens of the response fit twice into the teacher's sequence."""

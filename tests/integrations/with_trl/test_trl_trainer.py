@@ -104,31 +104,6 @@ def test_the_privileged_context_is_in_the_teachers_prompt_alone(method, tmp_path
     assert student == ["Solve 2 + 2."] * GROUP
 
 
-def test_sd_zero_shows_the_response_and_its_verdict(tmp_path):
-    trainer = make("SDZero", tmp_path)
-    inputs = sample(trainer)
-    wrong, right = (
-        "Wait, this response is wrong. Let me correct it.",
-        "Let me rephrase the above solution.",
-    )
-    for index, text in enumerate(teacher_texts(trainer, inputs)):
-        own = TOKENIZER.decode(trainer.scored.completion_ids[index])
-        own = own.removesuffix(TOKENIZER.eos_token)
-        assert text == f"Solve 2 + 2.{own}\n\n{right if index % 2 else wrong}\n\n"
-
-
-def test_sd_zero_cuts_a_response_that_does_not_fit_twice(tmp_path):
-    phrase = len(TOKENIZER("\n\nNo.\n\n", add_special_tokens=False)["input_ids"])
-    prompt = len(TOKENIZER("Solve 2 + 2.")["input_ids"])
-    phrases = {"correct_phrase": "No.", "wrong_phrase": "No."}
-    trainer = make("SDZero", tmp_path, max_reprompt_len=prompt + phrase + 2 * 4 + 1, **phrases)
-    inputs = sample(trainer)
-    assert inputs["completion_mask"].sum(1).max() == 6
-    assert inputs["loss_mask"].sum(1).max() == 4
-    over = make("SDZero", tmp_path, max_reprompt_len=prompt + phrase, **phrases)
-    assert sample(over)["loss_mask"].sum() == 0
-
-
 def test_rlcsd_shows_each_failed_sibling_once(tmp_path):
     trainer = make("RLCSD", tmp_path, max_wrong_hints=3)
     inputs = sample(trainer)  # 1 and 3 succeed
