@@ -31,7 +31,7 @@ class TraceConfig:
             phrase for the model's family, by the tokenizer's name or folder.
         reward_threshold: a response is right if its reward is above this.
         stop_strings: a response ends before the first of these, and is judged without what follows.
-            The official code's other stop strings are special tokens, which end a response anyway.
+            The official code's further ones are the end tokens of its models.
         drop_sycophantic: leave out revisions that open by answering a user ("You're right").
             The official code cuts off such openings, which would split tokens.
         trim_repeats: reduce a block that a response repeats until its end to one copy.  Blocks are
@@ -50,7 +50,7 @@ class TraceConfig:
     correct_phrase: str | None = None
     wrong_phrase: str | None = None
     reward_threshold: float = 0.5
-    stop_strings: Sequence[str] = ("Question:",)
+    stop_strings: Sequence[str] = ("<|im_start|>", "Question:")
     drop_sycophantic: bool = True
     trim_repeats: bool = True
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -172,7 +172,7 @@ class Reviser:
         for index, ids in zip(questions, completions, strict=True):
             tally[index].generated_tokens += len(ids)
         stops = self.config.stop_strings
-        completions = [before_stop(ids, stops, self._text) for ids in completions]
+        completions = [before_stop(ids, stops, self._raw_text) for ids in completions]
         chosen = [rows[index] for index in questions]
         columns = {name: [row[name] for row in chosen] for name in chosen[0] if name != "prompt"}
         texts = [self._text(ids) for ids in completions]
@@ -222,6 +222,9 @@ class Reviser:
 
     def _cut(self, ids: list[int]) -> list[int]:
         return trim_repeats(ids) if self.config.trim_repeats else ids
+
+    def _raw_text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids))
 
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -216,10 +216,11 @@ def reward(prompts, completions, **_):
 
 
 def say(prompts):
-    """Answer 5 at first, then 4, and go on to another question."""
+    """Answer 5 at first, then 4, and go on to another turn and another question."""
     texts = [TOKENIZER.decode(prompt) for prompt in prompts]
     is_revision = ["redo" in text or "Hm." in text for text in texts]
-    return [list(ids("It is 4\n\nQuestion: 1?" if right else "It is 5")) for right in is_revision]
+    first, second = ids("It is 5<|im_start|>user"), ids("It is 4\n\nQuestion: 1?")
+    return [list(second if later else first) for later in is_revision]
 
 
 def collected(path, tokenizer, **settings):
@@ -247,6 +248,7 @@ def test_a_response_ends_before_a_stop_string_and_is_judged_without_it(tmp_path)
     settings = {"wrong_phrase": "Hm.", "trim_repeats": False}
     (found,), _ = collected(tmp_path / "t.jsonl", TOKENIZER, **settings)
     assert TOKENIZER.decode(found.revision_ids) == "It is 4\n\n"
+    assert TOKENIZER.decode(found.initial_ids) == "It is 5"  # before <|im_start|>
     traces, _ = collected(tmp_path / "whole.jsonl", TOKENIZER, stop_strings=(), **settings)
     assert traces == []  # "It is 4\n\nQuestion: 1?" does not end with the answer
 
