@@ -40,6 +40,16 @@ MAY_IMPORT = {
     "__main__": ("cli",),
     "__init__": (*LOSSES, "teaching", "planning"),  # planning on first use
 }
+# What the parts of ``integrations`` may import of each other beside themselves.
+PARTS_MAY_IMPORT = {
+    "transformers.py": ("shared",),
+    "adapter_teacher.py": ("shared",),
+    "shared": ("transformers",),
+    "verdicts": (),
+    "trl": ("shared", "transformers"),
+    "verl": ("shared", "transformers"),
+    "examples": ("trl", "verl", "verdicts"),
+}
 # the rooms that make the public names, and so cannot import them
 INNER_ROOMS = {*OBJECTIVES, "kernels", "losses", "reference", "teaching"}
 TRAINERS = {"transformers", "trl", "verl", "peft", "accelerate", "datasets", "megatron"}
@@ -107,6 +117,23 @@ def test_third_parties_are_imported_where_they_belong(path):
             assert room in {"integrations", "demo", "bench"}, name
         if name == "triton":
             assert room in {"kernels", "measuring"}, name
+
+
+def test_parts_of_the_integrations_import_few_others():
+    for path in (path for path in FILES if room_of(path) == "integrations"):
+        part = path.relative_to(ROOT / "integrations").parts[0]
+        allowed = {part, *PARTS_MAY_IMPORT[part]}
+        for name in imports(path):
+            if name.startswith("fused_sd.integrations."):
+                assert name.split(".")[2] in allowed, f"{path} imports {name}"
+
+
+def test_verifiers_need_no_trainer():
+    for path in (ROOT / "integrations" / "verdicts").glob("*.py"):
+        third = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+        assert third <= {"fused_sd", "math_verify"}, (path, third)
+    confined = imports(ROOT / "integrations" / "verdicts" / "confined.py")  # runs without packages
+    assert {name.split(".")[0] for name in confined} <= set(sys.stdlib_module_names)
 
 
 def test_importing_the_library_needs_no_triton_and_no_trainer():

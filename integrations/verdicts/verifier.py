@@ -1,0 +1,92 @@
+"""What all verifiers share: the response in a completion, the reference, and the verdicts."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fused_sd.checks import fail
+
+START_OF_THINKING, END_OF_THINKING = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier found.
+
+    Attributes:
+        reward: 1 for a right response, 0 for a wrong one; None where the reference is unusable,
+            which TRL counts as no reward at all.
+        feedback: what was wrong, in words for the model; None for a right response.
+    """
+
+    reward: float | None
+    feedback: str | None
+
+
+class Verifier(ABC):
+    """A reward function whose method ``feedback`` goes to a trainer as ``feedback_func``.
+
+    Both are called on the same rollouts, which are judged once: the verdicts of the latest call are
+    kept, so that a reward and its feedback never differ.
+    """
+
+    def __init__(self, name: str, column: str) -> None:
+        self.__name__ = name  # TRL logs rewards under it
+        self.column = column
+        self._latest: dict[str, Verdict] = {}
+
+    @abstractmethod
+    def judge(self, response: str, reference: Any) -> Verdict:
+        """Judge one response.
+
+        Args:
+            response: the text of the completion, without its thinking.
+            reference: the value of the dataset's column in the completion's row.
+        """
+
+    def judge_all(self, pairs: Sequence[tuple[str, Any]]) -> list[Verdict]:
+        """Judge pairs of a response and its reference."""
+        return [self.judge(response, reference) for response, reference in pairs]
+
+    def verdicts(self, completions: Sequence[Any], **columns: Any) -> list[Verdict]:
+        """Return the verdict on each completion, text or messages.
+
+        Raises:
+            ValueError: the dataset has no column of the verifier's name.
+        """
+        if self.column not in columns:
+            rule = f"have a column {self.column!r}, which the verifier {self.__name__!r} reads"
+            fail("dataset", rule, sorted(columns), "rename the column, or pass column=")
+        pairs = [(response_text(c), r) for c, r in zip(completions, columns[self.column])]
+        keys = [repr(pair) for pair in pairs]
+        known = {key: self._latest[key] for key in keys if key in self._latest}
+        unknown = {key: pair for key, pair in zip(keys, pairs) if key not in known}
+        fresh = self.judge_all(list(unknown.values()))
+        self._latest = {**known, **dict(zip(unknown, fresh))}
+        return [self._latest[key] for key in keys]
+
+    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """Return the rewards."""
+        return [verdict.reward for verdict in self.verdicts(completions, **columns)]
+
+    def feedback(self, completions: Sequence[Any], **columns: Any) -> list[str | None]:
+        """Return the feedback on each completion."""
+        return [verdict.feedback for verdict in self.verdicts(completions, **columns)]
+
+
+def response_text(completion: Any) -> str:
+    """Return what a completion answers: the text of its last turn, after any thinking.
+
+    A conversation that ends with a tool's result, or in the midst of thinking, answers nothing: the
+    right number may stand in either, and the model has not said it.
+    """
+    if not isinstance(completion, str):
+        last = completion[-1] if completion else {}
+        content = last.get("content") if last.get("role") == "assistant" else ""
+        if isinstance(content, list):
+            content = "".join(part.get("text", "") for part in content)
+        completion = content or ""
+    if START_OF_THINKING in completion and END_OF_THINKING not in completion:
+        return ""
+    return completion.rpartition(END_OF_THINKING)[2]
