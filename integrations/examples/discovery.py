@@ -1,6 +1,6 @@
 """Test-time self-distillation: train on one sum until a response passes.
 
-python -m fused_sd.integrations.examples.discovery --model Qwen/Qwen3-1.7B --num_questions 1
+python -m fused_sd.integrations.examples.discovery --num_questions 1
 """
 
 from fused_sd.integrations.examples.arithmetic import feedback

@@ -1,6 +1,6 @@
 """GRPO on sums: the baseline, on the rollouts of the other methods.
 
-python -m fused_sd.integrations.examples.grpo --model Qwen/Qwen3-1.7B
+python -m fused_sd.integrations.examples.grpo
 """
 
 from fused_sd.integrations.examples.start import train

@@ -1,10 +1,10 @@
 """OPSD on sums: forward KL to the initial model, which reads the solution.
 
-python -m fused_sd.integrations.examples.opsd --model Qwen/Qwen3-1.7B
+python -m fused_sd.integrations.examples.opsd
 """
 
 from fused_sd.integrations.examples.start import train
 from fused_sd.integrations.trl import OPSDConfig, OPSDTrainer
 
 if __name__ == "__main__":
-    train(OPSDTrainer, OPSDConfig, rewarded=False)
+    train(OPSDTrainer, OPSDConfig, reward=None)

@@ -1,6 +1,6 @@
 """RFT on sums: cross entropy on the model's own correct responses.
 
-python -m fused_sd.integrations.examples.rft --model Qwen/Qwen3-1.7B
+python -m fused_sd.integrations.examples.rft
 """
 
 from fused_sd.integrations.examples.start import train

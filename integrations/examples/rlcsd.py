@@ -1,6 +1,6 @@
 """RLCSD on sums: GRPO whose advantages change by the contrast of right and wrong hints.
 
-python -m fused_sd.integrations.examples.rlcsd --model Qwen/Qwen3-1.7B
+python -m fused_sd.integrations.examples.rlcsd
 """
 
 from fused_sd.integrations.examples.start import train

@@ -1,6 +1,6 @@
 """RLSD on sums: GRPO whose advantages a teacher with the solution weights, token by token.
 
-python -m fused_sd.integrations.examples.rlsd --model Qwen/Qwen3-1.7B
+python -m fused_sd.integrations.examples.rlsd
 """
 
 from fused_sd.integrations.examples.start import train

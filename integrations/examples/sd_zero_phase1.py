@@ -1,9 +1,9 @@
 """SD-Zero's first phase on sums: collect revision traces, then train on them.
 
-python -m fused_sd.integrations.examples.sd_zero_phase1 --model Qwen/Qwen3-1.7B --output sd-zero-srt
+python -m fused_sd.integrations.examples.sd_zero_phase1 --output sd-zero-srt
 
 A run that was killed while it collected continues where it stopped.  The second phase,
-``sd_zero_phase2``, starts from the saved model.
+``sd_zero_phase2``, starts from the saved model, and takes ``--thinking`` where this one did.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fused_sd.integrations.examples.arithmetic import questions, reward
+from fused_sd.integrations.examples.start import LENGTHS, MODELS
 from fused_sd.integrations.trl.collect import collect_traces
 from fused_sd.integrations.trl.generators import transformers_generate
 from fused_sd.integrations.trl.revise import TraceConfig
@@ -23,11 +24,12 @@ from fused_sd.integrations.trl.srt_stages import sequential_srt
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="SD-Zero, phase 1: self-revision training")
-    parser.add_argument("--model", default="Qwen/Qwen3-1.7B", help="path or name")
+    parser.add_argument("--model", help="path or name")
+    parser.add_argument("--thinking", action="store_true", help="take a model that thinks")
     parser.add_argument("--output", default="sd-zero-srt", help="folder of traces and model")
     parser.add_argument("--questions", type=int, default=256)
     parser.add_argument("--digits", type=int, default=4, help="digits of each number in a sum")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--max-new-tokens", type=int)
     parser.add_argument("--batch-size", type=int, default=32, help="prompts in one generation")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--learning-rate", type=float, default=5e-6)
@@ -38,7 +40,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--stage2-traces", type=int, default=100, help="traces of the revision stage"
     )
     parser.add_argument("--cpu", action="store_true")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.model = options.model or MODELS[options.thinking]
+    options.max_new_tokens = options.max_new_tokens or LENGTHS[options.thinking]
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer,
         Path(options.output) / "traces.jsonl",
         config=TraceConfig(
-            chat_template_kwargs={"enable_thinking": False},
+            chat_template_kwargs={"enable_thinking": options.thinking},
             source=f"{options.model}, {options.max_new_tokens} tokens",
         ),
         report=print,

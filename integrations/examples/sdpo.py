@@ -1,6 +1,6 @@
 """SDPO on sums: the teacher sees a successful sibling, or feedback on the response.
 
-python -m fused_sd.integrations.examples.sdpo --model Qwen/Qwen3-1.7B
+python -m fused_sd.integrations.examples.sdpo
 """
 
 from fused_sd.integrations.examples.arithmetic import feedback
