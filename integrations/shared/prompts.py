@@ -1,18 +1,55 @@
 """Teacher prompts: the student's prompt with a new last user turn that holds a context."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.rollouts import Rollout, Sibling, without_thinking
+from fused_sd.integrations.shared.templates import ANSWER_INSTRUCTION, PROBLEM_PREFIX
+
+# Where a turn's part that is no text stands while the turn is handled as one text.
+_MARK = re.compile("\0<part ([0-9]+)>\0")
+_PREFIX = re.compile(f"^((?:{_MARK.pattern})*){PROBLEM_PREFIX}")
 
 
 def last_user_text(prompt: Any) -> str:
-    """Return the text for a template's ``{prompt}``: of the last user turn, or a text prompt whole.
+    """Return the last user turn's text, its parts joined as chat templates write them.
 
     Raises:
         ValueError: a conversation does not end with a user turn.
     """
+    return _MARK.sub("", _marked_text(prompt))
+
+
+def with_user_text(prompt: Any, text: str) -> Any:
+    """Return the prompt with another text in its last user turn; earlier turns stay.
+
+    Images and other parts that are no text stay as well: those that stood before the turn's first
+    text stand before the new text, the others behind it.
+    """
+    if isinstance(prompt, str):
+        return text
+    content = prompt[-1]["content"]
+    if isinstance(content, str):
+        return _with_content(prompt, text)
+    kinds = [part.get("type") for part in content]
+    first = kinds.index("text") if "text" in kinds else len(kinds)
+    marks = ["" if kind == "text" else _mark(n) for n, kind in enumerate(kinds)]
+    return _with_content(prompt, "".join([*marks[:first], text, *marks[first:]]))
+
+
+def bare_problem(text: str) -> str:
+    """Return a problem without "Problem: " before it and the answer's instruction behind it."""
+    return _PREFIX.sub(r"\1", text.removesuffix(f"\n\n{ANSWER_INSTRUCTION}"))
+
+
+def _mark(index: int) -> str:
+    return f"\0<part {index}>\0"
+
+
+def _marked_text(prompt: Any) -> str:
+    """Return the last user turn as one text, with a mark for each part that is no text."""
     if isinstance(prompt, str):
         return prompt
     if not prompt or prompt[-1].get("role") != "user":
@@ -26,24 +63,28 @@ def last_user_text(prompt: Any) -> str:
     content = prompt[-1]["content"]
     if isinstance(content, str):
         return content
-    return " ".join(part["text"] for part in content if part.get("type") == "text")
+    return "".join(
+        part["text"] if part.get("type") == "text" else _mark(n) for n, part in enumerate(content)
+    )
 
 
-def with_user_text(prompt: Any, text: str) -> Any:
-    """Return the prompt with another text in its last user turn; its images and earlier turns stay.
+def _with_content(prompt: Any, text: str) -> Any:
+    """Return the prompt with a text as its last turn; the first of equal marks is its part again.
 
-    The text takes the place of the turn's first text; further texts are part of it, and go.
+    A template may show the student's turn twice, but the model reads each image once.
     """
-    if isinstance(prompt, str):
-        return text
-    content: Any = prompt[-1]["content"]
-    new: Any = text
-    if not isinstance(content, str):
-        is_text = [part.get("type") == "text" for part in content]
-        place = is_text.index(True) if any(is_text) else len(content)
-        others = [part for n, part in enumerate(content) if n > place and not is_text[n]]
-        new = [*content[:place], {"type": "text", "text": text}, *others]
-    return [*prompt[:-1], {**prompt[-1], "content": new}]
+    old = prompt[-1]["content"]
+    if isinstance(old, str):
+        return [*prompt[:-1], {**prompt[-1], "content": text}]
+    content: list[Any] = []
+    shown: set[int] = set()
+    for n, piece in enumerate(_MARK.split(text)):
+        if n % 2 == 0:
+            content.extend([{"type": "text", "text": piece}] if piece else [])
+        elif int(piece) not in shown:
+            shown.add(int(piece))
+            content.append(old[int(piece)])
+    return [*prompt[:-1], {**prompt[-1], "content": content}]
 
 
 def check_template(name: str, template: str, *needed: str) -> None:
@@ -63,14 +104,23 @@ def _braced(fields: Sequence[str]) -> str:
     return ", ".join(f"{{{field}}}" for field in fields)
 
 
-def reprompted(prompt: Any, template: str, **parts: str) -> Any:
+def reprompted(prompt: Any, template: str, *, stripped: bool = False, **parts: str) -> Any:
     """Return the prompt with a filled template as its last user turn.
 
+    The turn's images stay where they stood in the text that the template shows.
+
     Args:
-        template: is filled with the user's text as ``{prompt}``, and with ``parts``.
+        template: is filled with the user's text as ``{prompt}``, and with ``parts``.  A template
+            that asks for a boxed answer itself is filled with the bare problem.
+        stripped: strip the user's text and the parts, where the official code of a method does.
     """
-    text = template.format(prompt=last_user_text(prompt), **parts)
-    return with_user_text(prompt, text)
+    text = _marked_text(prompt)
+    if ANSWER_INSTRUCTION.replace("{}", "{{}}") in template:
+        text = bare_problem(text)
+    if stripped:
+        text, parts = text.strip(), {name: part.strip() for name, part in parts.items()}
+    filled = template.format(prompt=text, **parts)
+    return filled if isinstance(prompt, str) else _with_content(prompt, filled)
 
 
 class SiblingSettings(Protocol):
@@ -118,8 +168,14 @@ def _demonstrations(rollout: Rollout, settings: SiblingSettings) -> list[Sibling
 def sibling_prompt(rollout: Rollout, feedback: str | None, settings: SiblingSettings) -> Any:
     """Return SDPO's teacher prompt: with a successful sibling, feedback or both; None for neither.
 
-    As in SDPO's official code, the first successful sibling in the order of sampling is shown.
+    As in SDPO's official code, the first successful sibling in the order of sampling is shown, and
+    neither its text nor the feedback is stripped.
+
+    Raises:
+        ValueError: feedback is neither text nor None.
     """
+    if feedback is not None and not isinstance(feedback, str):
+        fail("feedback", "be text or None", repr(feedback), "return str(...) of it, or None")
     solution = shown_feedback = ""
     if settings.use_successful_as_teacher:
         found = _demonstrations(rollout, settings)

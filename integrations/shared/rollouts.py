@@ -73,8 +73,8 @@ class Rollout:
 
 
 def without_thinking(text: str) -> str:
-    """Return a text without its ``<think>`` spans."""
-    return THINKING.sub("", text).strip()
+    """Return a text without its ``<think>`` spans and the white space behind them."""
+    return THINKING.sub("", text)
 
 
 def grouped(texts: Sequence[str], rewards: Sequence[float], size: int) -> list[list[Sibling]]:

@@ -169,9 +169,10 @@ class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
         threshold = self.args.success_reward_threshold
         found = rollout.siblings(threshold=threshold, successful=True, itself=False)
         found = found or rollout.siblings(threshold=threshold, successful=True, itself=True)
-        return without_thinking(found[0].text) if found else None
+        return without_thinking(found[0].text).strip() if found else None
 
     def _wrong_hints(self, rollout: Rollout) -> list[str]:
         threshold = self.args.success_reward_threshold
         found = rollout.siblings(threshold=threshold, successful=False, itself=False)
-        return [without_thinking(sibling.text) for sibling in found[: self.args.max_wrong_hints]]
+        shown = found[: self.args.max_wrong_hints]
+        return [without_thinking(sibling.text).strip() for sibling in shown]

@@ -7,11 +7,12 @@ your own works as well, if it has the method of ``Context``.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from verl.utils.tokenizer import normalize_token_ids
 
 from fused_sd.checks import check_finite, check_positive_int
+from fused_sd.integrations.shared import templates
 from fused_sd.integrations.shared.chat_format import check_chat_format
 from fused_sd.integrations.shared.prompts import (
     check_sibling_templates,
@@ -75,14 +76,10 @@ class SiblingContext:
     include_environment_feedback: bool = True
     environment_feedback_only_without_solution: bool = True
     include_own_attempt: bool = False
-    reprompt_template: str = (
-        "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
-    )
-    solution_template: str = "\nCorrect solution:\n\n{successful_previous_attempt}"
-    feedback_template: str = (
-        "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}"
-    )
-    attempt_template: str = "\nYour earlier attempt:\n\n{attempt}\n"
+    reprompt_template: str = templates.SDPO
+    solution_template: str = templates.SDPO_SOLUTION
+    feedback_template: str = templates.SDPO_FEEDBACK
+    attempt_template: str = templates.SDPO_ATTEMPT
 
     def __post_init__(self) -> None:
         check_finite("success_reward_threshold", self.success_reward_threshold, "0.5 is usual")
@@ -95,18 +92,16 @@ class SiblingContext:
 
 @dataclass
 class ReferenceContext:
-    """OPSD's and RLSD's context: the dataset's reference solution or answer.
+    """OPSD's context: the dataset's reference solution.
 
     Args:
         reprompt_template: template of the last user turn, with {prompt} and {privileged}.  The
             default is OPSD's (arXiv 2601.18734).
     """
 
-    reprompt_template: str = (
-        "{prompt}\n\nHere is a reference solution to this problem:\n{privileged}\nAfter "
-        "understanding the reference solution and the rationale behind each step, now articulate "
-        "your own step-by-step reasoning that derives the same final answer."
-    )
+    reprompt_template: str = templates.OPSD
+    stripped: ClassVar[bool] = False
+    """Whether the question and the reference are stripped, as the method's official code does."""
 
     def __post_init__(self) -> None:
         check_template("reprompt_template", self.reprompt_template, "prompt", "privileged")
@@ -114,8 +109,21 @@ class ReferenceContext:
     def teacher_prompt(self, rollout: Rollout, tokenizer: PromptTokenizer) -> list[int] | None:
         if not rollout.privileged:
             return None
-        template = self.reprompt_template
-        return tokenizer.chat(reprompted(rollout.prompt, template, privileged=rollout.privileged))
+        messages = reprompted(
+            rollout.prompt,
+            self.reprompt_template,
+            stripped=self.stripped,
+            privileged=rollout.privileged,
+        )
+        return tokenizer.chat(messages)
+
+
+@dataclass
+class AnswerContext(ReferenceContext):
+    """RLSD's context: the dataset's answer, or a reference solution (arXiv 2604.03128)."""
+
+    reprompt_template: str = templates.RLSD
+    stripped: ClassVar[bool] = True
 
 
 @dataclass

@@ -30,7 +30,7 @@ METHODS = {
     "sdpo": (Jsd(0.5), StudentTopK(100), "ema", "SiblingContext", 8),
     "opsd": ("forward_kl", FULL_VOCABULARY, "reference", "ReferenceContext", 1),
     "sd_zero": (MixedKl(0.5), TeacherTopK(64), "reference", "AttemptContext", 1),
-    "rlsd": (None, None, "synced", "ReferenceContext", 8),
+    "rlsd": (None, None, "synced", "AnswerContext", 8),
 }
 
 
@@ -51,6 +51,37 @@ def test_a_recipe_is_the_method_that_its_name_says(recipe):
         assert loss.loss_settings.use_topk
         assert loss.comparison.divergence == divergence
         assert loss.comparison.support == support
+
+
+RUNS = {
+    # recipe: learning rate, warm-up, prompt, response, temperature, top-p, top-k, correction
+    "sdpo": (1e-5, 10, 2048, 8192, 1.0, 1, -1, "token"),
+    "opsd": (5e-6, -1, 2048, 1024, 1.1, 0.95, 20, None),
+    "sd_zero": (5e-6, 20, 2048, 6144, 1.0, 1, -1, None),
+    "rlsd": (1e-6, -1, 16384, 4096, 1.0, 1, -1, None),
+}
+
+
+@pytest.mark.parametrize("recipe", METHODS)
+def test_a_recipe_is_the_official_run(recipe):
+    config = composed(recipe)
+    optim, rollout = config.actor_rollout_ref.actor.optim, config.actor_rollout_ref.rollout
+    assert RUNS[recipe] == (
+        optim.lr,
+        optim.lr_warmup_steps,
+        config.data.max_prompt_length,
+        config.data.max_response_length,
+        rollout.temperature,
+        rollout.top_p,
+        rollout.top_k,
+        config.algorithm.rollout_correction.rollout_is,
+    )
+    assert optim.lr_scheduler_type == "constant"
+    assert optim.weight_decay == (0 if recipe == "opsd" else 0.01)
+    assert config.algorithm.rollout_correction.rollout_is_threshold == 2.0
+    assert rollout.calculate_log_probs, "which the correction needs"
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    assert longest <= config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu
 
 
 @pytest.mark.parametrize("recipe", METHODS)

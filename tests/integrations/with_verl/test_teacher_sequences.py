@@ -6,9 +6,11 @@ import dataclasses
 import pytest
 import torch
 from chat_tokenizer import ids, text, tokenizer
+from support import official_prompts as official
 
 from fused_sd.integrations.shared.rollouts import Rollout, Sibling
 from fused_sd.integrations.verl.contexts import (
+    AnswerContext,
     AttemptContext,
     PromptTokenizer,
     ReferenceContext,
@@ -131,6 +133,33 @@ def test_sdpo_shows_the_first_success_without_its_thoughts():
     assert text(shown).endswith("<|im_start|>assistant\n")
     thinking = SiblingContext(remove_thinking_from_demonstration=False)
     assert "<think>1, 2</think>" in text(thinking.teacher_prompt(rollout(), WORDS))
+
+
+def test_sdpo_has_the_official_prompts_to_the_last_space():
+    shown = "<think>1, 2</think> It is 2. \n"
+    group = [Sibling(0, "3", 0.0), Sibling(1, shown, 1.0), Sibling(2, "It is two.", 1.0)]
+    made = SiblingContext().teacher_prompt(rollout(group=group), WORDS)
+    assert text(made) == text(chat(official.sdpo("1+1?", solution=shown)))
+    said = "Too large.\n\n"
+    alone = rollout(group=[Sibling(0, "3", 0.0)], feedback=said)
+    made = SiblingContext().teacher_prompt(alone, WORDS)
+    assert text(made) == text(chat(official.sdpo("1+1?", feedback=said)))
+    both = SiblingContext(environment_feedback_only_without_solution=False)
+    made = both.teacher_prompt(rollout(group=group, feedback=said), WORDS)
+    assert text(made) == text(chat(official.sdpo("1+1?", solution=shown, feedback=said)))
+    with pytest.raises(ValueError, match="feedback must be text or None, got 3"):
+        SiblingContext().teacher_prompt(rollout(feedback=3), WORDS)
+
+
+def test_opsd_and_rlsd_have_the_official_prompts():
+    solution = " It is 2.\n"
+    student = [PROMPT[0], {"role": "user", "content": official.opsd_student("1+1? ")}]
+    given = rollout(prompt=student, privileged=solution)
+    made = ReferenceContext().teacher_prompt(given, WORDS)
+    assert text(made) == text(chat(official.opsd("1+1? ", solution)))
+    given = rollout(privileged=solution)
+    made = AnswerContext().teacher_prompt(given, WORDS)
+    assert text(made) == text(chat(official.rlsd("1+1?", solution)))
 
 
 def test_sdpo_shows_feedback_where_no_sibling_succeeded():
