@@ -40,7 +40,7 @@ def topk_loss(
 
     verl clamps its own forward KL at 0, which it needs because a truncated KL can be negative.
     This loss is not clamped: with a tail or renormalised it is never negative, and a clamp has no
-    gradient.
+    gradient.  If verl corrects for the rollout engine, its ``rollout_is_weights`` multiply it.
 
     Returns:
         (B, R) losses, and metrics.
@@ -68,6 +68,7 @@ def topk_loss(
         config, distillation_config, model_output, _with_context(data) if has_contexts else data
     )
     losses = no_padding_2_padding(model_output["distillation_losses"], data)
+    losses = losses * _rollout_weights(data, losses)
     if has_contexts:
         losses = torch.where(_has_context(data), losses, 0)
         if data["batch_num_tokens"] == 0:
@@ -114,13 +115,20 @@ def rlsd_loss(
     term = surrogate(settings.to_surrogate(), current.detach(), inputs)
     # the surrogate's value, with its derivative w.r.t. the log-probability as gradient
     loss = term.loss + term.dlog_prob * (current - current.detach())
-    if "rollout_is_weights" in data:
-        loss = loss * torch.where(mask, _padded(data["rollout_is_weights"]), 0)
+    loss = loss * _rollout_weights(data, loss)
     logged = {key: term.metrics[name] for name, key in _METRIC_KEYS.items()}
     logged["distillation/ppo_kl"] = -term.metrics["importance_ratio"].log()
     return loss, {
         key: Metric(AggregationType.MEAN, values[mask].mean()) for key, values in logged.items()
     }
+
+
+def _rollout_weights(data: TensorDict, losses: Tensor) -> Tensor | float:
+    """Return verl's correction for the rollout engine (B, R), 0 outside the mask; 1 without one."""
+    if "rollout_is_weights" not in data:
+        return 1.0
+    mask = _padded(data["response_mask"]).bool()
+    return torch.where(mask, _padded(data["rollout_is_weights"]), 0).to(losses)
 
 
 def _has_context(data: TensorDict) -> Tensor:

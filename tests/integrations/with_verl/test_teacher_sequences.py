@@ -293,6 +293,20 @@ def test_a_batch_without_any_context_has_loss_0_and_not_0_of_0():
     assert data["batch_num_tokens"] == 1
 
 
+def test_a_divergence_is_multiplied_by_the_correction_for_the_rollout_engine():
+    from fused_sd.integrations.verl.losses import topk_loss
+
+    data, output = micro_batch([1.0, 1.0])
+    data["response_mask"] = torch.nested.as_nested_tensor(
+        [torch.tensor([1, 0]), torch.tensor([1, 1])], layout=torch.jagged
+    )
+    data["rollout_is_weights"] = torch.nested.as_nested_tensor(
+        [torch.tensor([2.0, float("nan")]), torch.tensor([0.5, 1.0])], layout=torch.jagged
+    )
+    losses, _ = topk_loss(*settings(), output, data)
+    assert losses.tolist() == [[1.0, 0], [0.0625, 1]]
+
+
 def test_rlsd_without_a_context_is_grpo():
     from fused_sd.integrations.verl.losses import rlsd_loss
 
