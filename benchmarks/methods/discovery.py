@@ -75,6 +75,7 @@ def discover(
                 max_attempts=search.max_attempts,
                 learning_rate=rate,
                 lr_scheduler_type="constant",
+                weight_decay=0.0,
                 max_completion_length=task.max_response,
                 distillation_topk=search.topk,
                 include_own_attempt=True,

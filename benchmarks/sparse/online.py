@@ -94,6 +94,7 @@ def build_trainer(
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=4,
+        weight_decay=0.0,
         per_device_train_batch_size=settings.prompts_per_step * settings.generations_per_prompt,
         num_generations=settings.generations_per_prompt,
         max_completion_length=settings.max_completion_length,

@@ -67,6 +67,11 @@ class SelfDistillationConfig(GradientSettings, GRPOConfig):
     unread: ClassVar[tuple[str, ...]] = GRPO_SETTINGS
     """TRL's settings that the method does not read."""
 
+    # of the official runs, but OPSD's and SDFT's
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup", metadata={"help": "Learning rate schedule."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
     loss_type: str = field(
         default="dapo", metadata={"help": f"Average of the token losses: {', '.join(LOSS_TYPES)}."}
     )
@@ -131,6 +136,21 @@ class _GroupOfOne(int):
 
     def __lt__(self, other: int) -> bool:
         return False
+
+
+@dataclass
+class TokenCorrection:
+    """Mixin before a configuration: the correction for vLLM of most official runs.
+
+    Each token's ratio of the old policy to the rollout engine multiplies its loss, cut at 2.
+    """
+
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate", metadata={"help": "How the ratio to vLLM is cut."}
+    )
+    vllm_importance_sampling_clip_max: float | None = field(
+        default=2.0, metadata={"help": "Where the ratio to vLLM is cut."}
+    )
 
 
 @dataclass

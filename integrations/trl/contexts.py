@@ -5,6 +5,7 @@ Dimension key:  B sequences, L positions, T completion tokens
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,14 +18,26 @@ from fused_sd.integrations.shared.rollouts import Rollout
 class PrivilegedPrompt:
     """Mixin for trainers whose teacher reads a hint in ``reprompt_template``."""
 
+    strips_prompt: ClassVar[bool] = False
+    """Whether the official code strips the question and the hint."""
+
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
         """Return the prompt with the row's ``privileged_context``, or None where it has none."""
         return self.hinted(rollout, rollout.privileged) if rollout.privileged else None
 
     def hinted(self, rollout: Rollout, hint: str) -> list[int]:
         """Return the tokens of the rollout's prompt with a hint."""
-        template = self.args.reprompt_template
-        return self.tokenize(reprompted(rollout.prompt, template, privileged=hint), rollout.tools)
+        prompt = reprompted(
+            self.question(rollout),
+            self.args.reprompt_template,
+            stripped=self.strips_prompt,
+            privileged=hint,
+        )
+        return self.tokenize(prompt, rollout.tools)
+
+    def question(self, rollout: Rollout) -> Any:
+        """Return the prompt whose last user turn is the template's ``{prompt}``."""
+        return rollout.prompt
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from fused_sd.integrations.trl.sdpo import SDPOConfig, SDPOTrainer
 class DiscoveryConfig(SDPOConfig):
     """Settings of test-time SDPO; defaults are the paper's (arXiv 2601.20802).
 
+    There is no official code of it; the learning rate is that of SDPO's runs with feedback.
     ``max_steps`` is computed from ``max_attempts``.
     """
 
@@ -32,6 +33,8 @@ class DiscoveryConfig(SDPOConfig):
     per_device_train_batch_size: int = field(
         default=16, metadata={"help": "Attempts in a forward."}
     )
+    learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate."})
+    warmup_steps: float = field(default=0, metadata={"help": "Steps to the learning rate."})
     distillation_alpha: float = field(default=1.0, metadata={"help": "1: KL(s||t)."})
     distillation_topk: int | None = field(
         default=20, metadata={"help": "Size of the student's support."}

@@ -31,10 +31,16 @@ class PolicyConfig(SelfDistillationConfig):
 
 @dataclass
 class GRPOConfig(PolicyConfig):
-    """GRPO's settings, as in SDPO's and RLSD's baselines: clip (0.2, 0.28), dual clip 3, no KL.
+    """GRPO's settings; defaults are RLSD's baseline's: clip (0.2, 0.28), dual clip 3, no KL.
 
+    For SDPO's baseline pass ``scale_rewards="none", max_completion_length=8192,
+    vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=2.0``.
     ``FusedGRPOTrainer`` has all of TRL's settings and TRL's defaults.
     """
+
+    max_completion_length: int | None = field(
+        default=4096, metadata={"help": "Tokens to sample at most."}
+    )
 
 
 class PolicyTrainer(SelfDistillationTrainer):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from fused_sd import LossOutput, opsd_loss
 from fused_sd.checks import fail
+from fused_sd.integrations.shared import templates
 from fused_sd.integrations.shared.prompts import check_template
 from fused_sd.integrations.trl.contexts import PrivilegedPrompt
 from fused_sd.integrations.trl.divergence_trainer import (
@@ -16,16 +17,28 @@ from fused_sd.integrations.trl.trainer import Inputs, Options
 
 @dataclass
 class OPSDConfig(DivergenceConfig):
-    """OPSD's settings; defaults are the paper's (arXiv 2601.18734, v3).
+    """OPSD's settings; defaults are the paper's (arXiv 2601.18734, v3) and its code's sampling.
 
-    For the official code of March 2026 pass ``distillation_alpha=0.5, entry_clip=None,
-    distillation_topk=50, temperature=1.1``.
+    For the official script of March 2026 pass ``distillation_alpha=0.5, entry_clip=None,
+    learning_rate=2e-4`` and a ``peft_config`` of rank 64.
     """
 
+    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning rate schedule."})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
+    max_completion_length: int | None = field(
+        default=1024, metadata={"help": "Tokens to sample at most."}
+    )
+    temperature: float = field(
+        default=1.1, metadata={"help": "Of the samples; divides both sides' logits, too."}
+    )
+    top_p: float = field(default=0.95, metadata={"help": "Mass of the tokens to sample from."})
+    top_k: int = field(default=20, metadata={"help": "Number of tokens to sample from."})
+    max_reprompt_len: int = field(
+        default=20000, metadata={"help": "Longest teacher prompt in tokens."}
+    )
     reprompt_template: str = field(
-        default="{prompt}\n\nHere is a reference solution to this problem:\n{privileged}\nAfter "
-        "understanding the reference solution and the rationale behind each step, now articulate "
-        "your own step-by-step reasoning that derives the same final answer.",
+        default=templates.OPSD,
         metadata={"help": "The teacher's last user turn, from {prompt} and {privileged}."},
     )
     distillation_alpha: float = field(

@@ -13,7 +13,10 @@ from fused_sd.integrations.trl.trainer import Inputs, Options, SelfDistillationT
 
 @dataclass
 class RFTConfig(SelfDistillationConfig):
-    """RFT's settings.  Completions count whose reward reaches ``success_reward_threshold``."""
+    """RFT's settings.  Completions count whose reward reaches ``success_reward_threshold``.
+
+    There is no official code; learning rate and lengths are TRL's.
+    """
 
     unread: ClassVar[tuple[str, ...]] = (
         *SelfDistillationConfig.unread,

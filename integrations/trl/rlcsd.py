@@ -3,6 +3,7 @@
 Dimension key:  B sequences, T completion tokens, K wrong hints, L positions
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,25 +12,42 @@ import torch
 from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, rlcsd_loss
-from fused_sd.checks import check_one_of, check_positive_int
+from fused_sd.checks import check_one_of, check_positive_int, fail
 from fused_sd.integrations.shared import completion_scores as completion
+from fused_sd.integrations.shared import templates
+from fused_sd.integrations.shared.answers import boxed_answer
 from fused_sd.integrations.shared.prompts import check_template
-from fused_sd.integrations.shared.rollouts import Rollout, without_thinking
-from fused_sd.integrations.trl.config import TeacherSettings, check_pair
+from fused_sd.integrations.shared.rollouts import Rollout, Sibling
+from fused_sd.integrations.trl.config import TeacherSettings, TokenCorrection, check_pair
 from fused_sd.integrations.trl.contexts import PrivilegedPrompt
 from fused_sd.integrations.trl.grpo import PolicyConfig, PolicyTrainer
 from fused_sd.integrations.trl.trainer import Inputs, Options
 
 
 @dataclass
-class RLCSDConfig(TeacherSettings, PolicyConfig):
+class RLCSDConfig(TokenCorrection, TeacherSettings, PolicyConfig):
     """RLCSD's settings; defaults are the official configuration's (arXiv 2606.11709)."""
 
+    warmup_steps: float = field(default=50, metadata={"help": "Steps to the peak learning rate."})
+    max_completion_length: int | None = field(
+        default=16384, metadata={"help": "Tokens to sample at most."}
+    )
+    top_p: float = field(default=0.95, metadata={"help": "Mass of the tokens to sample from."})
+    top_k: int = field(default=20, metadata={"help": "Number of tokens to sample from."})
+    max_reprompt_len: int = field(
+        default=24576, metadata={"help": "Longest teacher prompt in tokens."}
+    )
     reprompt_template: str = field(
-        default="Problem: {prompt}\n\nHere is a reference solution to this problem:\n=== Reference "
-        "Solution Begin ===\n{privileged}\n=== Reference Solution End ===\n\nAfter reading the "
-        "reference solution above, make sure you understand the reasoning behind each step.",
+        default=templates.RLCSD,
         metadata={"help": "The teacher's last user turn, from {prompt} and {privileged}."},
+    )
+    hint_template: str = field(
+        default=templates.RLCSD_HINT,
+        metadata={"help": "{privileged} of right and wrong hints, from {solution} and {answer}."},
+    )
+    answer_column: str = field(
+        default="answer",
+        metadata={"help": "Column with the answer of right hints that box none themselves."},
     )
     correct_hint: str = field(
         default="sibling",
@@ -51,7 +69,7 @@ class RLCSDConfig(TeacherSettings, PolicyConfig):
         default=1.0, metadata={"help": "eta: weight of the selected tokens' mean."}
     )
     success_reward_threshold: float = field(
-        default=0.5, metadata={"help": "Reward from which on a rollout is a correct hint."}
+        default=0.0, metadata={"help": "Reward above which a rollout is a correct hint."}
     )
     loss_type: str = field(
         default="bnpo", metadata={"help": "RLCSD has two token means of the micro-batch: bnpo."}
@@ -68,6 +86,7 @@ class RLCSDConfig(TeacherSettings, PolicyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_template("reprompt_template", self.reprompt_template, "prompt", "privileged")
+        check_template("hint_template", self.hint_template, "solution", "answer")
         check_one_of("correct_hint", self.correct_hint, ("sibling", "reference"))
         check_positive_int("max_wrong_hints", self.max_wrong_hints)
         check_pair("contrast_clip", self.contrast_clip)
@@ -78,26 +97,42 @@ class RLCSDConfig(TeacherSettings, PolicyConfig):
 class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
     """RLCSD (arXiv 2606.11709): the teacher scores each rollout with K wrong hints and a right one.
 
-    A rollout without a right hint or without a wrong one has weight 0, as in the official code.
+    As in the official code, hints are random siblings and never the rollout itself; each names its
+    final answer, and a failed sibling without one is no hint.  A rollout without a right hint or
+    without a wrong one has weight 0, such as the only success of its group.
     """
 
     config_cls = RLCSDConfig
     _name = "RLCSD"
+    strips_prompt = True
 
     def reads_privileged(self, args: RLCSDConfig) -> bool:
         return args.correct_hint == "reference"
 
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
-        hint = self._correct_hint(rollout)
-        if hint is None or not self._wrong_hints(rollout):
-            return None
-        return self.hinted(rollout, hint)
+        correct, wrong = self._hints(rollout)
+        return self.hinted(rollout, correct) if correct and wrong else None
+
+    def context_flags(self, rollout: Rollout) -> dict[str, bool]:
+        correct, wrong = self._hints(rollout)
+        return {
+            "correct_hint_fraction": correct is not None,
+            "wrong_hint_fraction": bool(wrong),
+            "answered_fraction": self.final_answer(rollout.text) is not None,
+        }
+
+    def final_answer(self, text: str) -> str | None:
+        r"""Return the answer that a completion gives, or None: here the last ``\boxed{}``.
+
+        Override this for a task whose answers stand elsewhere.
+        """
+        return boxed_answer(text)
 
     def more_inputs(self, rollouts: Sequence[Rollout], output: dict[str, Any]) -> dict[str, Tensor]:
         # Always K rows for each rollout: forwards of sharded models are collective, so that all
         # processes have to run as many.  ``wrong_mask`` takes out those without a hint.
         num_hints = self.args.max_wrong_hints
-        hints = [self._wrong_hints(rollout) for rollout in rollouts]
+        hints = [self._hints(rollout)[1] for rollout in rollouts]
         shown = [
             self.hinted(rollout, row[k]) if k < len(row) else None
             for rollout, row in zip(rollouts, hints)
@@ -162,17 +197,42 @@ class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
             tolerance=options["tolerance"],
         )
 
-    def _correct_hint(self, rollout: Rollout) -> str | None:
-        if self.args.correct_hint == "reference":
-            return rollout.privileged or None
-        # The rollout's own text serves only where no other one is right.
-        threshold = self.args.success_reward_threshold
-        found = rollout.siblings(threshold=threshold, successful=True, itself=False)
-        found = found or rollout.siblings(threshold=threshold, successful=True, itself=True)
-        return without_thinking(found[0].text).strip() if found else None
+    def _hints(self, rollout: Rollout) -> tuple[str | None, list[str]]:
+        """Return a right hint, if there is one, and up to K wrong ones, drawn at random.
 
-    def _wrong_hints(self, rollout: Rollout) -> list[str]:
-        threshold = self.args.success_reward_threshold
-        found = rollout.siblings(threshold=threshold, successful=False, itself=False)
-        shown = found[: self.args.max_wrong_hints]
-        return [without_thinking(sibling.text).strip() for sibling in shown]
+        The draw depends on the seed, the step and the rollout alone, so that every call for a batch
+        returns the same hints.
+        """
+        place = (self.args.seed, self.state.global_step, self._step, rollout.index)
+        draw = random.Random(" ".join(map(str, place)))
+        others = [sibling for sibling in rollout.group if sibling.index != rollout.index]
+        correct, wrong = self._correct_hints(rollout, others), self._wrong_hints(others)
+        shown = draw.sample(wrong, min(len(wrong), self.args.max_wrong_hints))
+        return (draw.choice(correct) if correct else None), shown
+
+    def _correct_hints(self, rollout: Rollout, siblings: Sequence[Sibling]) -> list[str]:
+        args, known = self.args, rollout.example.get(self.args.answer_column)
+        if args.correct_hint == "sibling":
+            texts = [s.text for s in siblings if s.reward > args.success_reward_threshold]
+            answers = [self.final_answer(text) or known for text in texts]
+            return self._written(texts, answers)
+        if not rollout.privileged:
+            return []
+        answer = self.final_answer(rollout.privileged) if known is None else known
+        if answer is None:
+            columns = ", ".join(sorted(rollout.example))
+            remedy = r"add that column, or \boxed{} the answer in privileged_context"
+            fail("answer_column", "name a column with the answer", f"columns {columns}", remedy)
+        return self._written([rollout.privileged], [answer])
+
+    def _wrong_hints(self, siblings: Sequence[Sibling]) -> list[str]:
+        texts = [s.text for s in siblings if s.reward <= self.args.success_reward_threshold]
+        return self._written(texts, [self.final_answer(text) for text in texts])
+
+    def _written(self, solutions: Sequence[str], answers: Sequence[Any]) -> list[str]:
+        """Return a hint for each solution whose answer is known."""
+        return [
+            self.args.hint_template.format(solution=solution.strip(), answer=str(answer).strip())
+            for solution, answer in zip(solutions, answers)
+            if answer is not None
+        ]

@@ -3,30 +3,51 @@
 Dimension key:  B sequences, T completion tokens, D hidden size
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fused_sd import Evidence, EvidenceSchedule, LMHead, LossOutput, rlsd_loss
-from fused_sd.checks import check_one_of, check_unit_interval
+from fused_sd.checks import check_one_of, check_unit_interval, fail
 from fused_sd.integrations.shared import completion_scores as completion
-from fused_sd.integrations.shared.prompts import check_template
+from fused_sd.integrations.shared import templates
+from fused_sd.integrations.shared.answers import tokens_between
+from fused_sd.integrations.shared.prompts import check_template, with_user_text
+from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.trl.config import TeacherSettings, check_pair
 from fused_sd.integrations.trl.contexts import PrivilegedPrompt
 from fused_sd.integrations.trl.grpo import PolicyConfig, PolicyTrainer
 from fused_sd.integrations.trl.trainer import Inputs, Options
+
+THOUGHT = ("<thought>", "</thought>")
 
 
 @dataclass
 class RLSDConfig(TeacherSettings, PolicyConfig):
     """RLSD's settings; defaults are the official script's (arXiv 2604.03128).
 
-    ``privileged_context`` is the reference; the official script gives only the final answer.
+    ``privileged_context`` is the reference; the official script gives only the final answer.  It
+    corrects nothing for the rollout engine: ``vllm_importance_sampling_correction=False``.
     """
 
+    max_completion_length: int | None = field(
+        default=4096, metadata={"help": "Tokens to sample at most."}
+    )
+    max_reprompt_len: int = field(
+        default=16384, metadata={"help": "Longest teacher prompt in tokens."}
+    )
+    question_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the question that the teacher reads, `problem` in the official "
+            "data; None: the student's last user turn, whose instructions it then repeats."
+        },
+    )
     reprompt_template: str = field(
-        default="{prompt}\n\nHere is a reference solution:\n{privileged}\n\nAfter understanding "
-        "the reference solution, please try to solve this problem using your own approach below.",
+        default=templates.RLSD,
         metadata={"help": "The teacher's last user turn, from {prompt} and {privileged}."},
     )
     teacher_model_kind: str = field(
@@ -60,6 +81,13 @@ class RLSDConfig(TeacherSettings, PolicyConfig):
     negative_only: bool = field(
         default=False, metadata={"help": "Weigh the tokens of failed completions alone."}
     )
+    thought_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Weigh the tokens between <thought> and </thought> alone; the others train as "
+            "in GRPO."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +95,13 @@ class RLSDConfig(TeacherSettings, PolicyConfig):
         check_unit_interval("evidence_mix", self.evidence_mix)
         check_pair("evidence_clip", self.evidence_clip)
         check_one_of("evidence_log_prob", self.evidence_log_prob, ("current", "old"))
+        if self.thought_only and THOUGHT[0] not in self.reprompt_template:
+            fail(
+                "thought_only",
+                f"be False where reprompt_template asks for no {THOUGHT[0]}",
+                True,
+                "tell the teacher to think between the tags, as the default template does",
+            )
 
 
 class RLSDTrainer(PrivilegedPrompt, PolicyTrainer):
@@ -80,7 +115,33 @@ class RLSDTrainer(PrivilegedPrompt, PolicyTrainer):
     _name = "RLSD"
     needs_privileged = True
     needs_signal = False
+    strips_prompt = True
     metrics = (*PolicyTrainer.metrics, "evidence", "evidence_weight", "evidence_clip_fraction")
+
+    def question(self, rollout: Rollout) -> Any:
+        column = self.args.question_column
+        if column is None:
+            return rollout.prompt
+        question = rollout.example.get(column)
+        if not isinstance(question, str):
+            columns = ", ".join(sorted(rollout.example))
+            got = f"{question!r} in a row with {columns}"
+            fail("question_column", "name a column of texts", got, "name another, or None")
+        return with_user_text(rollout.prompt, question)
+
+    def context_flags(self, rollout: Rollout) -> dict[str, bool]:
+        return {"thought_fraction": THOUGHT[0] in rollout.text} if self.args.thought_only else {}
+
+    def more_inputs(self, rollouts: Sequence[Rollout], output: dict[str, Any]) -> dict[str, Tensor]:
+        """Return which tokens are thoughts (B, T), if only they are weighed."""
+        if not self.args.thought_only:
+            return {}
+        thoughts = torch.zeros_like(output["completion_ids"], dtype=torch.bool)
+        for row, rollout in zip(thoughts, rollouts):
+            pieces = [self._tokenizer.decode([token]) for token in rollout.completion_ids]
+            inside = torch.tensor(tokens_between(pieces, *THOUGHT), dtype=torch.bool)
+            row[: len(pieces)] = inside.to(row.device)
+        return {"thought_mask": thoughts}
 
     def score_teacher(self, inputs: Inputs) -> Tensor:
         """Return the teacher's log-probabilities of the completions (B, T)."""
@@ -106,8 +167,8 @@ class RLSDTrainer(PrivilegedPrompt, PolicyTrainer):
     def evidence(self, inputs: Inputs) -> Evidence:
         """Return the evidence's clip, and each token's mix at the current step.
 
-        The mix is 0 where a row has no reference, and with ``negative_only`` where the advantage is
-        not negative: those tokens train as in GRPO.
+        The mix is 0 where a row has no reference, with ``negative_only`` where the advantage is not
+        negative, and with ``thought_only`` outside of thoughts: those tokens train as in GRPO.
         """
         args = self.args
         weighed = inputs["self_distillation_mask"].double()
@@ -115,6 +176,8 @@ class RLSDTrainer(PrivilegedPrompt, PolicyTrainer):
             weighed = weighed * (inputs["advantages"] < 0)
         low, high = args.evidence_clip
         mix = (self.schedule().value * weighed)[:, None].expand(inputs["completion_ids"].shape)
+        if args.thought_only:
+            mix = mix * inputs["thought_mask"]
         return Evidence((low, high), mix, args.evidence_log_prob)
 
     def method_loss(

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from fused_sd import LossOutput, sdft_loss, skip_first_tokens
 from fused_sd.checks import check_non_negative
+from fused_sd.integrations.shared import templates
 from fused_sd.integrations.shared.prompts import check_template
 from fused_sd.integrations.shared.rollouts import Rollout
+from fused_sd.integrations.trl.config import TokenCorrection
 from fused_sd.integrations.trl.contexts import PrivilegedPrompt
 from fused_sd.integrations.trl.divergence_trainer import (
     DivergenceConfig,
@@ -20,18 +22,25 @@ from fused_sd.integrations.trl.trainer import Inputs, Options
 
 
 @dataclass
-class SDFTConfig(DivergenceConfig):
+class SDFTConfig(TokenCorrection, DivergenceConfig):
     """SDFT's settings; defaults are the official code's (arXiv 2601.19897).
 
-    For the defaults of TRL's SDFTConfig pass ``distillation_alpha=0.5, distillation_topk=100,
-    teacher_model_kind="base", num_loss_tokens_to_skip=0``.  The official code also corrects for the
-    difference between the inference engine's log-probabilities and the student's.  That is left
-    out, because TRL's rollouts do not keep the engine's.
+    For the loss of TRL's SDFTConfig pass ``distillation_alpha=0.5, distillation_topk=100,
+    teacher_model_kind="base", num_loss_tokens_to_skip=0``.  The official code averages a
+    sequence's ratios to vLLM, which TRL cannot; here each token has its own.
     """
 
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Warm-up, in steps or as a share of all."}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
+    max_completion_length: int | None = field(
+        default=1024, metadata={"help": "Tokens to sample at most."}
+    )
     reprompt_template: str = field(
-        default="{prompt}\nThis is an example for a response to the question:\n{privileged}\nNow "
-        "answer with a response of your own, including the thinking process:",
+        default=templates.SDFT,
         metadata={"help": "The teacher's last user turn, from {prompt} and {privileged}."},
     )
     distillation_alpha: float = field(

@@ -11,13 +11,14 @@ from trl.experimental.sdpo import SDPOTrainer as StockSDPOTrainer
 
 from fused_sd import ImportanceCap, LMHead, LossOutput, grpo_loss, sampled_kl_loss, sdpo_loss
 from fused_sd.checks import fail
+from fused_sd.integrations.shared import templates
 from fused_sd.integrations.shared.prompts import (
     check_sibling_templates,
     has_demonstration,
     sibling_prompt,
 )
 from fused_sd.integrations.shared.rollouts import Rollout
-from fused_sd.integrations.trl.config import SelfDistillationConfig
+from fused_sd.integrations.trl.config import SelfDistillationConfig, TokenCorrection
 from fused_sd.integrations.trl.divergence_trainer import (
     DivergenceChoice,
     DivergenceTrainer,
@@ -28,13 +29,23 @@ from fused_sd.integrations.trl.trainer import Inputs, Options
 
 
 @dataclass
-class SDPOConfig(DivergenceChoice, SelfDistillationConfig):
-    """SDPO's settings; defaults are the official configuration's (arXiv 2601.20802).
+class SDPOConfig(TokenCorrection, DivergenceChoice, SelfDistillationConfig):
+    """SDPO's settings; defaults are those of the official runs without feedback (2601.20802).
 
-    For the paper's runs with feedback pass ``distillation_alpha=1, distillation_topk=20,
-    teacher_update_rate=0.01``.  The names are those of TRL's SDPOConfig, whose defaults differ.
+    For the runs with feedback pass ``distillation_alpha=1, distillation_topk=20,
+    teacher_update_rate=0.01, learning_rate=1e-6, warmup_steps=0``.  The names are those of TRL's
+    SDPOConfig, whose defaults differ.
     """
 
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
+    warmup_steps: float = field(default=10, metadata={"help": "Steps to the peak."})
+    max_completion_length: int | None = field(
+        default=8192, metadata={"help": "Tokens to sample at most."}
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default_factory=lambda: {"enable_thinking": False},
+        metadata={"help": "For the chat template; one without thinking does not read it."},
+    )
     distillation_mode: Literal["sampled_token", "full_logits", "topk_logits"] = field(
         default="topk_logits",
         metadata={"help": "`topk_logits`, `full_logits` or `sampled_token` (alpha 1)."},
@@ -85,20 +96,19 @@ class SDPOConfig(DivergenceChoice, SelfDistillationConfig):
         default=False, metadata={"help": "Show the teacher the student's own attempt."}
     )
     reprompt_template: str = field(
-        default="{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n",
+        default=templates.SDPO,
         metadata={"help": "The teacher's last user turn."},
     )
     solution_template: str = field(
-        default="\nCorrect solution:\n\n{successful_previous_attempt}\n\n",
+        default=templates.SDPO_SOLUTION,
         metadata={"help": "The part with a sibling's solution."},
     )
     feedback_template: str = field(
-        default="\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
-        "{feedback_raw}\n\n",
+        default=templates.SDPO_FEEDBACK,
         metadata={"help": "The part with the feedback."},
     )
     attempt_template: str = field(
-        default="\nYour earlier attempt:\n\n{attempt}\n\n",
+        default=templates.SDPO_ATTEMPT,
         metadata={"help": "Put before the feedback with `include_own_attempt`."},
     )
 

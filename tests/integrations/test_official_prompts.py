@@ -1,7 +1,7 @@
 """The templates against the official codes', string by string, and what happens around them."""
 
+import official_prompts as official
 import pytest
-from support import official_prompts as official
 
 from fused_sd.integrations.shared import templates
 from fused_sd.integrations.shared.prompts import (

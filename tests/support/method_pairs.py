@@ -34,6 +34,13 @@ def feedback(prompts, **_):
     return [None if index % 3 else f"Attempt {index} fails." for index in range(len(prompts))]
 
 
+class RLCSDTrainer(ours.RLCSDTrainer):
+    """RLCSD whose completions all give an answer, which a random model never puts into a box."""
+
+    def final_answer(self, text):
+        return text[:2]
+
+
 @functools.cache
 def weights(family="Qwen3", **changes):
     torch.manual_seed(0)
@@ -62,6 +69,8 @@ def make(method, folder, *, student=None, data=DATA, processor=TOKENIZER, **sett
     pair = method
     if isinstance(method, str):
         pair = (getattr(ours, f"{method}{part}") for part in ("Trainer", "Config"))
+        if method == "RLCSD":
+            pair = RLCSDTrainer, ours.RLCSDConfig
     trainer, config = pair
     defaults = {
         "output_dir": str(folder),
@@ -77,6 +86,8 @@ def make(method, folder, *, student=None, data=DATA, processor=TOKENIZER, **sett
         "disable_tqdm": True,
         "seed": 1,
         "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "temperature": 1.0,
         "max_steps": 2,
     }
     more = {name: settings.pop(name) for name in TRAINERS if name in settings}

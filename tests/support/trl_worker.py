@@ -23,7 +23,13 @@ from trl.trainer import grpo_trainer
 
 GOOD, BAD, END = 40, 41, 1
 LORA = {"r": 1, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-ONE_STEP = {"loss_type": "dapo", "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+ONE_STEP = {
+    "loss_type": "dapo",
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import sys
 
+import official_prompts as official
 import peft
 import pytest
 import torch
@@ -41,16 +42,14 @@ def changed(trainer, before):
 
 
 def after_sibling(text):
-    return (
-        f"Solve 2 + 2.\nCorrect solution:\n\n{text}\n\n\n\nCorrectly solve the original question.\n"
-    )
+    return official.sdpo("Solve 2 + 2.", solution=text)
 
 
 def test_sdpo_shows_the_first_successful_sibling_or_the_feedback(tmp_path):
     trainer = make("SDPO", tmp_path)
     inputs = sample(trainer)
     texts = trainer.scored.texts  # rollouts 1 and 3 succeed; 0 and 3 are told something
-    first, third = (after_sibling(text.strip()) for text in (texts[1], texts[3]))
+    first, third = after_sibling(texts[1]), after_sibling(texts[3])
     assert teacher_texts(trainer, inputs) == [first, third, first, first]
     assert inputs["self_distillation_mask"].tolist() == [1, 1, 1, 1]
 
@@ -102,17 +101,6 @@ def test_the_privileged_context_is_in_the_teachers_prompt_alone(method, tmp_path
     assert teacher_texts(trainer, inputs) == [expected] * GROUP
     student = TOKENIZER.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
     assert student == ["Solve 2 + 2."] * GROUP
-
-
-def test_rlcsd_shows_each_failed_sibling_once(tmp_path):
-    trainer = make("RLCSD", tmp_path, max_wrong_hints=3)
-    inputs = sample(trainer)  # 1 and 3 succeed
-    assert inputs["wrong_mask"].sum(1).tolist() == [1, 2, 1, 2]
-    texts = trainer.scored.texts
-    length = inputs["completion_ids"].size(1)
-    shown = TOKENIZER.decode(inputs["wrong_input_ids"][1, 1, :-length], skip_special_tokens=True)
-    assert f"Solution Begin ===\n{texts[2].strip()}\n===" in shown
-    assert f"Solution Begin ===\n{texts[3].strip()}\n===" in teacher_texts(trainer, inputs)[1]
 
 
 def test_a_long_teacher_prompt_loses_its_beginning(tmp_path):

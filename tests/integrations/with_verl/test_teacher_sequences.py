@@ -3,10 +3,10 @@
 import copy
 import dataclasses
 
+import official_prompts as official
 import pytest
 import torch
 from chat_tokenizer import ids, text, tokenizer
-from support import official_prompts as official
 
 from fused_sd.integrations.shared.rollouts import Rollout, Sibling
 from fused_sd.integrations.verl.contexts import (
