@@ -10,7 +10,7 @@ from fused_sd.integrations.shared.templates import ANSWER_INSTRUCTION, PROBLEM_P
 
 # Where a turn's part that is no text stands while the turn is handled as one text.
 _MARK = re.compile("\0<part ([0-9]+)>\0")
-_PREFIX = re.compile(f"^((?:{_MARK.pattern})*){PROBLEM_PREFIX}")
+_LEADING = re.compile(f"^(?:{_MARK.pattern})+")
 
 
 def last_user_text(prompt: Any) -> str:
@@ -41,7 +41,7 @@ def with_user_text(prompt: Any, text: str) -> Any:
 
 def bare_problem(text: str) -> str:
     """Return a problem without "Problem: " before it and the answer's instruction behind it."""
-    return _PREFIX.sub(r"\1", text.removesuffix(f"\n\n{ANSWER_INSTRUCTION}"))
+    return text.removeprefix(PROBLEM_PREFIX).removesuffix(f"\n\n{ANSWER_INSTRUCTION}")
 
 
 def _mark(index: int) -> str:
@@ -107,19 +107,22 @@ def _braced(fields: Sequence[str]) -> str:
 def reprompted(prompt: Any, template: str, *, stripped: bool = False, **parts: str) -> Any:
     """Return the prompt with a filled template as its last user turn.
 
-    The turn's images stay where they stood in the text that the template shows.
+    The turn's images stay where they stood in the text that the template shows, and before all text
+    where the turn began with them.
 
     Args:
         template: is filled with the user's text as ``{prompt}``, and with ``parts``.  A template
             that asks for a boxed answer itself is filled with the bare problem.
         stripped: strip the user's text and the parts, where the official code of a method does.
     """
-    text = _marked_text(prompt)
+    whole = _marked_text(prompt)
+    text = _LEADING.sub("", whole)
+    leading = whole[: len(whole) - len(text)]
     if ANSWER_INSTRUCTION.replace("{}", "{{}}") in template:
         text = bare_problem(text)
     if stripped:
         text, parts = text.strip(), {name: part.strip() for name, part in parts.items()}
-    filled = template.format(prompt=text, **parts)
+    filled = leading + template.format(prompt=text, **parts)
     return filled if isinstance(prompt, str) else _with_content(prompt, filled)
 
 

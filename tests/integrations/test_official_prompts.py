@@ -76,15 +76,18 @@ def test_images_stay_where_they_stood_in_the_text():
 
 
 def test_a_turn_that_begins_with_its_image_is_a_bare_problem_too():
-    prompt = user(IMAGE, text(official.opsd_student("Which?")))
+    prompt = user(IMAGE, CHART, text(official.opsd_student("Which?")))
     made = reprompted(prompt, templates.OPSD, privileged="S")[-1]["content"]
-    assert made[0] == IMAGE
-    assert made[1:] == [text(official.opsd("Which?", "S"))]
+    assert made == [IMAGE, CHART, text(official.opsd("Which?", "S"))]
+    made = reprompted(prompt, templates.SDFT, privileged="S")[-1]["content"]
+    asked = official.sdft(official.opsd_student("Which?"), "S")
+    assert made == [IMAGE, CHART, text(asked)], "the template's first line is behind the images"
 
 
 def test_a_template_that_shows_the_prompt_twice_shows_an_image_once():
-    made = reprompted(user(IMAGE, text("Which?")), "{prompt} {feedback} {prompt}", feedback="No.")
-    assert made[-1]["content"] == [IMAGE, text("Which? No. "), text("Which?")]
+    prompt = user(text("Which "), IMAGE, text("?"))
+    made = reprompted(prompt, "{prompt} {feedback} {prompt}", feedback="No.")[-1]["content"]
+    assert made == [text("Which "), IMAGE, text("? No. Which "), text("?")]
 
 
 def test_another_text_leaves_images_in_their_places():

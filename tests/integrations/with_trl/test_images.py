@@ -159,7 +159,7 @@ def test_sdpo_shows_the_images_beside_a_siblings_solution(name, tmp_path):
     for n in range(4):
         row, completion = ROWS[n // 2], inputs["completion_ids"][n][inputs["loss_mask"][n].bool()]
         solution = trainer.args.solution_template.format(
-            successful_previous_attempt=trainer.scored.texts[n + 1].strip() if n % 2 == 0 else ""
+            successful_previous_attempt=trainer.scored.texts[n + 1] if n % 2 == 0 else ""
         )
         feedback = trainer.args.feedback_template.format(feedback_raw=texts[n // 2])
         shown = (solution, "") if n % 2 == 0 else ("", feedback)
@@ -176,7 +176,9 @@ def test_sdpo_shows_the_images_beside_a_siblings_solution(name, tmp_path):
 
 @pytest.mark.parametrize("method", ["SDPO", "RLSD", "RLCSD", "OPSD", "SDFT", "SDZero", "GRPO"])
 def test_a_method_trains_on_images(method, tmp_path):
-    trainer = trainer_of(method, tmp_path, dtype=torch.float32)
+    # RLCSD needs another success, and another failure, beside each rollout
+    size = 4 if method == "RLCSD" else 2
+    trainer = trainer_of(method, tmp_path, dtype=torch.float32, num_generations=size)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
     moved = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])]
