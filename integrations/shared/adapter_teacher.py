@@ -112,6 +112,7 @@ class AdapterTeacher(Teacher):
         """Add a copy of the student's adapter to the model."""
         if ADAPTER in self._peft.peft_config:
             fail("student", f"have no adapter {ADAPTER!r}", "one", "delete or rename it")
+        _check_whole(self._peft)
         config: Any = copy.deepcopy(self._peft.peft_config[self._name])
         # PiSSA, OLoRA, CorDA and others change the base weight when an adapter is made.  The plain
         # initialisation does not, and the values are replaced below.
@@ -175,9 +176,15 @@ def _check_adapter(model: PeftModel) -> None:
     # Those biases belong to the base model, which both sides share: training moves the teacher.
     if config.bias != "none":
         fail("student", "leave the base's biases alone", f"bias={config.bias!r}", remedy)
+    _check_whole(model)
+
+
+def _check_whole(model: PeftModel) -> None:
+    """Refuse an adapter that is sharded, for PEFT adds whole ones."""
     for name, tensor in _adapter_tensors(model, model.active_adapter).items():
         if tensor.is_meta or tensor.numel() == 0 or hasattr(tensor, "to_local"):
-            fail("student", "be whole", f"{name} sharded or empty", "make the teacher earlier")
+            remedy = "make the teacher earlier, while the model is whole"
+            fail("student", "be whole", f"{name} sharded or empty", remedy)
 
 
 def _adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
