@@ -70,8 +70,8 @@ class FusedSDLossConfig(DistillationLossConfig):
             student's own weights, ``"ema"`` their moving average, ``"synced"`` a copy that is
             renewed regularly, and ``"reference"`` the initial weights.
         ema_rate: the student's share in each average, with teacher="ema".
-        teacher_sync_steps: optimiser steps between two averages or copies, with teacher="ema" or
-            "synced" (RLSD: 10 in the paper, 20 in its script).
+        teacher_sync_steps: batches of rollouts between two averages or copies, with teacher="ema"
+            or "synced" (RLSD: 10 in the paper, 20 in its script).
         trust_region_mix: the student's share in the teacher's logits, with teacher="reference"
             (SDPO's trust region); 0: the reference alone.
         rlsd_mix, rlsd_clip_low, rlsd_clip_high, rlsd_log_prob: mix, clip and log_prob of

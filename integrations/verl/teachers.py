@@ -42,9 +42,10 @@ TEACHER_KINDS: dict[str, Literal["ema", "synced", "frozen"]] = {
 class TeachingEngine(FusedSDEngine):
     """``FusedSDEngine`` with every teacher of ``FusedSDLossConfig.teacher``.
 
-    ``"ema"`` and ``"synced"`` follow the student after each optimiser step whose gradient was
-    finite, shard by shard.  They are saved and loaded with the checkpoint; a run that resumes from
-    a checkpoint without a teacher starts its teacher as a copy of the loaded student.
+    ``"ema"`` and ``"synced"`` follow the student, shard by shard, once for each batch of rollouts:
+    after all its mini-batches and epochs, unless no step had a finite gradient, as in SDPO's
+    official code.  They are saved and loaded with the checkpoint; a run that resumes from a
+    checkpoint without a teacher starts its teacher as a copy of the loaded student.
     ``"reference"`` is the model that the run started from; with LoRA it is the model without its
     adapter, so that no second copy is made.
     """
@@ -52,6 +53,8 @@ class TeachingEngine(FusedSDEngine):
     scaler: Any  # verl's gradient scaler, for fp16
     _teacher: Teacher | None = None
     _loaded: dict[str, Any] | None = None  # a checkpoint's teacher, until the teacher is built
+    _num_modes = 0  # train modes that are entered and not left
+    _finite: bool | None = None  # whether a step had a finite gradient; None: there was no step
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict]:
         if flag(micro_batch, "distillation_only") and "self_distillation_mask" in micro_batch:
@@ -142,11 +145,27 @@ class TeachingEngine(FusedSDEngine):
             teacher.sync()  # the student may have been loaded from a checkpoint
         return teacher
 
+    @contextmanager
+    def train_mode(self, **kwargs: Any) -> Iterator[None]:
+        """Enter verl's mode; on leaving it, the teacher follows the student.
+
+        verl's worker enters it for a batch of rollouts, and inside of that for each mini-batch.
+        """
+        with super().train_mode(**kwargs):
+            self._num_modes += 1
+            try:
+                yield
+            finally:
+                self._num_modes -= 1
+            if self._num_modes == 0 and self._finite is not None:
+                if self._teacher is not None:
+                    self._teacher.update(finite=self._finite)
+                self._finite = None
+
     def optimizer_step(self) -> float:
         grad_norm = super().optimizer_step()
-        if self._teacher is not None:
-            # verl skips the student's step if the norm is not finite
-            self._teacher.update(finite=math.isfinite(grad_norm))
+        # verl skips the student's step if the norm is not finite
+        self._finite = bool(self._finite) or math.isfinite(grad_norm)
         return grad_norm
 
     def to(

@@ -6,6 +6,7 @@ import pathlib
 import traceback
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -25,16 +26,18 @@ class Lesson:
 
     Attributes:
         settings: settings of the loss.
-        steps: number of optimiser steps.
+        steps: number of batches that are trained on.
+        updates: number of optimiser steps that each batch is trained with.
         same_context: the teacher reads the student's own sequence.
         lora: rank of the student's adapter; 0: train all weights.
         saved_after: write a checkpoint after this step, and repeat the later steps from it with a
             second engine.
-        broken: end with a step whose gradient is infinite.
+        broken: end with a batch whose first step has an infinite gradient.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     steps: int = 3
+    updates: int = 1
     same_context: bool = False
     lora: int = 0
     saved_after: int | None = None
@@ -44,6 +47,9 @@ class Lesson:
 FULL = {"support": "full", "divergence": "reverse_kl", "topk": None}
 LESSONS = {
     "ema": Lesson({**FULL, "teacher": "ema", "ema_rate": RATE}, saved_after=2),
+    "ema, three updates": Lesson(
+        {**FULL, "teacher": "ema", "ema_rate": RATE}, steps=2, updates=3, broken=True
+    ),
     "trust region": Lesson(
         {
             "teacher": "reference",
@@ -111,12 +117,12 @@ def teach(lesson: Lesson, model: pathlib.Path) -> dict[str, Any]:
     left: dict[str, Any] = {"steps": [], "batch": samples(lesson)}
     checkpoint = str(model.parent / "checkpoint")
     for step in range(lesson.steps):
-        left["steps"].append(take_step(engine, batch, loss))
+        left["steps"].append(take_step(engine, batch, loss, lesson.updates))
         if lesson.saved_after == step + 1:
             engine.save_checkpoint(checkpoint)
     left["after"] = weights_of(engine)
     if lesson.broken:
-        left["broken"] = broken_step(engine, batch.clone(), loss)
+        left["broken"] = broken_step(engine, batch, loss, lesson.updates)
     if lesson.saved_after:
         engine = make_engine(lesson, model)
         engine.load_checkpoint(checkpoint, del_local_after_load=False)
@@ -129,10 +135,13 @@ def teach(lesson: Lesson, model: pathlib.Path) -> dict[str, Any]:
     return left
 
 
-def take_step(engine: Any, batch: Any, loss: Any) -> dict[str, Any]:
+def take_step(engine: Any, batch: Any, loss: Any, updates: int = 1) -> dict[str, Any]:
+    """Return the last update's loss, and the weights before the batch and its teacher after it."""
     before = weights_of(engine)
     with engine.train_mode():
-        output = engine.train_batch(batch.clone(), loss)
+        for _ in range(updates):
+            with engine.train_mode(disable_auto_offload=True):  # as verl's worker does
+                output = engine.train_batch(batch.clone(), loss)
     total = torch.tensor(output["loss"], dtype=torch.float64).sum()
     dist.all_reduce(total)
     return {
@@ -144,17 +153,27 @@ def take_step(engine: Any, batch: Any, loss: Any) -> dict[str, Any]:
     }
 
 
-def broken_step(engine: Any, batch: Any, loss: Any) -> dict[str, Any]:
-    """Return student and teacher before and after a step whose gradient is not finite."""
-    before, age = weights_of(engine, teacher=True), engine._teacher.age
-    batch["advantages"] = torch.nested.nested_tensor_from_jagged(
-        batch["advantages"].values() * torch.inf, batch["advantages"].offsets()
-    )
+def broken_step(engine: Any, batch: Any, loss: Any, updates: int) -> dict[str, Any]:
+    """Return both sides before and after a batch whose first step's gradient is not finite."""
+    before, age = weights_of(engine), engine._teacher.age
+    teacher = weights_of(engine, teacher=True)
+
+    take = engine.optimizer_step
+
+    def take_infinite() -> float:
+        for parameter in engine.module.parameters():
+            parameter.grad.to_local().fill_(torch.inf)
+        return take()
+
     with engine.train_mode():
-        engine.train_batch(batch, loss)
+        with mock.patch.object(engine, "optimizer_step", take_infinite):
+            engine.train_batch(batch.clone(), loss)
+        between = weights_of(engine)
+        for _ in range(1, updates):
+            engine.train_batch(batch.clone(), loss)
     return {
-        "before": before,
-        "after": weights_of(engine, teacher=True),
+        "students": (before, between, weights_of(engine)),
+        "teachers": (teacher, weights_of(engine, teacher=True)),
         "ages": (age, engine._teacher.age),
     }
 

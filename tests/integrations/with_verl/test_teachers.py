@@ -176,8 +176,25 @@ def test_rlsd_weighs_the_advantages_as_the_library_does():
 
 def test_a_gradient_that_is_not_finite_teaches_the_teacher_nothing():
     broken = left_of("synced, rlsd")["broken"]
-    assert_weights(broken["after"], broken["before"], atol=0)
+    before, between, after = broken["students"]
+    assert_weights(between, before, atol=0)
+    assert_weights(after, before, atol=0)
+    assert_weights(broken["teachers"][1], broken["teachers"][0], atol=0)
     assert broken["ages"] == (1, 1)
+
+
+def test_a_batch_of_several_updates_moves_the_teacher_once():
+    left = left_of("ema, three updates")
+    first, second = left["steps"]
+    teacher = averaged(first["before"], second["before"], RATE)
+    assert_weights(first["teacher"], teacher, atol=1e-6)
+    teacher = averaged(teacher, left["after"], RATE)
+    assert_weights(second["teacher"], teacher, atol=1e-6)
+    # an update that is left out does not keep the teacher from following the others
+    before, between, after = left["broken"]["students"]
+    assert_weights(between, before, atol=0)
+    assert max(float((after[name] - before[name]).abs().max()) for name in before) > 0.01
+    assert_weights(left["broken"]["teachers"][1], averaged(teacher, after, RATE), atol=1e-6)
 
 
 @pytest.mark.parametrize("teacher", ["live", "ema"])
