@@ -1,4 +1,4 @@
-"""The teacher in a trainer: it is updated after each good step, saved and loaded.
+"""The teacher in a trainer: it moves once for each batch of rollouts, and is saved and loaded.
 
 (What is said of Trainer was read in transformers 5.24.)
 """
@@ -54,34 +54,54 @@ def gradients_are_finite(model: nn.Module) -> Tensor:
 
 
 class TeacherCallback(TrainerCallback):
-    """Updates the teacher after each optimizer step whose gradients were finite.
+    """Moves the teacher once for each batch of rollouts, and leaves out steps of bad gradients.
 
-    Steps with an infinite or NaN gradient are left out, as in SDPO's official code.  Trainer offers
-    no way to skip a step, but its ``on_pre_optimizer_step`` comes after clipping and right before
-    ``optimizer.step()``: gradients that are removed there change no parameter and no moment.
+    A batch of rollouts is trained on in ``steps_per_generation`` x ``num_iterations`` micro-steps.
+    The official code of SDPO moves its teacher after all of them, and so does this, however many
+    optimizer steps they make.  Where a step covers several batches, the teacher moves after it.  A
+    resumed run starts with a new batch, as TRL's rollouts do.
+
+    Steps with an infinite or NaN gradient are left out, as in that code: the teacher moves unless
+    all steps of the batch were.  Trainer offers no way to skip a step, but its
+    ``on_pre_optimizer_step`` comes after clipping and right before ``optimizer.step()``: gradients
+    that are removed there change no parameter and no moment.
 
     Args:
-        teacher: the teacher to update, or None.
-        accelerator: accelerate's, to agree with the other processes.
+        trainer: a trainer of TRL that makes rollouts; its ``teacher`` may be None.
         skip: whether to leave such steps out.
     """
 
-    def __init__(self, teacher: Teacher | None, accelerator: Any, *, skip: bool) -> None:
-        self.teacher, self.accelerator, self.skip = teacher, accelerator, skip
-        self.finite = True
-        self.num_skipped = 0
+    def __init__(self, trainer: Any, *, skip: bool) -> None:
+        self.trainer, self.skip = trainer, skip
+        self.finite = self.left_out = self.follows = False
+        self.num_skipped = self.num_batches = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.num_batches, self.follows = self._num_finished(args), False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        flag = gradients_are_finite(kwargs["model"]).to(self.accelerator.device)
-        # Sharded gradients may be bad on one process only, and all have to skip the same steps.
-        self.finite = bool(self.accelerator.gather(flag[None]).all())
-        if not self.finite and self.skip:
+        accelerator = self.trainer.accelerator
+        flag = gradients_are_finite(kwargs["model"]).to(accelerator.device)
+        # Sharded gradients may be bad on one process only; all have to skip the same steps.
+        self.finite = bool(accelerator.gather(flag[None]).all())
+        self.left_out = self.skip and not self.finite
+        if self.left_out:
             kwargs["optimizer"].zero_grad()
-            self.num_skipped += 1
+        self.num_skipped += self.left_out
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.teacher is not None:
-            self.teacher.update(finite=self.finite)
+        # not a student that took a bad step
+        self.follows = self.finite or (self.left_out and self.follows)
+        num_batches = self._num_finished(args)
+        if num_batches == self.num_batches:
+            return
+        if self.trainer.teacher is not None:
+            self.trainer.teacher.update(finite=self.follows)
+        self.num_batches, self.follows = num_batches, False
+
+    def _num_finished(self, args: Any) -> int:
+        """Return how many batches of rollouts all micro-steps have been made of."""
+        return self.trainer._step // (args.steps_per_generation * args.num_iterations)
 
 
 def save_teacher(teacher: Teacher, folder: str, *, writes: bool) -> None:
@@ -164,9 +184,7 @@ class TeacherOwner:
             vars(unwrap(self.teacher_model)).pop(ATTACHMENT, None)
         # accelerate never prepares the teacher, whose requests need the autocast that is passed.
         attach(self.teacher_model, autocast=self.accelerator.autocast)
-        self._teacher_callback = TeacherCallback(
-            self.teacher, self.accelerator, skip=args.skip_nonfinite_gradients
-        )
+        self._teacher_callback = TeacherCallback(self, skip=args.skip_nonfinite_gradients)
         self.add_callback(self._teacher_callback)
 
     def _save_checkpoint(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
