@@ -1,16 +1,17 @@
 """The teacher in a trainer: it moves once for each batch of rollouts, and is saved and loaded.
 
-(What is said of Trainer was read in transformers 5.24.)
+(What is said of Trainer was read in transformers 5.24, of DeepSpeed in 0.19.)
 """
 
+import math
 import os
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from trl.models import prepare_fsdp
+from trl.models import prepare_deepspeed, prepare_fsdp
 
 from fused_sd import Teacher
 from fused_sd.checks import fail
@@ -64,7 +65,8 @@ class TeacherCallback(TrainerCallback):
     Steps with an infinite or NaN gradient are left out, as in that code: the teacher moves unless
     all steps of the batch were.  Trainer offers no way to skip a step, but its
     ``on_pre_optimizer_step`` comes after clipping and right before ``optimizer.step()``: gradients
-    that are removed there change no parameter and no moment.
+    that are removed there change no parameter and no moment.  Under DeepSpeed the step is over by
+    then; DeepSpeed itself leaves such steps out.
 
     Args:
         trainer: a trainer of TRL that makes rollouts; its ``teacher`` may be None.
@@ -81,12 +83,17 @@ class TeacherCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         accelerator = self.trainer.accelerator
-        flag = gradients_are_finite(kwargs["model"]).to(accelerator.device)
-        # Sharded gradients may be bad on one process only; all have to skip the same steps.
-        self.finite = bool(accelerator.gather(flag[None]).all())
-        self.left_out = self.skip and not self.finite
-        if self.left_out:
-            kwargs["optimizer"].zero_grad()
+        if self.trainer.is_deepspeed_enabled:
+            engine = accelerator.deepspeed_engine_wrapped.engine
+            self.left_out = not engine.was_step_applied()
+            self.finite = not self.left_out and _is_norm(engine.get_global_grad_norm())
+        else:
+            flag = gradients_are_finite(kwargs["model"]).to(accelerator.device)
+            # Sharded gradients may be bad on one process only; all have to skip the same steps.
+            self.finite = bool(accelerator.gather(flag[None]).all())
+            self.left_out = self.skip and not self.finite
+            if self.left_out:
+                kwargs["optimizer"].zero_grad()
         self.num_skipped += self.left_out
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -104,8 +111,14 @@ class TeacherCallback(TrainerCallback):
         return self.trainer._step // (args.steps_per_generation * args.num_iterations)
 
 
+def _is_norm(value: float | None) -> bool:
+    """Return whether a gradient norm of DeepSpeed, which has none in some setups, is finite."""
+    # releases differ in what they report for an overflow: inf or -1
+    return value is None or 0 <= float(value) < math.inf
+
+
 def save_teacher(teacher: Teacher, folder: str, *, writes: bool) -> None:
-    """Write a teacher's state into a checkpoint's folder.
+    """Write a teacher's state, with whole weights, into a checkpoint's folder.
 
     All processes have to call it, because gathering a shard is collective.
 
@@ -114,10 +127,9 @@ def save_teacher(teacher: Teacher, folder: str, *, writes: bool) -> None:
     """
     state = teacher.state_dict()
     weights = {}
-    for name, value in state["weights"].items():
-        full = value.full_tensor() if isinstance(value, DTensor) else value
+    for name, whole in teacher.whole_weights():
         if writes:
-            weights[name] = full.cpu()
+            weights[name] = whole.cpu()
     if writes:
         torch.save({**state, "weights": weights}, os.path.join(folder, TEACHER_FILE))
 
@@ -128,16 +140,8 @@ def load_teacher(teacher: Teacher, folder: str) -> None:
     A checkpoint without one, as TRL's own trainers write, leaves the teacher as it is.
     """
     path = os.path.join(folder, TEACHER_FILE)
-    if not os.path.exists(path):
-        return
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    held = teacher.state_dict()["weights"]
-    for name, value in state["weights"].items():
-        own = held.get(name)
-        if isinstance(own, DTensor):
-            shards = distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
-            state["weights"][name] = shards
-    teacher.load_state_dict(state)
+    if os.path.exists(path):
+        teacher.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 class TeacherOwner:
@@ -156,6 +160,8 @@ class TeacherOwner:
         """
         assert self.teacher is not None
         with self.teacher.acting() as module:
+            if unwrap(module) is unwrap(self.model):
+                module = self.model  # FSDP1 gathers the root's weights in its own forward alone
             forward = CompletionForward(
                 module,
                 inputs[f"{prefix}input_ids"],
@@ -176,7 +182,7 @@ class TeacherOwner:
                 rate=args.teacher_update_rate,
                 every=args.teacher_sync_steps,
             )
-            self._shard_teacher(self.teacher.module)
+            self._shard_teacher(self.teacher)
         self.teacher_model = self.model if self.teacher is None else self.teacher.module
         if self.teacher_model is not self.model:
             # TRL's loss head keeps the student's forward in a closure: a copy would run the student
@@ -212,16 +218,22 @@ class TeacherOwner:
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         return is_sharded and self.teacher_model is not self.model
 
-    def _shard_teacher(self, module: nn.Module) -> None:
+    def _shard_teacher(self, teacher: Teacher) -> None:
         """Shard a copy of the student as accelerate is going to shard the student.
 
         Each EMA step pairs the two sides' shards, which therefore have to lie alike.
         """
-        if not self.is_fsdp_enabled or module is self.model:
+        is_copy = teacher.module is not self.model
+        if self.is_deepspeed_enabled and is_copy:
+            # Its hooks gather the weights in a forward; an engine that is deleted removes them.
+            self._teacher_engine = prepare_deepspeed(teacher.module, self.accelerator)
+        if not self.is_fsdp_enabled:
             return
-        # FSDP1 flattens parameters, so that names and shapes differ, and returns a new module.
-        if self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+        # FSDP1 flattens a layer's parameters together, so that the two sides' do not lie alike.
+        is_first = self.accelerator.state.fsdp_plugin.fsdp_version == 1
+        if is_first and teacher.state_dict()["weights"]:
             kind = self.args.teacher_model_kind
-            remedy = 'set fsdp_config={"version": 2}, or teacher_model_kind="live", or train LoRA'
+            remedy = 'set fsdp_config={"version": 2}, or teacher_model_kind="live"'
             fail("fsdp_config", f'have version 2 for teacher_model_kind="{kind}"', 1, remedy)
-        prepare_fsdp(module, self.accelerator)
+        if is_copy:
+            prepare_fsdp(teacher.module, self.accelerator)

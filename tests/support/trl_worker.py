@@ -16,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from method_pairs import DATA, GROUP, make, model
+from torch.distributed.fsdp import _init_utils as fsdp1
 from transformers import TrainerCallback
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from trl import GRPOTrainer as StockGRPOTrainer
@@ -41,9 +42,11 @@ class Run:
         settings: of the trainer, where they differ from ``ONE_STEP``.
         steps: of the optimiser.
         broken: the only process whose gradient is NaN.
-        fsdp: sharded instead of replicated.
+        fsdp: version of the FSDP that shards; 0: replicated.
         adapter: trains LoRA.
         resumed: saved after each step, and continued by another trainer after the first.
+        from_path: the trainer loads the model, from the folder ``model`` beside the run's.
+        dtype: of the model.
     """
 
     method: str
@@ -51,13 +54,16 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     steps: int = 1
     broken: int | None = None
-    fsdp: bool = False
+    fsdp: int = 0
     adapter: bool = False
     resumed: bool = False
+    from_path: bool = False
+    dtype: torch.dtype = torch.float64
 
 
 EMA = {"teacher_model_kind": "ema", "teacher_update_rate": 0.3}
 SYNCED = {"teacher_model_kind": "synced", "teacher_sync_steps": 1}
+LIVE = {"teacher_model_kind": "live"}
 TWO_GROUPS = (0, 0, 0, 0, 1, 0, 1, 0)
 METHODS = {
     "SDPO": Run("SDPO", settings=EMA, steps=2),
@@ -80,16 +86,18 @@ RUNS = {
     "SDPO, resumed": Run("SDPO", settings=EMA, steps=2, resumed=True),
     "SDPO, LoRA": Run("SDPO", settings=EMA, steps=2, adapter=True),
     **{
-        f"{name}, FSDP2": Run(run.method, run.success, run.settings, run.steps, fsdp=True)
+        f"{name}, FSDP2": Run(run.method, run.success, run.settings, run.steps, fsdp=2)
         for name, run in METHODS.items()
     },
-    "RFT, one process without tokens, FSDP2": Run("RFT", (0, 0, 1, 1), fsdp=True),
-    "SDPO, gradient broken, FSDP2": Run("SDPO", settings=EMA, broken=1, fsdp=True),
-    "SDPO, resumed, FSDP2": Run("SDPO", settings=EMA, steps=2, resumed=True, fsdp=True),
-    "SDPO, LoRA, FSDP2": Run("SDPO", settings=EMA, steps=2, adapter=True, fsdp=True),
+    "RFT, one process without tokens, FSDP2": Run("RFT", (0, 0, 1, 1), fsdp=2),
+    "SDPO, gradient broken, FSDP2": Run("SDPO", settings=EMA, broken=1, fsdp=2),
+    "SDPO, resumed, FSDP2": Run("SDPO", settings=EMA, steps=2, resumed=True, fsdp=2),
+    "SDPO, LoRA, FSDP2": Run("SDPO", settings=EMA, steps=2, adapter=True, fsdp=2),
     "SDPO, trust region, FSDP2": Run(
-        "SDPO", settings={"teacher_model_kind": "trust_region"}, steps=2, fsdp=True
+        "SDPO", settings={"teacher_model_kind": "trust_region"}, steps=2, fsdp=2
     ),
+    "SDPO, live, FSDP1": Run("SDPO", settings=LIVE, steps=2, fsdp=1, dtype=torch.float32),
+    "SDPO, FSDP1": Run("SDPO", settings=EMA, fsdp=1),
 }
 
 
@@ -103,24 +111,29 @@ def rewards(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 class Break(TrainerCallback):
-    """Puts a NaN into one process's gradient when all of it is done."""
+    """Puts a NaN into one process's gradient, before DeepSpeed takes it or when all is done."""
 
     def __init__(self, rank: int | None) -> None:
         self.rank = rank
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.deepspeed and args.process_index == self.rank:
+            trained = next(p for p in kwargs["model"].parameters() if p.requires_grad)
+            trained.register_hook(lambda gradient: gradient * torch.nan)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.process_index == self.rank:
+        if args.process_index == self.rank and not args.deepspeed:
             gradient = next(p.grad for p in kwargs["model"].parameters() if p.grad is not None)
             getattr(gradient, "_local_tensor", gradient).flatten()[0] = torch.nan
 
 
-def shard_on_cpu(state: AcceleratorState) -> None:
-    """Accelerate takes FSDP for GPUs alone; nothing in its FSDP2 needs one."""
+def shard_on_cpu(state: AcceleratorState, version: int) -> None:
+    """Accelerate takes FSDP for GPUs alone; nothing in it needs one."""
     from accelerate import FullyShardedDataParallelPlugin
 
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
+        fsdp_version=version,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["Qwen3DecoderLayer"],
         state_dict_type="FULL_STATE_DICT",
@@ -151,6 +164,8 @@ def train(run: Run, folder: pathlib.Path, num_processes: int) -> dict[str, Any]:
         mock.patch.object(StockGRPOTrainer, "_generate_single_turn", scripted),
         mock.patch.object(grpo_trainer, "shuffle_sequence_dict", lambda batch: batch),
         mock.patch.object(Qwen3RotaryEmbedding, "forward", exact_rotary),
+        # FSDP1 compares the device "cpu" with accelerate's "cpu:0"
+        mock.patch.object(fsdp1, "_get_compute_device", return_value=torch.device("cpu")),
     ):
         trainer = build()
         trainer.train()
@@ -179,14 +194,14 @@ def _build(run: Run, folder: pathlib.Path, settings: dict[str, Any]) -> Any:
     def sharding(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
         prepare(self, *args, **kwargs)
         if run.fsdp:
-            shard_on_cpu(self)
+            shard_on_cpu(self, run.fsdp)
 
     own = {"feedback_func": None, "reward_funcs": rewards, "num_generations": GROUP}
     with mock.patch.object(AcceleratorState, "__init__", sharding):
         trainer = make(
             run.method,
             folder,
-            student=model(torch.float64),
+            student=str(folder.parent / "model") if run.from_path else model(run.dtype),
             data=DATA,
             peft_config=peft.LoraConfig(**LORA) if run.adapter else None,
             **{**own, **settings},
@@ -233,6 +248,11 @@ def is_compared(name: str) -> bool:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     full: Any = tensor.detach()
     return (full.full_tensor() if hasattr(full, "full_tensor") else full).clone()
 

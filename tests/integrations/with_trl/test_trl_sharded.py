@@ -12,7 +12,8 @@ from trl_worker import RUNS, rewards, train
 
 NAMES = tuple(RUNS)
 BROKEN = [name for name in NAMES if RUNS[name].broken is not None]
-WHOLE = [name for name in NAMES if name not in BROKEN and not RUNS[name].resumed]
+FIRST = [name for name in NAMES if RUNS[name].fsdp == 1]
+WHOLE = [name for name in NAMES if name not in BROKEN + FIRST and not RUNS[name].resumed]
 # a mean over micro-batches is another one where these are others
 MICRO = ("loss_type", "gradient_accumulation_steps")
 ONE_BATCH = [n for n in WHOLE if not any(name in RUNS[n].settings for name in MICRO)]
@@ -52,7 +53,7 @@ def alone(tmp_path_factory):
     known = {}
 
     def find(run):
-        run = dataclasses.replace(run, fsdp=False, resumed=False)
+        run = dataclasses.replace(run, fsdp=0, resumed=False)
         key = repr(run)
         if key not in known:
             known[key] = train(run, tmp_path_factory.mktemp("alone"), 1)
@@ -127,6 +128,19 @@ def test_a_credit_map_is_written_once(both, name, folder):
     assert sorted(path.name for path in written.iterdir()) == [
         f"step_{step:06d}.{ending}" for step in range(2) for ending in ("html", "json")
     ]
+
+
+@each(["SDPO, live, FSDP1"])
+def test_a_live_teacher_runs_inside_fsdp1(both, name, alone):
+    expected = alone(RUNS[name])["logs"]
+    assert len(both[0]["logs"]) == len(expected) == 2
+    for found, entry in zip(both[0]["logs"], expected):
+        assert found == pytest.approx(entry, rel=1e-4, abs=1e-5)
+
+
+def test_a_teacher_with_weights_of_its_own_is_refused_under_fsdp1(remains):
+    for one in remains["SDPO, FSDP1"]:
+        assert 'fsdp_config must have version 2 for teacher_model_kind="ema"' in one["error"]
 
 
 def test_the_scripted_rewards_are_what_the_script_says():
