@@ -30,6 +30,7 @@ def rlcsd_loss(
     old_log_probs: Tensor | None = None,  # (...)
     selected_weight: float = 1.0,
     contrast: dict[str, Any] | None = None,
+    correction: Tensor | None = None,  # broadcasts to (...)
     ratio_clip: tuple[float, float] | None = (0.2, 0.2),
     **options: Unpack[LossOptions],
 ) -> LossOutput:
@@ -44,11 +45,12 @@ def rlcsd_loss(
             tokens under a correct hint and under K wrong ones.
         selected_weight: eta.
         contrast: keywords for ``rlcsd_advantages``; None: the official configuration's values.
+        correction: multiplies each token's loss, as the ratio to a rollout engine does in the
+            official code.  A token whose factor is 0 still counts.
         ratio_clip: as in ``policy_loss``.
         **options: as in ``policy_loss``, without reduction: the loss is the sum of two means.
             ``token_weights`` are 0 for tokens that do not count; the two means divide by the number
-            of the others, so that the weights may carry a rollout correction, as in the official
-            code.
+            of the others.
 
     Raises:
         ValueError: as ``policy_loss``.
@@ -70,6 +72,8 @@ def rlcsd_loss(
     for part, scale in ((~shaped.selected, 1.0), (shaped.selected, selected_weight)):
         counted = torch.where(part, mask, 0).to(dtype)
         weights = weights + scale * counted / (counted != 0).sum().clamp(min=1)
+    if correction is not None:
+        weights = weights * correction
     weighted: Any = {**options, "token_weights": weights}
     return policy_loss(
         hidden,

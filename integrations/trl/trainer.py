@@ -152,8 +152,8 @@ class SelfDistillationTrainer(RolloutBatches, TeacherOwner, FusedGRPOTrainer):
             head: the student's output head.
             teacher: what ``score_teacher`` returned.
             inputs: the micro-batch: TRL's batch with teacher_input_ids, loss_mask, advantages and,
-                where a batch is trained on more than once, old_per_token_logps; without it the
-                current policy sampled.
+                where a batch is trained on more than once or vLLM's rollouts are corrected,
+                old_per_token_logps; without it the current policy sampled.
             options: keywords to pass on to the loss.  A method that multiplies token_weights scales
                 the returned token_loss too, because that is logged.
         """
@@ -204,13 +204,12 @@ class SelfDistillationTrainer(RolloutBatches, TeacherOwner, FusedGRPOTrainer):
         """Return each sequence's advantage at all of its tokens, (B, T)."""
         return inputs["advantages"][:, None].expand(inputs["completion_ids"].shape)
 
-    def rollout_correction(self, inputs: Inputs) -> Tensor | float:
-        """Return the ratio of the old policy to the rollout engine, (B, T), (B, 1) or 1.
+    def rollout_correction(self, inputs: Inputs) -> Tensor | None:
+        """Return the ratio of the old policy to the rollout engine, (B, T) or (B, 1), or None.
 
         TRL computes it where vLLM samples, by ``vllm_importance_sampling_mode``.
         """
-        ratio: Tensor | float = inputs.get("importance_sampling_ratio", 1.0)
-        return ratio
+        return inputs.get("importance_sampling_ratio")
 
     def token_weights(self, inputs: Inputs, mask: Tensor | None = None) -> Tensor:
         """Return weights (B, T) whose weighted sum is the average that ``loss_type`` names.
@@ -231,7 +230,8 @@ class SelfDistillationTrainer(RolloutBatches, TeacherOwner, FusedGRPOTrainer):
             max_length=self.args.max_completion_length,
             dtype=torch.promote_types(self.model.dtype, torch.float32),
         )
-        return weights * self.rollout_correction(inputs)
+        correction = self.rollout_correction(inputs)
+        return weights if correction is None else weights * correction
 
     def sampled_mask(self, inputs: Inputs) -> Tensor:
         """Return the tokens (B, T) that the model wrote, whatever the method learns from."""

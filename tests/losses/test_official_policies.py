@@ -56,23 +56,26 @@ def contrast(settings: official.Contrast) -> dict[str, object]:
     }
 
 
-def rlcsd(batch: Batch, settings: official.Contrast, weights: Tensor | None = None) -> LossOutput:
+def rlcsd(
+    batch: Batch, settings: official.Contrast, correction: Tensor | None = None
+) -> LossOutput:
     return fused_sd.rlcsd_loss(
         *batch.policy,
         batch.correct,
         batch.wrong,
         wrong_mask=batch.wrong_mask[:, None, :].expand_as(batch.wrong),
-        token_weights=batch.mask if weights is None else weights,
+        token_weights=batch.mask,
+        correction=correction,
         old_log_probs=batch.old,
         selected_weight=settings.eta,
         contrast=contrast(settings),
     )
 
 
-def corrected(batch: Batch) -> Tensor:
-    """The mask times RLCSD's rollout correction."""
+def correction(batch: Batch) -> Tensor:
+    """RLCSD's rollout correction; the engine has said nothing of tokens that do not count."""
     ratio = (batch.old - batch.rollout).exp().clamp(max=2)
-    return torch.where(batch.mask != 0, batch.mask * ratio, 0)
+    return torch.where(batch.mask != 0, ratio, 1)
 
 
 def iw_opd(batch: Batch) -> LossOutput:
@@ -154,7 +157,7 @@ METHODS = {
         lambda b: official.rlcsd(
             b, official.RLCSD_YAML, (b.old - b.rollout).exp().clamp(max=2)
         ),
-        lambda b: rlcsd(b, official.RLCSD_YAML, corrected(b)),
+        lambda b: rlcsd(b, official.RLCSD_YAML, correction(b)),
     ),
     # IW-OPD, arXiv 2606.22600
     "IW-OPD": (official.iw_opd, iw_opd),
