@@ -35,3 +35,14 @@ def loss_type_weights(
         return aggregation_weights(mask, "constant_length", length=max_length, dtype=dtype)
     mode = {"bnpo": "token_mean", "grpo": "all_sequences_mean_token_mean"}[loss_type]
     return aggregation_weights(mask, mode, dtype=dtype)  # type: ignore[arg-type]
+
+
+def sequence_means(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean (B, 1) of each sequence's values over the tokens of the mask; 0 for none.
+
+    Args:
+        values: (B, T), or (B, 1) for all tokens of a sequence.
+        mask: (B, T).
+    """
+    counts = mask.sum(-1, keepdim=True).clamp(min=1)
+    return (values * mask).sum(-1, keepdim=True) / counts

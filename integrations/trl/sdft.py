@@ -18,6 +18,7 @@ from fused_sd.integrations.trl.divergence_trainer import (
     DivergenceTrainer,
     StatesAndHead,
 )
+from fused_sd.integrations.trl.reduction import sequence_means
 from fused_sd.integrations.trl.trainer import Inputs, Options
 
 
@@ -26,8 +27,7 @@ class SDFTConfig(TokenCorrection, DivergenceConfig):
     """SDFT's settings; defaults are the official code's (arXiv 2601.19897).
 
     For the loss of TRL's SDFTConfig pass ``distillation_alpha=0.5, distillation_topk=100,
-    teacher_model_kind="base", num_loss_tokens_to_skip=0``.  The official code averages a
-    sequence's ratios to vLLM, which TRL cannot; here each token has its own.
+    teacher_model_kind="base", num_loss_tokens_to_skip=0``.
     """
 
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
@@ -51,6 +51,13 @@ class SDFTConfig(TokenCorrection, DivergenceConfig):
     )
     num_loss_tokens_to_skip: int = field(
         default=3, metadata={"help": "Tokens at a completion's start that have no loss."}
+    )
+    sequence_mean_correction: bool = field(
+        default=True,
+        metadata={
+            "help": "The mean of a sequence's ratios to vLLM multiplies its loss, as in the "
+            "official code; False: each token has its own ratio."
+        },
     )
     loss_type: str = field(default="grpo", metadata={"help": "Average of the token losses."})
     teacher_update_rate: float = field(
@@ -76,6 +83,12 @@ class SDFTTrainer(PrivilegedPrompt, DivergenceTrainer):
     def more_inputs(self, rollouts: Sequence[Rollout], output: dict[str, Any]) -> dict[str, Tensor]:
         mask, skipped = output["loss_mask"], self.args.num_loss_tokens_to_skip
         return {"loss_mask": skip_first_tokens(mask, skipped)}
+
+    def rollout_correction(self, inputs: Inputs) -> Tensor | None:
+        ratio = super().rollout_correction(inputs)
+        if ratio is None or not self.args.sequence_mean_correction:
+            return ratio
+        return sequence_means(ratio, inputs["loss_mask"])
 
     def divergence(
         self, student: StatesAndHead, teacher: StatesAndHead, inputs: Inputs, options: Options
