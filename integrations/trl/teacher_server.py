@@ -3,6 +3,7 @@
 Dimension key:  B sequences, T completion tokens, K entries
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ class TeacherServerLoss:
         TRL's method takes the student's whole logits; this one scores the server's entries in the
         student's forward.  The other steps follow TRL's, in its order.
         """
+        if self.temperature != 1:
+            warnings.warn(
+                "a teacher server's log-probabilities are at temperature 1 (vLLM's prompt_logprobs "
+                f"know no other) and the student's at {self.temperature:g}: TRL compares the two; "
+                "leave temperature at 1",
+                stacklevel=2,
+            )
         if not self._fused:
             return super()._compute_server_distillation_loss(model, inputs)
         if self.state.global_step != self._last_loaded_step:

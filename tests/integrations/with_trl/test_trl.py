@@ -304,6 +304,10 @@ def test_a_teacher_on_a_server_gives_trls_loss(home, mode, tail, alpha):
     assert fused_loss == pytest.approx(stock_loss, rel=1e-5)
     assert errors(fused, stock)[0] < TOLERANCE
     assert_same_metrics(*trainers)
+    trainers[1].temperature = 0.5
+    with pytest.warns(UserWarning, match="at temperature 1 .* the student's at 0.5"):
+        trainers[1]._compute_server_distillation_loss(trainers[1].model, inputs)
+    trainers[1].temperature = 1.0
     served["actual_logprobs"][0, 0] = -torch.inf
     with pytest.raises(ValueError, match="no logprob for a required"):
         trainers[1]._compute_server_distillation_loss(trainers[1].model, inputs)
