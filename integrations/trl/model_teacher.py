@@ -1,0 +1,79 @@
+"""Losses between a student and a teacher that is another model.
+
+The teacher runs first and returns its hidden states; the divergence runs in the student's forward.
+Of the teacher only the vocabulary has to be the student's.
+
+Dimension key:  B sequences, T tokens, D and D' hidden sizes
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_sd import LMHead, LossOutput, gkd_loss
+from fused_sd.integrations.shared.completion_scores import CompletionForward, with_head
+from fused_sd.integrations.transformers import attach
+from fused_sd.integrations.trl.teachers import teacher_head_is_resharded
+
+
+class ModelTeacherMixin:
+    """Mixin before a TRL trainer with a ``teacher_model``, for its divergence without logits.
+
+    A model whose head cannot be reproduced is left to TRL's own loss, with a warning.
+    """
+
+    _fused = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # After TRL's __init__, where accelerate prepares the teacher: its autocast does not reach
+        # requests unless it is passed on.
+        try:
+            for model in (self.model, self.teacher_model):
+                attach(model, autocast=self.accelerator.autocast)
+            self._fused = True
+        except ValueError as error:
+            warnings.warn(f"{type(self).__name__} runs TRL's own loss: {error}", stacklevel=2)
+
+    def _divergence(
+        self,
+        student: CompletionForward,
+        token_weights: Tensor,  # (B, T)
+        *,
+        beta: float,
+        temperature: float = 1.0,
+        metrics: Sequence[str] = (),
+    ) -> LossOutput:
+        """Return the generalised JSD's weighted sum over the last tokens of each sequence.
+
+        Args:
+            student: the student's forward; the teacher reads the same inputs.
+            token_weights: 0 where a token is left out.
+            beta: 0 for KL(t||s), 1 for KL(s||t), between them the generalised Jensen-Shannon.
+            temperature: divides both sides' logits.
+            metrics: names from ``fused_sd.METRICS``.
+        """
+        self.teacher_model.eval()
+        is_resharded = teacher_head_is_resharded(self, self.teacher_model, student.model)
+        with torch.no_grad():
+            teacher = dataclasses.replace(student, model=self.teacher_model)
+            teacher_hidden, teacher_head = teacher(with_head(is_resharded))
+
+        def compute(hidden: Tensor, head: LMHead) -> LossOutput:
+            return gkd_loss(
+                hidden,
+                head,
+                teacher_hidden,
+                teacher_head.beside(head),
+                beta=beta,
+                temperature=temperature,
+                token_weights=token_weights,
+                reduction="sum",
+                metrics=metrics,
+            )
+
+        return student(compute)
