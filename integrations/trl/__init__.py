@@ -12,6 +12,7 @@ from fused_sd.integrations.trl.drop_in import (
     FusedSDPOTrainer,
     FusedSelfDistillationMixin,
 )
+from fused_sd.integrations.trl.fused_distillation import FusedDistillationTrainer
 from fused_sd.integrations.trl.fused_gkd import FusedGKDTrainer
 from fused_sd.integrations.trl.fused_grpo import FusedGRPOTrainer
 from fused_sd.integrations.trl.generators import transformers_generate, vllm_generate
@@ -34,6 +35,7 @@ __all__ = [
     "CreditMapCallback",
     "DiscoveryConfig",
     "DiscoveryTrainer",
+    "FusedDistillationTrainer",
     "FusedGKDTrainer",
     "FusedGRPOTrainer",
     "FusedSDFTTrainer",

@@ -209,7 +209,14 @@ def test_training_logs_what_trl_logs(settings, tmp_path):
     """The first step is the same; later ones follow the optimizer's noise."""
     histories = []
     for cls in CLASSES:
-        trainer = make(cls, tmp_path, eval_strategy="steps", eval_steps=1, eval_dataset=gkd_pairs.DATA, **settings)
+        trainer = make(
+            cls,
+            tmp_path,
+            eval_strategy="steps",
+            eval_steps=1,
+            eval_dataset=gkd_pairs.DATA,
+            **settings,
+        )
         torch.manual_seed(2)
         random.seed(2)  # decides whose answers a batch holds
         trainer.train()
