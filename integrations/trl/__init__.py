@@ -17,6 +17,7 @@ from fused_sd.integrations.trl.fused_gkd import FusedGKDTrainer
 from fused_sd.integrations.trl.fused_grpo import FusedGRPOTrainer
 from fused_sd.integrations.trl.generators import transformers_generate, vllm_generate
 from fused_sd.integrations.trl.grpo import GRPOConfig, GRPOTrainer
+from fused_sd.integrations.trl.iw_opd import IWOPDConfig, IWOPDTrainer
 from fused_sd.integrations.trl.opsd import OPSDConfig, OPSDTrainer
 from fused_sd.integrations.trl.revise import TraceConfig
 from fused_sd.integrations.trl.rft import RFTConfig, RFTTrainer
@@ -24,6 +25,7 @@ from fused_sd.integrations.trl.rlcsd import RLCSDConfig, RLCSDTrainer
 from fused_sd.integrations.trl.rlsd import RLSDConfig, RLSDTrainer
 from fused_sd.integrations.trl.sd_zero import SDZeroConfig, SDZeroTrainer
 from fused_sd.integrations.trl.sdft import SDFTConfig, SDFTTrainer
+from fused_sd.integrations.trl.sdpg import SDPGConfig, SDPGTrainer
 from fused_sd.integrations.trl.sdpo import SDPOConfig, SDPOTrainer
 from fused_sd.integrations.trl.srt import SRTConfig, SRTTrainer
 from fused_sd.integrations.trl.srt_data import sft_dataset
@@ -43,6 +45,8 @@ __all__ = [
     "FusedSelfDistillationMixin",
     "GRPOConfig",
     "GRPOTrainer",
+    "IWOPDConfig",
+    "IWOPDTrainer",
     "OPSDConfig",
     "OPSDTrainer",
     "RFTConfig",
@@ -53,6 +57,8 @@ __all__ = [
     "RLSDTrainer",
     "SDFTConfig",
     "SDFTTrainer",
+    "SDPGConfig",
+    "SDPGTrainer",
     "SDPOConfig",
     "SDPOTrainer",
     "SDZeroConfig",

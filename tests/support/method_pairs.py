@@ -13,8 +13,8 @@ from trl_pairs import TOKENIZER
 
 from fused_sd.integrations import trl as ours
 
-METHODS = ("SDPO", "SDZero", "RLSD", "RLCSD", "OPSD", "SDFT", "GRPO", "RFT")
-REWARDED = ("SDPO", "SDZero", "RLSD", "RLCSD", "GRPO", "RFT")
+METHODS = ("SDPO", "SDZero", "RLSD", "RLCSD", "OPSD", "SDFT", "GRPO", "RFT", "IWOPD", "SDPG")
+REWARDED = ("SDPO", "SDZero", "RLSD", "RLCSD", "GRPO", "RFT", "SDPG")
 DATA = Dataset.from_dict(
     {
         "prompt": ["Solve 2 + 2.", "Add 3 to 4, then 5."] * 4,
@@ -93,11 +93,16 @@ def make(method, folder, *, student=None, data=DATA, processor=TOKENIZER, **sett
     more = {name: settings.pop(name) for name in TRAINERS if name in settings}
     given = {"reward_funcs": settings.pop("reward_funcs", rewards)} if method in REWARDED else {}
     said = settings.pop("feedback_func", feedback if method == "SDPO" else None)
+    args = config(**{**defaults, **settings})
+    student = model() if student is None else student
+    if args.beta:  # TRL loads the reference from where the student came from
+        student.config._name_or_path = str(folder / "reference")
+        student.save_pretrained(folder / "reference")
     torch.manual_seed(1)
     made = trainer(
-        model() if student is None else student,
+        student,
         **given,
-        args=config(**{**defaults, **settings}),
+        args=args,
         train_dataset=data,
         processing_class=processor,
         feedback_func=said,

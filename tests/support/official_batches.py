@@ -74,6 +74,10 @@ class Batch:
             moved[name].requires_grad_(True)
         return replace(self, **moved)
 
+    def with_policies(self, **log_probs: Tensor) -> "Batch":
+        """The same leaves, with the log-probabilities of other policies."""
+        return replace(self, **log_probs)
+
     def poisoned(self) -> "Batch":
         """NaN, infinities and ids of no token wherever the mask is 0."""
         garbage = (torch.nan, torch.inf, -torch.inf)

@@ -185,13 +185,14 @@ def sdpg(
     beta: float = 0.3,
     alpha: float = 0.2,
     temperature: float = 0.8,
+    clip: tuple[float, float] = (0.2, 0.2),
     positive_only: bool = False,
 ) -> Tensor:
     """SDPG: surrogate against the rollout, KL(s||t) below 20 to a teacher at temperature 1, and a
     term to the old policy."""
     logits = batch.student_logits(temperature)
     log_prob = batch.log_prob(logits)
-    surrogate = dual_clipped(log_prob, batch.rollout, batch.advantages, dual=10.0)
+    surrogate = dual_clipped(log_prob, batch.rollout, batch.advantages, clip, dual=10.0)
     distance = kl(logits.log_softmax(-1), batch.teacher_logits().log_softmax(-1)).sum(-1)
     distance = distance.clamp(max=20)
     if positive_only:

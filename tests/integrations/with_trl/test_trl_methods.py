@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_sd import reference
 
 FLOAT = torch.float64
+OFF_POLICY = ("GRPO", "RLSD", "RLCSD", "SDPO", "SDPG", "IWOPD")
 
 
 def rlcsd(batch, inputs, trainer) -> Tensor:
@@ -41,6 +42,32 @@ def rlcsd(batch, inputs, trainer) -> Tensor:
 
 def cross_entropy(batch, inputs, trainer) -> Tensor:
     return official.token_mean(-batch.log_prob(batch.student_logits()), batch.mask)
+
+
+def iw_opd(batch, inputs, trainer) -> Tensor:
+    return official_policies.iw_opd(batch.with_policies(rollout=batch.old), gamma=0.8)
+
+
+def sdpg(mode="urkl", **settings):
+    """With the old policy as the rollout's, and the reference model's log-probabilities as old."""
+
+    def loss(batch, inputs, trainer) -> Tensor:
+        with torch.no_grad():
+            initial = states(trainer.ref_model, inputs, "student")
+            reference = initial.log_prob(initial.student_logits(trainer.temperature))
+        policies = batch.with_policies(rollout=batch.old, old=reference)
+        return official_policies.sdpg(
+            policies, mode, clip=(0.2, 0.28), temperature=trainer.temperature, **settings
+        )
+
+    return loss
+
+
+def move(model) -> None:
+    """Take the student away from its reference."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
 
 
 def skew(batch, *_) -> Tensor:
@@ -139,6 +166,22 @@ OFFICIAL = {
     ),
     "RLCSD": ("RLCSD", {}, rlcsd),
     "RFT": ("RFT", {}, cross_entropy),
+    "IW-OPD": ("IWOPD", {"iw_opd_gamma": 0.8}, iw_opd),
+    "IW-OPD, on policy": ("IWOPD", {"iw_opd_gamma": 0.8}, iw_opd),
+    "SDPG": ("SDPG", {}, sdpg(beta=1e-3, alpha=1e-3)),
+    **{
+        f"SDPG, {mode}": (
+            "SDPG",
+            {"reference_term": mode, "distillation_weight": 0.3, "beta": 0.2},
+            sdpg(mode, beta=0.3, alpha=0.2),
+        )
+        for mode in ("fkl", "rkl", "ufkl", "urkl")
+    },
+    "SDPG, successes and another temperature": (
+        "SDPG",
+        {"positive_only": True, "distillation_weight": 0.3, "temperature": 0.8},
+        sdpg(beta=0.3, alpha=1e-3, positive_only=True),
+    ),
 }
 
 
@@ -147,7 +190,9 @@ def test_a_trainers_loss_and_gradient_are_the_official_codes(name, tmp_path):
     method, settings, definition = OFFICIAL[name]
     live = {} if method in ("GRPO", "RFT") else {"teacher_model_kind": "live"}
     trainer = make(method, tmp_path, **live, **settings)
-    inputs = sample(trainer, off_policy=method in ("GRPO", "RLSD", "RLCSD", "SDPO"))
+    inputs = sample(trainer, off_policy=method in OFF_POLICY and "on policy" not in name)
+    if method == "SDPG":
+        move(trainer.model)
     loss, gradients = loss_and_gradients(trainer, inputs)
     trainer.model.zero_grad()
     exact = definition(states(trainer.model, inputs, "student"), inputs, trainer)

@@ -215,7 +215,7 @@ def test_a_trust_region_teacher_lies_between_reference_and_student(tmp_path):
     assert_close(loss, (kl * counted).sum() / counted.sum(), FLOAT, "loss")
 
 
-SPARSE = [(method, {}) for method in METHODS]
+SPARSE = [(method, {}) for method in METHODS if method != "SDPG"]
 SPARSE += [("SDPO", {"distillation_weight": 0.4}), ("SDPO", {"distillation_weight": 0.0})]
 SPARSE += [("SDPO", {"distillation_mode": "sampled_token", "distillation_alpha": 1.0})]
 SPARSE += [("SDZero", {"variant": "paper"})]

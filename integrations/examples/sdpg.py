@@ -1,0 +1,10 @@
+"""SDPG on sums: GRPO, and a divergence from the model itself when it reads the solution.
+
+python -m fused_sd.integrations.examples.sdpg --model Qwen/Qwen3-1.7B
+"""
+
+from fused_sd.integrations.examples.start import train
+from fused_sd.integrations.trl import SDPGConfig, SDPGTrainer
+
+if __name__ == "__main__":
+    train(SDPGTrainer, SDPGConfig)
