@@ -24,6 +24,8 @@ from fused_sd.integrations.trl.model_teacher import ModelTeacherMixin
 class FusedDistillationTrainer(ModelTeacherMixin, DistillationTrainer):
     """TRL's DistillationTrainer with the library's own divergence."""
 
+    model: Any
+
     def compute_loss(
         self,
         model: nn.Module,

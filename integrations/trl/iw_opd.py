@@ -1,4 +1,4 @@
-"""IW-OPD: on-policy distillation by the sampled token, with more weight on a sequence's first errors.
+"""IW-OPD: on-policy distillation by the sampled token, weighted towards the first errors.
 
 Dimension key:  B sequences, T completion tokens, D hidden size
 """
