@@ -1,6 +1,6 @@
 """SDPG on sums: GRPO, and a divergence from the model itself when it reads the solution.
 
-python -m fused_sd.integrations.examples.sdpg --model Qwen/Qwen3-1.7B
+python -m fused_sd.integrations.examples.sdpg
 """
 
 from fused_sd.integrations.examples.start import train

@@ -75,6 +75,10 @@ class SelfDistillationConfig(GradientSettings, GRPOConfig):
     loss_type: str = field(
         default="dapo", metadata={"help": f"Average of the token losses: {', '.join(LOSS_TYPES)}."}
     )
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={"help": "Multiply a token's loss by the ratio of the old policy to vLLM."},
+    )
     advantage_epsilon: float = field(
         default=1e-6,
         metadata={"help": "Added to the rewards' standard deviation where advantages are scaled."},
@@ -96,8 +100,8 @@ class SelfDistillationConfig(GradientSettings, GRPOConfig):
     skip_nonfinite_gradients: bool = field(
         default=True,
         metadata={
-            "help": "Leave out the optimizer step and the teacher's update where a gradient is "
-            "infinite or NaN."
+            "help": "Leave out an optimizer step whose gradient is infinite or NaN; the teacher "
+            "moves if any step of the batch of rollouts was made."
         },
     )
 
@@ -145,6 +149,10 @@ class TokenCorrection:
     Each token's ratio of the old policy to the rollout engine multiplies its loss, cut at 2.
     """
 
+    vllm_importance_sampling_correction: bool = field(
+        default=True,
+        metadata={"help": "Multiply a token's loss by the ratio of the old policy to vLLM."},
+    )
     vllm_importance_sampling_mode: str = field(
         default="token_truncate", metadata={"help": "How the ratio to vLLM is cut."}
     )

@@ -56,10 +56,6 @@ class IWOPDConfig(TeacherSettings, SelfDistillationConfig):
     )
     top_p: float = field(default=0.95, metadata={"help": "Mass that is sampled from."})
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
-    vllm_importance_sampling_correction: bool = field(
-        default=False,
-        metadata={"help": "Multiply by the ratio of the old policy to vLLM; the method does not."},
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,6 +92,8 @@ class IWOPDTrainer(PrivilegedPrompt, SelfDistillationTrainer):
         if rollout is None:
             with torch.no_grad():
                 rollout = self.sampled(inputs)(hidden, head).log_probs
+        # a token that the engine could not score teaches nothing
+        rollout = torch.where(rollout.isnan(), teacher, rollout)
         gamma = self.args.iw_opd_gamma
         advantages = iw_opd_advantages(teacher, rollout, inputs["loss_mask"], gamma=gamma)
         options = {**options, "token_weights": advantages * options["token_weights"]}

@@ -80,7 +80,7 @@ class RLCSDConfig(TokenCorrection, TeacherSettings, PolicyConfig):
         default="synced", metadata={"help": "A hard copy, renewed every `teacher_sync_steps`."}
     )
     teacher_sync_steps: int = field(
-        default=10, metadata={"help": "Steps between copies (averages with `ema`)."}
+        default=10, metadata={"help": "Rollout batches between copies (averages with `ema`)."}
     )
 
     def __post_init__(self) -> None:

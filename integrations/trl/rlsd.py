@@ -29,8 +29,7 @@ THOUGHT = ("<thought>", "</thought>")
 class RLSDConfig(TeacherSettings, PolicyConfig):
     """RLSD's settings; defaults are the official script's (arXiv 2604.03128).
 
-    ``privileged_context`` is the reference; the official script gives only the final answer.  It
-    corrects nothing for the rollout engine: ``vllm_importance_sampling_correction=False``.
+    ``privileged_context`` is the reference; the official script gives only the final answer.
     """
 
     max_completion_length: int | None = field(
@@ -55,9 +54,7 @@ class RLSDConfig(TeacherSettings, PolicyConfig):
     )
     teacher_sync_steps: int = field(
         default=20,
-        metadata={
-            "help": "Steps between copies (averages with `ema`): 20 in the script, paper 10."
-        },
+        metadata={"help": "Rollout batches between copies (averages with `ema`); paper 10."},
     )
     evidence_clip: list[float] = field(
         default_factory=lambda: [0.2, 0.2],

@@ -55,9 +55,6 @@ class SDZeroConfig(DivergenceConfig):
     max_completion_length: int | None = field(
         default=8192, metadata={"help": "Tokens to sample at most."}
     )
-    vllm_importance_sampling_correction: bool = field(
-        default=False, metadata={"help": "Multiply by the ratio of the student to vLLM."}
-    )
     variant: str = field(
         default="code",
         metadata={

@@ -88,10 +88,6 @@ class SDPGConfig(TeacherSettings, PolicyConfig):
     max_completion_length: int = field(
         default=4096, metadata={"help": "Longest completion, in tokens."}
     )
-    vllm_importance_sampling_correction: bool = field(
-        default=False,
-        metadata={"help": "Multiply by the ratio of the old policy to vLLM; the script does not."},
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,7 +33,7 @@ def train(cls: Any, folder: pathlib.Path, *, sharded: bool = False, **settings: 
     def sharding(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
         prepare(self, *args, **kwargs)
         if sharded:
-            shard_on_cpu(self)
+            shard_on_cpu(self, 2)
 
     with mock.patch.object(AcceleratorState, "__init__", sharding):
         trainer = make(

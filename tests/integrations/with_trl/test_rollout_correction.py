@@ -19,7 +19,9 @@ from trl_pairs import TOKENIZER, assert_same, rewards
 
 from fused_sd.integrations.trl import FusedGRPOTrainer
 
+OWN = ("SDFT", "IWOPD")  # SDFT averages the ratios, IW-OPD's advantages read the engine
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+ENGINE = {"use_vllm": True, "vllm_importance_sampling_correction": True}
 BOUNDS = {"vllm_importance_sampling_clip_max": 2.0, "vllm_importance_sampling_clip_min": 0.5}
 
 
@@ -90,11 +92,11 @@ def corrected(monkeypatch, ratio):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "SDFT"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in OWN])
 def test_each_tokens_loss_is_multiplied_by_the_ratio(method, mode, tmp_path, monkeypatch):
     name = {"SDPO": "SDPO, the official configuration", "SDZero": "SD-Zero, code"}
     _, settings, definition = OFFICIAL[name.get(method, method)]
-    settings = {**settings, "use_vllm": True, "vllm_importance_sampling_mode": mode, **BOUNDS}
+    settings = {**settings, **ENGINE, "vllm_importance_sampling_mode": mode, **BOUNDS}
     live = {} if method in ("GRPO", "RFT") else {"teacher_model_kind": "live"}
     trainer = make(method, tmp_path, **live, **settings)
     inputs = sample(trainer)
@@ -169,6 +171,16 @@ def test_a_token_that_the_engine_could_not_score_is_not_corrected(tmp_path, monk
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
+def test_iw_opd_learns_nothing_from_a_token_that_the_engine_could_not_score(tmp_path, monkeypatch):
+    trainer = make("IWOPD", tmp_path, use_vllm=True)
+    unknown(trainer, monkeypatch, at=1)
+    inputs = sample(trainer)
+    assert inputs["sampling_per_token_logps"][1, 0].isnan()
+    loss, gradients = loss_and_gradients(trainer, inputs)
+    assert loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
 @pytest.mark.parametrize("longest", [False, True])
 def test_a_completion_without_tokens_is_its_end_token(longest, tmp_path, monkeypatch):
     trainer = make("SDPO", tmp_path, use_vllm=True, vllm_importance_sampling_mode="token_truncate")
@@ -193,7 +205,7 @@ def test_a_completion_without_tokens_is_its_end_token(longest, tmp_path, monkeyp
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_on_an_engines_rollouts(method, tmp_path):
     settings = {"vllm_importance_sampling_mode": "token_truncate", **BOUNDS}
-    trainer = make(method, tmp_path, use_vllm=True, steps_per_generation=2, **settings)
+    trainer = make(method, tmp_path, **ENGINE, steps_per_generation=2, **settings)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert len(rows) == 2  # of one batch of rollouts
