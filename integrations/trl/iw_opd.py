@@ -92,7 +92,7 @@ class IWOPDTrainer(PrivilegedPrompt, SelfDistillationTrainer):
         if rollout is None:
             with torch.no_grad():
                 rollout = self.sampled(inputs)(hidden, head).log_probs
-        # a token that the engine could not score teaches nothing
+        # A token that vLLM could not score has no advantage.
         rollout = torch.where(rollout.isnan(), teacher, rollout)
         gamma = self.args.iw_opd_gamma
         advantages = iw_opd_advantages(teacher, rollout, inputs["loss_mask"], gamma=gamma)

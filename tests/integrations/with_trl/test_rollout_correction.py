@@ -19,10 +19,12 @@ from trl_pairs import TOKENIZER, assert_same, rewards
 
 from fused_sd.integrations.trl import FusedGRPOTrainer
 
-OWN = ("SDFT", "IWOPD")  # SDFT averages the ratios, IW-OPD's advantages read the engine
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-ENGINE = {"use_vllm": True, "vllm_importance_sampling_correction": True}
-BOUNDS = {"vllm_importance_sampling_clip_max": 2.0, "vllm_importance_sampling_clip_min": 0.5}
+BOUNDS = {
+    "vllm_importance_sampling_correction": True,  # also where the official run has none
+    "vllm_importance_sampling_clip_max": 2.0,
+    "vllm_importance_sampling_clip_min": 0.5,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -91,12 +93,24 @@ def corrected(monkeypatch, ratio):
     return functools.partial(times, official_policies.dual_clipped)
 
 
+def iw_opd(batch, inputs, trainer):
+    """The engine's log-probabilities make the advantages, too."""
+    rollout = inputs["sampling_per_token_logps"]
+    return official_policies.iw_opd(batch.with_policies(rollout=rollout), gamma=0.8)
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in OWN])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "SDFT"])
 def test_each_tokens_loss_is_multiplied_by_the_ratio(method, mode, tmp_path, monkeypatch):
-    name = {"SDPO": "SDPO, the official configuration", "SDZero": "SD-Zero, code"}
-    _, settings, definition = OFFICIAL[name.get(method, method)]
-    settings = {**settings, **ENGINE, "vllm_importance_sampling_mode": mode, **BOUNDS}
+    names = {
+        "SDPO": "SDPO, the official configuration",
+        "SDZero": "SD-Zero, code",
+        "IWOPD": "IW-OPD",
+    }
+    _, settings, definition = OFFICIAL[names.get(method, method)]
+    if method == "IWOPD":
+        definition = iw_opd
+    settings = {**settings, "use_vllm": True, "vllm_importance_sampling_mode": mode, **BOUNDS}
     live = {} if method in ("GRPO", "RFT") else {"teacher_model_kind": "live"}
     trainer = make(method, tmp_path, **live, **settings)
     inputs = sample(trainer)
@@ -120,15 +134,10 @@ def test_each_tokens_loss_is_multiplied_by_the_ratio(method, mode, tmp_path, mon
 
 
 def test_sdft_weighs_a_sequence_by_its_mean_ratio_as_the_official_code_does(tmp_path):
-    settings = {"vllm_importance_sampling_mode": "token_truncate", "num_loss_tokens_to_skip": 1}
-    trainer = make(
-        "SDFT",
-        tmp_path,
-        use_vllm=True,
-        teacher_model_kind="live",
-        vllm_importance_sampling_clip_max=2.0,
-        **settings,
-    )
+    mode = {"vllm_importance_sampling_mode": "token_truncate"}
+    settings = {**BOUNDS, **mode, "vllm_importance_sampling_clip_min": None}
+    more = {"teacher_model_kind": "live", "num_loss_tokens_to_skip": 1}
+    trainer = make("SDFT", tmp_path, use_vllm=True, **settings, **more)
     inputs = sample(trainer)
     assert (inputs["loss_mask"].sum(-1) == 0).any()  # the completion of one token
     loss, gradients = loss_and_gradients(trainer, inputs)
@@ -157,9 +166,10 @@ def unknown(trainer, monkeypatch, *, at):
     monkeypatch.setattr(trainer.vllm_generation, "generate", some)
 
 
-def test_a_token_that_the_engine_could_not_score_is_not_corrected(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_token_that_the_engine_could_not_score_is_not_corrected(method, tmp_path, monkeypatch):
     settings = {"vllm_importance_sampling_mode": "token_truncate", **BOUNDS}
-    trainer = make("SDPO", tmp_path, use_vllm=True, **settings)
+    trainer = make(method, tmp_path, use_vllm=True, **settings)
     unknown(trainer, monkeypatch, at=1)
     inputs = sample(trainer)
     assert inputs["sampling_per_token_logps"][1, 0].isnan()
@@ -171,19 +181,10 @@ def test_a_token_that_the_engine_could_not_score_is_not_corrected(tmp_path, monk
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-def test_iw_opd_learns_nothing_from_a_token_that_the_engine_could_not_score(tmp_path, monkeypatch):
-    trainer = make("IWOPD", tmp_path, use_vllm=True)
-    unknown(trainer, monkeypatch, at=1)
-    inputs = sample(trainer)
-    assert inputs["sampling_per_token_logps"][1, 0].isnan()
-    loss, gradients = loss_and_gradients(trainer, inputs)
-    assert loss.isfinite()
-    assert all(gradient.isfinite().all() for gradient in gradients.values())
-
-
 @pytest.mark.parametrize("longest", [False, True])
 def test_a_completion_without_tokens_is_its_end_token(longest, tmp_path, monkeypatch):
-    trainer = make("SDPO", tmp_path, use_vllm=True, vllm_importance_sampling_mode="token_truncate")
+    settings = {"vllm_importance_sampling_mode": "token_truncate", **BOUNDS}
+    trainer = make("SDPO", tmp_path, use_vllm=True, **settings)
     generate = trainer.vllm_generation.generate
 
     def silent(*args, **kwargs):
@@ -205,7 +206,7 @@ def test_a_completion_without_tokens_is_its_end_token(longest, tmp_path, monkeyp
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_on_an_engines_rollouts(method, tmp_path):
     settings = {"vllm_importance_sampling_mode": "token_truncate", **BOUNDS}
-    trainer = make(method, tmp_path, **ENGINE, steps_per_generation=2, **settings)
+    trainer = make(method, tmp_path, use_vllm=True, steps_per_generation=2, **settings)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert len(rows) == 2  # of one batch of rollouts
