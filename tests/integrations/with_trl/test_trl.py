@@ -308,6 +308,7 @@ def test_a_teacher_on_a_server_gives_trls_loss(home, mode, tail, alpha):
     with pytest.warns(UserWarning, match="at temperature 1 .* the student's at 0.5"):
         trainers[1]._compute_server_distillation_loss(trainers[1].model, inputs)
     trainers[1].temperature = 1.0
+    trainers[1]._metrics["train"].clear()
     served["actual_logprobs"][0, 0] = -torch.inf
     with pytest.raises(ValueError, match="no logprob for a required"):
         trainers[1]._compute_server_distillation_loss(trainers[1].model, inputs)

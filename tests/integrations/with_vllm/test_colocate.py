@@ -114,6 +114,7 @@ def test_a_methods_loss_has_the_official_correction(method, home):
 def of_method(method, home, **settings):
     """One of our trainers, with the correction of most official runs."""
     correction = {
+        "vllm_importance_sampling_correction": True,  # also where the official run has none
         "vllm_importance_sampling_mode": "token_truncate",
         "vllm_importance_sampling_clip_max": 2.0,
     }

@@ -90,7 +90,11 @@ def test_the_server_scores_with_the_weights_that_it_was_sent(temperature, home, 
 @pytest.mark.parametrize("method", ["SDPO", "RLCSD"])
 def test_a_method_trains_on_the_servers_rollouts(method, home, address):
     pair = (getattr(ours, f"{method}{part}") for part in ("Trainer", "Config"))
-    settings = {"vllm_importance_sampling_mode": "token_truncate", "num_generations": GROUP}
+    correction = {
+        "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": "token_truncate",
+    }
+    settings = {**correction, "num_generations": GROUP}
     trainer = served(*pair, home, address, **settings)
     trainer.train()
     logged = [row for row in trainer.state.log_history if "loss" in row]
