@@ -40,14 +40,14 @@ def _question(terms: Sequence[int]) -> dict[str, Any]:
 
 def reward(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
     """Return 1 for a completion whose last number is the answer, else 0."""
-    return [float(_last_number(c) == wanted) for c, wanted in zip(completions, answer)]
+    return [float(last_number(c) == wanted) for c, wanted in zip(completions, answer)]
 
 
 def feedback(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[str | None]:
     """Say of each wrong result whether it is too small or too large, as an environment would."""
     answers: list[str | None] = []
     for completion, wanted in zip(completions, answer):
-        found = _last_number(completion)
+        found = last_number(completion)
         if found is None:
             answers.append("The response holds no number.")
         elif found == wanted:
@@ -58,7 +58,8 @@ def feedback(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> lis
     return answers
 
 
-def _last_number(completion: Any) -> str | None:
+def last_number(completion: Any) -> str | None:
+    """Return the last number of a completion, text or messages, without commas."""
     text = completion if isinstance(completion, str) else completion[-1]["content"]
     found = NUMBER.findall(text.replace(",", ""))
     return found[-1] if found else None
