@@ -17,7 +17,8 @@ LENGTHS = ("max_completion_length", "max_reprompt_len", "num_generations")
 SAMPLING = ("temperature", "top_p", "top_k")
 CORRECTION = ("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max")
 CONSTANT, PER_TOKEN = "constant_with_warmup", ("token_truncate", 2.0)
-TRLS = ("sequence_mask", 3.0)  # correction of methods whose official runs have none
+TRLS = ("sequence_mask", 3.0)
+UNCORRECTED = ("RLSD", "OPSD", "SDZero", "GRPO")
 RUNS = {
     # the names above in their order; sources are in docs/official_runs.md
     "SDPO": ((1e-5, CONSTANT, 10, 0.01), (8192, 10240, 8), (1.0, 1.0, 0), PER_TOKEN),
@@ -25,6 +26,7 @@ RUNS = {
     "RLCSD": ((1e-6, CONSTANT, 50, 0.01), (16384, 24576, 8), (1.0, 0.95, 20), PER_TOKEN),
     "OPSD": ((5e-6, "linear", 0, 0.0), (1024, 20000, 1), (1.1, 0.95, 20), TRLS),
     "SDFT": ((5e-5, "cosine", 0.1, 0.0), (1024, 10240, 1), (1.0, 1.0, 0), PER_TOKEN),
+    "SDZero": ((5e-6, CONSTANT, 20, 0.01), (8192, 32768, 1), (1.0, 1.0, 0), TRLS),
     "GRPO": ((1e-6, CONSTANT, 0, 0.01), (4096, None, 8), (1.0, 1.0, 0), TRLS),
     "Discovery": ((1e-6, CONSTANT, 0, 0.01), (8192, 10240, 16), (1.0, 1.0, 0), PER_TOKEN),
 }
@@ -34,6 +36,7 @@ LOSSES = {
     "RLCSD": {"teacher_sync_steps": 10, "max_wrong_hints": 4, "success_reward_threshold": 0.0},
     "OPSD": {"distillation_alpha": 0.0, "entry_clip": 0.05, "teacher_model_kind": "base"},
     "SDFT": {"distillation_alpha": 0.0, "num_loss_tokens_to_skip": 3, "teacher_update_rate": 0.01},
+    "SDZero": {"forward_weight": 0.5, "distillation_topk": 64, "teacher_model_kind": "base"},
     "GRPO": {"epsilon": 0.2, "epsilon_high": 0.28, "delta": 3.0, "scale_rewards": "group"},
     "Discovery": {"distillation_alpha": 1.0, "distillation_topk": 20, "teacher_update_rate": 0.01},
 }
@@ -47,6 +50,7 @@ def test_the_defaults_are_the_official_runs(method, tmp_path):
     for names, values in zip((LEARNING, LENGTHS, SAMPLING, CORRECTION), RUNS[method], strict=True):
         assert tuple(getattr(config, name, None) for name in names) == values
     assert {name: getattr(config, name) for name in LOSSES[method]} == LOSSES[method]
+    assert config.vllm_importance_sampling_correction is (method not in UNCORRECTED)
     assert config.max_grad_norm == 1.0
     assert (config.adam_beta1, config.adam_beta2) == (0.9, 0.999)
 
