@@ -11,7 +11,7 @@ Dimension key:  B sequences, L positions, T completion tokens
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class FusedGRPOTrainer(GRPOTrainer):
     """
 
     _fused = False
+    falls_back: ClassVar[bool] = True  # whether TRL's own computation may take the place of ours
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,6 +55,8 @@ class FusedGRPOTrainer(GRPOTrainer):
                     attach(model, autocast=self.accelerator.autocast)
             self._fused = True
         except ValueError as error:
+            if not self.falls_back:
+                raise
             warnings.warn(f"{type(self).__name__} runs TRL's own loss: {error}", stacklevel=2)
 
     def _get_per_token_logps_and_entropies(

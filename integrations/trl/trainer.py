@@ -72,6 +72,7 @@ class SelfDistillationTrainer(RolloutBatches, TeacherOwner, FusedGRPOTrainer):
     _name = "Self-distillation"
     _tag_names: ClassVar[list[str]] = ["trl", "fused_sd"]
     _paper: ClassVar[dict[str, str]] = {}  # otherwise TRL's model cards would cite GRPO's paper
+    falls_back = False  # TRL does not have these losses
     needs_rewards: ClassVar[bool] = True
     needs_privileged: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ()  # names for the loss, computed where ``observe`` is set
@@ -102,9 +103,6 @@ class SelfDistillationTrainer(RolloutBatches, TeacherOwner, FusedGRPOTrainer):
         # GRPOTrainer refuses to have no reward; this one is taken out again below.
         given = reward_funcs if has_rewards or self.needs_rewards else [_no_reward]
         super().__init__(model, given, args, train_dataset, *others, **kwargs)
-        if not self._fused:
-            attach_again = "use TRL's own trainer for this model"
-            fail("model", "have a head that can be reproduced", "see the warning", attach_again)
         if train_dataset is not None:
             _check_modalities(name, train_dataset, self.processing_class)
         if args.padding_free and isinstance(self.processing_class, ProcessorMixin):
