@@ -19,7 +19,6 @@ of TRL or transformers.  The reasons given there were read in TRL 1.16 and trans
 Dimension key:  B sequences, T completion tokens, D hidden size
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -35,6 +34,7 @@ from fused_sd.integrations.trl import observe
 from fused_sd.integrations.trl.batches import FEEDBACK_METHOD, FeedbackFunction, RolloutBatches
 from fused_sd.integrations.trl.config import SelfDistillationConfig
 from fused_sd.integrations.trl.credit_maps import CreditMapCallback
+from fused_sd.integrations.trl.data_checks import check_modalities, check_privileged
 from fused_sd.integrations.trl.fused_grpo import FusedGRPOTrainer, model_inputs
 from fused_sd.integrations.trl.reduction import loss_type_weights
 from fused_sd.integrations.trl.teacher_contexts import TeacherContexts
@@ -98,13 +98,13 @@ class SelfDistillationTrainer(RolloutBatches, TeacherOwner, FusedGRPOTrainer):
         if self.needs_rewards and not (has_rewards or has_environment):
             fail("reward_funcs", f"be given to {name}", "none", "it learns from verified rollouts")
         if self.reads_privileged(args) and train_dataset is not None:
-            _check_privileged(name, train_dataset)
+            check_privileged(name, train_dataset)
         self.feedback_func = feedback_func
         # GRPOTrainer refuses to have no reward; this one is taken out again below.
         given = reward_funcs if has_rewards or self.needs_rewards else [_no_reward]
         super().__init__(model, given, args, train_dataset, *others, **kwargs)
         if train_dataset is not None:
-            _check_modalities(name, train_dataset, self.processing_class)
+            check_modalities(name, train_dataset, self.processing_class)
         if args.padding_free and isinstance(self.processing_class, ProcessorMixin):
             got = f"True with a {type(self.processing_class).__name__}"
             fail("padding_free", "be False for a model with images", got, "leave it out")
@@ -272,35 +272,6 @@ class SelfDistillationTrainer(RolloutBatches, TeacherOwner, FusedGRPOTrainer):
         for name, tools in self._env_tools.items():
             self._env_tools[name] = [tool for tool in tools if tool.__name__ != FEEDBACK_METHOD]
         self.tools = [tool for tool in self.tools if tool.__name__ != FEEDBACK_METHOD]
-
-
-def _check_privileged(name: str, dataset: Any) -> None:
-    columns = getattr(dataset, "column_names", None)
-    if columns is not None and "privileged_context" not in columns:
-        fail(
-            "train_dataset",
-            f"have a column privileged_context for {name}, what only the teacher may see",
-            f"columns {', '.join(columns)}",
-            "add the reference answer, solution or demonstration under that name",
-        )
-
-
-def _check_modalities(name: str, dataset: Any, processing_class: Any) -> None:
-    """Refuse images that a text model would not see; warn of what GRPOTrainer does not read."""
-    columns = set(getattr(dataset, "column_names", None) or ())
-    images = sorted(columns & {"image", "images"})
-    if images and not isinstance(processing_class, ProcessorMixin):
-        fail(
-            "processing_class",
-            f"be a processor, for the dataset has a column {images[0]!r}",
-            type(processing_class).__name__,
-            "pass a vision-language model and its processor, or remove the column",
-        )
-    if others := sorted(columns & {"video", "videos", "audio", "audios"}):
-        warnings.warn(
-            f"{name} reads no {', '.join(others)}: such columns reach the rewards alone",
-            stacklevel=3,
-        )
 
 
 def _no_reward(completions: list[Any], **_: Any) -> list[float]:
