@@ -4,7 +4,7 @@ A method that is overridden, or whose result is taken apart, is compared with wh
 integration was last checked against it: its syntax tree without docstring, comments and formatting.
 A difference says where to look, not that something is broken.  Once it is understood,
 
-    python tests/integrations/test_seams.py --record
+    PYTHONPATH=.:tests/support python tests/integrations/test_seams.py --record
 
 adds the installed version to ``seams.json``.
 """
@@ -244,5 +244,5 @@ def test_accelerate_keeps_the_forward_that_it_wraps_where_attach_looks():
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--record"]:
-        sys.exit("usage: python tests/integrations/test_seams.py --record")
+        sys.exit("usage: PYTHONPATH=.:tests/support python tests/integrations/test_seams.py --record")
     record()
