@@ -8,6 +8,7 @@ Dimension key:  B sequences of this process, N of all processes, T completion to
 import asyncio
 import inspect
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -109,7 +110,8 @@ class RolloutBatches:
         environments = getattr(self, "environments", None)
         if self.feedback_func is not None:
             name = "feedback_func"
-            columns = [key for key in inputs[0] if key not in ("prompt", "completion")]
+            known = ("prompt", "completion", "completion_ids")
+            columns = [key for key in inputs[0] if key not in known]
             answers: Any = self.feedback_func(
                 prompts=prompts,
                 completions=completions,
@@ -123,8 +125,7 @@ class RolloutBatches:
             answers = [None if method is None else method() for method in methods]
         else:
             return [None] * len(prompts)
-        if inspect.isawaitable(answers):
-            answers = asyncio.run(_result(answers))
+        answers = _settled(answers)
         if len(answers) != len(prompts):
             rule = f"return one answer for each of {len(prompts)} completions"
             remedy = "return None where there is nothing to say"
@@ -227,8 +228,18 @@ class RolloutBatches:
             self._signature_columns.append("privileged_context")
 
 
-async def _result(awaitable: Any) -> Any:
-    return await awaitable
+def _settled(answers: Any) -> Any:
+    """Wait for answers that are not there yet, all of them or some."""
+
+    async def settle() -> list[Any]:
+        known = await answers if inspect.isawaitable(answers) else answers
+        return [await one if inspect.isawaitable(one) else one for one in known]
+
+    if inspect.isawaitable(answers) or any(map(inspect.isawaitable, answers)):
+        # in a thread, because a notebook's own event loop runs in this one
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(asyncio.run, settle()).result()
+    return answers
 
 
 def _deviation(groups: Tensor) -> Tensor:

@@ -244,5 +244,5 @@ def test_accelerate_keeps_the_forward_that_it_wraps_where_attach_looks():
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--record"]:
-        sys.exit("usage: PYTHONPATH=.:tests/support python tests/integrations/test_seams.py --record")
+        sys.exit("the only argument is --record")
     record()

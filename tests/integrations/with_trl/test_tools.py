@@ -6,6 +6,7 @@ the turns.
 Dimension key:  B rollouts, T completion tokens
 """
 
+import asyncio
 import copy
 
 import pytest
@@ -396,3 +397,22 @@ def test_rewards_and_feedback_may_be_asynchronous(tmp_path):
     trainer = trainer_of("SDPO", tmp_path, reward_funcs=reward, feedback_func=feedback)
     inputs = sample(trainer)
     assert inputs["self_distillation_mask"].tolist() == [1, 1, 1, 1]
+
+    async def in_a_notebook():
+        return sample(trainer)
+
+    inputs = asyncio.run(in_a_notebook())
+    assert inputs["self_distillation_mask"].tolist() == [1, 1, 1, 1]
+
+
+def test_an_environments_feedback_may_be_asynchronous(tmp_path, scripted):
+    class Slow(Counter):
+        async def get_feedback(self):
+            return f"You stopped at {self.value}."
+
+    scripted(COUNTS)
+    trainer = trainer_of(
+        "SDPO", tmp_path, environment_factory=Slow, reward_funcs=None, feedback_func=None
+    )
+    sample(trainer)
+    assert list(trainer.scored.feedback) == [f"You stopped at {n}." for n in (1, 3, 0, 2)]
