@@ -391,6 +391,7 @@ TRLS_OWN = {
     "use_transformers_paged",
     "transformers_continuous_batching_config",
     "log_completions_hub_repo",
+    "sequence_mean_correction",  # ours, of vLLM's ratios
 }
 READ_WITH = {  # settings under which others are read
     "SDPO": {
