@@ -1,6 +1,6 @@
 """The settings that all methods share.
 
-The methods' configurations extend TRL's ``GRPOConfig`` (1.9 to 1.16), so that TRL's command line,
+The methods' configurations extend TRL's ``GRPOConfig`` (1.12 to 1.16), so that TRL's command line,
 its rollouts, vLLM, tools and logs work as in GRPO.  GRPOConfig has settings of GRPO's loss that a
 method does not read; its configuration lists them in ``unread``, and giving one is an error.
 """

@@ -4,7 +4,7 @@
 
 Arguments, configuration, rollouts, rewards, loss and logged names are TRL's.  Its loss, the old
 policy and the reference model read log-probabilities from one method alone,
-``_get_per_token_logps_and_entropies`` (TRL 1.9 to 1.16), which is replaced here.
+``_get_per_token_logps_and_entropies`` (TRL 1.12 to 1.16), which is replaced here.
 
 Dimension key:  B sequences, L positions, T completion tokens
 """
