@@ -47,6 +47,8 @@ Options = dict[str, Any]  # keywords that every loss of fused_sd takes
 class SelfDistillationTrainer(RolloutBatches, TeacherOwner, FusedGRPOTrainer):
     """Base of the methods' trainers.
 
+    A mixture of experts trains without its router's auxiliary loss, as in the official codes.
+
     Args:
         model: a causal language model, with images or without, its name or its folder.
         reward_funcs: TRL's reward functions.  Methods that read no rewards do not need any.
