@@ -47,7 +47,7 @@ Options = dict[str, Any]  # keywords that every loss of fused_sd takes
 class SelfDistillationTrainer(RolloutBatches, TeacherOwner, FusedGRPOTrainer):
     """Base of the methods' trainers.
 
-    A mixture of experts trains without its router's auxiliary loss, as in the official codes.
+    A mixture of experts trains without its router's auxiliary loss.
 
     Args:
         model: a causal language model, with images or without, its name or its folder.
