@@ -53,6 +53,14 @@ class RolloutBatches:
     # TRL's batch holds neither rows nor texts: the teacher's contexts read them here.
     scored: Scored
 
+    @property
+    def hears_feedback(self) -> bool:
+        """Whether somebody is asked about a completion: ``feedback_func``, or an environment."""
+        if self.environment_factories is None:
+            return self.feedback_func is not None
+        known = [hasattr(pool[0], FEEDBACK_METHOD) for pool in self._environment_pool.values()]
+        return self.feedback_func is not None or any(known)
+
     def more_inputs(self, rollouts: Sequence[Rollout], output: dict[str, Any]) -> dict[str, Tensor]:
         """Return tensors (B, ...) to add to the batch; ``loss_mask`` (B, T) leaves out tokens.
 

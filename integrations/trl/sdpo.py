@@ -133,8 +133,8 @@ class SDPOTrainer(DivergenceTrainer):
     """SDPO (arXiv 2601.20802) with the official code's contexts, loss and reduction.
 
     A rollout's teacher sees the first successful sibling, or feedback, or both.  Feedback is what
-    ``feedback_func`` or the environment's ``get_feedback`` returned; without that function it is
-    ``privileged_context``, as in TRL.  A rollout with neither has weight 0.  The loss is
+    ``feedback_func`` or the environment's ``get_feedback`` returned; where neither is asked it
+    is ``privileged_context``, as in TRL.  A rollout with neither has weight 0.  The loss is
     ``distillation_weight`` times the divergence plus the rest times GRPO's loss (eq. 3).
     """
 
@@ -166,7 +166,7 @@ class SDPOTrainer(DivergenceTrainer):
         said = rollout.feedback
         if said is None and self.args.observation_as_feedback:
             said = rollout.observation
-        if said is None and self.feedback_func is None:
+        if said is None and not self.hears_feedback:
             said = rollout.privileged
         return said
 

@@ -266,14 +266,12 @@ COUNTS = [
 
 def test_an_environment_gives_reward_feedback_and_observation(tmp_path, scripted):
     said = scripted(COUNTS)
-    data = DATA.remove_columns("privileged_context")
     trainer = trainer_of(
         "SDPO",
         tmp_path,
         environment_factory=Counter,
         reward_funcs=None,
         feedback_func=None,
-        data=data,
         environment_feedback_only_without_solution=False,
     )
     inputs = sample(trainer)
