@@ -40,6 +40,8 @@ RUNS = {
     **{f"{kind}, memory": run(settings) for kind, settings in KINDS.items()},
     "ema, path, LoRA": run(EMA, from_path=True, adapter=True),
     "ema, memory, LoRA": run(EMA, adapter=True),
+    "synced, path, LoRA": run(SYNCED, from_path=True, adapter=True),
+    "base, memory, LoRA": run(KINDS["base"], adapter=True),
     "trust, path, LoRA": run(TRUST, from_path=True, adapter=True),
     "ema, path, resumed": run(EMA, from_path=True, resumed=True),
     "ema, memory, LoRA, resumed": run(EMA, adapter=True, resumed=True),
