@@ -134,10 +134,11 @@ class RolloutBatches:
         else:
             return [None] * len(prompts)
         answers = _settled(answers)
-        if len(answers) != len(prompts):
-            rule = f"return one answer for each of {len(prompts)} completions"
-            remedy = "return None where there is nothing to say"
-            fail(name, rule, len(answers), remedy)
+        is_list = isinstance(answers, Sequence) and not isinstance(answers, str)
+        if not is_list or len(answers) != len(prompts):
+            rule = f"return a list with one answer for each of {len(prompts)} completions"
+            got = len(answers) if is_list else f"a {type(answers).__name__}"
+            fail(name, rule, got, "put None where there is nothing to say")
         for answer in answers:
             if answer is not None and not isinstance(answer, str):
                 rule, remedy = "return texts, or None", "make it a text: str(...)"
@@ -239,11 +240,16 @@ class RolloutBatches:
 def _settled(answers: Any) -> Any:
     """Wait for answers that are not there yet, all of them or some."""
 
-    async def settle() -> list[Any]:
+    def is_late(one: Any) -> bool:
+        return isinstance(one, list) and any(map(inspect.isawaitable, one))
+
+    async def settle() -> Any:
         known = await answers if inspect.isawaitable(answers) else answers
+        if not is_late(known):
+            return known
         return [await one if inspect.isawaitable(one) else one for one in known]
 
-    if inspect.isawaitable(answers) or any(map(inspect.isawaitable, answers)):
+    if inspect.isawaitable(answers) or is_late(answers):
         # in a thread, because a notebook's own event loop runs in this one
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(asyncio.run, settle()).result()

@@ -699,7 +699,11 @@ REFUSED = {
     ),
     "feedback for some": (
         lambda f: sample(make("SDPO", f, feedback_func=lambda prompts, **_: ["no"])),
-        "feedback_func must return one answer for each of 4 completions",
+        "feedback_func must return a list with one answer for each of 4 completions, got 1",
+    ),
+    "feedback that is not returned": (
+        lambda f: sample(make("SDPO", f, feedback_func=lambda prompts, **_: None)),
+        "feedback_func must return a list .* got a NoneType",
     ),
     "no room for the teacher": (
         lambda f: make("OPSD", f, max_reprompt_len=0),
