@@ -229,6 +229,11 @@ def test_a_prompt_whose_images_would_be_cut_has_no_teacher(tmp_path, caplog):
 def test_a_text_model_refuses_images_before_training(tmp_path):
     with pytest.raises(ValueError, match="be a processor, for the dataset has a column 'images'"):
         make("OPSD", tmp_path, data=DATA)
+    shown = [{"type": "image", "image": image(0)}, {"type": "text", "text": "What is it?"}]
+    row = {**ROWS[0], "prompt": [{"role": "user", "content": shown}]}
+    data = Dataset.from_list([{k: v for k, v in row.items() if k != "images"}])
+    with pytest.raises(ValueError, match="for the dataset has images in its prompts"):
+        make("OPSD", tmp_path, data=data)
 
 
 def test_videos_are_left_to_the_rewards_with_a_warning(tmp_path):
