@@ -33,6 +33,7 @@ IMAGE_INPUTS = (
 )
 # One number for each token: of which kind it is, such as text or image.
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+COUNTS = ("num_images", "num_tiles")  # of each row: how TRL deals out images, and no model's input
 
 
 class FusedGRPOTrainer(GRPOTrainer):
@@ -120,8 +121,9 @@ class FusedGRPOTrainer(GRPOTrainer):
                 token_weights=mask[:, -length:],
             )
 
-        forward = CompletionForward(model, ids, mask, length, more_inputs=model_inputs(batch))
-        return forward(compute)
+        own = ("input_ids", "attention_mask", *COUNTS)
+        more = {name: value for name, value in batch.items() if name not in own}
+        return CompletionForward(model, ids, mask, length, more_inputs=more)(compute)
 
 
 def model_inputs(batch: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -151,9 +153,9 @@ def row_slices(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
 
 def images_of(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     """Return the images and token types of some of a batch's rows, under the names they have."""
-    names = {*IMAGE_INPUTS, *TOKEN_TYPES, *(f"teacher_{name}" for name in TOKEN_TYPES)}
-    counts = {"num_images", "num_tiles"}
-    found = {n: batch[n] for n in names | counts if batch.get(n) is not None}
+    teachers = (f"teacher_{name}" for name in TOKEN_TYPES)
+    names = (*IMAGE_INPUTS, *TOKEN_TYPES, *teachers, *COUNTS)
+    found = {name: batch[name] for name in names if batch.get(name) is not None}
     by_row = split_pixel_values_by_grid(found)
     chosen = {
         name: [values[row] for row in rows] if isinstance(values, list) else values[list(rows)]
