@@ -10,8 +10,7 @@ import pytest
 import torch
 from closeness import errors
 from gkd_pairs import assert_same, batch, build, loss_and_gradients, make
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest import Largest
 from transformers import Qwen3ForCausalLM
 from trl.experimental.gkd import GKDTrainer
 from trl_pairs import VOCAB
@@ -138,18 +137,6 @@ def named(beta):
     if isinstance(divergence, str):
         return {"divergence": divergence}
     return {"divergence": "jsd", "beta": beta}
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
-        self.numel = max([self.numel, *sizes])
-        return found
 
 
 def test_no_logits_of_the_batch_are_made(tmp_path):
