@@ -2,12 +2,12 @@
 
 import importlib.util
 import os
-import socket
 import sys
 
 import pytest
 import torch
 from torch import nn
+from two_processes import free_port
 
 from fused_sd import Teacher
 
@@ -95,9 +95,6 @@ def zero3_teacher(rank, folder, port):
 # a look at the package: importing it warns, and would start its logging here
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
 def test_zero3s_pieces_are_averaged_saved_and_loaded_as_whole_weights_are(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(zero3_teacher, (str(tmp_path), port), nprocs=2)
+    torch.multiprocessing.spawn(zero3_teacher, (str(tmp_path), free_port()), nprocs=2)
     assert {path.read_text() for path in tmp_path.iterdir()} == {"passed"}
     assert len(list(tmp_path.iterdir())) == 2

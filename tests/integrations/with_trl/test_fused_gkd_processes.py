@@ -1,12 +1,11 @@
 """FusedGKDTrainer in two processes, replicated or sharded, does what TRL's trainer does there."""
 
-import socket
-
 import gkd_worker
 import pytest
 import torch
 from gkd_pairs import build
 from gkd_worker import RUNS
+from two_processes import free_port
 
 NAMES = tuple(RUNS)
 
@@ -15,10 +14,7 @@ NAMES = tuple(RUNS)
 def folder(tmp_path_factory):
     """Where each process saved what it had at the end of each run."""
     made = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(gkd_worker.main, (port, str(made)), nprocs=2)
+    torch.multiprocessing.spawn(gkd_worker.main, (free_port(), str(made)), nprocs=2)
     return made
 
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import pathlib
-import socket
 
 import pytest
 import torch
 import trl_worker
 from method_pairs import weights
 from trl_worker import RUNS, rewards, train
+from two_processes import remains_of
 
 NAMES = tuple(RUNS)
 BROKEN = [name for name in NAMES if RUNS[name].broken is not None]
@@ -28,14 +28,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def remains(folder):
     """What each process had at the end of each run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(trl_worker.main, (port, str(folder), NAMES), nprocs=2)
-    return {
-        name: [torch.load(folder / f"{n}-{rank}.pt", weights_only=False) for rank in range(2)]
-        for n, name in enumerate(NAMES)
-    }
+    return remains_of(trl_worker.main, folder, NAMES)
 
 
 @pytest.fixture

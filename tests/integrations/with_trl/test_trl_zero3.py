@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import socket
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ if not importlib.util.find_spec("deepspeed"):
 
 import zero3_worker
 from trl_worker import train
+from two_processes import remains_of
 from zero3_worker import RUNS
 
 NAMES = tuple(RUNS)
@@ -26,14 +26,7 @@ def remains(tmp_path_factory):
     """What each process had at the end of each run."""
     folder = tmp_path_factory.mktemp("processes")
     model(torch.float32).save_pretrained(folder / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(zero3_worker.main, (port, str(folder), NAMES), nprocs=2)
-    return {
-        name: [torch.load(folder / f"{n}-{rank}.pt", weights_only=False) for rank in range(2)]
-        for n, name in enumerate(NAMES)
-    }
+    return remains_of(zero3_worker.main, folder, NAMES)
 
 
 @pytest.fixture
