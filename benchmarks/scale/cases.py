@@ -1,10 +1,11 @@
 """Small losses on real ranks that share a head, with their memory and their collectives counted.
 
 Every case runs in processes of a gloo group on a CPU.  Memory is PyTorch's allocations, counted as
-in ``fused_sd.bench``.  On some ranks they include gloo's own buffers, which the median of the ranks
-leaves out.
+in ``fused_sd.bench``: by the calling thread.  gloo's thread lets go of a tensor a little after its
+collective has returned; a tensor that it releases last would be counted as held for ever.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -219,14 +220,25 @@ def _collectives() -> Iterator[list[tuple[str, int]]]:
 
     def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, **settings: Any) -> Any:
         calls.append((MAX if op == dist.ReduceOp.MAX else SUM, tensor.nbytes))
-        return reduce(tensor, op, **settings)
+        with _released([tensor]):
+            return reduce(tensor, op, **settings)
 
     def all_gather(outputs: list[Tensor], tensor: Tensor, **settings: Any) -> Any:
         calls.append((GATHER, tensor.nbytes))
-        return gather(outputs, tensor, **settings)
+        with _released([tensor, *outputs]):
+            return gather(outputs, tensor, **settings)
 
     with (
         mock.patch.object(dist, "all_reduce", all_reduce),
         mock.patch.object(dist, "all_gather", all_gather),
     ):
         yield calls
+
+
+@contextmanager
+def _released(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Wait at the end until gloo's thread holds no tensor that it did not hold before."""
+    held = [tensor._use_count() for tensor in tensors]
+    yield
+    while any(t._use_count() > count for t, count in zip(tensors, held, strict=True)):
+        time.sleep(0)

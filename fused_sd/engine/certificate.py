@@ -68,6 +68,10 @@ class GradientCertificate(NamedTuple):
         head's dtype (eps').  A dense token has the second part alone.  Gradients below the smallest
         normal number of a dtype lose digits besides; a last part of that size covers them.
 
+        A factor of the loss multiplies the bound, but its last part only where it is above 1.  With
+        ``reduction="none"`` backward computes dense rows again, from logits whose GEMM has another
+        shape: the rounding of logits, which a dense gradient has as well, is not covered.
+
         Args:
             head: the student's, as the loss was given it, under autocast in autocast's dtype; it is
                 read once.  Where ranks share it: this rank's rows, without padding; the error of
