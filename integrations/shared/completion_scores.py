@@ -18,6 +18,7 @@ from fused_sd import LMHead, TokenLogProbs, token_log_probs
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.output_head import Compute
 from fused_sd.integrations.shared.packing import check_packing, pack_completions
+from fused_sd.integrations.shared.padding import pad_behind
 from fused_sd.integrations.transformers import Request, completion_positions
 
 
@@ -29,9 +30,13 @@ class CompletionForward:
         model: a model that ``attach`` has seen, or a wrapper around one.
         input_ids, attention_mask: (B, L).
         length: T, the length of the padded completions at the end of each row.
-        padding_free: run the backbone on one row without padding.  The states at padding are then
-            those of some other token, so that ``compute`` has to give them weight 0.
+        padding_free: run the backbone on one row without padding.
+        keeps_padding: run it on the rows as they are, as TRL's trainers do.  Otherwise padding is
+            moved behind the tokens: see ``padding``.
         more_inputs: further arguments of the model, such as ``pixel_values``.
+
+    The states at padding are those of some other token, so that ``compute`` has to give them
+    weight 0.
     """
 
     model: nn.Module
@@ -39,14 +44,15 @@ class CompletionForward:
     attention_mask: Tensor
     length: int
     padding_free: bool = False
+    keeps_padding: bool = False
     more_inputs: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, compute: Compute) -> Any:
         """Run the model, and return what ``compute`` returns for the completions' states (B, T, D).
 
         Raises:
-            ValueError: something has replaced the forward that ``attach`` installed, or images are
-                to be packed.
+            ValueError: something has replaced the forward that ``attach`` installed, images are to
+                be packed, or a completion has no prompt.
         """
         positions = completion_positions(self.length)
         if self.padding_free:
@@ -58,10 +64,16 @@ class CompletionForward:
             packed = pack_completions(self.input_ids, self.attention_mask, self.length)
             inputs = packed.inputs(self.model)
             request = Request(compute, packed.index[:, positions])
-        else:
+        elif self.keeps_padding:
             inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+            inputs.update(self.more_inputs)
             request = Request(compute, positions)
-        output = self.model(**inputs, **self.more_inputs, use_cache=False, fused_sd=request)
+        else:
+            inputs, places = pad_behind(
+                self.input_ids, self.attention_mask, self.length, self.more_inputs
+            )
+            request = Request(compute, places)
+        output = self.model(**inputs, use_cache=False, fused_sd=request)
         # Trainer applies Liger when training starts, after ``attach``: its fused head replaces the
         # instance's forward, swallows unknown keywords and returns logits.
         if not hasattr(output, "result"):

@@ -17,13 +17,9 @@ from torch import Tensor, nn
 
 from fused_sd import LMHead
 from fused_sd.checks import fail
+from fused_sd.integrations.shared.padding import count_orphans, refuse_orphans
 from fused_sd.integrations.shared.probing import evaluating, probe_ids, product_precision
-from fused_sd.integrations.transformers import (
-    ATTACHMENT,
-    Request,
-    completion_positions,
-    unwrap,
-)
+from fused_sd.integrations.transformers import ATTACHMENT, Request, unwrap
 
 SHAPE = 3, 5  # number and length of the sequences that a model has to keep apart
 FLOOR = 1e-4  # allowed relative difference: the order of additions in fp32; a leak is near 1
@@ -110,17 +106,8 @@ def pack_completions(input_ids: Tensor, attention_mask: Tensor, length: int) -> 
         ValueError: as ``pack``, or a completion has no prompt: a completion's first token is
             predicted by the state of the prompt's last token.
     """
-    packed = pack(input_ids, attention_mask)
-    # padded on the left, so that a prompt shorter than the completion can be looked up as well
-    mask = nn.functional.pad(attention_mask != 0, (length, 0))
-    orphans = mask[:, -length:] & ~mask[:, completion_positions(length)]
-    if num_orphans := int(orphans.sum()):
-        fail(
-            "attention_mask",
-            f"have a token of the prompt before each completion of {length}",
-            f"{num_orphans} without one in {tuple(attention_mask.shape)}",
-            "pass prompts that are not empty",
-        )
+    packed, mask = pack(input_ids, attention_mask), attention_mask != 0
+    refuse_orphans(int(count_orphans(mask, length)), mask, length)
     return packed
 
 

@@ -24,19 +24,22 @@ class Request:
             tensors in tuples, named tuples or dicts.  Wrappers do not look into other containers.
         positions: selects hidden states.  A slice of the sequence selects (B, length, D); a (B, L)
             bool mask selects (N, D); an integer tensor of any shape holds places among the B * L
-            positions and selects (*shape, D); None selects all, (B, L, D).
+            positions and selects (*shape, D); a pair of integer tensors holds rows and columns,
+            and selects (*shape, D); None selects all, (B, L, D).
     """
 
     # A closure hides the tensors that it uses from FSDP and DDP, which cast, move or scatter the
     # tensors that they find in a forward's arguments.
     compute: Compute
-    positions: slice | Tensor | None = None
+    positions: slice | Tensor | tuple[Tensor, Tensor] | None = None
 
     def select(self, hidden: Tensor) -> Tensor:
         if self.positions is None:
             return hidden
         if isinstance(self.positions, slice):
             return hidden[:, self.positions]
+        if isinstance(self.positions, tuple):
+            return hidden[self.positions]
         if self.positions.dtype == torch.bool:
             return hidden[self.positions]
         return hidden.flatten(0, 1)[self.positions]

@@ -17,7 +17,6 @@ Dimension key:  B sequences, T completion tokens
 """
 
 import dataclasses
-import warnings
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from trl.experimental.sdft import SDFTTrainer
 from trl.experimental.sdpo import SDPOTrainer
 
 from fused_sd.integrations.shared.completion_scores import CompletionForward
-from fused_sd.integrations.transformers import attach
 from fused_sd.integrations.trl.objectives import DistillationObjectives
 from fused_sd.integrations.trl.scores import (
     Scores,
@@ -34,6 +32,7 @@ from fused_sd.integrations.trl.scores import (
     masked_means,
     sequence_mean_weights,
 )
+from fused_sd.integrations.trl.swaps import attach_or_warn
 from fused_sd.integrations.trl.teacher_server import TeacherServerLoss
 
 
@@ -53,14 +52,8 @@ class FusedSelfDistillationMixin(TeacherServerLoss, DistillationObjectives):
         if self.args.use_liger_kernel:
             layers = {**(self.args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
             self.args.liger_kernel_config = layers
-        # After TRL's __init__, which makes the teacher.  accelerate may have prepared the teacher
-        # there, and its autocast does not reach requests unless it is passed on.
-        try:
-            for model in (self.model, self.teacher_model):
-                attach(model, autocast=self.accelerator.autocast)
-            self._fused = True
-        except ValueError as error:
-            warnings.warn(f"{type(self).__name__} runs TRL's own loss: {error}", stacklevel=2)
+        # After TRL's __init__, which makes the teacher.
+        self._fused = attach_or_warn(self, (self.model, self.teacher_model))
 
     def _forward_logits(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int
@@ -68,7 +61,9 @@ class FusedSelfDistillationMixin(TeacherServerLoss, DistillationObjectives):
         """Return the forward unmade; whoever needs scores runs it."""
         if not self._fused:
             return super()._forward_logits(model, input_ids, attention_mask, logits_to_keep)
-        return CompletionForward(model, input_ids, attention_mask, logits_to_keep)
+        return CompletionForward(
+            model, input_ids, attention_mask, logits_to_keep, keeps_padding=True
+        )
 
     def _compute_rollout_logps(
         self,
@@ -94,6 +89,7 @@ class FusedSelfDistillationMixin(TeacherServerLoss, DistillationObjectives):
             torch.cat([prompt_ids, completion_ids], dim=1),
             torch.cat([prompt_mask, completion_mask], dim=1),
             completion_ids.size(1),
+            keeps_padding=True,
         )
         with torch.no_grad():
             return forward(self._log_probs(completion_ids, completion_mask)).log_probs

@@ -47,6 +47,7 @@ class FusedDistillationTrainer(ModelTeacherMixin, DistillationTrainer):
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
             mask.size(1),
+            keeps_padding=True,
             more_inputs=model_inputs(inputs),
         )
         output = self._divergence(

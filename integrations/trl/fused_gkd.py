@@ -39,7 +39,9 @@ class FusedGKDTrainer(ModelTeacherMixin, GKDTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         ids = inputs["input_ids"]
         mask = inputs["labels"][:, 1:] != -100  # (B, L - 1), of the tokens that are predicted
-        forward = CompletionForward(model, ids, inputs["attention_mask"], ids.size(1) - 1)
+        forward = CompletionForward(
+            model, ids, inputs["attention_mask"], ids.size(1) - 1, keeps_padding=True
+        )
         total = self._divergence(forward, mask.float(), beta=self.beta).loss
         if num_items_in_batch is None:
             return total / mask.sum().clamp(min=1)

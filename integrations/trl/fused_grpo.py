@@ -9,7 +9,6 @@ policy and the reference model read log-probabilities from one method alone,
 Dimension key:  B sequences, L positions, T completion tokens
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -20,7 +19,9 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 
 from fused_sd import LMHead, TokenLogProbs, token_log_probs
 from fused_sd.integrations.shared.completion_scores import CompletionForward
+from fused_sd.integrations.shared.padding import TOKEN_TYPES
 from fused_sd.integrations.transformers import attach
+from fused_sd.integrations.trl.swaps import attach_or_warn
 
 # The model's arguments beside ids and mask that TRL's batches hold, where a model has them.
 IMAGE_INPUTS = (
@@ -31,8 +32,6 @@ IMAGE_INPUTS = (
     "image_sizes",
     "image_position_ids",
 )
-# One number for each token: of which kind it is, such as text or image.
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 COUNTS = ("num_images", "num_tiles")  # of each row: how TRL deals out images, and no model's input
 
 
@@ -44,21 +43,19 @@ class FusedGRPOTrainer(GRPOTrainer):
     """
 
     _fused = False
-    falls_back: ClassVar[bool] = True  # whether TRL's own computation may take the place of ours
+    is_swap: ClassVar[bool] = True
+    """Whether it stands for TRL's trainer, whose inputs and fallback it keeps; no method does."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # After TRL's __init__, which may have prepared the reference model: accelerate's autocast
-        # does not reach requests unless it is passed on.
-        try:
-            for model in (self.model, self.ref_model):
-                if model is not None:
-                    attach(model, autocast=self.accelerator.autocast)
-            self._fused = True
-        except ValueError as error:
-            if not self.falls_back:
-                raise
-            warnings.warn(f"{type(self).__name__} runs TRL's own loss: {error}", stacklevel=2)
+        # After TRL's __init__, which may have prepared the reference model.
+        models = [model for model in (self.model, self.ref_model) if model is not None]
+        if self.is_swap:
+            self._fused = attach_or_warn(self, models)
+            return
+        for model in models:
+            attach(model, autocast=self.accelerator.autocast)
+        self._fused = True
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -123,7 +120,10 @@ class FusedGRPOTrainer(GRPOTrainer):
 
         own = ("input_ids", "attention_mask", *COUNTS)
         more = {name: value for name, value in batch.items() if name not in own}
-        return CompletionForward(model, ids, mask, length, more_inputs=more)(compute)
+        forward = CompletionForward(
+            model, ids, mask, length, keeps_padding=self.is_swap, more_inputs=more
+        )
+        return forward(compute)
 
 
 def model_inputs(batch: dict[str, Any], prefix: str = "") -> dict[str, Any]:

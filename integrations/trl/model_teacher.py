@@ -7,7 +7,6 @@ Dimension key:  B sequences, T tokens, D and D' hidden sizes
 """
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, gkd_loss
 from fused_sd.integrations.shared.completion_scores import CompletionForward, with_head
-from fused_sd.integrations.transformers import attach
+from fused_sd.integrations.trl.swaps import attach_or_warn
 from fused_sd.integrations.trl.teachers import teacher_head_is_resharded
 
 
@@ -30,14 +29,7 @@ class ModelTeacherMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # After TRL's __init__, where accelerate prepares the teacher: its autocast does not reach
-        # requests unless it is passed on.
-        try:
-            for model in (self.model, self.teacher_model):
-                attach(model, autocast=self.accelerator.autocast)
-            self._fused = True
-        except ValueError as error:
-            warnings.warn(f"{type(self).__name__} runs TRL's own loss: {error}", stacklevel=2)
+        self._fused = attach_or_warn(self, (self.model, self.teacher_model))
 
     def _divergence(
         self,

@@ -12,9 +12,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from fused_sd import align_responses
+from fused_sd.integrations.shared.padding import TOKEN_TYPES
 from fused_sd.integrations.shared.rollouts import Rollout, grouped
 from fused_sd.integrations.trl.contexts import TeacherInputs, TokenTypes, teacher_inputs
-from fused_sd.integrations.trl.fused_grpo import TOKEN_TYPES
 
 logger = logging.getLogger(__name__)
 PATIENCE = 10  # batches without any signal before a warning

@@ -74,7 +74,7 @@ class SelfDistillationTrainer(RolloutBatches, TeacherOwner, FusedGRPOTrainer):
     _name = "Self-distillation"
     _tag_names: ClassVar[list[str]] = ["trl", "fused_sd"]
     _paper: ClassVar[dict[str, str]] = {}  # otherwise TRL's model cards would cite GRPO's paper
-    falls_back = False  # TRL does not have these losses
+    is_swap = False  # TRL does not have these losses
     needs_rewards: ClassVar[bool] = True
     needs_privileged: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ()  # names for the loss, computed where ``observe`` is set

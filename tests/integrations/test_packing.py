@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 from closeness import assert_close
-from torch import nn
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -44,22 +43,6 @@ def forward(model, padding_free, batch=None):
     return CompletionForward(model, ids, mask, NUM_COMPLETION, padding_free=padding_free)
 
 
-class FromZero(nn.Module):
-    """A padded forward whose positions start at 0 in each sequence.
-
-    Rotary tables are fp32, so that a float64 model differs by 1e-7 where positions are shifted.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.module = model
-
-    def forward(self, attention_mask=None, position_ids=None, **inputs):
-        if attention_mask is not None:
-            position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        return self.module(attention_mask=attention_mask, position_ids=position_ids, **inputs)
-
-
 def loss_of(model, padding_free):
     """A teacher that sees more, and the log-probabilities of the completions."""
     ids, mask = ragged()
@@ -80,8 +63,6 @@ def loss_of(model, padding_free):
 
 def assert_packed_is_padded(model, dtype):
     """States, losses and gradients."""
-    if dtype == torch.float64:
-        model = FromZero(model)
     valid = weights_of(ragged()[1]).bool()
     states = [forward(model, free)(hidden_states)[valid] for free in (True, False)]
     assert_close(*states, dtype, "states")
@@ -215,7 +196,7 @@ def test_empty_sequences_take_no_part():
     assert packed.boundaries.tolist() == [0, 5]
     model = attach(tiny_model("Llama").double())
     states = forward(model, True, (ids, mask))(hidden_states)
-    alone = forward(FromZero(model), False, (ids[1:2], mask[1:2]))(hidden_states)
+    alone = forward(model, False, (ids[1:2], mask[1:2]))(hidden_states)
     assert_close(states[1, :3], alone[0, :3], torch.float64)
     assert states.isfinite().all()
 

@@ -6,6 +6,7 @@ import os
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import torch
+import transformers
 from datasets import Dataset
 from official_batches import Batch
 from tiny_models import tiny_model
@@ -54,6 +55,15 @@ def model(dtype=torch.float64, family="Qwen3", **changes):
     made = tiny_model(family, vocab=len(TOKENIZER), max_position_embeddings=512, **changes)
     made.load_state_dict(weights(family, **changes))
     return made.to(dtype)
+
+
+def positional_model():
+    """A tiny GPT-2: it counts positions from the first column unless it is told them."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.3}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = transformers.GPT2Config(vocab_size=len(TOKENIZER), **sizes, **no_dropout)
+    return transformers.GPT2LMHeadModel(config)
 
 
 TRAINERS = ("tools", "environment_factory", "rollout_func", "peft_config", "callbacks")
@@ -123,12 +133,21 @@ def sample(trainer, *, off_policy=False, rows=None):
     return inputs
 
 
+def alone(ids, mask):
+    """A model's arguments, with positions as in each row alone.
+
+    Rotary angles are fp32 in any model: other positions would leave 1e-8 in float64.
+    """
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": places}
+
+
 def states(student, inputs, side, teacher=None):
     """The batch with logits' makings: states that the model's gradient flows through."""
     length = inputs["completion_ids"].size(1)
 
     def run(model, ids, mask):
-        output = model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        output = model.model(**alone(ids, mask), use_cache=False)
         return output.last_hidden_state[:, -length - 1 : -1]
 
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)

@@ -248,3 +248,29 @@ def test_it_trains_and_a_head_that_is_not_understood_is_left_to_stock(tmp_path):
         stock, fused = pair(tmp_path, model=model)
     assert not fused._fused
     assert_same(stock, fused, batch(stock))
+
+
+def test_a_model_that_counts_positions_has_stocks_loss_and_a_warning(tmp_path):
+    """TRL pads on the left without position ids: a row's loss depends on its neighbours."""
+    with pytest.warns(UserWarning, match="padding before a row .* GPT2LMHeadModel by .*%") as seen:
+        stock, fused = pair(tmp_path, model=method_pairs.positional_model())
+    assert sum("padding before" in str(warning.message) for warning in seen) == 1
+    inputs = batch(stock)
+    assert_same(stock, fused, inputs)
+    method = method_pairs.make("GRPO", tmp_path, student=copy.deepcopy(stock.model))
+    short = int(inputs["prompt_mask"].sum(1).argmin())  # whose neighbours' prompts are longer
+
+    def score(trainer, rows, width):
+        ids = torch.cat([inputs["prompt_ids"][rows, -width:], inputs["completion_ids"][rows]], 1)
+        mask = torch.cat([inputs["prompt_mask"][rows, -width:], inputs["completion_mask"][rows]], 1)
+        length = inputs["completion_ids"].size(1)
+        scores = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length)[0]
+        return scores.detach()[inputs["completion_mask"][rows] != 0]
+
+    whole = inputs["prompt_ids"].size(1)
+    own = int(inputs["prompt_mask"][short].sum())
+    assert own < whole
+    for trainer, depends in ((stock, True), (fused, True), (method, False)):
+        shift = score(trainer, [short], whole) - score(trainer, [short], own)
+        assert (float(shift.abs().max()) > 0.1) is depends
+        assert float(shift.abs().max()) < 1e-5 or depends

@@ -5,7 +5,7 @@ import official_policies
 import pytest
 import torch
 from closeness import assert_close
-from method_pairs import METHODS, loss_and_gradients, make, sample, states
+from method_pairs import METHODS, alone, loss_and_gradients, make, sample, states
 from torch import Tensor
 
 from fused_sd import reference
@@ -20,7 +20,7 @@ def rlcsd(batch, inputs, trainer) -> Tensor:
 
     def score(ids, mask):
         with torch.no_grad():
-            logits = trainer.model(input_ids=ids, attention_mask=mask).logits
+            logits = trainer.model(**alone(ids, mask)).logits
         chosen = logits[:, -length - 1 : -1].log_softmax(-1)
         return chosen.gather(-1, inputs["completion_ids"][..., None])[..., 0]
 

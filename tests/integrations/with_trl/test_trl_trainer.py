@@ -10,7 +10,18 @@ import pytest
 import torch
 from closeness import assert_close
 from datasets import Dataset
-from method_pairs import DATA, GROUP, METHODS, loss_and_gradients, make, model, rewards, sample
+from method_pairs import (
+    DATA,
+    GROUP,
+    METHODS,
+    alone,
+    loss_and_gradients,
+    make,
+    model,
+    positional_model,
+    rewards,
+    sample,
+)
 from transformers import TrainerCallback, TrainingArguments
 from trl import GRPOTrainer as StockGRPOTrainer
 from trl.trainer.utils import split_tensor_dict
@@ -145,6 +156,21 @@ def test_packed_sequences_give_the_same_loss(method, tmp_path):
         assert_close(others[name], gradient, torch.float32, name)
 
 
+def test_positions_that_a_model_counts_are_those_of_each_row(tmp_path):
+    """Of both sides: packed rows have position ids that start again, padded ones have none."""
+    trainer = make(
+        "OPSD", tmp_path, student=positional_model(), per_device_train_batch_size=2 * GROUP
+    )
+    inputs = sample(trainer, rows=[0] * GROUP + [1] * GROUP)
+    assert not inputs["prompt_mask"].all()
+    loss, gradients = loss_and_gradients(trainer, inputs)
+    trainer.args.padding_free = True
+    packed, others = loss_and_gradients(trainer, inputs)
+    assert_close(packed, loss, torch.float32, "loss")
+    for name, gradient in gradients.items():
+        assert (others[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "LoRA"])
 def test_a_method_trains(method, adapter, tmp_path):
@@ -202,7 +228,7 @@ def test_a_trust_region_teacher_lies_between_reference_and_student(tmp_path):
 
     def logits(module, ids, mask):
         with torch.no_grad():
-            return module(input_ids=ids, attention_mask=mask).logits[:, -length - 1 : -1]
+            return module(**alone(ids, mask)).logits[:, -length - 1 : -1]
 
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
