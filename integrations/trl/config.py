@@ -116,6 +116,9 @@ class SelfDistillationConfig(GradientSettings, GRPOConfig):
                     f"leave it at {_default(setting)!r}",
                 )
         check_positive_int("num_generations", self.num_generations)
+        if self.max_grad_norm is None:  # Trainer compares it with 0
+            rule, remedy = "be a number", "0 clips nothing"
+            fail("max_grad_norm", rule, self.max_grad_norm, remedy)
         size = int(self.num_generations or 0)
         if size == 1:
             self.num_generations = _GroupOfOne(size)

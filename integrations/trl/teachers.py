@@ -91,8 +91,11 @@ class TeacherCallback(TrainerCallback):
             flag = gradients_are_finite(kwargs["model"]).to(accelerator.device)
             # Sharded gradients may be bad on one process only; all have to skip the same steps.
             self.finite = bool(accelerator.gather(flag[None]).all())
-            self.left_out = self.skip and not self.finite
-            if self.left_out:
+            # In fp16 a gradient scaler leaves such a step out anyway, and lowers its scale for the
+            # infinities that it finds: they have to stay.
+            has_scaler = accelerator.scaler is not None
+            self.left_out = not self.finite and (self.skip or has_scaler)
+            if self.left_out and not has_scaler:
                 kwargs["optimizer"].zero_grad()
         self.num_skipped += self.left_out
 
