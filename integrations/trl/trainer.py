@@ -12,9 +12,8 @@ and overrides
 
 ``tests/integrations/with_trl/test_new_method.py`` is an example.
 
-Everything in ``RolloutBatches`` and ``TeacherOwner``, and ``compute_loss`` here, overrides a method
-of TRL or transformers.  The reasons given there were read in TRL 1.16 and transformers 5.24.
-``tests/integrations/test_seams.py`` names the method where another release differs.
+The bases and ``compute_loss`` override methods of TRL (read in 1.16) and transformers (in 5.24);
+``tests/integrations/test_seams.py`` names the one where another release differs.
 
 Dimension key:  B sequences, T completion tokens, D hidden size
 """
@@ -36,6 +35,7 @@ from fused_sd.integrations.trl.config import SelfDistillationConfig
 from fused_sd.integrations.trl.credit_maps import CreditMapCallback
 from fused_sd.integrations.trl.data_checks import check_modalities, check_privileged
 from fused_sd.integrations.trl.fused_grpo import FusedGRPOTrainer, model_inputs
+from fused_sd.integrations.trl.loaders import WholeBatches
 from fused_sd.integrations.trl.reduction import loss_type_weights
 from fused_sd.integrations.trl.teacher_contexts import TeacherContexts
 from fused_sd.integrations.trl.teachers import TeacherOwner
@@ -44,7 +44,7 @@ Inputs = dict[str, Any]  # a micro-batch, as TRL makes it
 Options = dict[str, Any]  # keywords that every loss of fused_sd takes
 
 
-class SelfDistillationTrainer(RolloutBatches, TeacherOwner, FusedGRPOTrainer):
+class SelfDistillationTrainer(WholeBatches, RolloutBatches, TeacherOwner, FusedGRPOTrainer):
     """Base of the methods' trainers.
 
     A mixture of experts trains without its router's auxiliary loss.

@@ -1,0 +1,37 @@
+"""A training run's life: data that makes no whole batch, and what is left of the model."""
+
+import pytest
+import torch
+from method_pairs import DATA, GROUP, make, model
+
+EPOCHS = {"max_steps": -1, "num_train_epochs": 1}
+
+
+@pytest.mark.parametrize("rows, steps", [(0, {}), (1, {}), (1, EPOCHS)])
+def test_a_dataset_without_a_whole_batch_is_refused(rows, steps, tmp_path):
+    batch = {"per_device_train_batch_size": 2 * GROUP, **steps}
+    trainer = make("SDPO", tmp_path, data=DATA.select(range(rows)), **batch)
+    with pytest.raises(ValueError, match=f"each of the 2 prompts .*, got {rows} rows; repeat"):
+        trainer.train()
+
+
+def test_one_whole_batch_is_enough_for_a_run(tmp_path):
+    batch = {"per_device_train_batch_size": 2 * GROUP, "max_steps": 3}
+    trainer = make(
+        "OPSD", tmp_path, student=model(torch.float32), data=DATA.select([0, 1]), **batch
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("size, generations, fits", [(6, 4, False), (3, 2, False), (6, 2, True)])
+def test_an_evaluation_that_cuts_groups_is_refused(size, generations, fits, tmp_path):
+    sizes = {"per_device_eval_batch_size": size, "num_generations_eval": generations}
+    trainer = make("SDPO", tmp_path, student=model(torch.float32), **sizes)
+    rows = DATA.select(range(3))
+    if fits:
+        assert torch.isfinite(torch.tensor(trainer.evaluate(rows)["eval_loss"]))
+        return
+    for evaluate in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match="per_device_eval_batch_size must hold whole groups"):
+            evaluate(rows)
