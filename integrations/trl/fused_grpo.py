@@ -20,7 +20,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 from fused_sd import LMHead, TokenLogProbs, token_log_probs
 from fused_sd.integrations.shared.completion_scores import CompletionForward
 from fused_sd.integrations.shared.padding import TOKEN_TYPES
-from fused_sd.integrations.transformers import attach
+from fused_sd.integrations.transformers import attach, unwrap
 from fused_sd.integrations.trl.swaps import attach_or_warn
 
 # The model's arguments beside ids and mask that TRL's batches hold, where a model has them.
@@ -47,14 +47,21 @@ class FusedGRPOTrainer(GRPOTrainer):
     """Whether it stands for TRL's trainer, whose inputs and fallback it keeps; no method does."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        forward = None if self.is_swap else _own_forward(*args[:1], **kwargs)
         super().__init__(*args, **kwargs)
+        model: Any = self.model
         # After TRL's __init__, which may have prepared the reference model.
-        models = [model for model in (self.model, self.ref_model) if model is not None]
+        models = [model] if self.ref_model is None else [model, self.ref_model]
         if self.is_swap:
             self._fused = attach_or_warn(self, models)
             return
-        for model in models:
-            attach(model, autocast=self.accelerator.autocast)
+        # TRL's loss head, which no method reads, keeps the model's forward in a closure: a deep
+        # copy of the model would run the weights of the original.
+        vars(unwrap(model)).pop("forward", None)
+        if forward is not None:
+            vars(unwrap(model))["forward"] = forward
+        for one in models:
+            attach(one, autocast=self.accelerator.autocast)
         self._fused = True
 
     def _get_per_token_logps_and_entropies(
@@ -124,6 +131,11 @@ class FusedGRPOTrainer(GRPOTrainer):
             model, ids, mask, length, keeps_padding=self.is_swap, more_inputs=more
         )
         return forward(compute)
+
+
+def _own_forward(model: Any = None, **_: Any) -> Any:
+    """Return the forward that is set on a model's instance; None: its class's, or no model yet."""
+    return vars(unwrap(model)).get("forward") if isinstance(model, nn.Module) else None
 
 
 def model_inputs(batch: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """A training run's life: data that makes no whole batch, and what is left of the model."""
 
+import copy
+
 import pytest
 import torch
 from method_pairs import DATA, GROUP, make, model
@@ -35,3 +37,33 @@ def test_an_evaluation_that_cuts_groups_is_refused(size, generations, fits, tmp_
     for evaluate in (trainer.evaluate, trainer.predict):
         with pytest.raises(ValueError, match="per_device_eval_batch_size must hold whole groups"):
             evaluate(rows)
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["first trainer", "second trainer"])
+def test_a_copy_of_the_model_runs_its_own_weights(is_first, tmp_path):
+    student = model(torch.float32)
+    if not is_first:
+        make("GRPO", tmp_path, student=student)
+    trained = make("SDPO", tmp_path, student=student).model
+    copied, ids = copy.deepcopy(trained), torch.tensor([[5, 6, 7]])
+    assert torch.equal(copied(input_ids=ids).logits, trained(input_ids=ids).logits)
+    before = trained(input_ids=ids).logits
+    with torch.no_grad():
+        copied.model.layers[0].mlp.up_proj.weight.mul_(2)
+    assert not torch.equal(copied(input_ids=ids).logits, before)
+    assert torch.equal(trained(input_ids=ids).logits, before)
+
+
+def test_a_forward_that_the_user_has_set_stays(tmp_path):
+    student, calls = model(torch.float32), []
+    own = student.forward
+
+    def forward(*args, **kwargs):
+        calls.append(True)
+        return own(*args, **kwargs)
+
+    student.forward = forward
+    make("SDPO", tmp_path, student=student)
+    calls.clear()
+    student(input_ids=torch.tensor([[5, 6, 7]]))
+    assert calls == [True]
