@@ -202,9 +202,10 @@ class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
         """Return a right hint, if there is one, and up to K wrong ones, drawn at random.
 
         The draw depends on the seed, the step and the rollout alone, so that every call for a batch
-        returns the same hints.
+        returns the same hints, and so does a resumed run, whose ``_step`` starts again from 0.  The
+        text tells apart the batches of rollouts of one step.
         """
-        place = (self.args.seed, self.state.global_step, self._step, rollout.index)
+        place = (self.args.seed, self.state.global_step, rollout.index, rollout.text)
         draw = random.Random(" ".join(map(str, place)))
         others = [sibling for sibling in rollout.group if sibling.index != rollout.index]
         correct, wrong = self._correct_hints(rollout, others), self._wrong_hints(others)

@@ -67,3 +67,20 @@ def test_a_forward_that_the_user_has_set_stays(tmp_path):
     calls.clear()
     student(input_ids=torch.tensor([[5, 6, 7]]))
     assert calls == [True]
+
+
+@pytest.mark.parametrize("method", ["SDPO", "RLCSD", "SDPG"])
+def test_a_resumed_run_ends_where_the_whole_run_does(method, tmp_path):
+    """Weights, teacher, random numbers and what a method draws by itself."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    runs = [make(method, tmp_path, student=model(torch.float32), **settings) for _ in range(2)]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
+    states = []
+    for run in runs:
+        with run.teacher.acting() as module:
+            teacher = {f"teacher.{name}": p.clone() for name, p in module.named_parameters()}
+        states.append({**teacher, **dict(run.model.named_parameters())})
+    for name, weight in states[0].items():
+        # Adam turns the rounding of a gradient near 0 into a step of another size
+        assert (states[1][name] - weight).abs().max() < 1e-4, name
