@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.probing import evaluating, probe_ids
+from fused_sd.integrations.shared.self_check import is_whole
 from fused_sd.integrations.transformers import (
     Request,
     completion_positions,
@@ -92,26 +93,42 @@ def refuse_orphans(num_orphans: int, mask: Tensor, length: int) -> None:
         )
 
 
-def shift_by_padding(model: nn.Module) -> float:
-    """Return by how much padding before a sequence changes its states, relative to their size.
+def shift_by_padding(model: nn.Module, *, behind: bool = False) -> float:
+    """Return by how much padding of a sequence changes its states, relative to their size.
 
     0 where that is no more than rounding.
 
     Args:
         model: a model that ``attach`` has seen; its parameters are whole.
+        behind: pad behind the sequence, not before it.
     """
     ids = probe_ids(unwrap(model), 1, NUM_TOKENS)
-    mask = torch.ones_like(ids)
-    request = Request(hidden_states, slice(-NUM_TOKENS, None))
+    mask, states = torch.ones_like(ids), []
     with evaluating(model), torch.no_grad():
-        alone, padded = (
-            model(
-                input_ids=nn.functional.pad(ids, (width, 0)),
-                attention_mask=nn.functional.pad(mask, (width, 0)),
+        for width in (0, NUM_PADDING):
+            widths, end = ((0, width), -width or None) if behind else ((width, 0), None)
+            output = model(
+                input_ids=nn.functional.pad(ids, widths),
+                attention_mask=nn.functional.pad(mask, widths),
                 use_cache=False,
-                fused_sd=request,
-            ).result.float()
-            for width in (0, NUM_PADDING)
-        )
+                fused_sd=Request(hidden_states, slice(None, end)),
+            )
+            states.append(output.result[:, -NUM_TOKENS:].float())
+    alone, padded = states
     shift = float((padded - alone).norm() / alone.norm().clamp(min=1e-30))
     return shift if shift > ROUNDING else 0.0
+
+
+def check_padding_behind(model: nn.Module) -> None:
+    """Refuse a model that reads the padding behind a sequence, unless its parameters are sharded.
+
+    Raises:
+        ValueError: a row's states depend on its neighbours wherever it is padded.
+    """
+    if is_whole(model) and (shift := shift_by_padding(model, behind=True)):
+        fail(
+            type(unwrap(model)).__name__,
+            "have states that padding behind a row does not change",
+            f"a change of {shift:.0%}",
+            "use a causal model that reads its attention_mask",
+        )

@@ -19,7 +19,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 
 from fused_sd import LMHead, TokenLogProbs, token_log_probs
 from fused_sd.integrations.shared.completion_scores import CompletionForward
-from fused_sd.integrations.shared.padding import TOKEN_TYPES
+from fused_sd.integrations.shared.padding import TOKEN_TYPES, check_padding_behind
 from fused_sd.integrations.transformers import attach, unwrap
 from fused_sd.integrations.trl.swaps import attach_or_warn
 
@@ -61,7 +61,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         if forward is not None:
             vars(unwrap(model))["forward"] = forward
         for one in models:
-            attach(one, autocast=self.accelerator.autocast)
+            check_padding_behind(attach(one, autocast=self.accelerator.autocast))
         self._fused = True
 
     def _get_per_token_logps_and_entropies(

@@ -11,7 +11,11 @@ peft = pytest.importorskip("peft")
 from tiny_models import random_ids, tiny_model
 
 from fused_sd.integrations.shared.completion_scores import CompletionForward, log_probs
-from fused_sd.integrations.shared.padding import pad_behind, shift_by_padding
+from fused_sd.integrations.shared.padding import (
+    check_padding_behind,
+    pad_behind,
+    shift_by_padding,
+)
 from fused_sd.integrations.transformers import attach, hidden_states
 
 NUM_PROMPT, NUM_COMPLETION = 7, 6
@@ -136,6 +140,26 @@ def test_padding_that_stays_before_a_row_is_noticed(name):
     alone = torch.cat([CompletionForward(model, *row)(hidden_states)[0] for row in rows])
     assert (kept - alone).abs().max() > 0.1
     assert not model.training
+
+
+def test_a_model_that_reads_all_padding_is_refused():
+    """CPM-Ant builds its mask from the ids, for padding on the left, and ignores the given one."""
+    config = transformers.CpmAntConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_attention_heads=4,
+        dim_head=8,
+        dim_ff=48,
+        num_hidden_layers=2,
+        prompt_length=4,
+        segment_types=8,
+    )
+    torch.manual_seed(0)
+    model = attach(transformers.CpmAntForCausalLM(config).eval())
+    with pytest.raises(ValueError, match=r"CpmAntForCausalLM must have states that padding behind"):
+        check_padding_behind(model)
+    for name in ("GPT2LMHeadModel", "RwkvForCausalLM", "DeepseekV4ForCausalLM"):
+        check_padding_behind(random_model(name))
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "Gemma3", "FalconH1"])
