@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.rollouts import Rollout, Sibling, without_thinking
 from fused_sd.integrations.shared.templates import ANSWER_INSTRUCTION, PROBLEM_PREFIX
+from fused_sd.integrations.shared.texts import as_text
 
 # Where a turn's part that is no text stands while the turn is handled as one text.
 _MARK = re.compile("\0<part ([0-9]+)>\0")
@@ -168,17 +169,16 @@ def _demonstrations(rollout: Rollout, settings: SiblingSettings) -> list[Sibling
     )
 
 
-def sibling_prompt(rollout: Rollout, feedback: str | None, settings: SiblingSettings) -> Any:
+def sibling_prompt(rollout: Rollout, feedback: Any, settings: SiblingSettings) -> Any:
     """Return SDPO's teacher prompt: with a successful sibling, feedback or both; None for neither.
 
     As in SDPO's official code, the first successful sibling in the order of sampling is shown, and
     neither its text nor the feedback is stripped.
 
     Raises:
-        ValueError: feedback is neither text nor None.
+        ValueError: feedback is neither text nor made of texts.
     """
-    if feedback is not None and not isinstance(feedback, str):
-        fail("feedback", "be text or None", repr(feedback), "return str(...) of it, or None")
+    feedback = as_text("feedback", feedback, rollout.row)
     solution = shown_feedback = ""
     if settings.use_successful_as_teacher:
         found = _demonstrations(rollout, settings)

@@ -5,9 +5,12 @@ Dimension key:  G generations of a prompt
 
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from fused_sd.integrations.shared.texts import as_text, known_text
 
 THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
@@ -31,13 +34,15 @@ class Rollout:
         completion_ids: the tokens as sampled, the end token included.
         text: the completion without special tokens.
         reward: the weighted sum of the reward functions.
-        privileged: ``privileged_context`` of the dataset's row.
-        feedback: what ``feedback_func`` returned for this completion.
+        privileged: ``privileged_context`` of the dataset's row, as text; None where it is missing.
+            A value that is no text stays as it is, and ``hint`` refuses it.
+        feedback: what ``feedback_func`` returned for this completion, likewise.
         index: its place among the rollouts of all processes.
         group: all completions of the prompt, this one included, from all processes.
         observation: the last result of a tool in the completion, or None.
         example: the dataset's row.
         tools: the tools that the prompt offers.
+        hint_name: what ``privileged`` is called in the dataset.
     """
 
     prompt: Any
@@ -45,13 +50,34 @@ class Rollout:
     completion_ids: list[int]
     text: str
     reward: float
-    privileged: str | None
-    feedback: str | None
+    privileged: Any
+    feedback: Any
     index: int
     group: Sequence[Sibling]
     observation: str | None = None
     example: Mapping[str, Any] = field(default_factory=dict)
     tools: Sequence[Any] = ()
+    hint_name: str = "privileged_context"
+
+    def __post_init__(self) -> None:
+        # Not refused here: a method that does not read a column does not care what it holds.
+        for name in ("privileged", "feedback"):
+            object.__setattr__(self, name, known_text(getattr(self, name)))
+
+    @property
+    def hint(self) -> str | None:
+        """The text of ``privileged``; None where it is missing or empty.
+
+        Raises:
+            ValueError: ``privileged`` is neither text nor made of texts.
+        """
+        return as_text(self.hint_name, self.privileged, self.row) or None
+
+    @property
+    def row(self) -> str:
+        """The dataset's row by its prompt's end, for errors."""
+        said = self.prompt if isinstance(self.prompt, str) else self.prompt[-1:]
+        return f"the row of the prompt {textwrap.shorten(str(said)[-200:], 80)!r}"
 
     def siblings(self, *, threshold: float, successful: bool, itself: bool) -> list[Sibling]:
         """Return the group's rollouts on one side of a reward threshold, in the order of sampling.

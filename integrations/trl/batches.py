@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.rollouts import Rollout
+from fused_sd.integrations.shared.texts import as_text
 
 FeedbackFunction = Callable[..., Sequence[str | None]]
 FEEDBACK_METHOD = "get_feedback"  # of an environment
@@ -139,11 +140,7 @@ class RolloutBatches:
             rule = f"return a list with one answer for each of {len(prompts)} completions"
             got = len(answers) if is_list else f"a {type(answers).__name__}"
             fail(name, rule, got, "put None where there is nothing to say")
-        for answer in answers:
-            if answer is not None and not isinstance(answer, str):
-                rule, remedy = "return texts, or None", "make it a text: str(...)"
-                fail(name, rule, f"a {type(answer).__name__}", remedy)
-        return list(answers)
+        return [as_text(name, said, f"answer {n}") for n, said in enumerate(answers)]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Add the teacher's side, the loss mask, advantages and token counts to TRL's batch."""

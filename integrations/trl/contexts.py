@@ -23,7 +23,8 @@ class PrivilegedPrompt:
 
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
         """Return the prompt with the row's ``privileged_context``, or None where it has none."""
-        return self.hinted(rollout, rollout.privileged) if rollout.privileged else None
+        hint = rollout.hint
+        return None if hint is None else self.hinted(rollout, hint)
 
     def hinted(self, rollout: Rollout, hint: str) -> list[int]:
         """Return the tokens of the rollout's prompt with a hint."""

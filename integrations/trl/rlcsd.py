@@ -18,6 +18,7 @@ from fused_sd.integrations.shared import templates
 from fused_sd.integrations.shared.answers import boxed_answer
 from fused_sd.integrations.shared.prompts import check_template
 from fused_sd.integrations.shared.rollouts import Rollout, Sibling
+from fused_sd.integrations.shared.texts import as_text
 from fused_sd.integrations.trl.config import TeacherSettings, TokenCorrection, check_pair
 from fused_sd.integrations.trl.contexts import PrivilegedPrompt
 from fused_sd.integrations.trl.grpo import PolicyConfig, PolicyTrainer
@@ -213,19 +214,23 @@ class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
         return (draw.choice(correct) if correct else None), shown
 
     def _correct_hints(self, rollout: Rollout, siblings: Sequence[Sibling]) -> list[str]:
-        args, known = self.args, rollout.example.get(self.args.answer_column)
+        args, name = self.args, self.args.answer_column
+
+        def known() -> str | None:
+            return as_text(name, rollout.example.get(name), rollout.row) or None
+
         if args.correct_hint == "sibling":
             texts = [s.text for s in siblings if s.reward > args.success_reward_threshold]
-            answers = [self.final_answer(text) or known for text in texts]
-            return self._written(texts, answers)
-        if not rollout.privileged:
+            return self._written(texts, [self.final_answer(text) or known() for text in texts])
+        hint = rollout.hint
+        if hint is None:
             return []
-        answer = self.final_answer(rollout.privileged) if known is None else known
+        answer = known() or self.final_answer(hint)
         if answer is None:
             columns = ", ".join(sorted(rollout.example))
             remedy = r"add that column, or \boxed{} the answer in privileged_context"
             fail("answer_column", "name a column with the answer", f"columns {columns}", remedy)
-        return self._written([rollout.privileged], [answer])
+        return self._written([hint], [answer])
 
     def _wrong_hints(self, siblings: Sequence[Sibling]) -> list[str]:
         texts = [s.text for s in siblings if s.reward <= self.args.success_reward_threshold]

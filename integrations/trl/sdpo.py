@@ -167,7 +167,7 @@ class SDPOTrainer(DivergenceTrainer):
         if said is None and self.args.observation_as_feedback:
             said = rollout.observation
         if said is None and not self.hears_feedback:
-            said = rollout.privileged
+            said = rollout.hint
         return said
 
     @property

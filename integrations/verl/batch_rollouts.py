@@ -58,10 +58,11 @@ def read_rollouts(
             completion_ids=responses[n].tolist(),
             text=texts[n],
             reward=rewards[n],
-            privileged=None if references[n] is None else str(references[n]),
+            privileged=references[n],
             feedback=feedback,
             index=sessions[n],
             group=groups[uid],
+            hint_name=reference_key or "reference",
         )
         rollouts.append(rollout if outputs[n] == 0 else None)
     return rollouts

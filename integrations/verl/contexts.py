@@ -107,13 +107,14 @@ class ReferenceContext:
         check_template("reprompt_template", self.reprompt_template, "prompt", "privileged")
 
     def teacher_prompt(self, rollout: Rollout, tokenizer: PromptTokenizer) -> list[int] | None:
-        if not rollout.privileged:
+        hint = rollout.hint
+        if hint is None:
             return None
         messages = reprompted(
             rollout.prompt,
             self.reprompt_template,
             stripped=self.stripped,
-            privileged=rollout.privileged,
+            privileged=hint,
         )
         return tokenizer.chat(messages)
 

@@ -716,8 +716,8 @@ REFUSED = {
         "teacher_model_kind must be one of 'live', 'base', 'ema', 'synced', got 'trust_region'",
     ),
     "feedback that is no text": (
-        lambda f: sample(make("SDPO", f, feedback_func=lambda prompts, **_: [1, 2, 3, 4])),
-        "feedback_func must return texts, or None, got a int",
+        lambda f: sample(make("SDPO", f, feedback_func=lambda prompts, **_: [["a"]] * 4)),
+        "feedback_func must be text, .* got a list .* in answer 0",
     ),
     "a support of the whole vocabulary": (
         lambda f: make("SDZero", f, variant="paper", distillation_topk=5),

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import numpy as np
 import official_prompts as official
 import pytest
 import torch
@@ -147,8 +148,10 @@ def test_sdpo_has_the_official_prompts_to_the_last_space():
     both = SiblingContext(environment_feedback_only_without_solution=False)
     made = both.teacher_prompt(rollout(group=group, feedback=said), WORDS)
     assert text(made) == text(chat(official.sdpo("1+1?", solution=shown, feedback=said)))
-    with pytest.raises(ValueError, match="feedback must be text or None, got 3"):
-        SiblingContext().teacher_prompt(rollout(feedback=3), WORDS)
+    made = SiblingContext().teacher_prompt(dataclasses.replace(alone, feedback=0), WORDS)
+    assert text(made) == text(chat(official.sdpo("1+1?", feedback="0")))
+    with pytest.raises(ValueError, match=r"feedback must be text, .* got a dict .*'1\+1\?'"):
+        SiblingContext().teacher_prompt(rollout(feedback={"line": 3}), WORDS)
 
 
 def test_opsd_and_rlsd_have_the_official_prompts():
@@ -234,6 +237,65 @@ def test_sd_zero_asks_its_reviser_in_the_chat_format_of_phase_1():
     assert AttemptContext().teacher_prompt(rollout(), alike) is not None
     with pytest.raises(ValueError, match="chat_template_kwargs must be those that the model was"):
         AttemptContext().teacher_prompt(rollout(), PromptTokenizer(own))
+
+
+def read(responses, *, prompt=PROMPT, reference="extra_info.answer", **columns):
+    """The rollouts of a prompt as the trainer's stage reads them from verl's batch."""
+    from verl.utils import tensordict_utils as tu
+
+    from fused_sd.integrations.verl.batch_rollouts import read_rollouts
+
+    def jagged(rows):
+        return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
+
+    count = len(responses)
+    tokens = [torch.tensor(ids(response)) for response in responses]
+    data = tu.get_tensordict(
+        {
+            "uid": ["u"] * count,
+            "raw_prompt": [prompt] * count,
+            "extra_fields": [{}] * count,
+            "prompts": jagged([torch.tensor(WORDS.chat(prompt))] * count),
+            "responses": jagged(tokens),
+            "rm_scores": jagged([torch.ones(len(each)) / len(each) for each in tokens]),
+            "extra_info": [{"answer": None}] * count,
+            **columns,
+        }
+    )
+    keys = [f"u_{n}_0" for n in range(count)]
+    return read_rollouts(data, keys, tokenizer(), reference_key=reference, feedback_key="feedback")
+
+
+@pytest.mark.parametrize("context", [ReferenceContext, AnswerContext])
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        (0, "0"),
+        (0.0, "0.0"),
+        (False, "False"),
+        (np.float32(0.5), "0.5"),
+        (np.array([{"role": "assistant", "content": "It is 2."}], dtype=object), "It is 2."),
+        (float("nan"), None),
+        (None, None),
+        ("", None),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_reference_is_text_whatever_its_column_holds(context, value, shown):
+    rows = [{"answer": value}, {"answer": "2"}]
+    own = read(["3", "4"], extra_info=rows)[0]
+    made = context("{prompt} {privileged}").teacher_prompt(own, WORDS)
+    assert made == (None if shown is None else chat(f"1+1? {shown}"))
+
+
+@pytest.mark.parametrize(
+    "value", [{"target": 2}, ["2"], np.array(["2"], dtype=object)], ids=["dict", "list", "array"]
+)
+def test_a_reference_of_another_kind_is_refused_where_it_is_read(value):
+    own = read(["3", "4"], extra_info=[{"answer": value}] * 2)[0]
+    with pytest.raises(ValueError, match=r"extra_info\.answer must be text, .* got a .*'1\+1\?'"):
+        ReferenceContext().teacher_prompt(own, WORDS)
+    assert SiblingContext().teacher_prompt(own, WORDS) is not None
 
 
 def micro_batch(mask, *, num_tokens=4):
