@@ -33,9 +33,8 @@ from fused_sd.integrations.trl import observe
 from fused_sd.integrations.trl.batches import FEEDBACK_METHOD, FeedbackFunction, RolloutBatches
 from fused_sd.integrations.trl.config import SelfDistillationConfig
 from fused_sd.integrations.trl.credit_maps import CreditMapCallback
-from fused_sd.integrations.trl.data_checks import check_modalities, check_privileged
+from fused_sd.integrations.trl.data_checks import DataChecks
 from fused_sd.integrations.trl.fused_grpo import FusedGRPOTrainer, model_inputs
-from fused_sd.integrations.trl.loaders import WholeBatches
 from fused_sd.integrations.trl.reduction import loss_type_weights
 from fused_sd.integrations.trl.teacher_contexts import TeacherContexts
 from fused_sd.integrations.trl.teachers import TeacherOwner
@@ -44,7 +43,7 @@ Inputs = dict[str, Any]  # a micro-batch, as TRL makes it
 Options = dict[str, Any]  # keywords that every loss of fused_sd takes
 
 
-class SelfDistillationTrainer(WholeBatches, RolloutBatches, TeacherOwner, FusedGRPOTrainer):
+class SelfDistillationTrainer(DataChecks, RolloutBatches, TeacherOwner, FusedGRPOTrainer):
     """Base of the methods' trainers.
 
     A mixture of experts trains without its router's auxiliary loss.
@@ -99,14 +98,10 @@ class SelfDistillationTrainer(WholeBatches, RolloutBatches, TeacherOwner, FusedG
         has_environment = bool(kwargs.get("environment_factory"))
         if self.needs_rewards and not (has_rewards or has_environment):
             fail("reward_funcs", f"be given to {name}", "none", "it learns from verified rollouts")
-        if self.reads_privileged(args) and train_dataset is not None:
-            check_privileged(name, train_dataset)
         self.feedback_func = feedback_func
         # GRPOTrainer refuses to have no reward; this one is taken out again below.
         given = reward_funcs if has_rewards or self.needs_rewards else [_no_reward]
         super().__init__(model, given, args, train_dataset, *others, **kwargs)
-        if train_dataset is not None:
-            check_modalities(name, train_dataset, self.processing_class)
         if args.padding_free and isinstance(self.processing_class, ProcessorMixin):
             got = f"True with a {type(self.processing_class).__name__}"
             fail("padding_free", "be False for a model with images", got, "leave it out")

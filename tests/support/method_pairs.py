@@ -66,7 +66,14 @@ def positional_model():
     return transformers.GPT2LMHeadModel(config)
 
 
-TRAINERS = ("tools", "environment_factory", "rollout_func", "peft_config", "callbacks")
+TRAINERS = (
+    "tools",
+    "environment_factory",
+    "rollout_func",
+    "peft_config",
+    "callbacks",
+    "eval_dataset",
+)
 
 
 def make(method, folder, *, student=None, data=DATA, processor=TOKENIZER, **settings):

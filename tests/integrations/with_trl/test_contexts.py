@@ -48,9 +48,13 @@ def test_a_reference_is_text_whatever_its_column_holds(method, column, texts, tm
 def test_a_reference_of_another_kind_is_refused_by_row_and_column(value, tmp_path):
     data = Dataset.from_dict({"prompt": ["Solve 2 + 2."] * 4, "privileged_context": [value] * 4})
     for method in REFERENCED:
-        message = rf"privileged_context must be .* a {type(value).__name__} .* prompt 'Solve 2 \+"
+        kind = type(value).__name__
+        message = rf"privileged_context must be text, .* got a {kind} .* in row 0 of train_dataset"
         with pytest.raises(ValueError, match=message):
-            sample(make(method, tmp_path, data=data))
+            make(method, tmp_path, data=data)
+    stream = make("OPSD", tmp_path, data=data.to_iterable_dataset())
+    with pytest.raises(ValueError, match=r"privileged_context must be .* the prompt 'Solve 2 \+"):
+        stream._generate_and_score_completions([dict(data[0])] * GROUP)
     unread = make("SDPO", tmp_path, data=data)  # feedback_func is asked, not the column
     sample(unread)
     heard = make("SDPO", tmp_path, data=data, feedback_func=None)
