@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from fused_sd.checks import fail
-from fused_sd.integrations.shared.rollouts import Rollout, Sibling, without_thinking
+from fused_sd.integrations.shared.rollouts import Rollout, Sibling, shown_text
 from fused_sd.integrations.shared.templates import ANSWER_INSTRUCTION, PROBLEM_PREFIX
 from fused_sd.integrations.shared.texts import as_text
+from fused_sd.integrations.shared.thinking import Tags, check_thinking_tags
 
 # Where a turn's part that is no text stands while the turn is handled as one text.
 _MARK = re.compile("\0<part ([0-9]+)>\0")
@@ -145,9 +146,14 @@ class SiblingSettings(Protocol):
     feedback_template: str
     attempt_template: str
 
+    @property
+    def thinking_tags(self) -> Tags | None: ...
 
-def check_sibling_templates(settings: SiblingSettings) -> None:
-    """Refuse templates that lack a placeholder."""
+
+def check_sibling_settings(settings: SiblingSettings) -> None:
+    """Refuse templates that lack a placeholder, and tags that are no pair."""
+    removes = settings.remove_thinking_from_demonstration
+    check_thinking_tags(settings.thinking_tags, are_read=removes)
     check_template(
         "reprompt_template", settings.reprompt_template, "prompt", "solution", "feedback"
     )
@@ -161,19 +167,28 @@ def has_demonstration(rollout: Rollout, settings: SiblingSettings) -> bool:
     return bool(_demonstrations(rollout, settings))
 
 
-def _demonstrations(rollout: Rollout, settings: SiblingSettings) -> list[Sibling]:
-    return rollout.siblings(
+def _demonstrations(rollout: Rollout, settings: SiblingSettings) -> list[str]:
+    """Return the texts of successful rollouts; one that says nothing demonstrates nothing."""
+    found = rollout.siblings(
         threshold=settings.success_reward_threshold,
         successful=True,
         itself=not settings.dont_reprompt_on_self_success,
     )
+    texts = [_shown(sibling, settings) for sibling in found]
+    return [text for text in texts if text.strip()]
+
+
+def _shown(said: Rollout | Sibling, settings: SiblingSettings) -> str:
+    thoughts = not settings.remove_thinking_from_demonstration
+    return shown_text(said, thoughts=thoughts, tags=settings.thinking_tags)
 
 
 def sibling_prompt(rollout: Rollout, feedback: Any, settings: SiblingSettings) -> Any:
     """Return SDPO's teacher prompt: with a successful sibling, feedback or both; None for neither.
 
     As in SDPO's official code, the first successful sibling in the order of sampling is shown, and
-    neither its text nor the feedback is stripped.
+    neither its text nor the feedback is stripped.  A sibling whose thoughts were cut off has no
+    text to show, and the next one stands in its place.
 
     Raises:
         ValueError: feedback is neither text nor made of texts.
@@ -183,17 +198,14 @@ def sibling_prompt(rollout: Rollout, feedback: Any, settings: SiblingSettings) -
     if settings.use_successful_as_teacher:
         found = _demonstrations(rollout, settings)
         if found:
-            text = found[0].text
-            if settings.remove_thinking_from_demonstration:
-                text = without_thinking(text)
-            solution = settings.solution_template.format(successful_previous_attempt=text)
+            solution = settings.solution_template.format(successful_previous_attempt=found[0])
     unneeded = settings.environment_feedback_only_without_solution and solution
     if settings.include_environment_feedback and (feedback or "").strip() and not unneeded:
         shown_feedback = settings.feedback_template.format(feedback_raw=feedback)
     if not solution and not shown_feedback:
         return None
-    if settings.include_own_attempt:
-        attempt = settings.attempt_template.format(attempt=rollout.text)
-        shown_feedback = attempt + shown_feedback
+    attempt = _shown(rollout, settings)
+    if settings.include_own_attempt and attempt.strip():
+        shown_feedback = settings.attempt_template.format(attempt=attempt) + shown_feedback
     template = settings.reprompt_template
     return reprompted(rollout.prompt, template, solution=solution, feedback=shown_feedback)

@@ -4,15 +4,13 @@ Dimension key:  G generations of a prompt
 """
 
 import math
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fused_sd.integrations.shared.texts import as_text, known_text
-
-THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+from fused_sd.integrations.shared.thinking import Tags, without_thinking
 
 
 @dataclass(frozen=True)
@@ -22,6 +20,7 @@ class Sibling:
     index: int  # its place among the rollouts of all processes
     text: str
     reward: float
+    answer: str | None = None  # as in Rollout
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,8 @@ class Rollout:
         observation: the last result of a tool in the completion, or None.
         example: the dataset's row.
         tools: the tools that the prompt offers.
+        answer: the text behind the thoughts, empty where these were cut off; None: what the text
+            alone tells of it, which shows neither the prompt's end nor special tokens.
         hint_name: what ``privileged`` is called in the dataset.
     """
 
@@ -57,6 +58,7 @@ class Rollout:
     observation: str | None = None
     example: Mapping[str, Any] = field(default_factory=dict)
     tools: Sequence[Any] = ()
+    answer: str | None = None
     hint_name: str = "privileged_context"
 
     def __post_init__(self) -> None:
@@ -98,15 +100,32 @@ class Rollout:
         ]
 
 
-def without_thinking(text: str) -> str:
-    """Return a text without its ``<think>`` spans and the white space behind them."""
-    return THINKING.sub("", text)
+def shown_text(said: Sibling | Rollout, *, thoughts: bool, tags: Tags | None = None) -> str:
+    """Return what a teacher is shown of a completion: all of it, or what follows its thoughts.
+
+    Args:
+        thoughts: show the thoughts, too.
+        tags: those around thoughts, as in ``without_thinking``.
+    """
+    if thoughts:
+        return said.text
+    return without_thinking(said.text, tags) if said.answer is None else said.answer
 
 
-def grouped(texts: Sequence[str], rewards: Sequence[float], size: int) -> list[list[Sibling]]:
+def grouped(
+    texts: Sequence[str],
+    rewards: Sequence[float],
+    size: int,
+    answers: Sequence[str] | None = None,
+) -> list[list[Sibling]]:
     """Split the rollouts of all processes into groups of G consecutive ones.
 
     Trainers sample a prompt's G completions one after the other, possibly across two processes.
+
+    Args:
+        answers: the texts behind the thoughts; None: they are not known.
     """
-    every = [Sibling(n, text, reward) for n, (text, reward) in enumerate(zip(texts, rewards))]
+    known = [None] * len(texts) if answers is None else answers
+    rows = zip(texts, rewards, known, strict=True)
+    every = [Sibling(n, *row) for n, row in enumerate(rows)]
     return [every[start : start + size] for start in range(0, len(every), size)]

@@ -4,7 +4,7 @@ Dimension key:  B sequences, T completion tokens, K wrong hints, L positions
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,9 @@ from fused_sd.integrations.shared import completion_scores as completion
 from fused_sd.integrations.shared import templates
 from fused_sd.integrations.shared.answers import boxed_answer
 from fused_sd.integrations.shared.prompts import check_template
-from fused_sd.integrations.shared.rollouts import Rollout, Sibling
+from fused_sd.integrations.shared.rollouts import Rollout, Sibling, shown_text
 from fused_sd.integrations.shared.texts import as_text
+from fused_sd.integrations.shared.thinking import check_thinking_tags
 from fused_sd.integrations.trl.config import TeacherSettings, TokenCorrection, check_pair
 from fused_sd.integrations.trl.contexts import PrivilegedPrompt
 from fused_sd.integrations.trl.grpo import PolicyConfig, PolicyTrainer
@@ -53,6 +54,16 @@ class RLCSDConfig(TokenCorrection, TeacherSettings, PolicyConfig):
     correct_hint: str = field(
         default="sibling",
         metadata={"help": "`sibling`: a successful rollout; `reference`: `privileged_context`."},
+    )
+    remove_thinking_from_demonstration: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave thoughts out of the siblings that are hints; the official code does not."
+        },
+    )
+    thinking_tags: list[str] | None = field(
+        default=None,
+        metadata={"help": "Opening and closing tag of thoughts; None: the pairs that are known."},
     )
     max_wrong_hints: int = field(
         default=4, metadata={"help": "K: failed siblings that the teacher sees, one at a time."}
@@ -89,6 +100,8 @@ class RLCSDConfig(TokenCorrection, TeacherSettings, PolicyConfig):
         check_template("reprompt_template", self.reprompt_template, "prompt", "privileged")
         check_template("hint_template", self.hint_template, "solution", "answer")
         check_one_of("correct_hint", self.correct_hint, ("sibling", "reference"))
+        removes = self.remove_thinking_from_demonstration
+        check_thinking_tags(self.thinking_tags, are_read=removes)
         check_positive_int("max_wrong_hints", self.max_wrong_hints)
         check_pair("contrast_clip", self.contrast_clip)
         check_one_of("loss_type", self.loss_type, ("bnpo",))
@@ -220,7 +233,7 @@ class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
             return as_text(name, rollout.example.get(name), rollout.row) or None
 
         if args.correct_hint == "sibling":
-            texts = [s.text for s in siblings if s.reward > args.success_reward_threshold]
+            texts = self._shown(s for s in siblings if s.reward > args.success_reward_threshold)
             return self._written(texts, [self.final_answer(text) or known() for text in texts])
         hint = rollout.hint
         if hint is None:
@@ -233,8 +246,14 @@ class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
         return self._written([hint], [answer])
 
     def _wrong_hints(self, siblings: Sequence[Sibling]) -> list[str]:
-        texts = [s.text for s in siblings if s.reward <= self.args.success_reward_threshold]
+        texts = self._shown(s for s in siblings if s.reward <= self.args.success_reward_threshold)
         return self._written(texts, [self.final_answer(text) for text in texts])
+
+    def _shown(self, siblings: Iterable[Sibling]) -> list[str]:
+        """Return the texts of siblings; one whose thoughts were cut off is no hint."""
+        thoughts, tags = not self.args.remove_thinking_from_demonstration, self.args.thinking_tags
+        texts = [shown_text(sibling, thoughts=thoughts, tags=tags) for sibling in siblings]
+        return [text for text in texts if thoughts or text.strip()]
 
     def _written(self, solutions: Sequence[str], answers: Sequence[Any]) -> list[str]:
         """Return a hint for each solution whose answer is known."""

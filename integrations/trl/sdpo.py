@@ -13,7 +13,7 @@ from fused_sd import ImportanceCap, LMHead, LossOutput, grpo_loss, sampled_kl_lo
 from fused_sd.checks import fail
 from fused_sd.integrations.shared import templates
 from fused_sd.integrations.shared.prompts import (
-    check_sibling_templates,
+    check_sibling_settings,
     has_demonstration,
     sibling_prompt,
 )
@@ -90,7 +90,12 @@ class SDPOConfig(TokenCorrection, DivergenceChoice, SelfDistillationConfig):
         metadata={"help": "A rollout without feedback has its last tool result for one."},
     )
     remove_thinking_from_demonstration: bool = field(
-        default=True, metadata={"help": "Leave <think> spans out of a sibling's solution."}
+        default=True,
+        metadata={"help": "Leave thoughts out of what the teacher is shown of a completion."},
+    )
+    thinking_tags: list[str] | None = field(
+        default=None,
+        metadata={"help": "Opening and closing tag of thoughts; None: the pairs that are known."},
     )
     include_own_attempt: bool = field(
         default=False, metadata={"help": "Show the teacher the student's own attempt."}
@@ -126,7 +131,7 @@ class SDPOConfig(TokenCorrection, DivergenceChoice, SelfDistillationConfig):
             fail(
                 "divergence", rule, repr(self.divergence), "compare distributions, or leave it out"
             )
-        check_sibling_templates(self)
+        check_sibling_settings(self)
 
 
 class SDPOTrainer(DivergenceTrainer):

@@ -14,6 +14,7 @@ from torch import Tensor
 from fused_sd import align_responses
 from fused_sd.integrations.shared.padding import TOKEN_TYPES
 from fused_sd.integrations.shared.rollouts import Rollout, grouped
+from fused_sd.integrations.shared.thinking import answer_text
 from fused_sd.integrations.trl.contexts import TeacherInputs, TokenTypes, teacher_inputs
 
 logger = logging.getLogger(__name__)
@@ -127,13 +128,20 @@ class TeacherContexts:
         is_training = trainer.model.training
         size = trainer.num_generations if is_training else trainer.num_generations_eval
         rewards = scored.rewards.tolist()
-        groups = grouped(gather_object(list(scored.texts)), rewards, size)
+        masked = zip(output["prompt_ids"], output["prompt_mask"])
+        prompts = [ids[mask.bool()].tolist() for ids, mask in masked]
+        tags = getattr(trainer.args, "thinking_tags", None)
+        answers = [
+            answer_text(trainer._tokenizer, *said, tags)
+            for said in zip(scored.texts, prompts, scored.completion_ids)
+        ]
+        said = gather_object(list(zip(scored.texts, answers)))
+        groups = grouped([text for text, _ in said], rewards, size, [answer for _, answer in said])
         first = trainer.accelerator.process_index * len(scored.texts)
-        lengths = output["prompt_mask"].sum(1).tolist()
         return [
             Rollout(
                 prompt=scored.prompts[n],
-                prompt_ids=output["prompt_ids"][n, -lengths[n] :].tolist() if lengths[n] else [],
+                prompt_ids=prompts[n],
                 completion_ids=list(scored.completion_ids[n]),
                 text=scored.texts[n],
                 reward=rewards[first + n],
@@ -144,6 +152,7 @@ class TeacherContexts:
                 observation=scored.observations[n],
                 example=scored.examples[n],
                 tools=trainer.tools_of(n),
+                answer=answers[n],
             )
             for n in range(len(scored.texts))
         ]

@@ -11,6 +11,7 @@ from tensordict import TensorDict
 
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.rollouts import Rollout, Sibling
+from fused_sd.integrations.shared.thinking import Tags, answer_text
 
 FIELDS = ("uid", "raw_prompt", "prompts", "responses", "response_mask", "rm_scores", "extra_fields")
 """The columns of verl's batch that ``read_rollouts`` reads."""
@@ -23,6 +24,7 @@ def read_rollouts(
     *,
     reference_key: str | None,
     feedback_key: str | None,
+    thinking_tags: Tags | None = None,
 ) -> list[Rollout | None]:
     """Return each sample as a rollout, together with its group: the responses to its prompt.
 
@@ -33,6 +35,7 @@ def read_rollouts(
         tokenizer: decodes responses.
         reference_key: dotted path of the reference in a dataset row.
         feedback_key: key of the feedback in ``reward_extra_info``.
+        thinking_tags: the opening and the closing tag of thoughts; None: the known pairs.
 
     Returns:
         B rollouts; None for a later output of a session, whose prompt is not the dataset's.
@@ -42,10 +45,16 @@ def read_rollouts(
     """
     responses = data["responses"].unbind()
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+    prompts = [ids.tolist() for ids in data["prompts"].unbind()]
+    answers = [
+        answer_text(tokenizer, text, prompt, response.tolist(), thinking_tags)
+        for text, prompt, response in zip(texts, prompts, responses)
+    ]
     rewards = [float(scores.sum()) for scores in data["rm_scores"].unbind()]
     sessions, outputs = zip(*(map(int, key.rsplit("_", 2)[1:]) for key in keys))
-    groups = _groups(list(data["uid"]), sessions, outputs, texts, rewards)
-    extras, prompts = list(data["extra_fields"]), data["prompts"].unbind()
+    said = list(zip(texts, rewards, answers))
+    groups = _groups(list(data["uid"]), sessions, outputs, said)
+    extras = list(data["extra_fields"])
     references = [None] * len(keys) if reference_key is None else _column(data, reference_key)
     rollouts: list[Rollout | None] = []
     for n, (uid, raw_prompt) in enumerate(zip(data["uid"], data["raw_prompt"])):
@@ -54,7 +63,7 @@ def read_rollouts(
             feedback = (extras[n] or {}).get("reward_extra_info", {}).get(feedback_key)
         rollout = Rollout(
             prompt=list(raw_prompt),
-            prompt_ids=prompts[n].tolist(),
+            prompt_ids=prompts[n],
             completion_ids=responses[n].tolist(),
             text=texts[n],
             reward=rewards[n],
@@ -62,6 +71,7 @@ def read_rollouts(
             feedback=feedback,
             index=sessions[n],
             group=groups[uid],
+            answer=answers[n],
             hint_name=reference_key or "reference",
         )
         rollouts.append(rollout if outputs[n] == 0 else None)
@@ -72,18 +82,20 @@ def _groups(
     uids: Sequence[str],
     sessions: Sequence[int],
     outputs: Sequence[int],
-    texts: Sequence[str],
-    rewards: Sequence[float],
+    said: Sequence[tuple[str, float, str]],
 ) -> dict[str, list[Sibling]]:
     """Return each prompt's sessions in their order, each by its last output.
 
     verl's GRPO takes the last output for the session, too.
+
+    Args:
+        said: the text, the reward and the answer of each sample.
     """
     last: dict[str, dict[int, int]] = defaultdict(dict)
     for n in sorted(range(len(uids)), key=outputs.__getitem__):
         last[uids[n]][sessions[n]] = n
     return {
-        uid: [Sibling(session, texts[n], rewards[n]) for session, n in sorted(found.items())]
+        uid: [Sibling(session, *said[n]) for session, n in sorted(found.items())]
         for uid, found in last.items()
     }
 

@@ -15,7 +15,7 @@ from fused_sd.checks import check_finite, check_positive_int
 from fused_sd.integrations.shared import templates
 from fused_sd.integrations.shared.chat_format import check_chat_format
 from fused_sd.integrations.shared.prompts import (
-    check_sibling_templates,
+    check_sibling_settings,
     check_template,
     reprompted,
     sibling_prompt,
@@ -61,7 +61,10 @@ class SiblingContext:
         success_reward_threshold: least reward of a response that is shown to others.
         use_successful_as_teacher: show successful responses at all.
         dont_reprompt_on_self_success: do not show a response to itself.
-        remove_thinking_from_demonstration: leave ``<think>`` spans out of a shown response.
+        remove_thinking_from_demonstration: leave thoughts out of a shown response.  One whose
+            thoughts were cut off is not shown.
+        thinking_tags: the opening and the closing tag of thoughts; null: the known pairs, see
+            ``fused_sd.integrations.shared.thinking``.
         include_environment_feedback: show the reward function's feedback on the response.
         environment_feedback_only_without_solution: show feedback only if no response is shown.
         include_own_attempt: show the response before the feedback on it.
@@ -73,6 +76,7 @@ class SiblingContext:
     use_successful_as_teacher: bool = True
     dont_reprompt_on_self_success: bool = True
     remove_thinking_from_demonstration: bool = True
+    thinking_tags: Sequence[str] | None = None
     include_environment_feedback: bool = True
     environment_feedback_only_without_solution: bool = True
     include_own_attempt: bool = False
@@ -83,7 +87,7 @@ class SiblingContext:
 
     def __post_init__(self) -> None:
         check_finite("success_reward_threshold", self.success_reward_threshold, "0.5 is usual")
-        check_sibling_templates(self)
+        check_sibling_settings(self)
 
     def teacher_prompt(self, rollout: Rollout, tokenizer: PromptTokenizer) -> list[int] | None:
         messages = sibling_prompt(rollout, rollout.feedback, self)

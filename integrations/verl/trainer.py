@@ -96,6 +96,7 @@ class SelfDistillationStage(WorkerScores):
             self.tokenizer,
             reference_key=config.reference_key,
             feedback_key=config.feedback_key,
+            thinking_tags=getattr(config.context, "thinking_tags", None),
         )
         # verl adds synthetic samples until its mini-batches divide the batch; nobody teaches them
         is_sample = [not tag.get("is_padding", False) for tag in batch.tags]

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from method_pairs import DATA, GROUP, make, sample
+from transformers import HfArgumentParser
 from trl_pairs import TOKENIZER
+
+from fused_sd.integrations import trl as ours
 
 REFERENCED = ("OPSD", "SDFT", "RLSD", "SDPG")
 MESSAGES = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
@@ -16,6 +19,105 @@ def teacher_texts(trainer, inputs):
     length = inputs["completion_ids"].size(1)
     rows = zip(inputs["teacher_input_ids"], inputs["teacher_attention_mask"])
     return [TOKENIZER.decode(ids[:-length][mask[:-length].bool()]) for ids, mask in rows]
+
+
+def shown(method, folder, said, *, prompt="Solve 2 + 2.", **settings):
+    """What teachers are shown of completions that say something, and who has a signal."""
+    data = Dataset.from_list([{"prompt": prompt, "answer": "4"}] * GROUP)
+    trainer = make(method, folder, data=data, feedback_func=None, **settings)
+    inputs = sample(trainer)
+    ids = [TOKENIZER(text)["input_ids"] for text in said]
+    trainer.scored = dataclasses.replace(trainer.scored, texts=list(said), completion_ids=ids)
+    made = trainer.teacher_contexts.build(inputs)
+    texts = teacher_texts(trainer, inputs | made)
+    wrong = made.get("wrong_input_ids")
+    if wrong is not None:
+        texts += [TOKENIZER.decode(row) for row in wrong.flatten(0, 1)]
+    return texts, made["self_distillation_mask"].tolist()
+
+
+OPENED = "Solve 2 + 2. <think>\n"
+SAID = {  # a prompt, and what the successful rollouts 1 and 3 say
+    "a pair": ("Solve 2 + 2.", "<think>\nsecret</think>\n\nIt is 4."),
+    "a closing tag": ("Solve 2 + 2.", "secret</think>\n\nIt is 4."),
+    "a closing tag, opened by the prompt": (OPENED, "secret</think>\n\nIt is 4."),
+    "another model's": ("Solve 2 + 2.", "[THINK]secret[/THINK]It is 4."),
+}
+CUT = {
+    "an opening tag": ("Solve 2 + 2.", "<think>\nsecret"),
+    "no tag, opened by the prompt": (OPENED, "secret"),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_sdpos_demonstration_is_what_follows_the_thoughts(name, tmp_path):
+    prompt, said = SAID[name]
+    texts, signal = shown("SDPO", tmp_path, ["no", said, "no", said], prompt=prompt)
+    assert all("Correct solution:\n\nIt is 4." in text for text in texts)
+    assert not any("secret" in text for text in texts)
+    assert signal == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_thoughts_that_were_cut_off_demonstrate_nothing(name, tmp_path):
+    prompt, said = CUT[name]
+    whole = "</think>It is 4."
+    texts, signal = shown("SDPO", tmp_path, ["no", said, "no", whole], prompt=prompt)
+    assert signal == [1, 1, 1, 0]  # rollout 3 is the only one that shows an answer
+    assert all("Correct solution:\n\nIt is 4." in text for text in texts[:3])
+    texts, signal = shown("SDPO", tmp_path, ["no", said, "no", said], prompt=prompt)
+    assert signal == [0, 0, 0, 0]
+    assert not any("secret" in text or "Correct solution" in text for text in texts)
+
+
+def test_the_share_of_demonstrations_counts_what_is_shown(tmp_path):
+    data = DATA.remove_columns("privileged_context")
+    trainer = make("SDPO", tmp_path, feedback_func=None, data=data)
+    inputs = sample(trainer)
+    texts = ["no", "<think>cut", "no", "<think>cut"]
+    trainer.scored = dataclasses.replace(trainer.scored, texts=texts)
+    trainer.teacher_contexts.build(inputs)
+    assert trainer._metrics["train"]["self_distillation/success_sample_fraction"][-1] == 0
+
+
+def test_thoughts_are_shown_where_that_is_asked_for(tmp_path):
+    texts, _ = shown(
+        "SDPO", tmp_path, ["no", "a</think>4", "no", "no"], remove_thinking_from_demonstration=False
+    )
+    assert "Correct solution:\n\na</think>4" in texts[0]
+
+
+def test_the_students_own_attempt_is_shown_without_its_thoughts(tmp_path):
+    own = {"include_own_attempt": True, "environment_feedback_only_without_solution": False}
+    texts, _ = shown("SDPO", tmp_path, ["secret</think>5", "4", "<think>secret", "4"], **own)
+    assert "Your earlier attempt:\n\n5\n" in texts[0]
+    assert "Your earlier attempt" not in texts[2]
+    assert not any("secret" in text for text in texts)
+
+
+def test_tags_of_ones_own(tmp_path):
+    said = ["no", "<plan>secret</plan>It is 4.", "no", "no"]
+    texts, _ = shown("SDPO", tmp_path, said, thinking_tags=["<plan>", "</plan>"])
+    assert "Correct solution:\n\nIt is 4." in texts[0]
+    for method in ("SDPO", "RLCSD"):
+        removed = {"remove_thinking_from_demonstration": True}
+        with pytest.raises(ValueError, match="thinking_tags must hold an opening"):
+            make(method, tmp_path, thinking_tags=["<plan>"], **removed)
+    parsed = HfArgumentParser(ours.SDPOConfig).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "--thinking_tags", "<plan>", "</plan>"]
+    )
+    assert parsed[0].thinking_tags == ["<plan>", "</plan>"]
+
+
+def test_rlcsds_hints_are_whole_as_in_the_official_code_or_without_thoughts(tmp_path):
+    said = ["secret</think>5", "secret</think>4", "<think>secret", "secret</think>4"]
+    texts, signal = shown("RLCSD", tmp_path, said)
+    assert any("secret" in text for text in texts)
+    assert signal == [1, 1, 1, 1]
+    texts, signal = shown("RLCSD", tmp_path, said, remove_thinking_from_demonstration=True)
+    assert signal == [0, 1, 1, 1]  # rollout 0 has no other wrong sibling that says anything
+    assert not any("secret" in text for text in texts)
+    assert any("5\n\nCorrect final answer: 5" in text for text in texts)
 
 
 @pytest.mark.parametrize("method", REFERENCED)

@@ -239,7 +239,24 @@ def test_sd_zero_asks_its_reviser_in_the_chat_format_of_phase_1():
         AttemptContext().teacher_prompt(rollout(), PromptTokenizer(own))
 
 
-def read(responses, *, prompt=PROMPT, reference="extra_info.answer", **columns):
+def test_thoughts_that_were_cut_off_demonstrate_nothing():
+    def shown(*said, **settings):
+        group = [Sibling(n, each, 1.0) for n, each in enumerate(said)]
+        own = rollout(index=9, group=group, feedback=None)
+        made = SiblingContext(**settings).teacher_prompt(own, WORDS)
+        return made and text(made)
+
+    expected = text(chat(official.sdpo("1+1?", solution="It is 2.")))
+    assert shown("secret</think>\n\nIt is 2.") == expected
+    assert shown("<think>secret", "It is 2.") == expected
+    assert shown("[THINK]secret[/THINK]It is 2.") == expected
+    assert shown("<think>secret") is None
+    assert shown("<a>secret</a>It is 2.", thinking_tags=["<a>", "</a>"]) == expected
+    with pytest.raises(ValueError, match="thinking_tags must hold an opening tag"):
+        SiblingContext(thinking_tags=["<a>"])
+
+
+def read(responses, *, prompt=PROMPT, header="", reference="extra_info.answer", **columns):
     """The rollouts of a prompt as the trainer's stage reads them from verl's batch."""
     from verl.utils import tensordict_utils as tu
 
@@ -255,7 +272,7 @@ def read(responses, *, prompt=PROMPT, reference="extra_info.answer", **columns):
             "uid": ["u"] * count,
             "raw_prompt": [prompt] * count,
             "extra_fields": [{}] * count,
-            "prompts": jagged([torch.tensor(WORDS.chat(prompt))] * count),
+            "prompts": jagged([torch.tensor([*WORDS.chat(prompt), *ids(header)])] * count),
             "responses": jagged(tokens),
             "rm_scores": jagged([torch.ones(len(each)) / len(each) for each in tokens]),
             "extra_info": [{"answer": None}] * count,
@@ -264,6 +281,17 @@ def read(responses, *, prompt=PROMPT, reference="extra_info.answer", **columns):
     )
     keys = [f"u_{n}_0" for n in range(count)]
     return read_rollouts(data, keys, tokenizer(), reference_key=reference, feedback_key="feedback")
+
+
+def test_the_prompts_end_tells_of_thoughts_that_were_cut_off():
+    said = ["secret", "more secret</think>It is 2."]
+    for header, answers in (("<think>\n", ["", "It is 2."]), ("", ["secret", "It is 2."])):
+        rollouts = read(said, header=header)
+        assert [each.answer for each in rollouts] == answers
+        assert [each.text for each in rollouts] == said
+        assert [each.answer for each in rollouts[0].group] == answers
+    second = read(said, header="<think>\n")[1]
+    assert SiblingContext().teacher_prompt(second, WORDS) is None
 
 
 @pytest.mark.parametrize("context", [ReferenceContext, AnswerContext])
