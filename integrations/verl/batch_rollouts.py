@@ -41,7 +41,8 @@ def read_rollouts(
         B rollouts; None for a later output of a session, whose prompt is not the dataset's.
 
     Raises:
-        ValueError: reference_key begins with a column that the batch does not have.
+        ValueError: reference_key begins with a column that the batch does not have, or leads to
+            no row's value.
     """
     responses = data["responses"].unbind()
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
@@ -101,12 +102,19 @@ def _groups(
 
 
 def _column(data: TensorDict, path: str) -> list[Any]:
-    """Return each row's value at a dotted path; None for a row that has none."""
+    """Return each row's value at a dotted path; None for a row that has none.
+
+    A path that leads nowhere in all rows is a wrong one: nothing would be taught, in silence.
+    """
     name, *inner = path.split(".")
     if name not in data.keys():  # noqa: SIM118  a TensorDict iterates over rows
         known = ", ".join(sorted(data.keys()))
         fail("distillation.reference_key", "begin with a column", path, f"the batch has {known}")
     values = list(data[name])
     for key in inner:
+        names = {str(one) for value in values if isinstance(value, Mapping) for one in value}
+        if key not in names and any(value is not None for value in values):
+            got = f"{path}, where {key!r} is not among {', '.join(sorted(names)) or 'any keys'}"
+            fail("distillation.reference_key", "lead to a value", got, "name one of them")
         values = [value.get(key) if isinstance(value, Mapping) else None for value in values]
     return values

@@ -326,6 +326,16 @@ def test_a_reference_of_another_kind_is_refused_where_it_is_read(value):
     assert SiblingContext().teacher_prompt(own, WORDS) is not None
 
 
+def test_a_path_to_no_value_is_refused():
+    rows = [{"answer": "2", "index": 0}] * 2
+    rule = "reference_key must lead to a value, got extra_info.anwser, where 'anwser' is not among"
+    with pytest.raises(ValueError, match=f"{rule} answer, index; name one"):
+        read(["3", "4"], extra_info=rows, reference="extra_info.anwser")
+    with pytest.raises(ValueError, match="'answer' is not among any keys"):
+        read(["3", "4"], extra_info=['{"answer": 2}'] * 2)
+    assert read(["3", "4"], extra_info=[rows[0], {}])[0].hint == "2"
+
+
 def micro_batch(mask, *, num_tokens=4):
     """Two samples of a prompt's token and two of a response; what the engine returns for them."""
     from verl.utils import tensordict_utils as tu
