@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
 from fused_sd.checks import fail
 
@@ -63,13 +64,30 @@ def copy_module(module: nn.Module) -> nn.Module:
         ValueError: the copy would lack weights, or share hooks with the module.
     """
     _check_copyable(module)
-    made = copy.deepcopy(module)
+    with _DetachedCopies():
+        made = copy.deepcopy(module)
     for own, new in zip(module.parameters(), made.parameters()):
         if _is_zero(own):  # the copy is empty, and an ordinary parameter
             new.data = whole(shard(own), own)
             zero: Any = own
             zero.convert_to_zero_parameters([new])
     return made
+
+
+class _DetachedCopies(TorchFunctionMode):
+    """Copies without their graph what ``deepcopy`` refuses: results that a module has kept.
+
+    A module may hold router logits of its last forward, the product of ``weight_norm``, or views of
+    what PEFT ties.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return func(*args, **(kwargs or {}))
 
 
 def _check_copyable(module: nn.Module) -> None:

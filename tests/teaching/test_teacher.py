@@ -187,6 +187,22 @@ def test_the_copy_is_apart_and_never_trained():
     assert [p.requires_grad for p in model.parameters()] == [True, True, True, False, False]
 
 
+def test_results_that_a_module_has_kept_do_not_prevent_a_copy():
+    """``deepcopy`` refuses them: the last forward's states, or the product of a weight norm."""
+    model = Model()
+    model.head = nn.Linear(4, 7, bias=False, dtype=torch.float64)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(model.head)
+    ids = torch.arange(7)
+    model.kept = [model(ids)]
+    teacher = Teacher(model, kind="synced")
+    assert not teacher.module.kept[0].requires_grad
+    step(model)
+    teacher.update()
+    with teacher.acting() as module:
+        assert torch.equal(module(ids), model.eval()(ids))
+
+
 def test_a_given_module_teaches():
     model, other = Model(), Model(torch.bfloat16)
     other.frozen.weight.requires_grad_(True)
