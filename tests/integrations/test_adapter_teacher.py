@@ -15,6 +15,7 @@ from tiny_models import random_ids, tiny_model
 
 from fused_sd.integrations.shared.adapter_teacher import ADAPTER, AdapterTeacher, make_teacher
 from fused_sd.integrations.transformers import Request, attach
+from fused_sd.teaching.parameters import copy_module
 from fused_sd.teaching.teacher import Teacher
 
 # PEFT reads an attribute that transformers is about to rename
@@ -25,6 +26,23 @@ pytestmark = [
 
 IDS = random_ids(2, 8)
 KINDS = ("live", "frozen", "ema", "synced")
+
+
+def scaled(model):
+    """As after ``scale_layer``: the configuration does not know of it."""
+    for layer in model.modules():
+        if isinstance(getattr(layer, "scaling", None), dict):
+            layer.scaling["default"] *= 3
+
+
+def second(model):
+    """Another adapter trains, made active by the inner model alone."""
+    step(model)
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["v_proj"]))
+    model.base_model.set_adapter("second")
+
+
+TIED = {"family": "Qwen3", "ensure_weight_tying": True}
 ADAPTERS = {
     "layers": {},
     "head": {"target_modules": ["q_proj", "lm_head"]},
@@ -33,14 +51,38 @@ ADAPTERS = {
     "dora": {"use_dora": True},
     "tokens": {"trainable_token_indices": [3, 5]},
     "dropout": {"lora_dropout": 0.5},
+    "tied": {**TIED, "target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "tied embedding": {**TIED, "target_modules": ["embed_tokens"]},
+    "tied saved": {**TIED, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "replicated layers": {"layer_replication": [(0, 2), (0, 2)]},
+    "scaled": {"prepare": scaled},
+    "second": {"prepare": second},
+    "named teacher": {"adapter": ADAPTER},
+}
+# these change the base weights, and not again when they are copied
+CHANGE_BASE = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "kasa": {"kasa_config": peft.KasaConfig()},
 }
 
 
-def adapted(*, trained=True, dtype=torch.float64, **settings):
+def adapted(
+    *,
+    trained=True,
+    dtype=torch.float64,
+    family="Llama",
+    adapter="default",
+    prepare=None,
+    **settings,
+):
     """A student; ``trained``: whether its adapter does something."""
     torch.manual_seed(0)
     config = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **settings})
-    model = peft.get_peft_model(tiny_model("Llama"), config).to(dtype)
+    model = peft.get_peft_model(tiny_model(family), config, adapter_name=adapter)
+    if prepare is not None:
+        prepare(model)
+    model = model.to(dtype)
     if trained:
         step(model)
     return model.train()
@@ -60,7 +102,7 @@ def logits(model):
 
 def student_logits(model):
     """In evaluation mode, by a copy."""
-    return logits(copy.deepcopy(model).eval())
+    return logits(copy_module(model).eval())
 
 
 def teacher_logits(teacher):
@@ -110,7 +152,7 @@ def test_an_average_is_that_of_each_trained_weight(settings):
         teacher.update()
         for name, value in trained_values(model).items():
             expected[name] = 0.75 * expected[name] + 0.25 * value
-    reference = copy.deepcopy(model).eval()
+    reference = copy_module(model).eval()
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             if name in expected:
@@ -271,8 +313,9 @@ def test_syncing_a_frozen_teacher_takes_the_student_of_now():
     assert_close(teacher_logits(teacher), now, torch.float64)
 
 
-def test_initialisations_that_change_the_base_are_not_repeated():
-    model = adapted(init_lora_weights="pissa", trained=False)
+@pytest.mark.parametrize("settings", CHANGE_BASE.values(), ids=CHANGE_BASE)
+def test_initialisations_that_change_the_base_are_not_repeated(settings):
+    model = adapted(**settings, trained=False)
     base = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.clone()
     start = student_logits(model)
     teacher = make_teacher(model, kind="frozen")
@@ -353,15 +396,105 @@ def test_other_students_get_a_whole_copy():
         assert torch.equal(teacher_logits(teacher), student_logits(student))
 
 
+@pytest.mark.parametrize("kind", ["frozen", "ema", "synced"])
+def test_a_later_teacher_copies_the_student_of_now(kind):
+    """A second training of one model finds the first one's adapter in it."""
+    model = adapted(trained=False)
+    first = make_teacher(model, kind="ema", rate=0.5)
+    start = student_logits(model)
+    step(model)
+    first.update()
+    held, now = teacher_logits(first), student_logits(model)
+    assert not torch.allclose(held, now)
+    later = make_teacher(model, kind=kind)
+    assert list(model.peft_config) == ["default", ADAPTER, f"{ADAPTER}_2"]
+    assert_close(teacher_logits(later), now, torch.float64)
+    step(model)
+    later.update()
+    assert torch.equal(teacher_logits(first), held)
+    # the student goes back to its start, where a frozen teacher is the model without adapters
+    for parameter in (p for n, p in model.named_parameters() if "lora_B.default" in n):
+        parameter.data.zero_()
+    again = make_teacher(model, kind=kind)
+    assert again.uses_base == (kind == "frozen")
+    assert_close(teacher_logits(again), start, torch.float64)
+
+
+@pytest.mark.parametrize("settings", [ADAPTERS["saved head"], ADAPTERS["tokens"], {}])
+def test_a_deleted_teacher_leaves_nothing_behind(settings):
+    model = adapted(**settings)
+    keys, expected = list(model.state_dict()), student_logits(model)
+    adapters = list(model.peft_config)
+    teacher = make_teacher(model, kind="ema")
+    state = peft.get_peft_model_state_dict(model)
+    assert not any(ADAPTER in name for name in state)
+    model.delete_adapter(ADAPTER)
+    assert list(model.state_dict()) == keys
+    assert list(model.peft_config) == adapters
+    with pytest.raises(ValueError, match="hold 'teacher', got deleted; make a new teacher"):
+        teacher_logits(teacher)
+    make_teacher(model, kind="ema")
+    assert_close(logits(copy.deepcopy(model).merge_and_unload().eval()), expected, torch.float64)
+
+
+def test_a_copy_that_fails_leaves_the_model_as_it_was():
+    class Uncopied(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise NotImplementedError
+
+    model = adapted()
+    last = model.get_base_model().model.layers[-1].self_attn.q_proj
+    last.lora_B["default"].__class__ = Uncopied
+    keys = list(model.state_dict())
+    with pytest.raises(NotImplementedError):
+        make_teacher(model, kind="ema")
+    assert list(model.state_dict()) == keys
+    assert list(model.peft_config) == ["default"]
+
+
+def test_acting_keeps_an_adapter_that_the_inner_model_made_active():
+    model = adapted(prepare=second)
+    teacher = make_teacher(model, kind="ema")
+    expected = student_logits(model)
+    teacher_logits(teacher)
+    assert model.active_adapters == ["second"]
+    assert model.active_adapter == "default", "which PEFT leaves as it was"
+    assert torch.equal(student_logits(model), expected)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_model_whose_adapters_were_changed_is_refused(trained):
+    model = adapted(trained=trained)
+    teachers = [make_teacher(model, kind=kind) for kind in ("frozen", "ema")]
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("second")
+    for teacher in teachers:
+        with pytest.raises(ValueError, match=r"'default' active, .*got \['second'\]"):
+            teacher_logits(teacher)
+    with pytest.raises(ValueError, match="'default' active"):
+        teachers[1].update()
+    model.set_adapter("default")
+    model.merge_adapter()
+    for teacher in teachers:
+        with pytest.raises(ValueError, match=r"no merged adapter, .*call unmerge_adapter"):
+            teacher_logits(teacher)
+    assert model.get_base_model().model.layers[0].self_attn.q_proj.merged
+
+
 def test_adapters_that_cannot_be_doubled_are_refused():
     with pytest.raises(ValueError, match="hold a PeftModel"):
         AdapterTeacher(tiny_model("Llama"))
+    for bias in ("all", "lora_only"):
+        with pytest.raises(ValueError, match=r"'default' alone, .*bias trained too; .*use Teacher"):
+            make_teacher(adapted(family="Phi", bias=bias))
     model = adapted()
-    make_teacher(model, kind="ema")
-    with pytest.raises(ValueError, match="no adapter 'teacher'"):
-        make_teacher(model, kind="ema")
-    with pytest.raises(ValueError, match="leave the base's biases alone"):
-        make_teacher(adapted(bias="lora_only", target_modules=["q_proj"]))
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"'default' alone, .*norm\.weight trained too"):
+        make_teacher(model)
+    model = adapted()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="no merged adapter, got default merged into"):
+        make_teacher(model)
     model = adapted()
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"]))
     model.base_model.set_adapter(["default", "second"])
