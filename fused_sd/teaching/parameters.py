@@ -18,6 +18,7 @@ DeepSpeed is known by the attributes of its parameters, and never imported (read
 
 import copy
 from collections.abc import Iterator
+from pickle import PicklingError
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from fused_sd.checks import fail
+from fused_sd.teaching.closures import find_foreign
+
+PASS_WEIGHTS = "pass weights=, a copy that is prepared as the student is"
 
 
 def reshard(*modules: nn.Module) -> None:
@@ -57,15 +61,46 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
+def check_apart(weights: nn.Module, student: nn.Module) -> None:
+    """Refuse a teacher that changes with the student: it shares a weight, or runs its parts."""
+    own = {place for parameter in student.parameters() for place in _places(parameter)}
+    for name, parameter in weights.named_parameters():
+        if not own.isdisjoint(_places(parameter)):
+            rule = "share no parameter and no memory with the student"
+            fail("weights", rule, f"{name}, which does", "pass a copy")
+    foreign = find_foreign(weights, student)
+    if foreign is not None:
+        rule = "have forwards and hooks that run its own parts"
+        remedy = "make the teacher before the student is wrapped, or pass weights=, loaded anew"
+        fail("weights", rule, f"{foreign}, a function that holds the student", remedy)
+
+
+def _places(parameter: Tensor) -> Iterator[Any]:
+    """Yield what tells whether two parameters are one: the object, and where its shard lies."""
+    yield id(parameter)
+    held: list[Any] = [shard(parameter)]
+    while held:
+        tensor = held.pop()
+        if hasattr(tensor, "__tensor_flatten__"):  # a DTensor or a quantised weight holds others
+            parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+            held += [part for part in parts if isinstance(part, Tensor)]
+        elif address := tensor.untyped_storage().data_ptr():  # 0: empty, or on the meta device
+            yield str(tensor.device), address
+
+
 def copy_module(module: nn.Module) -> nn.Module:
     """Deep copy a module, whose parameters may be sharded by ZeRO-3 already.
 
     Raises:
-        ValueError: the copy would lack weights, or share hooks with the module.
+        ValueError: the copy would lack weights or share hooks with the module, or the module holds
+            something that cannot be copied.
     """
     _check_copyable(module)
-    with _DetachedCopies():
-        made = copy.deepcopy(module)
+    try:
+        with _DetachedCopies():
+            made = copy.deepcopy(module)
+    except (TypeError, AttributeError, PicklingError) as error:  # a lock, a file, a generator
+        fail("student", "be copyable", f"{type(error).__name__}: {error}", PASS_WEIGHTS)
     for own, new in zip(module.parameters(), made.parameters()):
         if _is_zero(own):  # the copy is empty, and an ordinary parameter
             new.data = whole(shard(own), own)
@@ -92,7 +127,7 @@ class _DetachedCopies(TorchFunctionMode):
 
 def _check_copyable(module: nn.Module) -> None:
     """Refuse a student whose deep copy would lack weights."""
-    remedy = "copy it before sharding, or pass weights=, a copy that is prepared as the student is"
+    remedy = f"copy it before sharding, or {PASS_WEIGHTS}"
     for name, attribute in (("FSDP2", "reshard"), ("DeepSpeed", "ds_id")):
         if any(hasattr(part, attribute) for part in module.modules()):
             fail("student", "be whole to be copied", f"{name} modules", remedy)

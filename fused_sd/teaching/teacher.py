@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fused_sd import checks
 from fused_sd.checks import fail
 from fused_sd.teaching.parameters import (
+    check_apart,
     check_same_layout,
     copy_module,
     local_shard,
@@ -49,11 +50,11 @@ class Teacher:
         every: number of optimiser steps between two averages or copies, at least 1.
         weights: the module to use as the teacher, of the student's structure and sharded as the
             student is.  It stops requiring gradients.  None: a deep copy of the student.  Hooks and
-            wrapped forwards come along and use the copy, unless they are closures over the student.
+            wrapped forwards come along and use the copy; closures over the student are refused.
 
     Raises:
-        ValueError: a setting is out of range, ``weights`` does not match the student, or the
-            student cannot be copied.
+        ValueError: a setting is out of range, ``weights`` does not match the student, shares its
+            memory or runs its modules, or the student cannot be copied.
 
     Reference:
         ``"ema"``: https://arxiv.org/abs/2601.20802 (SDPO) and https://arxiv.org/abs/2601.19897
@@ -89,9 +90,7 @@ class Teacher:
         student = unwrap(self._student)
         if weights is None:
             weights = copy_module(student)
-        own = {id(parameter) for parameter in student.parameters()}
-        if any(id(parameter) in own for parameter in weights.parameters()):
-            fail("weights", "share no parameter with the student", "one that does", "pass a copy")
+        check_apart(weights, student)
         check_same_layout(dict(named_tensors(student)), dict(named_tensors(unwrap(weights))))
         return weights.requires_grad_(False).eval()
 
@@ -211,8 +210,9 @@ class Teacher:
         Raises:
             ValueError: the state is of another kind, model or sharding.
         """
-        if state["kind"] != self.kind:
-            fail("state", f"be of kind {self.kind!r}", repr(state["kind"]), "make that teacher")
+        kind = state.get("kind")  # None: not a teacher's state, but perhaps a module's
+        if kind != self.kind:
+            fail("state", f"be of kind {self.kind!r}", repr(kind), "make that teacher")
         teachers = self._weights()[1]
         weights = {
             name: shard_like(value, teachers[name]) if name in teachers else value

@@ -179,18 +179,20 @@ class TeacherOwner:
         """Make the teacher, before accelerate shards the student: that happens in training."""
         args = self.args
         if self.has_teacher:
-            self.teacher = make_teacher(
-                self.model,
-                kind=KINDS[args.teacher_model_kind],
-                rate=args.teacher_update_rate,
-                every=args.teacher_sync_steps,
-            )
+            # TRL's loss head keeps the student's forward in a closure: a copy would run the student
+            own = vars(unwrap(self.model))
+            set_aside = {name: own.pop(name) for name in ("forward", ATTACHMENT) if name in own}
+            try:
+                self.teacher = make_teacher(
+                    self.model,
+                    kind=KINDS[args.teacher_model_kind],
+                    rate=args.teacher_update_rate,
+                    every=args.teacher_sync_steps,
+                )
+            finally:
+                own.update(set_aside)
             self._shard_teacher(self.teacher)
         self.teacher_model = self.model if self.teacher is None else self.teacher.module
-        if self.teacher_model is not self.model:
-            # TRL's loss head keeps the student's forward in a closure: a copy would run the student
-            vars(unwrap(self.teacher_model)).pop("forward", None)
-            vars(unwrap(self.teacher_model)).pop(ATTACHMENT, None)
         # accelerate never prepares the teacher, whose requests need the autocast that is passed.
         attach(self.teacher_model, autocast=self.accelerator.autocast)
         self._teacher_callback = TeacherCallback(self, skip=args.skip_nonfinite_gradients)

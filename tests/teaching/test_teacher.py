@@ -1,12 +1,16 @@
 """Test the teacher's averages, copies and saved states, and the trust region."""
 
 import copy
+import functools
 import os
+import threading
+from types import MethodType
 
 import pytest
 import torch
 from closeness import assert_close, assert_same_up_to_rounding
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fused_sd import LMHead, Teacher, divergence_loss, trust_region_states
 
@@ -305,6 +309,95 @@ def test_weights_that_cannot_teach_are_refused():
         Teacher(model, weights=other)
 
 
+def test_weights_in_the_students_memory_are_refused():
+    """Such parameters are other objects, and yet move with the student's."""
+    model, other = Model(), Model()
+    other.load_state_dict(model.state_dict(), assign=True)
+    with pytest.raises(ValueError, match=r"no memory .*got embedding\.weight, which does"):
+        Teacher(model, kind="frozen", weights=other)
+
+
+def hold_in_forward(part):
+    original = part.forward
+    part.forward = lambda states: original(states)
+
+
+def hold_in_hook(part):
+    part.register_forward_hook(lambda module, args, output: output @ part.weight)
+
+
+def hold_in_early_hook(part):
+    part.register_forward_pre_hook(lambda module, args: (args[0] @ part.weight,))
+
+
+def hold_in_default(part):
+    def hook(module, args, output, held=part):
+        return output @ held.weight
+
+    part.register_forward_hook(hook)
+
+
+def hold_in_inner_function(part):
+    parts, method = {"held": [part]}, part.extra_repr
+    inner = functools.partial(lambda output: (output, parts, method))
+    part.register_forward_hook(lambda module, args, output: inner(output)[0])
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [hold_in_forward, hold_in_hook, hold_in_early_hook, hold_in_default, hold_in_inner_function],
+)
+def test_functions_that_hold_the_student_are_refused(hold):
+    """They are not copied: in the teacher's forward they would run the student."""
+    model = Model()
+    hold(model.frozen)
+    name = r"frozen\.(forward|_forward_hooks|_forward_pre_hooks)"
+    with pytest.raises(ValueError, match=rf"run its own parts, got {name}.*before the student is"):
+        Teacher(model)
+
+
+def test_methods_and_partials_come_along_with_the_copy():
+    """``deepcopy`` lets them refer to the copy."""
+
+    def doubled(module, *args):
+        return 2 * type(module).forward(module, *args)
+
+    model, ids = Model(), torch.arange(7)
+    model.frozen.forward = MethodType(doubled, model.frozen)
+    model.head.forward = functools.partial(doubled, model.head)
+    model.frozen.register_forward_hook(lambda module, args, output: output + 1)
+    teacher = Teacher(model, kind="frozen")
+    with teacher.acting() as module:
+        before = module(ids)
+    assert torch.equal(before, model.eval()(ids))
+    step(model)
+    with teacher.acting() as module:
+        assert torch.equal(module(ids), before)
+
+
+def test_a_student_that_cannot_be_copied_is_refused():
+    model = Model()
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"be copyable, got TypeError: .*lock.*pass weights="):
+        Teacher(model)
+
+
+def test_weights_that_hold_other_tensors_can_be_copied():
+    """As quantised weights do, which have no memory of their own."""
+    model = Model()
+    both = TwoTensor(*(torch.zeros(4, 4, dtype=torch.float64) for _ in range(2)))
+    model.frozen.weight = nn.Parameter(both, requires_grad=False)
+    teacher = Teacher(model, kind="synced")
+    other = copy.deepcopy(model)
+    other.frozen.weight = nn.Parameter(TwoTensor(both.a, both.b), requires_grad=False)
+    with pytest.raises(ValueError, match=r"got frozen\.weight, which does"):
+        Teacher(model, weights=other)
+    with torch.no_grad():
+        model.frozen.weight.add_(1)
+    teacher.update()
+    assert torch.equal(teacher.module.frozen.weight.a, torch.ones(4, 4, dtype=torch.float64))
+
+
 def test_a_student_that_is_not_whole_is_not_copied():
     with torch.device("meta"), pytest.raises(ValueError, match=r"meta device; .*pass weights="):
         Teacher(Model())
@@ -337,6 +430,8 @@ def test_a_state_of_another_teacher_is_refused():
     teacher = Teacher(model)
     with pytest.raises(ValueError, match="kind 'ema', got 'frozen'"):
         teacher.load_state_dict(Teacher(model, kind="frozen").state_dict())
+    with pytest.raises(ValueError, match="kind 'ema', got None; make that teacher"):
+        teacher.load_state_dict(model.state_dict())
     with pytest.raises(ValueError, match="state must be those of the same model"):
         teacher.load_state_dict(Teacher(nn.Linear(2, 2)).state_dict())
 

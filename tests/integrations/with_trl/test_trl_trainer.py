@@ -610,6 +610,23 @@ def test_a_resumed_adapter_has_the_teacher_that_it_had(tmp_path):
         assert torch.allclose(second[name], first[name], atol=1e-6), name
 
 
+@pytest.mark.parametrize("kind", ["base", "ema"])
+def test_a_second_training_of_an_adapter_teaches_with_the_student_of_then(kind, tmp_path):
+    """The first trainer's teacher is still an adapter of the model."""
+    config = peft.LoraConfig(r=4, **LORA)
+    first = make("SDPO", tmp_path, student=model(torch.float32), peft_config=config)
+    first.train()
+    again = make("SDPO", tmp_path, student=first.model.eval(), teacher_model_kind=kind)
+    probe = {"input_ids": torch.tensor([[5, 6, 7]])}
+    with torch.no_grad():
+        student = again.model.eval()(**probe).logits
+    with again.teacher.acting() as module:
+        taught = module(**probe).logits
+    with first.teacher.acting() as module:
+        assert not torch.allclose(module(**probe).logits, student, atol=1e-5)
+    assert_close(taught, student, torch.float32)
+
+
 def test_vllm_is_set_up_as_trl_sets_it_up(tmp_path, monkeypatch):
     from trl.trainer import grpo_trainer
 
