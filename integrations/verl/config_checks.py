@@ -1,7 +1,7 @@
 """Checks of ``FusedSDLossConfig``: ranges, combinations, and settings that nothing reads."""
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fused_sd import checks
 from fused_sd.integrations.verl import RLSD_LOSS, TOPK_LOSS
@@ -140,4 +140,16 @@ def check_rlsd(config: "FusedSDLossConfig") -> None:
             "be null: cutting the surrogate's value would stop its gradient",
             config.loss_max_clamp,
             "RLSD's bounds are clip_ratio_low, clip_ratio_high and rlsd_dual_clip",
+        )
+
+
+def check_starts_without_adapter(model_config: Any) -> None:
+    """Refuse a reference that would be the model without the adapter that the run starts from."""
+    adapter = model_config.get("lora_adapter_path")
+    if adapter is not None:
+        checks.fail(
+            "lora_adapter_path",
+            'be left out with distillation_loss.teacher="reference", the weights at the start',
+            repr(adapter),
+            'merge that adapter into the model, or choose teacher="live"',
         )

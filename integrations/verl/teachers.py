@@ -25,6 +25,7 @@ from fused_sd.checks import fail
 from fused_sd.integrations.shared.completion_scores import with_head
 from fused_sd.integrations.transformers import Request, unwrap
 from fused_sd.integrations.verl.config import FusedSDLossConfig
+from fused_sd.integrations.verl.config_checks import check_starts_without_adapter
 from fused_sd.integrations.verl.engine import FusedSDEngine
 from fused_sd.integrations.verl.head_request import LocalTeacher, flag
 
@@ -47,7 +48,7 @@ class TeachingEngine(FusedSDEngine):
     official code.  They are saved and loaded with the checkpoint; a run that resumes from a
     checkpoint without a teacher starts its teacher as a copy of the loaded student.
     ``"reference"`` is the model that the run started from; with LoRA it is the model without its
-    adapter, so that no second copy is made.
+    adapter, so that no second copy is made, and a run that starts from an adapter is refused.
     """
 
     scaler: Any  # verl's gradient scaler, for fp16
@@ -108,6 +109,7 @@ class TeachingEngine(FusedSDEngine):
                     repr(config.teacher),
                     "train all weights to have a teacher that follows them",
                 )
+            check_starts_without_adapter(self.model_config)
             with self.disable_adapter():
                 yield self.module
             return

@@ -11,6 +11,7 @@ from torch import Tensor
 from transfer_queue import KVBatchMeta
 
 from fused_sd.checks import fail
+from fused_sd.integrations.verl.config_checks import check_starts_without_adapter
 from fused_sd.integrations.verl.self_distillation import SelfDistillationConfig
 from fused_sd.integrations.verl.teacher_sequences import (
     TeacherBatch,
@@ -87,8 +88,10 @@ class WorkerScores:
             self.ref_policy_wg.compute_ref_log_prob(request)
 
     def _check_reference_worker(self) -> None:
-        """Refuse a reference teacher if verl has not started a reference worker."""
+        """Refuse a reference teacher that verl has no worker for, or no weights."""
         config = self.self_distillation
+        if config.loss.teacher == "reference":
+            check_starts_without_adapter(self.config.actor_rollout_ref.model)
         needs = config.scored_by == "worker" and config.loss.teacher == "reference"
         if needs and not (self.use_reference_policy or self.ref_in_actor):
             fail(

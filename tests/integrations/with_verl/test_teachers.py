@@ -240,6 +240,21 @@ def test_a_teacher_that_follows_an_adapter_is_refused():
         assert 'distillation_loss.teacher must be "live" or "reference" with LoRA' in one["error"]
 
 
+def test_the_reference_of_a_run_that_starts_from_an_adapter_is_refused():
+    from verl.workers.config import HFModelConfig
+
+    from fused_sd.integrations.verl.config import FusedSDLossConfig
+    from fused_sd.integrations.verl.teachers import TeachingEngine
+
+    engine = object.__new__(TeachingEngine)
+    engine._is_lora = True
+    engine.model_config = object.__new__(HFModelConfig)
+    object.__setattr__(engine.model_config, "lora_adapter_path", "phase1")
+    config = FusedSDLossConfig(teacher="reference", topk=K)
+    with pytest.raises(ValueError, match="lora_adapter_path must be left out"):
+        engine._teacher_module(config).__enter__()
+
+
 def test_verls_worker_follows_the_recipe_on_what_the_stage_writes():
     """SDPO: Jensen-Shannon over the student's top 100 and their tail, taught by an average."""
     both = remains()[0][RECIPE]
