@@ -143,13 +143,15 @@ def check_same_layout(
     """Check that both sides have the same names, shapes and shards."""
     if students.keys() != teachers.keys():
         other = min(students.keys() ^ teachers.keys())
-        fail(owner, "be those of the same model", f"{other} on one side only", "pass a copy of it")
+        remedy = "pass a copy of it, or make a new teacher where its structure was changed"
+        fail(owner, "be those of the same model", f"{other} on one side only", remedy)
     for name, student in students.items():
         teacher = teachers[name]
         if _layout(student) != _layout(teacher):
             both = (" ".join(map(str, _layout(tensor))) for tensor in (student, teacher))
             got = f"{name} {' and '.join(both)}"
-            fail(owner, "have the shapes and shards of the student's", got, "shard both alike")
+            remedy = "shard both alike, or make a new teacher where the student was resized"
+            fail(owner, "have the shapes and shards of the student's", got, remedy)
 
 
 def shard(tensor: Any) -> Tensor:

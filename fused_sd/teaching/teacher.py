@@ -37,8 +37,8 @@ class Teacher:
     """Hold the weights that teach, and let them follow the student's.
 
     An average of 16-bit parameters is kept in fp32 beside them: in 16 bits a small ``rate`` rounds
-    to no change at all.  Parameters that the student does not train have no average; buffers are
-    copied at every update.
+    to no change at all.  Parameters that the student has never trained while the teacher followed
+    have no average; buffers are copied at every update.
 
     Args:
         student: the module that is trained, possibly inside DDP, FSDP2, ZeRO-3 or
@@ -80,6 +80,9 @@ class Teacher:
         # fp32 averages by name; made on first use, since the teacher may be sharded until then
         self._masters: dict[str, Tensor] = {}
         self._module = self._prepare(weights)
+        self._trained: set[str] = set()
+        if kind == "ema":
+            self._note_trained(self._weights()[0])
 
     def _prepare(self, weights: nn.Module | None) -> nn.Module:
         """Return the module that teaches, checked against the student and frozen."""
@@ -150,14 +153,14 @@ class Teacher:
         """Move the teacher by ``share`` of the way to the student."""
         students, teachers = self._weights()
         check_same_layout(students, teachers)
+        self._note_trained(students)
         for name, student in students.items():
             teacher = teachers[name]
             if teacher.is_meta or shard(teacher).numel() == 0:
                 # two empty tensors would agree for ever, and the teacher would silently stand still
                 remedy = "shard the model with FSDP2 or ZeRO-3"
                 fail("weights", "be here to follow the student's", f"{name} empty", remedy)
-            trained = isinstance(student, nn.Parameter) and student.requires_grad
-            averaged = trained and self.kind == "ema"
+            averaged = self.kind == "ema" and name in self._trained
             master = self._master(name, teacher) if averaged else teacher
             if averaged and share < 1:
                 local_shard(master).lerp_(local_shard(student).to(master), share)
@@ -167,6 +170,15 @@ class Teacher:
                 local_shard(teacher).copy_(local_shard(master))
             shard_was_written(teacher)
         self.age = 0
+
+    def _note_trained(self, students: dict[str, Tensor]) -> None:
+        """Remember which parameters are trained.
+
+        What was trained and is frozen now, for good or for an evaluation, stays in the average.
+        """
+        for name, student in students.items():
+            if isinstance(student, nn.Parameter) and student.requires_grad:
+                self._trained.add(name)
 
     def _weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the student's and the teacher's parameters and buffers by name, none twice."""

@@ -91,6 +91,25 @@ def test_an_average_is_taken_after_every_few_steps(every):
     assert torch.equal(teacher.module.frozen.weight, frozen)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("late", [False, True], ids=["trained from the start", "trained later"])
+def test_what_was_trained_stays_in_the_average(late, dtype):
+    """Frozen parameters keep their distance to the teacher otherwise, and update says it moved."""
+    model = Model(dtype)
+    model.requires_grad_(not late)
+    teacher = Teacher(model, rate=0.25)
+    model.requires_grad_(True)
+    expected = snapshot(model)["embedding.weight"].double()
+    for number in range(6):
+        if number < 3:
+            step(model)
+        model.requires_grad_(number < 2)
+        assert teacher.update()
+        expected = expected.lerp(model.embedding.weight.detach().double(), 0.25)
+    held = teacher.state_dict()["weights"]["embedding.weight"]
+    assert_close(held.double(), expected, held.dtype)
+
+
 def test_a_synced_teacher_is_a_copy_every_few_steps():
     model = Model()
     teacher, held = Teacher(model, kind="synced", every=2), snapshot(model)
