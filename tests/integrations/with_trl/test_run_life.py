@@ -1,20 +1,10 @@
-"""A training run's life: data that makes no whole batch, and what is left of the model."""
+"""A training run's life: one batch, evaluations, resuming, and what is left of the model."""
 
 import copy
 
 import pytest
 import torch
 from method_pairs import DATA, GROUP, make, model
-
-EPOCHS = {"max_steps": -1, "num_train_epochs": 1}
-
-
-@pytest.mark.parametrize("rows, steps", [(0, {}), (1, {}), (1, EPOCHS)])
-def test_a_dataset_without_a_whole_batch_is_refused(rows, steps, tmp_path):
-    batch = {"per_device_train_batch_size": 2 * GROUP, **steps}
-    trainer = make("SDPO", tmp_path, data=DATA.select(range(rows)), **batch)
-    with pytest.raises(ValueError, match=f"each of the 2 prompts .*, got {rows} rows; repeat"):
-        trainer.train()
 
 
 def test_one_whole_batch_is_enough_for_a_run(tmp_path):
