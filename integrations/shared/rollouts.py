@@ -19,7 +19,7 @@ class Sibling:
 
     index: int  # its place among the rollouts of all processes
     text: str
-    reward: float
+    reward: float  # NaN: no verdict
     answer: str | None = None  # as in Rollout
 
 
@@ -32,7 +32,7 @@ class Rollout:
         prompt_ids: the prompt's tokens as the student read them, without padding.
         completion_ids: the tokens as sampled, the end token included.
         text: the completion without special tokens.
-        reward: the weighted sum of the reward functions.
+        reward: the weighted sum of the reward functions; NaN where none had a verdict.
         privileged: ``privileged_context`` of the dataset's row, as text; None where it is missing.
             A value that is no text stays as it is, and ``hint`` refuses it.
         feedback: what ``feedback_func`` returned for this completion, likewise.

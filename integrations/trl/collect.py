@@ -50,7 +50,8 @@ def collect_traces(
         dataset: rows with a "prompt" (text or messages); other columns go to the reward.
         reward_func: a reward function as TRL's.  It is called with prompts, completions and the
             dataset's columns, each with one entry for each completion, and returns numbers, or None
-            for no verdict.  A revision is judged by itself, without the response before it.
+            for no verdict: such a response is not revised, and such a revision is no trace.  A
+            revision is judged by itself, without the response before it.
         processing_class: the tokenizer.
         path: a JSONL file, which is created or continued.
         config: how traces are collected; None: ``TraceConfig()``.
@@ -63,7 +64,8 @@ def collect_traces(
         All traces in the file, and their counts.
 
     Raises:
-        ValueError: the file was made from another dataset, tokenizer or config.
+        ValueError: the file was made from another dataset, tokenizer or config; or a function
+            returned something else than one answer for each completion.
     """
     config = TraceConfig() if config is None else config
     check_positive_int("questions_per_batch", questions_per_batch)

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fused_sd.checks import check_positive_int, fail
+from fused_sd.checks import check_positive_int
+from fused_sd.integrations.shared.returned import entries, rewards
 from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for
 from fused_sd.integrations.trl.generators import Generate
 from fused_sd.integrations.trl.trace_filters import before_stop, is_sycophantic, trim_repeats
@@ -29,7 +30,8 @@ class TraceConfig:
         revise_correct: revise right responses too, as in the paper.
         correct_phrase, wrong_phrase: what the model reads after its response; None: the official
             phrase for the model's family, by the tokenizer's name or folder.
-        reward_threshold: a response is right if its reward is above this.
+        reward_threshold: a response is right if its reward is above this, and wrong if it is not;
+            without a verdict it is neither, and is left out.
         stop_strings: a response ends before the first of these, and is judged without what follows.
             The official code's further ones are the end tokens of its models.
         drop_sycophantic: leave out revisions that open by answering a user ("You're right").
@@ -67,7 +69,7 @@ class _Response:
 
     question: int
     ids: list[int]
-    reward: float | None
+    reward: float
     correct: bool
 
 
@@ -92,7 +94,8 @@ class Reviser:
         traces: dict[int, list[Trace]] = {index: [] for index in rows}
 
         asked = [index for index in rows for _ in range(config.num_initial)]
-        initials = self._respond(rows, [prompts[index] for index in asked], asked, tally)
+        answers = self._respond(rows, [prompts[index] for index in asked], asked, tally)
+        initials = [answer for answer in answers if answer is not None]
         for initial in initials:
             tally[initial.question].initial += 1
             tally[initial.question].initial_correct += initial.correct
@@ -110,6 +113,8 @@ class Reviser:
         ]
         revisions = self._respond(rows, contexts, [initial.question for initial in chosen], tally)
         for initial, revision in zip(chosen, revisions, strict=True):
+            if revision is None:
+                continue
             index = initial.question
             count = tally[index]
             count.revisions += 1
@@ -163,12 +168,13 @@ class Reviser:
         contexts: list[list[int]],
         questions: list[int],
         tally: Mapping[int, TraceCounts],
-    ) -> list[_Response]:
-        """Sample a response to each context, and verify the responses."""
+    ) -> list[_Response | None]:
+        """Sample a response to each context, and verify it; None where there is no verdict."""
         if not contexts:
             return []
-        completions = [list(ids) for ids in self.generate(contexts)]
-        _check_length("generate", completions, contexts)
+        remedy = "keep the order and leave none out"
+        sampled = entries("generate", self.generate(contexts), len(contexts), remedy=remedy)
+        completions = [list(ids) for ids in sampled]
         for index, ids in zip(questions, completions, strict=True):
             tally[index].generated_tokens += len(ids)
         stops = self.config.stop_strings
@@ -176,7 +182,7 @@ class Reviser:
         chosen = [rows[index] for index in questions]
         columns = {name: [row[name] for row in chosen] for name in chosen[0] if name != "prompt"}
         texts = [self._text(ids) for ids in completions]
-        rewards = self.reward_func(
+        given = self.reward_func(
             prompts=[row["prompt"] for row in chosen],
             completions=[
                 text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
@@ -184,14 +190,13 @@ class Reviser:
             ],
             **columns,
         )
-        _check_length("reward_func", rewards, contexts)
-        return [
-            _Response(index, ids, None if reward is None else float(reward), self._is_right(reward))
-            for index, ids, reward in zip(questions, completions, rewards, strict=True)
-        ]
-
-    def _is_right(self, reward: float | None) -> bool:
-        return reward is not None and float(reward) > self.config.reward_threshold
+        found: list[_Response | None] = []
+        verdicts = rewards("reward_func", given, len(contexts))
+        for index, ids, reward in zip(questions, completions, verdicts, strict=True):
+            tally[index].undecided += reward is None
+            is_right = reward is not None and reward > self.config.reward_threshold
+            found.append(None if reward is None else _Response(index, ids, reward, is_right))
+        return found
 
     def _prompt_ids(self, prompt: str | list[dict[str, Any]]) -> list[int]:
         if isinstance(prompt, str):
@@ -228,9 +233,3 @@ class Reviser:
 
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def _check_length(name: str, got: Sequence[Any], contexts: Sequence[Any]) -> None:
-    if len(got) != len(contexts):
-        remedy = "keep the order and leave none out"
-        fail(name, f"return one entry for each of {len(contexts)}", len(got), remedy)

@@ -86,6 +86,7 @@ class TraceCounts:
     sycophantic: int = 0
     duplicates: int = 0
     generated_tokens: int = 0
+    undecided: int = 0  # responses and revisions without a verdict, which nothing else counts
 
     def __add__(self, other: "TraceCounts") -> "TraceCounts":
         names = (item.name for item in fields(self))

@@ -127,14 +127,46 @@ def test_rewards_see_messages_where_prompts_are_messages_and_the_revision_alone(
     assert load_traces(path).traces == traces
 
 
-def test_a_reward_of_none_is_no_success(tmp_path):
-    def undecided(prompts, **_):
-        return [None] * len(prompts)
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_a_response_without_a_verdict_is_neither_right_nor_wrong(nothing, tmp_path):
+    def undecided(completions, answer, **_):
+        """Question 1's response and question 5's revision have no verdict."""
+        without = ("It is -5", "2"), ("So 6", "6")
+        known = zip(zip(completions, answer), reward(None, completions, answer))
+        return [nothing if pair in without else right for pair, right in known]
+
+    script, path = Script(), tmp_path / "t.jsonl"
+    traces, counts = collect_traces(script, QUESTIONS, undecided, TOKENIZER, path, config=ONE)
+    assert [trace.question for trace in traces] == [3]
+    assert len(script.calls[1]) == 2  # no phrase says of the first that it was wrong
+    assert (counts.initial, counts.initial_correct, counts.undecided) == (5, 3, 2)
+    assert (counts.revisions, counts.revisions_of_wrong, counts.corrected) == (1, 1, 1)
+    assert (counts.initial_accuracy, counts.correction_rate) == (0.6, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([1.0], "reward_func must return a list with one entry for each of 6 completions, got 1"),
+        (1.0, "reward_func must return a list .* got a float"),
+        (["1"] * 6, "reward_func must return numbers, or None for no verdict, got '1'"),
+        ([0.0] * 5 + [float("inf")], "reward_func must return finite numbers, got inf for comp"),
+    ],
+)
+def test_a_malformed_reward_is_refused_before_it_is_written(answers, message, tmp_path):
+    path = tmp_path / "t.jsonl"
+    with pytest.raises(ValueError, match=message):
+        collect_traces(Script(), QUESTIONS, lambda **_: answers, TOKENIZER, path, config=ONE)
+    assert load_traces(path).counts.questions == 0
+
+
+def test_rewards_may_be_a_tensor_or_come_later(tmp_path):
+    async def late(prompts, completions, answer):
+        return torch.tensor(reward(prompts, completions, answer))
 
     path = tmp_path / "t.jsonl"
-    traces, counts = collect_traces(Script(), QUESTIONS, undecided, TOKENIZER, path, config=ONE)
-    assert traces == []
-    assert (counts.initial_correct, counts.revisions_correct, counts.revisions) == (0, 0, 6)
+    traces, _ = collect_traces(Script(), QUESTIONS, late, TOKENIZER, path, config=ONE)
+    assert [trace.question for trace in traces] == [1, 3, 5]
 
 
 def test_a_killed_run_goes_on_with_the_questions_that_are_not_in_the_file(tmp_path):
@@ -205,7 +237,7 @@ def test_collecting_stops_after_the_batch_that_has_enough(tmp_path):
 
 
 def test_an_answer_for_every_prompt_is_demanded(tmp_path):
-    with pytest.raises(ValueError, match="generate must return one entry for each of 6, got 5"):
+    with pytest.raises(ValueError, match=r"generate must return a list .* 6 completions, got 5"):
         collect(tmp_path / "t.jsonl", lambda prompts: [[2]] * (len(prompts) - 1))
 
 
