@@ -1,7 +1,8 @@
 """What all verifiers share: the response in a completion, the reference, and the verdicts."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,18 +53,26 @@ class Verifier(ABC):
     def verdicts(self, completions: Sequence[Any], **columns: Any) -> list[Verdict]:
         """Return the verdict on each completion, text or messages.
 
+        A row whose reference is missing (None, or NaN as pandas has it) has no verdict.
+
         Raises:
-            ValueError: the dataset has no column of the verifier's name.
+            ValueError: the dataset has no column of the verifier's name, or the column or
+                ``judge_all`` has another number of entries than there are completions.
         """
         if self.column not in columns:
             rule = f"have a column {self.column!r}, which the verifier {self.__name__!r} reads"
             fail("dataset", rule, sorted(columns), "rename the column, or pass column=")
-        pairs = [(response_text(c), r) for c, r in zip(completions, columns[self.column])]
+        references = columns[self.column]
+        _check_number(f"the column {self.column!r}", references, completions)
+        pairs = [(response_text(c), r) for c, r in zip(completions, references)]
         keys = [repr(pair) for pair in pairs]
         known = {key: self._latest[key] for key in keys if key in self._latest}
         unknown = {key: pair for key, pair in zip(keys, pairs) if key not in known}
-        fresh = self.judge_all(list(unknown.values()))
-        self._latest = {**known, **dict(zip(unknown, fresh))}
+        known |= {key: Verdict(None, None) for key, (_, r) in unknown.items() if _is_missing(r)}
+        asked = {key: pair for key, pair in unknown.items() if key not in known}
+        fresh = list(self.judge_all(list(asked.values())))
+        _check_number(f"what {type(self).__name__}.judge_all returns", fresh, asked)
+        self._latest = {**known, **dict(zip(asked, fresh))}
         return [self._latest[key] for key in keys]
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -73,6 +82,16 @@ class Verifier(ABC):
     def feedback(self, completions: Sequence[Any], **columns: Any) -> list[str | None]:
         """Return the feedback on each completion."""
         return [verdict.feedback for verdict in self.verdicts(completions, **columns)]
+
+
+def _check_number(name: str, entries: Sized, completions: Sized) -> None:
+    if len(entries) != len(completions):
+        rule = f"have one entry for each of {len(completions)} completions"
+        fail(name, rule, len(entries), "keep their order and leave none out")
+
+
+def _is_missing(reference: Any) -> bool:
+    return reference is None or (isinstance(reference, float) and math.isnan(reference))
 
 
 def response_text(completion: Any) -> str:

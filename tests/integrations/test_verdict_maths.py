@@ -75,6 +75,15 @@ def test_a_tools_result_is_not_the_models(judge):
 def test_a_reference_that_is_no_result_gives_no_reward(judge):
     assert judge(["\\boxed{42}"] * 2, answer=["", "what it was before"]) == [None, None]
     assert judge.feedback(["\\boxed{42}"], answer=[""]) == [None]
+    # a row that has none, by itself or as pandas writes it: not the product of N, o, n and e
+    missing = [None, float("nan"), "42"]
+    assert judge(["\\boxed{42}"] * 3, answer=missing) == [None, None, 1.0]
+    assert judge.feedback(["\\boxed{41}"] * 2, answer=missing[:2]) == [None, None]
+
+
+def test_there_is_a_reference_for_each_completion(judge):
+    with pytest.raises(ValueError, match="column 'answer' must have one entry for each of 2"):
+        judge(["\\boxed{42}"] * 2, answer=["42"])
 
 
 def test_a_comparison_without_end_is_no_match():
