@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fused_sd.checks import fail
+from fused_sd.integrations.shared.texts import as_text
 
 UNORDERED = (str, bytes, Mapping, Set)  # can be iterated over, and are no list of answers
 
@@ -77,20 +78,16 @@ def rewards(name: str, answers: Any, number: int) -> list[float | None]:
 
 
 def texts(name: str, answers: Any, number: int) -> list[str | None]:
-    """Return a feedback function's answers: texts, and None where there is nothing to say.
+    """Return a feedback function's answers as texts, with None where there is nothing to say.
 
     Args:
         name, answers, number: as in ``entries``.
 
     Raises:
-        ValueError: as ``entries``; or an entry is no text.
+        ValueError: as ``entries`` and ``as_text``.
     """
     given = entries(name, answers, number, remedy="put None where there is nothing to say")
-    for n, entry in enumerate(given):
-        if entry is not None and not isinstance(entry, str):
-            got = f"a {type(entry).__name__} for completion {n}"
-            fail(name, "return texts, or None", got, "make it a text: str(...)")
-    return given
+    return [as_text(name, said, f"answer {n}") for n, said in enumerate(given)]
 
 
 def _rule(number: int) -> str:

@@ -5,19 +5,16 @@
 Dimension key:  B sequences of this process, N of all processes, T completion tokens
 """
 
-import asyncio
-import inspect
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fused_sd.checks import fail
+from fused_sd.integrations.shared.returned import texts
 from fused_sd.integrations.shared.rollouts import Rollout
-from fused_sd.integrations.shared.texts import as_text
+from fused_sd.integrations.trl.reward_functions import advantages, checked, summed
 
 FeedbackFunction = Callable[..., Sequence[str | None]]
 FEEDBACK_METHOD = "get_feedback"  # of an environment
@@ -94,13 +91,20 @@ class RolloutBatches:
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
         """Ask for feedback too: only here are rows, prompts and completions at hand."""
-        if self.reward_funcs:
-            given = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        own = self.reward_funcs
+        if own:
+            has_loop = hasattr(self, "async_loop")
+            named = zip(own, self.reward_func_names, strict=True)
+            self.reward_funcs = [checked(one, name, has_loop=has_loop) for one, name in named]
+            try:
+                given = super()._calculate_rewards(
+                    inputs, prompts, completions, completion_ids_list
+                )
+            finally:
+                self.reward_funcs = own
         else:
             number = len(prompts) * self.accelerator.num_processes
-            given = torch.zeros(number, 1, device=self.accelerator.device)
-        rewards = (given * self.reward_weights.to(given)).nansum(1)
-        rewards[given.isnan().all(1)] = torch.nan
+            given = torch.full((number, 1), torch.nan, device=self.accelerator.device)
         self.scored = Scored(
             inputs,
             prompts,
@@ -108,7 +112,7 @@ class RolloutBatches:
             self._tokenizer.batch_decode(completion_ids_list, skip_special_tokens=True),
             [_observation(completion) for completion in completions],
             self._ask_for_feedback(inputs, prompts, completions, completion_ids_list),
-            rewards,
+            summed(given, self.reward_weights, self.reward_func_names),
         )
         return given
 
@@ -134,22 +138,18 @@ class RolloutBatches:
             answers = [None if method is None else method() for method in methods]
         else:
             return [None] * len(prompts)
-        answers = _settled(answers)
-        is_list = isinstance(answers, Sequence) and not isinstance(answers, str)
-        if not is_list or len(answers) != len(prompts):
-            rule = f"return a list with one answer for each of {len(prompts)} completions"
-            got = len(answers) if is_list else f"a {type(answers).__name__}"
-            fail(name, rule, got, "put None where there is nothing to say")
-        return [as_text(name, said, f"answer {n}") for n, said in enumerate(answers)]
+        return texts(name, answers, len(prompts))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Add the teacher's side, the loss mask, advantages and token counts to TRL's batch."""
         batch = super()._generate_and_score_completions(inputs)
         start = self.accelerator.process_index * len(inputs)
         local = slice(start, start + len(inputs))
-        advantages = self._advantages(self.scored.rewards)
-        batch["rewards"], batch["advantages"] = self.scored.rewards[local], advantages[local]
-        self._relog(advantages)
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        rewards, args = self.scored.rewards, self.args
+        gained = advantages(rewards, size, args.scale_rewards, args.advantage_epsilon)
+        batch["rewards"], batch["advantages"] = rewards[local], gained[local]
+        self._relog(gained)
         mask = batch["completion_mask"]
         batch["loss_mask"] = mask * batch["tool_mask"] if "tool_mask" in batch else mask
         sampled = batch["loss_mask"].sum().float()
@@ -173,27 +173,12 @@ class RolloutBatches:
                     callback.on_generation_batch_built(self.args, self.state)
         return inputs
 
-    def _advantages(self, rewards: Tensor) -> Tensor:
-        """Return advantages (N,): rewards less their group's mean, scaled by ``scale_rewards``.
-
-        TRL's own advantages add a fixed 1e-4 to the divisor, and are 0 in groups of one.  Here a
-        group of one keeps its reward.  A rollout without a verdict has advantage 0.
-        """
-        size = self.num_generations if self.model.training else self.num_generations_eval
-        groups = rewards.view(-1, size)
-        centred = groups - groups.nanmean(1, keepdim=True) if size > 1 else groups
-        if self.args.scale_rewards == "group" and size > 1:
-            centred = centred / (_deviation(groups) + self.args.advantage_epsilon)
-        elif self.args.scale_rewards == "batch" and rewards.numel() > 1:
-            centred = centred / (_deviation(rewards[None]) + self.args.advantage_epsilon)
-        return centred.flatten().nan_to_num(nan=0.0)
-
-    def _relog(self, advantages: Tensor) -> None:
+    def _relog(self, gained: Tensor) -> None:
         """Put the advantages that are trained on into TRL's table; leave out absent rewards."""
         table = self._logs["advantages"]
-        for _ in range(min(len(advantages), len(table))):
+        for _ in range(min(len(gained), len(table))):
             table.pop()
-        table.extend(advantages.tolist())
+        table.extend(gained.tolist())
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[self._phase(self.model)].pop(name, None)
@@ -232,33 +217,6 @@ class RolloutBatches:
         super()._set_signature_columns_if_needed()
         if "privileged_context" not in self._signature_columns:
             self._signature_columns.append("privileged_context")
-
-
-def _settled(answers: Any) -> Any:
-    """Wait for answers that are not there yet, all of them or some."""
-
-    def is_late(one: Any) -> bool:
-        return isinstance(one, list) and any(map(inspect.isawaitable, one))
-
-    async def settle() -> Any:
-        known = await answers if inspect.isawaitable(answers) else answers
-        if not is_late(known):
-            return known
-        return [await one if inspect.isawaitable(one) else one for one in known]
-
-    if inspect.isawaitable(answers) or is_late(answers):
-        # in a thread, because a notebook's own event loop runs in this one
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(asyncio.run, settle()).result()
-    return answers
-
-
-def _deviation(groups: Tensor) -> Tensor:
-    """Return each row's standard deviation, without NaNs, (groups, 1)."""
-    known = ~groups.isnan()
-    count = known.sum(1, keepdim=True)
-    squares = (groups - groups.nanmean(1, keepdim=True)).nan_to_num(nan=0.0).square()
-    return (squares.sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
 
 
 def _observation(completion: Any) -> str | None:

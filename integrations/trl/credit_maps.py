@@ -4,6 +4,7 @@ Dimension key:  B sequences, T completion tokens, D hidden size
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,7 +118,8 @@ class CreditMapCallback(TrainerCallback):
         captions = [f"step {step}, rollout {n}" for n in chosen.tolist()]
         if "rewards" in inputs:
             rewards = inputs["rewards"][chosen].tolist()
-            captions = [f"{text}, reward {r:g}" for text, r in zip(captions, rewards)]
+            said = ["" if math.isnan(r) else f", reward {r:g}" for r in rewards]  # NaN: no verdict
+            captions = [f"{text}{what}" for text, what in zip(captions, said)]
         decode = self.trainer.processing_class.decode
         shown = measures.as_map(
             batch["completion_ids"],

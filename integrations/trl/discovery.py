@@ -57,7 +57,7 @@ class DiscoveryTrainer(SDPOTrainer):
     """SDPO on one row of data; ``train()`` ends with the first success or the last attempt.
 
     Attributes:
-        rewards: the rewards of all attempts, in the order of sampling.
+        rewards: the rewards of all attempts, in the order of sampling; NaN without a verdict.
         first_success: the number of the first attempt that passed, counted from 1, or None.
         solution: the text of that attempt, or None.
     """

@@ -3,6 +3,7 @@
 Dimension key:  B sequences, T completion tokens, K wrong hints, L positions
 """
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -113,7 +114,8 @@ class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
 
     As in the official code, hints are random siblings and never the rollout itself; each names its
     final answer, and a failed sibling without one is no hint.  A rollout without a right hint or
-    without a wrong one has weight 0, such as the only success of its group.
+    without a wrong one has weight 0, such as the only success of its group, and so has one without
+    a verdict.
     """
 
     config_cls = RLCSDConfig
@@ -125,7 +127,10 @@ class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
 
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
         correct, wrong = self._hints(rollout)
-        return self.hinted(rollout, correct) if correct and wrong else None
+        # Without a verdict there is no advantage, which the contrast changes.
+        if math.isnan(rollout.reward) or not correct or not wrong:
+            return None
+        return self.hinted(rollout, correct)
 
     def context_flags(self, rollout: Rollout) -> dict[str, bool]:
         correct, wrong = self._hints(rollout)

@@ -36,6 +36,7 @@ from fused_sd.integrations.trl.credit_maps import CreditMapCallback
 from fused_sd.integrations.trl.data_checks import DataChecks
 from fused_sd.integrations.trl.fused_grpo import FusedGRPOTrainer, model_inputs
 from fused_sd.integrations.trl.reduction import loss_type_weights
+from fused_sd.integrations.trl.reward_functions import check_weights, function_list
 from fused_sd.integrations.trl.teacher_contexts import TeacherContexts
 from fused_sd.integrations.trl.teachers import TeacherOwner
 
@@ -50,19 +51,18 @@ class SelfDistillationTrainer(DataChecks, RolloutBatches, TeacherOwner, FusedGRP
 
     Args:
         model: a causal language model, with images or without, its name or its folder.
-        reward_funcs: TRL's reward functions.  Methods that read no rewards do not need any.
+        reward_funcs: TRL's reward functions, which return finite numbers, and None or NaN for no
+            verdict.  Methods that read no rewards do not need any.
         args: the method's configuration.
         train_dataset: has a column ``prompt``, and ``privileged_context`` with what only the
             teacher may see, if the method reads it; ``image`` or ``images`` for both sides.
         others, kwargs: the further arguments of TRL's ``GRPOTrainer``, such as ``tools``,
             ``environment_factory`` and ``rollout_func``.
-        feedback_func: is called as a reward function is, and returns for each completion what the
-            environment says about it, or None.  Without it an environment's ``get_feedback`` is
-            asked, where it has that method.
+        feedback_func: is called as a reward function is, and returns what the environment says of
+            each completion, or None.  Without it an environment's ``get_feedback`` is asked.
 
     Raises:
-        ValueError: rewards or data that the method needs are missing, or the model's head cannot be
-            reproduced.
+        ValueError: rewards or data are missing or malformed, or the head cannot be reproduced.
     """
 
     args: Any  # the method's configuration
@@ -94,13 +94,13 @@ class SelfDistillationTrainer(DataChecks, RolloutBatches, TeacherOwner, FusedGRP
         if not isinstance(args, self.config_cls):
             wanted = self.config_cls.__name__
             fail("args", f"be a {wanted} for {name}", type(args).__name__, f"pass {wanted}(...)")
-        has_rewards = reward_funcs is not None and reward_funcs != []
-        has_environment = bool(kwargs.get("environment_factory"))
-        if self.needs_rewards and not (has_rewards or has_environment):
+        functions = function_list(reward_funcs)
+        check_weights(args.reward_weights, len(functions))
+        if self.needs_rewards and not (functions or kwargs.get("environment_factory")):
             fail("reward_funcs", f"be given to {name}", "none", "it learns from verified rollouts")
         self.feedback_func = feedback_func
         # GRPOTrainer refuses to have no reward; this one is taken out again below.
-        given = reward_funcs if has_rewards or self.needs_rewards else [_no_reward]
+        given = functions if functions or self.needs_rewards else [_no_reward]
         super().__init__(model, given, args, train_dataset, *others, **kwargs)
         if args.padding_free and isinstance(self.processing_class, ProcessorMixin):
             got = f"True with a {type(self.processing_class).__name__}"

@@ -77,8 +77,9 @@ def test_what_is_no_reward_is_refused_with_its_function_and_place(name):
 def test_feedback_is_a_text_or_none_for_each_completion():
     assert texts("feedback_func", iter(["no", None]), 2) == ["no", None]
     assert texts("feedback_func", np.array(["no", "why?"]), 2) == ["no", "why?"]
-    with pytest.raises(ValueError, match="texts, or None, got a float for completion 1"):
-        texts("feedback_func", ["no", math.nan], 2)
+    assert texts("feedback_func", ["no", math.nan], 2) == ["no", None]
+    with pytest.raises(ValueError, match="be text, a number, .* got a dict .* in answer 1"):
+        texts("feedback_func", ["no", {"why": 3}], 2)
     with pytest.raises(ValueError, match="for each of 2 completions, got 1; put None where"):
         texts("feedback_func", ["no"], 2)
     with pytest.raises(ValueError, match="got a dict"):

@@ -742,7 +742,7 @@ REFUSED = {
     ),
     "feedback for some": (
         lambda f: sample(make("SDPO", f, feedback_func=lambda prompts, **_: ["no"])),
-        "feedback_func must return a list with one answer for each of 4 completions, got 1",
+        "feedback_func must return a list with one entry for each of 4 completions, got 1",
     ),
     "feedback that is not returned": (
         lambda f: sample(make("SDPO", f, feedback_func=lambda prompts, **_: None)),
