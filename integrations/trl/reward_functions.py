@@ -110,13 +110,15 @@ def advantages(rewards: Tensor, size: int, scale: str, epsilon: float) -> Tensor
         scale: ``"group"``, ``"batch"`` or ``"none"``.
         epsilon: is added to the standard deviation that rewards are divided by.
     """
-    groups = rewards.view(-1, size)
+    # In float64 the mean of equal rewards is that reward.  In fp32 it is off by a rounding error,
+    # which is all that the deviation consists of, so that dividing by it would give noise near 1.
+    groups = rewards.cpu().double().view(-1, size)
     centred = groups - groups.nanmean(1, keepdim=True) if size > 1 else groups
     if scale == "group" and size > 1:
         centred = centred / (_deviation(groups) + epsilon)
     elif scale == "batch" and rewards.numel() > 1:
         centred = centred / (_deviation(groups.view(1, -1)) + epsilon)
-    return centred.flatten().nan_to_num(nan=0.0)
+    return centred.flatten().nan_to_num(nan=0.0).to(rewards)
 
 
 def _deviation(groups: Tensor) -> Tensor:

@@ -77,6 +77,15 @@ def test_a_rollout_without_a_verdict_is_in_no_mean():
     assert alone.tolist() == [0.0, 0.5]
 
 
+@pytest.mark.parametrize("reward", [0.1, 1.7, 100.3, 1000.1])
+def test_equal_rewards_have_no_advantage(reward):
+    """A mean in fp32 is off by a rounding error, and dividing by its own size makes it near 1."""
+    for size in range(2, 17):
+        for scale in ("group", "batch", "none"):
+            found = advantages(torch.full((2 * size,), reward), size, scale, 1e-6)
+            assert not found.any(), (size, scale)
+
+
 # method: which rollouts of rewards None, 1, 0, 1 are learned from; others have no verdict to wait
 # for: their teacher reads a reference, or every token stays in GRPO's mean with advantage 0
 LEARNED = {
