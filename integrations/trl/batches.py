@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fused_sd.checks import fail
 from fused_sd.integrations.shared.returned import texts
 from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.trl.reward_functions import advantages, checked, summed
@@ -68,12 +69,16 @@ class RolloutBatches:
         """
         return {}
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Sample completions; one that ended at once is its end token.
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Sample one completion of each prompt; one that ended at once is its end token.
 
         An engine may return no token for such a completion, and TRL reads each completion's last.
         """
-        completions, log_probs = super()._generate_single_turn(*args, **kwargs)
+        completions, log_probs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if len(completions) != len(prompt_ids):
+            rule, got = "be 1", f"{len(completions)} completions of {len(prompt_ids)} prompts"
+            remedy = "remove it from the model's generation_config; num_generations repeats prompts"
+            fail("num_return_sequences", rule, got, remedy)
         empty = [n for n, ids in enumerate(completions) if not len(ids)]
         for n in empty:
             completions[n] = [self.end_token_ids[0]]

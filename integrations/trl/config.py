@@ -7,7 +7,7 @@ method does not read; its configuration lists them in ``unread``, and giving one
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
@@ -124,6 +124,7 @@ class SelfDistillationConfig(GradientSettings, GRPOConfig):
             self.num_generations = _GroupOfOne(size)
         super().__post_init__()
         self.num_generations = size
+        _check_generation(self.generation_kwargs)
         check_one_of("loss_type", self.loss_type, LOSS_TYPES)
         check_one_of("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
         if size == 1 and self.scale_rewards == "group":
@@ -207,6 +208,16 @@ def check_pair(name: str, values: Sequence[float]) -> None:
     """Refuse a pair of bounds that is not two numbers; a command line gives a list."""
     if len(values) != 2:
         fail(name, "hold two numbers, the lower and the upper", values, "give both")
+
+
+def _check_generation(settings: Any) -> None:
+    """Refuse generation settings that change how many completions a call returns, or in what."""
+    legal = {"num_return_sequences": 1, "n": 1, "return_dict_in_generate": False}
+    for name, value in legal.items():
+        given = (settings or {}).get(name)
+        if given is not None and given != value:
+            rule, remedy = f"be {value}", "num_generations says how many completions a prompt has"
+            fail(f"generation_kwargs[{name!r}]", rule, repr(given), remedy)
 
 
 def _default(setting) -> object:  # type: ignore[no-untyped-def]  # a dataclass field

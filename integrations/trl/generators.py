@@ -44,12 +44,15 @@ def transformers_generate(
         pad = ends[0] if ends else 0  # any token, since the mask hides it
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     # generate fills settings that are left out here from the model's own generation config, which
-    # for many models has a top_k and a repetition penalty.
+    # for many models has a top_k and a repetition penalty, and may have a number of sequences.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
         pad_token_id=pad,
         repetition_penalty=1.0,
+        num_beams=1,
+        num_return_sequences=1,
+        return_dict_in_generate=False,
         **(sampling if temperature > 0 else {"do_sample": False}),
     )
 

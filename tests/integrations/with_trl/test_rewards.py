@@ -1,5 +1,6 @@
 """Rewards around TRL's GRPOTrainer: verdicts that are missing, malformed rewards, advantages."""
 
+import copy
 import math
 
 import pytest
@@ -204,6 +205,18 @@ REFUSED = {
         {"reward_funcs": (rewards, rewards), "reward_weights": [1.0]},
         "reward_weights must be a list of numbers, one for each of 2 reward functions",
     ),
+    "several completions a prompt": (
+        {"generation_kwargs": {"num_return_sequences": 2}},
+        r"generation_kwargs\['num_return_sequences'\] must be 1, got 2; num_generations says",
+    ),
+    "several completions by a command line": (
+        {"generation_kwargs": '{"n": 4}'},
+        r"generation_kwargs\['n'\] must be 1, got 4",
+    ),
+    "an object of outputs": (
+        {"generation_kwargs": {"return_dict_in_generate": True}},
+        "must be False, got True",
+    ),
 }
 
 
@@ -220,6 +233,14 @@ def test_weights_are_finite_numbers_for_each_function(weights):
         check_weights(weights, 2)
     check_weights([1, 0.5], 2)
     check_weights(None, 2)
+
+
+def test_a_models_own_number_of_sequences_is_refused(tmp_path):
+    student = model()
+    student.generation_config = copy.deepcopy(student.generation_config)
+    student.generation_config.num_return_sequences = 2
+    with pytest.raises(ValueError, match="num_return_sequences must be 1, got 8 completions of 4"):
+        sample(make("GRPO", tmp_path, student=student))
 
 
 def test_a_credit_map_shows_no_reward_where_there_is_no_verdict(tmp_path):

@@ -326,8 +326,12 @@ def test_sampling_takes_no_settings_from_the_model():
     torch.manual_seed(0)
     model = tiny_model(vocab=VOCAB, max_position_embeddings=256, spread=0.02)
     model.generation_config.top_k = 1
+    model.generation_config.num_return_sequences = 2
+    model.generation_config.return_dict_in_generate = True
     generate = transformers_generate(model, TOKENIZER, max_new_tokens=4, top_p=1.0)
-    assert len({tuple(ids) for ids in generate([[5]] * 8)}) > 4
+    sampled = generate([[5]] * 8)
+    assert len(sampled) == 8
+    assert len({tuple(ids) for ids in sampled}) > 4
 
 
 def test_vllm_is_given_token_ids_and_returns_them():
