@@ -184,7 +184,10 @@ class TeacherContexts:
             )
         self.num_idle = 0 if with_signal else self.num_idle + 1
         if self.num_idle and self.num_idle % PATIENCE == 0:
-            logger.warning("No rollout of the last %d batches has a signal.", self.num_idle)
+            signal, context = "a signal", "a context for the teacher: rewards alone teach"
+            lacking = signal if trainer.needs_signal else context
+            text = "%s: no rollout of the last %d batches has %s."
+            logger.warning(text, trainer._name, self.num_idle, lacking)
 
 
 def _check_aligned(output: dict[str, Any], inputs: TeacherInputs) -> None:

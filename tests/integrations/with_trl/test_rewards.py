@@ -1,6 +1,7 @@
 """Rewards around TRL's GRPOTrainer: verdicts that are missing, malformed rewards, advantages."""
 
 import copy
+import logging
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from trl import GRPOConfig as StockConfig
 from trl import GRPOTrainer as StockTrainer
 
 from fused_sd.credit import CreditMap
+from fused_sd.integrations.trl import teacher_contexts
 from fused_sd.integrations.trl.reward_functions import (
     advantages,
     check_weights,
@@ -249,3 +251,20 @@ def test_a_credit_map_shows_no_reward_where_there_is_no_verdict(tmp_path):
     (path,) = (tmp_path / "credit_maps").glob("*.json")
     shown = [row.caption.split(", ")[2:] for row in CreditMap.from_json(path.read_text()).rows]
     assert sorted(shown) == [[], ["reward 0"], ["reward 1"], ["reward 1"]]
+
+
+@pytest.mark.parametrize(
+    ("method", "lacking"),
+    [
+        ("RFT", "RFT: no rollout of the last 1 batches has a signal."),
+        ("SDPO", "SDPO: no rollout of the last 1 batches has a signal."),
+        ("RLSD", "RLSD: no rollout of the last 1 batches has a context for the teacher: rewards"),
+    ],
+)
+def test_a_warning_names_the_method(method, lacking, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(teacher_contexts, "PATIENCE", 1)
+    bare = DATA.map(lambda row: {"privileged_context": None})
+    trainer = make(method, tmp_path, data=bare, reward_funcs=said(*[None] * 4), feedback_func=None)
+    with caplog.at_level(logging.WARNING, logger="fused_sd.integrations.trl.teacher_contexts"):
+        sample(trainer)
+    assert lacking in caplog.text
