@@ -3,6 +3,7 @@
 Dimension key:  B samples
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from tensordict import TensorDict
 
 from fused_sd.checks import fail
+from fused_sd.integrations.shared.returned import texts as checked_texts
 from fused_sd.integrations.shared.rollouts import Rollout, Sibling
 from fused_sd.integrations.shared.thinking import Tags, answer_text
 
@@ -25,8 +27,11 @@ def read_rollouts(
     reference_key: str | None,
     feedback_key: str | None,
     thinking_tags: Tags | None = None,
+    needs_verdicts: bool = False,
 ) -> list[Rollout | None]:
     """Return each sample as a rollout, together with its group: the responses to its prompt.
+
+    A reward of NaN is no verdict: verl's rewards are numbers, and None is not among them.
 
     Args:
         data: ``FIELDS``, and the column that ``reference_key`` begins with.
@@ -36,13 +41,16 @@ def read_rollouts(
         reference_key: dotted path of the reference in a dataset row.
         feedback_key: key of the feedback in ``reward_extra_info``.
         thinking_tags: the opening and the closing tag of thoughts; None: the known pairs.
+        needs_verdicts: whether the loss reads verl's advantages, which one NaN makes NaN in its
+            whole group.
 
     Returns:
         B rollouts; None for a later output of a session, whose prompt is not the dataset's.
 
     Raises:
         ValueError: reference_key begins with a column that the batch does not have, or leads to
-            no row's value.
+            no row's value; a reward is infinite, or a needed verdict missing; or feedback is of
+            another kind than text, a number or chat messages.
     """
     responses = data["responses"].unbind()
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
@@ -52,16 +60,18 @@ def read_rollouts(
         for text, prompt, response in zip(texts, prompts, responses)
     ]
     rewards = [float(scores.sum()) for scores in data["rm_scores"].unbind()]
+    _check_rewards(keys, rewards, needs_verdicts)
     sessions, outputs = zip(*(map(int, key.rsplit("_", 2)[1:]) for key in keys))
-    said = list(zip(texts, rewards, answers))
-    groups = _groups(list(data["uid"]), sessions, outputs, said)
+    known = list(zip(texts, rewards, answers))
+    groups = _groups(list(data["uid"]), sessions, outputs, known)
     extras = list(data["extra_fields"])
     references = [None] * len(keys) if reference_key is None else _column(data, reference_key)
+    feedback: list[str | None] = [None] * len(keys)
+    if feedback_key is not None:
+        said = [(extra or {}).get("reward_extra_info", {}).get(feedback_key) for extra in extras]
+        feedback = checked_texts(f"the reward function's {feedback_key!r}", said, len(keys))
     rollouts: list[Rollout | None] = []
     for n, (uid, raw_prompt) in enumerate(zip(data["uid"], data["raw_prompt"])):
-        feedback = None
-        if feedback_key is not None:
-            feedback = (extras[n] or {}).get("reward_extra_info", {}).get(feedback_key)
         rollout = Rollout(
             prompt=list(raw_prompt),
             prompt_ids=prompts[n],
@@ -69,7 +79,7 @@ def read_rollouts(
             text=texts[n],
             reward=rewards[n],
             privileged=references[n],
-            feedback=feedback,
+            feedback=feedback[n],
             index=sessions[n],
             group=groups[uid],
             answer=answers[n],
@@ -77,6 +87,15 @@ def read_rollouts(
         )
         rollouts.append(rollout if outputs[n] == 0 else None)
     return rollouts
+
+
+def _check_rewards(keys: Sequence[str], rewards: Sequence[float], needs_verdicts: bool) -> None:
+    """Refuse rewards that a trainer cannot learn from."""
+    rule = "return finite numbers" if needs_verdicts else "return finite numbers, or NaN"
+    for key, reward in zip(keys, rewards):
+        if math.isinf(reward) or (needs_verdicts and math.isnan(reward)):
+            remedy = "bound it, and leave out questions without a verdict"
+            fail("the reward function", rule, f"{reward} for sample {key}", remedy)
 
 
 def _groups(

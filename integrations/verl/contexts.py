@@ -5,6 +5,7 @@ Hydra chooses one with
 your own works as well, if it has the method of ``Context``.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -139,7 +140,8 @@ class AttemptContext:
     end, if it has one.
 
     Args:
-        success_reward_threshold: a response is right if its reward is above this.
+        success_reward_threshold: a response is right if its reward is above this; one without a
+            verdict, whose reward is NaN, gets no context.
         correct_phrase, wrong_phrase: the phrase behind the response; None: the official one for the
             model's family, see ``fused_sd.integrations.shared.revision_phrases``.
         max_length: most tokens of the whole sequence, which holds the response twice; a longer
@@ -156,6 +158,8 @@ class AttemptContext:
         check_positive_int("max_length", self.max_length)
 
     def teacher_prompt(self, rollout: Rollout, tokenizer: PromptTokenizer) -> list[int] | None:
+        if math.isnan(rollout.reward):  # no verdict, for which there is no phrase
+            return None
         used = {k: value for k, value in tokenizer.chat_settings.items() if k != "tools"}
         check_chat_format(tokenizer.tokenizer, used)
         model = tokenizer.tokenizer.name_or_path

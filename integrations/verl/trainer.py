@@ -97,6 +97,7 @@ class SelfDistillationStage(WorkerScores):
             reference_key=config.reference_key,
             feedback_key=config.feedback_key,
             thinking_tags=getattr(config.context, "thinking_tags", None),
+            needs_verdicts=config.is_policy_loss,
         )
         # verl adds synthetic samples until its mini-batches divide the batch; nobody teaches them
         is_sample = [not tag.get("is_padding", False) for tag in batch.tags]

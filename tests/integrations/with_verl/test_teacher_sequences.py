@@ -215,6 +215,8 @@ def test_sd_zero_shows_ones_own_response_and_the_verdict():
     # the prompt, the attempt, the phrase between its delimiters, and the response again
     length = len(shown) + len(whole.completion_ids)
     assert AttemptContext(wrong_phrase="Wrong.", max_length=length).teacher_prompt(whole, WORDS)
+    unknown = dataclasses.replace(whole, reward=float("nan"))
+    assert AttemptContext(wrong_phrase="Wrong.").teacher_prompt(unknown, WORDS) is None
     short = AttemptContext(wrong_phrase="Wrong.", max_length=length - 1)
     assert short.teacher_prompt(whole, WORDS) is None
 

@@ -235,6 +235,31 @@ def test_a_worker_scores_the_privileged_sequences_for_rlsd(batch):
     assert not tq.kv_list(TEACHER_PARTITION).get(TEACHER_PARTITION), "cleared"
 
 
+def give(batch, reward):
+    """Give all samples but verl's padding one reward."""
+    keys = [key for key in batch.keys if not key.startswith("pad")]
+    data = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["responses"])
+    rows = [{"rm_scores": torch.full((len(row),), reward)} for row in data["responses"].unbind()]
+    tq.kv_batch_put(keys=keys, partition_id="train", fields=list_of_dict_to_tensordict(rows))
+
+
+@pytest.mark.parametrize(
+    "recipe, reward", [("rlsd", torch.nan), ("rlsd", torch.inf), ("sd_zero", torch.inf)]
+)
+def test_a_reward_that_nobody_can_learn_from_stops_the_run(batch, recipe, reward):
+    give(batch, reward)
+    with pytest.raises(ValueError, match=f"must return finite numbers.* got {reward} for sample"):
+        run(stage(recipe), batch)
+
+
+@pytest.mark.parametrize("recipe", ["sdpo", "sd_zero"])
+def test_no_verdict_is_neither_right_nor_wrong(batch, recipe):
+    give(batch, torch.nan)
+    found, metrics = run(stage(recipe, "distillation.feedback_key=null"), batch)
+    assert metrics["self_distillation/context_fraction"] == 0
+    assert not any(row["loss_mask"].any() for row in found.values())
+
+
 @pytest.mark.parametrize("step, mix", [(1, 0.5 * 59 / 60), (31, 0.5 * 29 / 60), (61, 0.0)])
 def test_rlsds_mix_falls_with_the_training_steps(batch, step, mix):
     found, metrics = run(stage("rlsd", global_steps=step), batch)
