@@ -157,13 +157,18 @@ def served_teacher(token_ids: Tensor, teacher_log_probs: Tensor, vocab_size: int
 
     The mass the server kept back is spread evenly over the tokens it did not name.  On the support
     ``given_ids(token_ids)`` nothing is thereby assumed: no remainder looks inside the complement.
+    The mass is at least what rounding can hide: each log-probability is known to eps of itself in
+    the dtype that was sent, and the softmax to eps of fp32 (fp64 where that was sent).
     """
     named = given_ids(token_ids, vocab_size)
     slots = token_ids.masked_fill(token_ids < 0, vocab_size)
     log_t = torch.full((*named.shape[:-1], vocab_size + 1), -torch.inf, dtype=torch.double)
     log_t = log_t.to(named.device).scatter(-1, slots, teacher_log_probs.detach().double())
     log_t = log_t[..., :vocab_size]
-    log_rest = torch.log1p(-log_mass(log_t).exp().clamp(max=1.0))
+    wide = torch.promote_types(teacher_log_probs.dtype, torch.float32)
+    entropy = -weighted(log_t, log_t).sum(-1, True).clamp(max=0.0)
+    hidden = torch.finfo(wide).eps + torch.finfo(teacher_log_probs.dtype).eps * entropy
+    log_rest = torch.maximum(-torch.expm1(log_mass(log_t)), hidden).log()
     return torch.where(named, log_t, log_rest - (~named).double().sum(-1, True).log())
 
 

@@ -146,12 +146,16 @@ def topk_divergence_loss(
 
     A teacher server returns its top-k ids and their log-probabilities, at the temperature it used.
     The settings are those of ``divergence_loss`` with the given entries as support; a tail bucket
-    holds what the K log-probabilities leave of 1.
+    holds what the K log-probabilities leave of 1.  A server rounds, so the probabilities of a sure
+    teacher may sum to 1 or more.  Their sum is known to ``eps(fp32) + eps(sent) sum(p |log p|)``,
+    with eps of the dtype that was sent, and a tail below that is taken to be that large: the loss
+    stays finite, and a tail that the numbers can tell is exact.  ``tail_floor`` is a floor of your
+    own, on both sides.
 
     Args:
         student_hidden, student_head: as in ``divergence_loss``.
         teacher_token_ids: (..., K) int64; a repeated id counts once, a negative one not at all.
-        teacher_log_probs: (..., K) nats, at most 0; -inf marks padding.
+        teacher_log_probs: (..., K) nats, at most 0, in any floating dtype; -inf marks padding.
         divergence, remainder, tail_floor, entry_clip, token_clip, token_ids, importance, with_grad:
             as in ``divergence_loss``.
         log_prob_floor: lower bound of both sides' log-probabilities, with ``remainder="drop"``

@@ -23,6 +23,7 @@ from fused_sd.terms.buckets import (
     entry_terms,
     log_complement,
     renormalized,
+    served_tail,
     tail_gradient_to_entries,
     with_tail,
 )
@@ -41,6 +42,7 @@ class _Entries(NamedTuple):
     counted: Tensor | None  # (C, K) bool, which entries are compared; None: all
     student: Tensor  # (C, K) logits, -inf where not counted
     teacher: Tensor  # (C, K) logits, or log-probabilities where a server gave them
+    sent: Tensor | None  # (C, K) those, in the dtype that the server sent
 
 
 class TruncatedRows:
@@ -58,18 +60,18 @@ class TruncatedRows:
     def _entries(self, inputs: dict[str, Tensor]) -> _Entries:
         """Choose the entries and read both sides' logits there."""
         ids, counted = self.comparison.support.choose(self.chunk, inputs)
-        given = inputs.get("teacher_log_probs")
-        if given is not None:
-            is_given = given > -torch.inf
+        sent = inputs.get("teacher_log_probs")
+        if sent is not None:
+            is_given = sent > -torch.inf
             counted = is_given if counted is None else counted & is_given
         student, *others = self._read(ids, counted)
-        teacher = others[0] if others else given
-        assert teacher is not None
-        teacher = teacher.to(student)
         if counted is not None:
-            student = student.masked_fill(~counted, -torch.inf)
-            teacher = teacher.masked_fill(~counted, -torch.inf)
-        return _Entries(ids, counted, student, teacher)
+            student, *others = (
+                part.masked_fill(~counted, -torch.inf) for part in (student, *others)
+            )
+            sent = None if sent is None else sent.masked_fill(~counted, -torch.inf)
+        teacher = others[0] if sent is None else sent.to(student)
+        return _Entries(ids, counted, student, teacher, sent)
 
     def _read(self, ids: Tensor, counted: Tensor | None) -> list[Tensor]:
         """Read the sides' logits at the entries, and the normalisers that the remainder needs."""
@@ -140,7 +142,9 @@ class TruncatedRows:
         if self.has_exact_tail:
             [rest] = self.normalizers
             log_s, self.lse["student"] = with_tail(student, rest)
-            log_t = torch.cat([teacher, log_complement(teacher, 0.0)], -1)
+            assert self.entries.sent is not None
+            tail = served_tail(self.entries.sent, rest > -torch.inf)
+            log_t, _ = with_tail(teacher, tail.to(teacher))
             return Buckets(log_s, log_t, torch.where(rest == -torch.inf, 0, rest), True)
         self.lse.update(zip(SIDES, self.normalizers))
         background = self.lse["student"]
@@ -204,7 +208,9 @@ class TruncatedRows:
             normalizers = rows.normalizers(*chunk.sides(), chunk.shard)
         if self.has_exact_tail:
             behind = self.masked == chunk.width - 1  # where there is no column to put back
-            for whole, logits in zip((chunk.student, chunk.teacher), self.entries[2:], strict=True):
+            for whole, logits in zip(
+                (chunk.student, chunk.teacher), self.entries[2:4], strict=True
+            ):
                 assert whole is not None
                 whole.scatter_(1, self.masked, logits.masked_fill(behind, -torch.inf))
         found: dict[str, Tensor] = rows.row_metrics(*chunk.sides(), normalizers, named)

@@ -98,6 +98,33 @@ def with_tail(entries: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([entries, rest[:, None]], -1) - lse[:, None], lse
 
 
+def served_tail(log_probs: Tensor, has_others: Tensor) -> Tensor:
+    """Log-mass (C,) that a server's log-probabilities leave to the entries that it did not send.
+
+    Rounded probabilities may sum to 1 or more whatever was left out.  Each log-probability is known
+    to eps of itself in the dtype that was sent, and the server's softmax to eps of fp32, so the sum
+    is known to ``eps(fp32) + eps(sent) * sum(p |log p|)``.  A smaller tail cannot be told from
+    none, and is taken to be that large: an empty one would make a KL from the student infinite.
+
+    Args:
+        log_probs: (C, K) in the dtype that was sent; -inf where there is no entry.
+        has_others: (C,) bool, whether the student has mass on other entries.  Where it has none
+            the vocabulary has no others, and a tail that cannot be told from none is none.
+
+    Returns:
+        fp64 log-masses.
+    """
+    exact = log_probs.double()
+    of_softmax, of_sent = (
+        torch.finfo(dtype).eps
+        for dtype in (torch.promote_types(log_probs.dtype, torch.float32), log_probs.dtype)
+    )
+    smallest = of_softmax + of_sent * torch.special.entr(exact.exp()).sum(-1).clamp(min=0)
+    tail = -torch.expm1(exact.logsumexp(-1))
+    rounded = torch.where(has_others, smallest, 0)
+    return torch.where(tail < smallest, rounded, tail).log()
+
+
 def log_complement(log_probs: Tensor, floor: float) -> Tensor:
     """Log-mass (C, 1) outside entries (C, K) of which only their log-probabilities are known.
 
