@@ -3,7 +3,6 @@
 Values are read on the CPU alone, where reading does not wait for a device.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from fused_sd import checks
 
+LARGEST_LOG_PROB = 1e-3  # of a server's; what is above 0 by more than its rounding is an error
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -212,8 +212,11 @@ def check_entry_ids(
         checks.fail("token ids", f"lie below V = {vocab}", int(ids.max()), remedy)
 
 
-def check_teacher_entries(ids: Tensor, log_probs: object) -> None:
-    """Check a teacher's log-probabilities (..., K) of given ids."""
+def check_teacher_entries(ids: Tensor, log_probs: object, weights: Tensor | None) -> None:
+    """Check a teacher's log-probabilities (..., K) of given ids; on the CPU also their values.
+
+    Values are not checked of padding (a negative id) and of tokens of weight 0.
+    """
     check_tensor("teacher_log_probs", log_probs)
     assert isinstance(log_probs, Tensor)
     if log_probs.shape != ids.shape:
@@ -228,14 +231,16 @@ def check_teacher_entries(ids: Tensor, log_probs: object) -> None:
             "teacher_log_probs", "be floating point", log_probs.dtype, "pass natural logarithms"
         )
     check_teacher("teacher_log_probs", log_probs)
-    if log_probs.device.type == "cpu" and not torch.compiler.is_compiling() and log_probs.numel():
-        largest = float(log_probs.detach().nan_to_num(-math.inf).max())
-        if largest > 1e-3 and math.isfinite(largest):
+    if log_probs.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = ~(log_probs.detach() <= LARGEST_LOG_PROB) & (ids >= 0)  # NaN is wrong, too
+        if weights is not None:
+            wrong &= (weights != 0)[..., None]
+        if wrong.any():
             checks.fail(
                 "teacher_log_probs",
                 "be natural logarithms of probabilities, at most 0",
-                largest,
-                "take the log_softmax of logits, the log of probabilities",
+                float(log_probs.detach()[wrong][0]),
+                "take the log_softmax of logits, the log of probabilities; -inf marks padding",
             )
 
 

@@ -155,7 +155,9 @@ def topk_divergence_loss(
     Args:
         student_hidden, student_head: as in ``divergence_loss``.
         teacher_token_ids: (..., K) int64; a repeated id counts once, a negative one not at all.
-        teacher_log_probs: (..., K) nats, at most 0, in any floating dtype; -inf marks padding.
+        teacher_log_probs: (..., K) nats, at most 0, in any floating dtype; -inf marks padding.  NaN
+            and numbers above 0 are refused on the CPU; on a GPU, whose values are not read, they
+            make the token's loss NaN.  A token without entries has loss 0.
         divergence, remainder, tail_floor, entry_clip, token_clip, token_ids, importance, with_grad:
             as in ``divergence_loss``.
         log_prob_floor: lower bound of both sides' log-probabilities, with ``remainder="drop"``
@@ -174,7 +176,6 @@ def topk_divergence_loss(
     tensor_checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
     shape, device = student_hidden.shape[:-1], student_hidden.device
     tensor_checks.check_entry_ids(teacher_token_ids, shape, device, student.num_tokens)
-    tensor_checks.check_teacher_entries(teacher_token_ids, teacher_log_probs)
     clips = tail_floor, log_prob_floor, entry_clip, token_clip
     comparison = Comparison(divergence, TokenIds(teacher_token_ids), remainder, *clips)
     inputs = {"entry_ids": teacher_token_ids, "teacher_log_probs": teacher_log_probs}
@@ -199,6 +200,9 @@ def _compare(
     shape, device = student[0].shape[:-1], student[0].device
     owner = shape, device, "student_hidden"
     tensor_checks.check_per_token("token_weights", options.token_weights, *owner)
+    if "teacher_log_probs" in inputs:
+        served = inputs["entry_ids"], inputs["teacher_log_probs"]
+        tensor_checks.check_teacher_entries(*served, options.token_weights)
     metrics = current_names("metrics", options.metrics, METRIC_NEEDS)
     given = {
         "teacher states": teacher is not None,

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_sd.checks.tensors import LARGEST_LOG_PROB
 from fused_sd.engine.chunk import Chunk, Side
 from fused_sd.terms.buckets import (
     Buckets,
@@ -61,9 +62,8 @@ class TruncatedRows:
         """Choose the entries and read both sides' logits there."""
         ids, counted = self.comparison.support.choose(self.chunk, inputs)
         sent = inputs.get("teacher_log_probs")
-        if sent is not None:
-            is_given = sent > -torch.inf
-            counted = is_given if counted is None else counted & is_given
+        if sent is not None:  # what is no log-probability becomes NaN, and the loss with it
+            sent = sent.masked_fill(sent > LARGEST_LOG_PROB, torch.nan)
         student, *others = self._read(ids, counted)
         if counted is not None:
             student, *others = (
@@ -238,7 +238,8 @@ class TruncatedRows:
         assert self.terms.clipped is not None
         counted, has_tail = self.entries.counted, self.comparison.remainder == "tail"
         num_compared = self.entries.ids.shape[-1] if counted is None else counted.sum(-1)
-        return self.terms.clipped.to(self.terms.loss) / (num_compared + has_tail)
+        num_compared = torch.as_tensor(num_compared + has_tail).clamp(min=1)
+        return self.terms.clipped.to(self.terms.loss) / num_compared
 
     def _write_gradient_(self, row_weights: Tensor) -> None:
         """Write a constant times a softmax outside the entries, and the entries' own values."""

@@ -251,7 +251,9 @@ class GivenEntries(Support):
         return self.count
 
     def choose(self, rows: Rows, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        ids = inputs["entry_ids"]
+        ids, log_probs = inputs["entry_ids"], inputs.get("teacher_log_probs")
+        if log_probs is not None:  # padding, which may repeat the id of an entry
+            ids = ids.masked_fill(log_probs == -torch.inf, -1)
         return ids.clamp(min=0), first_occurrence(ids)
 
 

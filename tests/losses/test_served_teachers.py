@@ -5,13 +5,14 @@ The truth is float64 arithmetic on the numbers as they were sent.
 
 import pytest
 import torch
+from closeness import TOLERANCE
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fused_sd
-from fused_sd import reference
+from fused_sd import checks, reference
 from fused_sd.terms.buckets import served_tail
 
 VOCAB = 37
@@ -142,3 +143,65 @@ def test_a_tail_floor_is_that_of_the_caller():
     support = reference.given_ids(ids, VOCAB)
     want = reference.divergence(hidden @ head.T, teacher, support=support, tail_floor=1e-3)
     torch.testing.assert_close(loss, want.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("reduction", "gradient"), FORMS)
+@pytest.mark.parametrize("empty", ["ids", "log_probs"])
+@pytest.mark.parametrize("remainder", ["tail", "renormalize", "drop", "teacher_renormalize"])
+def test_a_token_of_which_nothing_was_sent_has_no_loss(remainder, empty, reduction, gradient):
+    ids = torch.tensor([[3, 5], [1, 0]])
+    log_probs = torch.tensor([[-0.5, -1.5], [-0.5, -1.5]])
+    if empty == "ids":
+        ids[1] = -1
+    else:
+        log_probs[1] = -torch.inf
+    names = ("student_mass", "teacher_mass", "student_tail_mass", "teacher_tail_mass")
+    for name in ["forward_kl"] if remainder == "teacher_renormalize" else DIVERGENCES:
+        clip = {} if remainder == "teacher_renormalize" else {"entry_clip": 0.05}
+        metrics = (*names, "entry_clip_fraction") if clip else names
+        choices = {"remainder": remainder, "reduction": reduction, "gradient": gradient, **clip}
+        choices |= {"divergence": DIVERGENCES[name]}
+        hidden, head = student(2, torch.float32)
+        output = fused_sd.topk_divergence_loss(
+            hidden, head.requires_grad_(), ids, log_probs, metrics=metrics, **choices
+        )
+        output.loss.sum().backward()
+        slack = TOLERANCE[torch.float32]
+        assert output.token_loss[1].abs() <= slack
+        assert (hidden.grad[1].abs() <= slack).all()
+        assert head.grad.isfinite().all()
+        for name, values in output.metrics.items():
+            assert values.isfinite().all(), name
+
+
+def test_padding_may_repeat_the_id_of_an_entry():
+    ids, log_probs = torch.tensor([[7, 7, 5]]), torch.tensor([[-torch.inf, -1.0, -2.0]])
+    with_padding = loss_and_gradient(student(1), ids, log_probs)
+    without = loss_and_gradient(student(1), ids[:, 1:], log_probs[:, 1:])
+    torch.testing.assert_close(with_padding, without)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, 0.5])
+def test_what_is_no_log_probability_is_refused_where_values_are_read(wrong):
+    ids, log_probs = torch.tensor([[3, 5], [1, 0]]), torch.tensor([[-0.5, -1.5], [wrong, -1.5]])
+    with pytest.raises(ValueError, match="teacher_log_probs must be natural logarithms"):
+        loss_and_gradient(student(2), ids, log_probs)
+    weights = torch.tensor([1.0, 0.0])  # such a token may hold anything
+    assert loss_and_gradient(student(2), ids, log_probs, token_weights=weights)[0][1] == 0
+    ids[1, 0] = -1  # padding
+    assert loss_and_gradient(student(2), ids, log_probs)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, 0.5])
+@pytest.mark.parametrize("remainder", ["tail", "renormalize", "drop", "teacher_renormalize"])
+def test_what_is_no_log_probability_makes_the_loss_nan_elsewhere(wrong, remainder, monkeypatch):
+    """Values on a GPU are not read; here the CPU's check is left out."""
+    monkeypatch.setattr(checks.tensors, "check_teacher_entries", lambda *given: None)
+    ids, log_probs = torch.tensor([[3, 5], [1, 0]]), torch.tensor([[-0.5, -1.5], [wrong, -1.5]])
+    for tail_floor in (None, 1e-7) if remainder == "tail" else (None,):
+        choices = {"remainder": remainder, "tail_floor": tail_floor}
+        loss, gradient = loss_and_gradient(student(2), ids, log_probs, **choices)
+        assert loss[0].isfinite()
+        assert gradient[0].isfinite().all()
+        assert loss[1].isnan()
+        assert gradient[1].isnan().any()
