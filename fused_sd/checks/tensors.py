@@ -3,10 +3,11 @@
 Values are read on the CPU alone, where reading does not wait for a device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from fused_sd import checks
 
@@ -121,6 +122,26 @@ def check_teacher(name: str, tensor: Tensor | None, student: Tensor | None = Non
             "not require a gradient: the teacher is a constant of the loss",
             "requires_grad=True",
             f"run the teacher under torch.no_grad(), or pass {name}.detach()",
+        )
+
+
+def check_reverse_mode(tensors: Iterable[Tensor | None]) -> None:
+    """Refuse what is not plain reverse-mode differentiation: it would find no derivative, or 0.
+
+    Args:
+        tensors: all that a loss reads.
+    """
+    got = None
+    if torch._C._are_functorch_transforms_active():
+        got = "a transform of torch.func (grad, vmap, jvp, jacrev, ...)"
+    elif any(t is not None and unpack_dual(t).tangent is not None for t in tensors):
+        got = "a tensor with a forward-mode tangent"
+    if got is not None:
+        checks.fail(
+            "a loss of fused_sd",
+            "be differentiated by backward or torch.autograd.grad",
+            got,
+            "use one of them, or the plain PyTorch loss",
         )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import checks
+from fused_sd.checks import tensors as tensor_checks
 from fused_sd.engine.backward import backward, save_for_backward
 from fused_sd.engine.certificate import GradientCertificate
 from fused_sd.engine.chunk import Objective
@@ -60,6 +61,10 @@ def apply_objective(
             contribute nothing; the divisor of a mean still comes from ``options.token_weights``.
         options: temperature, reduction and how the run is made.
     """
+    read = [student[0], student[1].weight, student[1].bias, *inputs, token_weights]
+    if teacher is not None:
+        read += [teacher[0], teacher[1].weight, teacher[1].bias]
+    tensor_checks.check_reverse_mode(read)
     shards = _shards(student[1], None if teacher is None else teacher[1], options)
     rank = 0 if shards is None else shards.rank
     hidden, weight, bias = student[1].operands(student[0], rank)

@@ -150,6 +150,11 @@ def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             "derivative would need the logits; use the plain PyTorch loss for it"
         )
     grad_output = grads[0] if ctx.settings.reduced else grads[1]
+    if grad_output is not None and _is_batched(grad_output):
+        raise RuntimeError(
+            "fused_sd losses must be differentiated by one gradient at a time, got a batch of them "
+            "(is_grads_batched=True, or vectorize=True): call torch.autograd.grad for each"
+        )
     gradients: Sequence[Tensor | None] = [None, None, None]
     if any(ctx.wanted) and grad_output is not None:
         if ctx.plan.kind in ("sparse", "certified"):
@@ -169,6 +174,12 @@ def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     return (*gradients, None, None, None, None, [None] * ctx.num_inputs, *settings)
 
 
+def _is_batched(gradient: Tensor) -> bool:
+    """Whether a tensor stands for several, as under vmap or autograd's own older form of it."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+
+
 def _from_sparse_values(ctx: Any, grad_output: Tensor) -> list[Tensor]:
     hidden, weight, bias, row_weights, *others = ctx.saved_tensors
     num_teacher, num_inputs = ctx.counts
@@ -184,8 +195,9 @@ def _from_sparse_values(ctx: Any, grad_output: Tensor) -> list[Tensor]:
 
 
 def _run_again(ctx: Any, grad_output: Tensor) -> list[Tensor]:
-    *tensors, row_weights = ctx.saved_tensors[:7]
-    inputs = list(ctx.saved_tensors[7:])
+    saved = ctx.saved_tensors  # read once: a checkpoint hands each tensor out once
+    *tensors, row_weights = saved[:7]
+    inputs = list(saved[7:])
     grad_output = _masked(grad_output, row_weights)
     flat = torch.ops.fused_sd.chunked_run(*tensors, grad_output, inputs, *ctx.encoded, ctx.wanted)
     dense = zip(structured(flat).dense, ctx.dtypes, strict=True)
