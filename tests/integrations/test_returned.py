@@ -78,7 +78,7 @@ def test_feedback_is_a_text_or_none_for_each_completion():
     assert texts("feedback_func", iter(["no", None]), 2) == ["no", None]
     assert texts("feedback_func", np.array(["no", "why?"]), 2) == ["no", "why?"]
     assert texts("feedback_func", ["no", math.nan], 2) == ["no", None]
-    with pytest.raises(ValueError, match="be text, a number, .* got a dict .* in answer 1"):
+    with pytest.raises(ValueError, match=r"be text, a number, .* got a dict .* in answer 1"):
         texts("feedback_func", ["no", {"why": 3}], 2)
     with pytest.raises(ValueError, match="for each of 2 completions, got 1; put None where"):
         texts("feedback_func", ["no"], 2)
