@@ -1,8 +1,9 @@
 """Losses inside the forward of a transformers causal language model.
 
 ``attach(model)`` replaces the model's forward.  ``model(**inputs, fused_sd=Request(compute))`` then
-runs the backbone, calls ``compute`` with the hidden states and the output head, and returns what
-``compute`` returned.  Without ``fused_sd`` the original forward runs, so generation is untouched.
+runs the original forward up to the head, calls ``compute`` with the hidden states and the head, and
+returns what ``compute`` returned.  Without ``fused_sd`` the original forward runs as it is, so
+generation is untouched.
 
     attach(model)
     score = Request(lambda h, head: token_log_probs(h, head, ids), completion_positions(T))
@@ -15,7 +16,8 @@ module.  Wrappers that shard parameters force both:
   that is captured in the forward and used after it has no storage any more, or only a shard.
 * Their hooks that gather the weight again for backward hang on the tensors that the wrapped forward
   returns.  DDP finds the parameters that a loss used from the same tensors.
-* A head that is an FSDP2 unit of its own is whole only while its own module runs.
+* A head that is an FSDP2 unit of its own is whole only while its own module runs.  So is one that
+  accelerate offloads to the CPU or to disk.
 
 (Read in torch 2.13, accelerate 1.15 and transformers 5.24.)
 
@@ -32,11 +34,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from fused_sd.checks import fail
-from fused_sd.integrations.shared.output_head import Compute, Projection, output_head
+from fused_sd.integrations.shared.answering import answer, check_returns, checked_arguments
+from fused_sd.integrations.shared.head_call import check_hooks, forward_slot
+from fused_sd.integrations.shared.output_head import (
+    Compute,
+    Findings,
+    head_key,
+    head_module,
+)
 from fused_sd.integrations.shared.request import (
     FusedOutput,
     Request,
@@ -68,7 +76,8 @@ class Attachment:
     original: Callable[..., Any] | None  # a forward set on the instance; None: the class's own
     installed: Callable[..., Any]  # the function that answers requests
     autocast: Autocast
-    checked: bool = False
+    # by ``head_key``: of heads whose rebuilt logits were compared with the model's own
+    findings: dict[tuple[Any, ...], Findings] = field(default_factory=dict)
     # names of the attention implementations that were seen to keep packed sequences apart
     packs_with: set[str] = field(default_factory=set)
 
@@ -100,7 +109,7 @@ def attach(model: nn.Module, *, autocast: Autocast | None = None) -> nn.Module:
             rebuilt logits differ from the model's.
     """
     inner = unwrap(model)
-    if ATTACHMENT in inner.__dict__:
+    if is_attached(model):
         return model
     # Accelerator.prepare_model leaves this attribute where it has wrapped forward in autocast.
     if "_original_forward" in inner.__dict__ and autocast is None:
@@ -112,15 +121,18 @@ def attach(model: nn.Module, *, autocast: Autocast | None = None) -> nn.Module:
         )
     if inner.config.is_encoder_decoder:
         fail("model", "be a causal language model", type(inner).__name__, "use its decoder alone")
-    original = inner.__dict__.get("forward")
+    # accelerate's hooks on the model stay around the forward that answers
+    slot = forward_slot(inner)
+    original = inner.__dict__.get(slot)
     installed = _answering(type(inner).forward)
     state = Attachment(original, installed, nullcontext if autocast is None else autocast)
-    output_head(inner)
+    check_returns(inner.config)
+    check_hooks(head_module(inner))
     if is_whole(inner):
         _check_once(inner, state)
     setattr(inner, ATTACHMENT, state)
     # A bound method, because accelerate wraps ``forward.__func__`` and binds the result again.
-    inner.forward = MethodType(installed, inner)
+    setattr(inner, slot, MethodType(installed, inner))
     return model
 
 
@@ -134,17 +146,21 @@ def detach(model: nn.Module) -> nn.Module:
     state = inner.__dict__.get(ATTACHMENT)
     if state is None:
         return model
-    if getattr(inner.forward, "__func__", None) is not state.installed:
+    slot = forward_slot(inner)
+    if getattr(inner.__dict__.get(slot), "__func__", None) is not state.installed:
         fail(
             "model",
             "have the forward that attach gave it",
             "one wrapped since then",
             "undo the other wrapper first, for accelerate by unwrap_model(keep_fp32_wrapper=False)",
         )
-    del inner.forward
     delattr(inner, ATTACHMENT)
     if state.original is not None:
-        inner.forward = state.original
+        setattr(inner, slot, state.original)
+    elif slot == "forward":
+        del inner.forward
+    else:  # accelerate's hook calls what is there
+        setattr(inner, slot, MethodType(type(inner).forward, inner))
     return model
 
 
@@ -183,89 +199,54 @@ def _answering(forward: Callable[..., Any]) -> Callable[..., Any]:
         state: Attachment = self.__dict__[ATTACHMENT]
         if fused_sd is None:
             return state.forward(self, *args, **kwargs)
+        inputs = checked_arguments(_by_name(forward, self, args, kwargs))
+        run = functools.partial(state.forward, self)
         with state.autocast():
-            _check_once(self, state)
-            return FusedOutput(result=_answer(self, fused_sd, args, kwargs))
+            findings = _check_once(self, state)
+            return FusedOutput(result=answer(self, fused_sd, findings, run, inputs))
 
     return answering
 
 
-def _answer(
-    model: PreTrainedModel, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Run the backbone, then the request inside the head's module."""
-    # PeftModelForCausalLM.forward passes labels=None, which a backbone's forward would refuse.
-    kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    for name in ("labels", "logits_to_keep"):
+def _by_name(
+    forward: Callable[..., Any],
+    model: PreTrainedModel,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Return a call's arguments by the names that a forward gives them."""
+    bound = inspect.signature(forward).bind_partial(model, *args).arguments
+    names = list(bound)[1:]
+    for name in names:
         if name in kwargs:
-            fail(
-                name,
-                "be left out of a call with fused_sd, which makes no logits",
-                type(kwargs[name]).__name__,
-                "select positions with Request(compute, positions)",
-            )
-    # Otherwise the model's config decides, which mostly asks for a cache that nobody reads.
-    kwargs["use_cache"] = kwargs.get("use_cache", False)
-    hidden = _backbone(model)(*args, **kwargs).last_hidden_state
-    return _inside_head(model, request.compute, request.select(hidden))
+            raise TypeError(f"forward() got multiple values for argument {name!r}")
+    return {**{name: bound[name] for name in names}, **kwargs}
 
 
-def _backbone(model: PreTrainedModel) -> nn.Module:
-    """Return the model without its head; looked up on each call, since wrappers replace modules."""
-    # ``base_model`` also runs a vision tower where there is one; ``get_decoder()`` would skip it.
-    backbone = model.base_model
-    if backbone is model:
-        fail(
-            "model", "have a backbone apart from its head", type(model).__name__, "use stock losses"
-        )
-    return backbone
+def _check_once(model: PreTrainedModel, state: Attachment) -> Findings:
+    """Compare logits rebuilt in a request with the model's own, the first time for each head."""
+    key = head_key(head_module(model))
+    if key in state.findings:
+        return state.findings[key]
+    forward = functools.partial(state.forward, model, use_cache=False)
 
-
-def _inside_head(model: PreTrainedModel, compute: Compute, hidden: Tensor) -> Any:
-    """Call ``compute`` as the forward of the head's module, so that the module's hooks run.
-
-    The hooks gather a sharded weight before the call and register its backward after it.
-    """
-    module = output_head(model).module
-
-    def forward(states: Tensor) -> Any:
-        # Read again: the hooks have replaced the sharded parameter by the whole weight.
-        projection: Projection = output_head(model)
-        return tree_map(_without_view, compute(*projection.operands(states)))
-
-    replaced = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        return module(hidden)
-    finally:
-        del module.forward
-        if replaced is not None:
-            module.forward = replaced
-
-
-def _without_view(value: Any) -> Any:
-    """Copy an output that is a view of another tensor.
-
-    FSDP2 hooks backward's gathering to a module's output tensors.  An in-place operation on a view
-    drops the hook, and backward then reads a weight that is not there.
-    """
-    is_view = isinstance(value, Tensor) and value.requires_grad and value._is_view()
-    return value.clone() if is_view else value
-
-
-def _check_once(model: PreTrainedModel, state: Attachment) -> None:
-    """Compare logits rebuilt from a request with the model's own, the first time only."""
-    if state.checked:
-        return
-
-    def request(compute: Compute, ids: Tensor) -> Any:
-        return _answer(model, Request(compute), (), {"input_ids": ids})
+    def request(compute: Compute, ids: Tensor, findings: Findings) -> Any:
+        return answer(model, Request(compute), findings, forward, {"input_ids": ids})
 
     def original(ids: Tensor) -> Tensor:
-        return state.forward(model, input_ids=ids, use_cache=False).logits
+        try:
+            logits: Tensor = forward(input_ids=ids).logits
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            # such as a model that needs images, or one that its release of transformers has broken
+            got = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{type(model).__name__} must run on token ids alone, so that its logits can be "
+                f"compared, got {got}; use its own losses"
+            ) from error
+        return logits
 
     # The same autocast on both sides: the original forward of a model that accelerate has not
     # prepared has none of its own.
     with torch.no_grad(), state.autocast():
-        check_rebuilt_logits(model, request, original)
-    state.checked = True
+        state.findings[key] = check_rebuilt_logits(model, request, original)
+    return state.findings[key]

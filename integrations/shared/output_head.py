@@ -11,7 +11,7 @@ Dimension key:  N tokens, D hidden size, V vocabulary, R rank of an adapter
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,32 @@ from transformers import PreTrainedModel
 
 from fused_sd import LMHead
 from fused_sd.checks import fail
+from fused_sd.integrations.shared.head_call import patched_forward
 
 # runs on hidden states and head, inside the model's forward
 Compute = Callable[[Tensor, LMHead], Any]
 
 # Config settings by which models multiply their logits, by family: cohere; muse_glimmer; falcon_h1.
 # granite's ``logits_scaling`` divides.
-MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 # Gemma and most others; recurrent_gemma; xlstm.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+class Findings(NamedTuple):
+    """What a config does not say of a model's logits, found by comparing them.
+
+    Attributes:
+        ignored: names of settings that the model's forward leaves out, although the config has
+            them: AyaVision does not apply the ``logit_scale`` of its Cohere text model.
+        num_tokens: the number of logits of a token, if the head has more rows; None: all rows.
+    """
+
+    ignored: frozenset[str] = frozenset()
+    num_tokens: int | None = None
+
+
+PLAIN = Findings(frozenset(MULTIPLIERS + SOFTCAPS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,19 +61,19 @@ class Projection:
     """The head's live parameters and the shaping of its product.
 
     Attributes:
-        module: the module whose call runs the hooks that gather the weight.
         weight: (V, D).
         bias: (V,) or None.
         low_rank: the active adapters.
         logit_scale, softcap: are applied to the product, in that order.
+        num_tokens: the number of rows that are tokens; None: all.
     """
 
-    module: nn.Module
     weight: Tensor
     bias: Tensor | None
     low_rank: tuple[LowRank, ...]
     logit_scale: float
     softcap: float | None
+    num_tokens: int | None
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, LMHead]:
         """Return hidden states and head whose product is the model's logits.
@@ -80,14 +97,14 @@ class Projection:
         elif not torch.is_autocast_enabled(hidden.device.type):
             # a head may be kept in fp32 on a 16-bit backbone, as TRL's cast_lm_head_to_fp32 does
             hidden = hidden.to(torch.promote_types(hidden.dtype, weight.dtype))
-        return hidden, LMHead(weight, bias, self.logit_scale, self.softcap)
+        return hidden, LMHead(weight, bias, self.logit_scale, self.softcap, self.num_tokens)
 
 
-def output_head(model: PreTrainedModel) -> Projection:
-    """Find a model's head.
+def head_module(model: PreTrainedModel) -> nn.Module:
+    """Return the module that a model calls for its logits: a linear layer, or PEFT's around one.
 
     Raises:
-        ValueError: there is none, or it is quantised or adapted in a way that cannot be reproduced.
+        ValueError: there is none.
     """
     # Not ``model.lm_head``: some families give the head another name (embed_out, head).
     module: Any = model.get_output_embeddings()
@@ -95,22 +112,64 @@ def output_head(model: PreTrainedModel) -> Projection:
         fail(
             "model", "have output embeddings", type(model).__name__, "pass a causal language model"
         )
-    module = _live_copy(module)
+    if isinstance(module, nn.Embedding):
+        fail("output embeddings", "be a linear layer", "an Embedding", "use stock losses")
+    for wrapper in ("_fsdp_wrapped_module", "_orig_mod"):  # FSDP1, torch.compile
+        module = getattr(module, wrapper, module)
+    return _live_copy(module)
+
+
+def layers_inside(module: nn.Module) -> list[nn.Module]:
+    """Return the modules whose weights a head's forward reads, other than ``module`` itself."""
+    if not hasattr(module, "base_layer"):
+        return []
+    parts: Any = module
+    matrices = [
+        layers[name]
+        for layers in (getattr(parts, "lora_A", {}), getattr(parts, "lora_B", {}))
+        for name in parts.active_adapters
+        if name in layers
+    ]
+    return [parts.base_layer, *matrices]
+
+
+def head_key(module: nn.Module) -> tuple[Any, ...]:
+    """Return what a head's forward depends on beside its parameters.
+
+    Logits that were compared have to be compared again where this changes: another layer, another
+    adapter, or a forward that somebody has set on the module.
+    """
+    return tuple(
+        (type(part), patched_forward(part), getattr(part, "out_features", None))
+        for part in module.modules()
+    )
+
+
+def output_head(model: PreTrainedModel, module: nn.Module, findings: Findings) -> Projection:
+    """Read a model's head, inside of the module's forward: its weight is whole only there.
+
+    Raises:
+        ValueError: it is quantised or adapted in a way that cannot be reproduced.
+    """
     low_rank: tuple[LowRank, ...] = ()
     linear: Any = module
     if hasattr(module, "base_layer"):  # a PEFT tuner layer around the head
         low_rank = _active_adapters(module)
         linear = module.base_layer
     weight: Any = getattr(linear, "weight", None)
-    # Quantised weights are subclasses or integers.  A DTensor is a shard outside of the module's
-    # forward, where output_head is called to find the module; inside it, the weight is plain.
+    # Quantised weights are subclasses or integers.  A DTensor that is a shard even inside of the
+    # module's forward is refused by LMHead, which says what to do.
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
     if not plain and type(weight).__name__ != "DTensor":
         got = type(weight).__name__ if weight is None else f"{type(weight).__name__} {weight.dtype}"
         fail("lm_head.weight", "be a floating point parameter", got, "keep lm_head unquantised")
-    # A multimodal model keeps the settings of its language model in a nested config.
-    scale, softcap = _shaping(model.config.get_text_config())
-    return Projection(module, weight, getattr(linear, "bias", None), low_rank, scale, softcap)
+    matrices = [weight, *(matrix for adapter in low_rank for matrix in (adapter.down, adapter.up))]
+    if any(matrix.device.type == "meta" for matrix in matrices):
+        remedy = "load the model without offloading, or make its adapters before it is offloaded"
+        fail("lm_head's weights", "be in memory while the head runs", "one without values", remedy)
+    scale, softcap = shaping(model, findings.ignored)
+    bias = getattr(linear, "bias", None)
+    return Projection(weight, bias, low_rank, scale, softcap, findings.num_tokens)
 
 
 def _live_copy(module: Any) -> Any:
@@ -154,6 +213,8 @@ def _active_adapters(module: Any) -> tuple[LowRank, ...]:
         if getattr(module.lora_dropout[name], "p", 0) > 0:
             _refuse_adapter(f"LoRA with dropout ({name})", "pass lora_dropout=0")
         down, up = module.lora_A[name], module.lora_B[name]
+        if not isinstance(up, nn.Module):  # AdaLoRA keeps bare parameters
+            _refuse_adapter(f"{type(module).__name__} ({name})", "use plain LoRA on lm_head")
         if up.bias is not None:
             _refuse_adapter(f"LoRA with a bias ({name})", "pass lora_bias=False")
         adapters.append(LowRank(down.weight, up.weight, module.scaling[name]))
@@ -164,19 +225,31 @@ def _refuse_adapter(got: str, remedy: str) -> None:
     fail("lm_head's adapter", "be plain LoRA without dropout, or a saved module", got, remedy)
 
 
-def _shaping(config: Any) -> tuple[float, float | None]:
+def shaping(model: PreTrainedModel, ignored: frozenset[str]) -> tuple[float, float | None]:
     """Return the factor and the soft-cap that a model applies to its head's product, in that order.
 
-    A model with a setting that is not listed above is caught by ``check_rebuilt_logits``.
+    Args:
+        ignored: names of settings that the model's forward leaves out.
     """
+    # A multimodal model keeps the settings of its language model in a nested config.
+    config: Any = model.config.get_text_config()
     scale = 1.0
     for name in MULTIPLIERS:
-        scale *= _number(config, name) or 1.0
-    divisor = _number(config, "logits_scaling") or 1.0
-    # hyperclovax multiplies by the setting of the same name
-    scale = scale * divisor if config.model_type.startswith("hyperclovax") else scale / divisor
-    caps = [cap for cap in (_number(config, name) for name in SOFTCAPS) if cap is not None]
-    return scale, caps[0] if caps else None
+        if name in ignored:
+            continue
+        factor = _number(config, name) or 1.0
+        # hyperclovax multiplies by the setting by which granite divides
+        divides = name == "logits_scaling" and not config.model_type.startswith("hyperclovax")
+        scale = scale / factor if divides else scale * factor
+    caps = [_number(config, name) for name in SOFTCAPS if name not in ignored]
+    return scale, next((cap for cap in caps if cap is not None), None)
+
+
+def shaping_settings(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the names of the settings that a config has and that would change logits."""
+    everything = shaping(model, PLAIN.ignored)
+    names = MULTIPLIERS + SOFTCAPS
+    return tuple(n for n in names if shaping(model, PLAIN.ignored - {n}) != everything)
 
 
 def _number(config: Any, name: str) -> float | None:

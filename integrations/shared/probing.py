@@ -30,7 +30,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def probe_ids(model: PreTrainedModel, num_sequences: int, length: int) -> Tensor:
     """Return token ids (num_sequences, length) that are spread over the vocabulary."""
     embeddings: Any = model.get_input_embeddings()
-    count = torch.arange(1, num_sequences * length + 1, device=embeddings.weight.device)
+    device = embeddings.weight.device
+    if device.type == "meta":  # offloaded: accelerate's hook moves weight and ids where it says
+        device = getattr(embeddings._hf_hook, "execution_device", None) or torch.device("cpu")
+    count = torch.arange(1, num_sequences * length + 1, device=device)
     # multiples of a prime lie far apart and do not repeat early
     return (7919 * count).view(num_sequences, length) % model.config.get_text_config().vocab_size
 

@@ -38,11 +38,13 @@ class Request:
             return hidden
         if isinstance(self.positions, slice):
             return hidden[:, self.positions]
+        # a model that is spread over devices has its head on another one than its inputs
         if isinstance(self.positions, tuple):
-            return hidden[self.positions]
-        if self.positions.dtype == torch.bool:
-            return hidden[self.positions]
-        return hidden.flatten(0, 1)[self.positions]
+            return hidden[tuple(index.to(hidden.device) for index in self.positions)]
+        positions = self.positions.to(hidden.device)
+        if positions.dtype == torch.bool:
+            return hidden[positions]
+        return hidden.flatten(0, 1)[positions]
 
 
 @dataclass

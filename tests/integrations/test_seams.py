@@ -204,16 +204,15 @@ def test_overridden_methods_are_found():
     assert not overridden(int)
 
 
-def test_a_models_base_model_makes_the_states_that_enter_its_output_embeddings():
+def test_a_model_calls_the_module_of_its_output_embeddings():
     model, ids, entered = tiny_model("Llama"), random_ids(2, 5), []
     head = model.get_output_embeddings()
     handle = head.register_forward_hook(lambda m, args, output: entered.append((args[0], output)))
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     handle.remove()
-    assert torch.equal(entered[0][0], states)
     assert torch.equal(entered[0][1], logits)
+    states = entered[0][0]
     assert head.weight.shape == (model.config.get_text_config().vocab_size, states.size(-1))
 
 
@@ -240,6 +239,9 @@ def test_positions_that_start_again_separate_sequences():
 def test_accelerate_keeps_the_forward_that_it_wraps_where_attach_looks():
     accelerate = pytest.importorskip("accelerate")
     assert "_original_forward" in inspect.getsource(accelerate.Accelerator.prepare_model)
+    linear = accelerate.cpu_offload(torch.nn.Linear(2, 2))
+    assert linear._old_forward.__func__ is torch.nn.Linear.forward
+    assert hasattr(linear, "_hf_hook")
 
 
 if __name__ == "__main__":
