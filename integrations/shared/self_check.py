@@ -25,6 +25,7 @@ from fused_sd.integrations.shared.output_head import (
     shaping_settings,
 )
 from fused_sd.integrations.shared.probing import evaluating, probe_ids, product_precision
+from fused_sd.integrations.shared.strays import disturbed, stray_tensors
 
 NUM_TOKENS = 8
 LARGE_LOGIT = 60.0  # large enough that every soft-cap in use changes it
@@ -56,7 +57,9 @@ def check_rebuilt_logits(
     """Compare a few tokens' logits with those that a request would make.
 
     They are compared for hidden states as they are and for enlarged ones: a soft-cap hardly changes
-    small logits, so that a missing one would not show.
+    small logits, so that a missing one would not show.  They are compared a second time with other
+    values in the parameters around the head: one that starts as the identity, such as a scale of
+    1, or an adapter of 0, would not show either.
 
     Args:
         request: returns what a ``compute`` makes of token ids (1, L).
@@ -66,7 +69,7 @@ def check_rebuilt_logits(
         Which of the config's settings the model leaves out, and how many tokens it predicts.
 
     Raises:
-        ValueError: a logit differs by more than rounding.
+        ValueError: a logit differs by more than rounding, or depends on other parameters.
     """
     ids = probe_ids(model, 1, NUM_TOKENS)
     scale, _ = shaping(model, frozenset())
@@ -76,6 +79,13 @@ def check_rebuilt_logits(
         findings, least = _best_findings(model, pairs)
         if not least <= bound:  # also where it is NaN
             _refuse(model, "its config", bound, least)
+        strays = stray_tensors(model)
+        if strays:
+            with disturbed(strays):
+                pairs, bound = _both(model, rebuild, request, original, ids)
+                largest = _largest_difference(model, pairs, findings)
+            if not largest <= bound:
+                _refuse(model, f"values of {', '.join(strays)} other than now", bound, largest)
     return findings
 
 

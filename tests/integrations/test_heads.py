@@ -7,6 +7,7 @@ from closeness import assert_close
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+import transformers
 from tiny_models import random_ids, tiny_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, weight_norm
@@ -32,6 +33,70 @@ def fused_log_probs(model, ids, **inputs):
 def own_log_probs(model, ids, **inputs):
     logits = model(input_ids=ids, use_cache=False, **inputs).logits[:, POSITIONS]
     return logits.log_softmax(-1).gather(-1, ids[:, -NUM_TOKENS:, None])[..., 0]
+
+
+class Scaled(nn.Linear):
+    """A head with a learned factor for each token, which is 1 at the start."""
+
+    def __init__(self, linear, is_buffer):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = linear.weight
+        ones = torch.ones(linear.out_features)
+        if is_buffer:
+            self.register_buffer("scale", ones)
+        else:
+            self.scale = nn.Parameter(ones)
+
+    def forward(self, states):
+        return super().forward(states) * self.scale
+
+
+class Tempered(transformers.LlamaForCausalLM):
+    """A learned temperature outside of the head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.log_temperature = nn.Parameter(torch.zeros(1))
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits / self.log_temperature.exp()
+        return output
+
+
+def scaled(is_buffer):
+    model = tiny_model("Llama")
+    model.lm_head = Scaled(model.lm_head, is_buffer)
+    return model
+
+
+@pytest.mark.parametrize(
+    "made, name",
+    [
+        (lambda: scaled(False), r"lm_head\.scale"),
+        (lambda: scaled(True), r"lm_head\.scale"),
+        (lambda: Tempered(tiny_model("Llama").config).eval(), "log_temperature"),
+    ],
+    ids=["parameter", "buffer", "outside"],
+)
+def test_a_parameter_that_a_request_would_not_read_is_refused_by_name(made, name):
+    """Although the model's logits are those of its weight alone, as long as it is new."""
+    model = made()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"values of {name} other than now"):
+        attach(model)
+    assert not is_attached(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_parameter_that_no_logit_reads_is_no_hindrance():
+    model, ids = tiny_model("Llama").double(), random_ids(2, 9)
+    model.value_head = nn.Linear(32, 1)
+    before = model.value_head.weight.clone()
+    attach(model)
+    assert torch.equal(model.value_head.weight, before)
+    assert_close(fused_log_probs(model, ids), own_log_probs(model, ids), torch.float64)
 
 
 class Factor(nn.Module):

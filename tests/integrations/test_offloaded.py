@@ -11,6 +11,7 @@ accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
 from tiny_models import random_ids, tiny_model
+from torch import nn
 
 from fused_sd import token_log_probs
 from fused_sd.integrations.shared.answering import _input_device, _on_device
@@ -118,6 +119,14 @@ def test_an_adapter_that_an_offloaded_head_is_given_has_no_values_and_is_refused
     attach(model)  # as for a model that is sharded, the first request compares
     with pytest.raises(ValueError, match="make its adapters before it is offloaded"):
         fused_log_probs(model, random_ids(2, 9))
+
+
+def test_a_stray_parameter_that_is_offloaded_is_refused():
+    model = tiny_model("Llama")
+    model.lm_head.scale = nn.Parameter(torch.ones(1))
+    accelerate.cpu_offload(model, execution_device=CPU)
+    with pytest.raises(ValueError, match=r"lm_head\.scale must be in memory"):
+        attach(model)
 
 
 def test_what_compute_is_given_lies_where_the_inputs_lie():
