@@ -24,6 +24,8 @@ module.  Wrappers that shard parameters force both:
 Dimension key:  B sequences, L positions, D hidden size, V vocabulary
 """
 
+import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -87,6 +89,18 @@ class Attachment:
             return type(model).forward(model, *args, **kwargs)
         return self.original(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
+        # The autocast is shared: it may be a method of an Accelerator, which holds its models.
+        original, packs_with = copy.deepcopy(self.original, memo), set(self.packs_with)
+        return dataclasses.replace(
+            self, original=original, findings=dict(self.findings), packs_with=packs_with
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A model that pickle or torch.load brings back has its class's forward: pickle stores a
+        # bound method by its name.  Without an attachment, attach can be called on it again.
+        return _no_attachment, ()
+
 
 def attach(model: nn.Module, *, autocast: Autocast | None = None) -> nn.Module:
     """Let a causal language model answer ``fused_sd`` requests.  A second call does nothing.
@@ -111,6 +125,13 @@ def attach(model: nn.Module, *, autocast: Autocast | None = None) -> nn.Module:
     inner = unwrap(model)
     if is_attached(model):
         return model
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        fail(
+            "model",
+            "run on one device, or be wrapped in DistributedDataParallel",
+            f"DataParallel over {model.device_ids}",
+            "start one process for each device, with torchrun or accelerate launch",
+        )
     # Accelerator.prepare_model leaves this attribute where it has wrapped forward in autocast.
     if "_original_forward" in inner.__dict__ and autocast is None:
         fail(
@@ -166,7 +187,7 @@ def detach(model: nn.Module) -> nn.Module:
 
 def is_attached(model: nn.Module) -> bool:
     """Return whether a model answers requests."""
-    return ATTACHMENT in unwrap(model).__dict__
+    return unwrap(model).__dict__.get(ATTACHMENT) is not None
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -250,3 +271,7 @@ def _check_once(model: PreTrainedModel, state: Attachment) -> Findings:
     with torch.no_grad(), state.autocast():
         state.findings[key] = check_rebuilt_logits(model, request, original)
     return state.findings[key]
+
+
+def _no_attachment() -> None:
+    """Stand for the attachment of a model that was pickled."""
