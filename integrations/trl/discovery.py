@@ -4,17 +4,21 @@ A reward of 0 for every response teaches nothing.  Feedback about a failure does
 it, and the student learns from the teacher before it tries again.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fused_sd.checks import check_positive_int, fail
 from fused_sd.integrations.trl.sdpo import SDPOConfig, SDPOTrainer
+
+ATTEMPTS_FILE = "attempts.json"  # in a checkpoint
 
 
 @dataclass
@@ -82,14 +86,37 @@ class DiscoveryTrainer(SDPOTrainer):
             self.add_callback(_StopAtSuccess(self))
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Record the attempts; rewards come back gathered, and texts are gathered to match."""
+        """Record the attempts; rewards come back gathered, and texts are gathered to match.
+
+        What an evaluation samples is no attempt.
+        """
         per_function = super()._calculate_rewards(*args, **kwargs)
-        rewards = self.scored.rewards.tolist()
-        for text, reward in zip(gather_object(list(self.scored.texts)), rewards):
+        texts = gather_object(list(self.scored.texts))
+        for text, reward in zip(texts, self.scored.rewards.tolist()) if self.model.training else ():
             self.rewards.append(reward)
             if reward >= self.args.success_reward_threshold and self.first_success is None:
                 self.first_success, self.solution = len(self.rewards), text
         return per_function
+
+    def _save_checkpoint(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Save the attempts too: without them a resumed run would count from 1 again."""
+        super()._save_checkpoint(model, *args, **kwargs)
+        if self.args.should_save:
+            attempts = self.rewards, self.first_success, self.solution
+            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            (folder / ATTEMPTS_FILE).write_text(json.dumps(attempts), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the attempts too, where Trainer resumes."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint, ATTEMPTS_FILE)
+        if not path.exists():
+            rule, remedy = f"hold {ATTEMPTS_FILE}", "resume from a checkpoint of DiscoveryTrainer"
+            fail("resume_from_checkpoint", rule, f"{checkpoint} without it", remedy)
+        attempts = json.loads(path.read_text(encoding="utf-8"))
+        self.rewards, self.first_success, self.solution = attempts
 
 
 class _StopAtSuccess(TrainerCallback):

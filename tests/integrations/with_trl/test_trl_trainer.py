@@ -823,6 +823,21 @@ def test_discovery_gives_up_after_its_attempts(tmp_path):
     assert trainer.first_success == 7
 
 
+def test_discovery_goes_on_counting_when_it_is_resumed(tmp_path):
+    settings = {"stop_at_success": False, "save_strategy": "steps", "save_steps": 1}
+    first = make_discovery(tmp_path, DATA.select([0]), **settings)
+    first.train()
+    resumed = make_discovery(tmp_path, DATA.select([0]), **settings)  # its attempt 7 passes, too
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.rewards == [0.0] * 10 + [1.0, 0.0]
+    assert resumed.first_success == 11
+    resumed.evaluate(DATA.select([0]))  # samples no attempts
+    assert len(resumed.rewards) == 12
+    (tmp_path / "checkpoint-1" / "attempts.json").unlink()
+    with pytest.raises(ValueError, match=r"must hold attempts\.json, got .*; resume from"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_grpos_part_of_sdpo_needs_no_signal(tmp_path):
     nothing = {"reward_funcs": lambda prompts, **_: [0.0] * len(prompts)}
     data = DATA.remove_columns("privileged_context")
