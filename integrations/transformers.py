@@ -46,6 +46,7 @@ from fused_sd.integrations.shared.output_head import (
     Findings,
     head_key,
     head_module,
+    plain_weight,
 )
 from fused_sd.integrations.shared.request import (
     FusedOutput,
@@ -149,6 +150,7 @@ def attach(model: nn.Module, *, autocast: Autocast | None = None) -> nn.Module:
     state = Attachment(original, installed, nullcontext if autocast is None else autocast)
     check_returns(inner.config)
     check_hooks(head_module(inner))
+    plain_weight(head_module(inner))
     if is_whole(inner):
         _check_once(inner, state)
     setattr(inner, ATTACHMENT, state)

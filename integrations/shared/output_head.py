@@ -156,13 +156,7 @@ def output_head(model: PreTrainedModel, module: nn.Module, findings: Findings) -
     if hasattr(module, "base_layer"):  # a PEFT tuner layer around the head
         low_rank = _active_adapters(module)
         linear = module.base_layer
-    weight: Any = getattr(linear, "weight", None)
-    # Quantised weights are subclasses or integers.  A DTensor that is a shard even inside of the
-    # module's forward is refused by LMHead, which says what to do.
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-    if not plain and type(weight).__name__ != "DTensor":
-        got = type(weight).__name__ if weight is None else f"{type(weight).__name__} {weight.dtype}"
-        fail("lm_head.weight", "be a floating point parameter", got, "keep lm_head unquantised")
+    weight = plain_weight(linear)
     matrices = [weight, *(matrix for adapter in low_rank for matrix in (adapter.down, adapter.up))]
     if any(matrix.device.type == "meta" for matrix in matrices):
         remedy = "load the model without offloading, or make its adapters before it is offloaded"
@@ -170,6 +164,23 @@ def output_head(model: PreTrainedModel, module: nn.Module, findings: Findings) -
     scale, softcap = shaping(model, findings.ignored)
     bias = getattr(linear, "bias", None)
     return Projection(weight, bias, low_rank, scale, softcap, findings.num_tokens)
+
+
+def plain_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a linear layer, or of the one inside PEFT's layer.
+
+    Raises:
+        ValueError: it is quantised.
+    """
+    weight: Any = getattr(getattr(module, "base_layer", module), "weight", None)
+    # Quantised weights are subclasses or integers.  A DTensor is a shard outside of the module's
+    # forward; one that is a shard even inside is refused by LMHead, which says what to do.
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    if not plain and type(weight).__name__ != "DTensor":
+        got = type(weight).__name__ if weight is None else f"{type(weight).__name__} {weight.dtype}"
+        fail("lm_head.weight", "be a floating point parameter", got, "keep lm_head unquantised")
+    found: Tensor = weight
+    return found
 
 
 def _live_copy(module: Any) -> Any:
