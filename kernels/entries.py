@@ -7,6 +7,7 @@ many, PyTorch compares them.
 Dimension key:  C rows in a chunk, W columns, K chosen entries of a row
 """
 
+import torch
 import triton
 from torch import Tensor
 
@@ -25,7 +26,8 @@ def take_out_(logits: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     num_rows, k = columns.shape
     if k > MOST:
         return twin.take_out_(logits, columns)
-    entries, rest = logits.new_empty((num_rows, k)), logits.new_empty(num_rows)
+    entries = logits.new_empty((num_rows, k))
+    rest = logits.new_empty(num_rows, dtype=torch.float64)
     chosen = launch_for("log_normalizer", logits.device)  # whose loop it runs
     launch(
         programs.take_out,
@@ -57,8 +59,8 @@ def compare_entries(
     buckets = triton.next_power_of_2(k + 1)
     if buckets > MOST:
         return twin.compare_entries(student, teacher, rests, term, entry_clip)
-    found = student.new_empty((6, num_rows))
-    loss, clipped, outside, background, *lses = found
+    loss, clipped, outside = student.new_empty((3, num_rows))
+    background, *lses = student.new_empty((3, num_rows), dtype=torch.float64)
     inside = student.new_empty((num_rows, k))
     launch(
         programs.compare_entries,

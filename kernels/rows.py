@@ -44,8 +44,8 @@ STATE = 8  # numbers that a pair's state takes: five, padded to one 32-byte sect
 
 
 def log_normalizer(logits: Tensor) -> Tensor:
-    """Log-sum-exp of each row: (C,)."""
-    lse = logits.new_empty(logits.shape[0])
+    """Log-sum-exp of each row: (C,) fp64."""
+    lse = logits.new_empty(logits.shape[0], dtype=torch.float64)
     _launch(
         row_programs.log_normalizer,
         logits,
@@ -57,8 +57,9 @@ def log_normalizer(logits: Tensor) -> Tensor:
 
 
 def lse_and_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of each row and its entropy in nats: (C,) each."""
-    lse, entropy = (logits.new_empty(logits.shape[0]) for _ in range(2))
+    """Log-sum-exp of each row, fp64, and its entropy in nats: (C,) each."""
+    entropy = logits.new_empty(logits.shape[0])
+    lse = torch.empty_like(entropy, dtype=torch.float64)
     _launch(
         row_programs.log_normalizer,
         logits,
@@ -77,7 +78,8 @@ def normalizers(
     largest = None
     if has_largest:
         largest = torch.empty((num_rows, 2), dtype=torch.int64, device=student.device)
-    state, lses = student.new_empty((num_rows, STATE)), student.new_empty((2, num_rows))
+    state = student.new_empty((num_rows, STATE))
+    lses = student.new_empty((2, num_rows), dtype=torch.float64)
     _launch(
         row_programs.normalizers,
         student,
@@ -88,14 +90,16 @@ def normalizers(
     )
     if not shard.alone:
         _join_ranks_(state, shard)
-        lses = (state[:, 0:4:2] + state[:, 1:4:2]).T
+        lses = (state[:, 0:4:2].double() + state[:, 1:4:2]).T
     return Normalizers(lses[0], lses[1], state, shard, largest)
 
 
 def known_normalizers(student: Tensor, teacher: Tensor, shard: VocabShard = WHOLE) -> Normalizers:
     """Normalisers of which the log-sum-exps (C,) are known, for ``row_metrics`` alone."""
-    state = student.new_zeros((student.shape[0], STATE))  # without a mean log-ratio
-    state[:, 0], state[:, 2] = student, teacher
+    state = student.new_zeros((student.shape[0], STATE), dtype=torch.float32)  # no mean ratio
+    lses = torch.stack([student, teacher], 1)
+    state[:, :4:2] = lses  # rounded
+    state[:, 1:4:2] = lses - state[:, :4:2]
     return Normalizers(student, teacher, state, shard)
 
 

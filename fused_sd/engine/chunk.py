@@ -22,7 +22,7 @@ from torch import Tensor
 from fused_sd.engine.backend import Functions
 from fused_sd.head.vocab_shard import VocabShard
 from fused_sd.terms.support import SideName
-from fused_sd.torch_kernels.rows import EntryGradient
+from fused_sd.torch_kernels.rows import EntryGradient, log_probs
 
 
 class Side(NamedTuple):
@@ -113,17 +113,20 @@ class Chunk(NamedTuple):
         """A side's log-probabilities (C, K) of ids, over the vocabulary of all ranks."""
         whole = self.side(side).whole
         lse = self.functions.rows.log_normalizer(whole)
-        [lse], _, [chosen] = self.shard.join([lse], extra_sums=[self.part(self.side(side), ids)])
-        return chosen - lse[:, None]
+        part = self.part(self.side(side), ids)
+        [lse], _, [chosen] = self.shard.join([lse], extra_sums=[part], dtype=part.dtype)
+        return log_probs(chosen, lse)
 
     def log_normalizer(self, side: SideName) -> Tensor:
-        """Log-sum-exp (C,) of a side's logits over the vocabulary of all ranks."""
-        lse = self.functions.rows.log_normalizer(self.side(side).whole)
-        return self.shard.join([lse]).normalizers[0]
+        """Log-sum-exp (C,), fp64, of a side's logits over the vocabulary of all ranks."""
+        whole = self.side(side).whole
+        assert whole is not None
+        lse = self.functions.rows.log_normalizer(whole)
+        return self.shard.join([lse], dtype=whole.dtype).normalizers[0]
 
     def write_gradient_(
         self,
-        background: Tensor | None,  # (C,) log-normaliser of the entries outside; None: they get 0
+        background: Tensor | None,  # (C,) fp64 normaliser of the entries outside; None: they get 0
         constant: Tensor | None,  # (C,)
         slope: Tensor | None,  # (C,)
         entries: EntryGradient,  # columns are this rank's; V and above: nowhere

@@ -34,7 +34,7 @@ class Shards(NamedTuple):
 class Joined(NamedTuple):
     """Numbers over the vocabulary of all ranks."""
 
-    normalizers: list[Tensor]  # (C,) log-sum-exps
+    normalizers: list[Tensor]  # (C,) log-sum-exps, fp64
     entropies: list[Tensor]  # (C,) nats
     extra_sums: list[Tensor]
 
@@ -93,13 +93,15 @@ class VocabShard:
         self,
         normalizers: Sequence[Tensor],
         *,
+        dtype: torch.dtype,
         entropies: Sequence[Tensor] = (),
         extra_sums: Sequence[Tensor] = (),
     ) -> Joined:
         """Combine log-sum-exps of each rank's columns into those of all: one MAX and one SUM.
 
         Args:
-            normalizers: (C,) each.
+            normalizers: (C,) fp64 each.
+            dtype: of the logits, and of what is sent.
             entropies: (C,) of this rank's columns, each for the normaliser at its place.
             extra_sums: other tensors to sum over the ranks, in the same message.
         """
@@ -109,18 +111,19 @@ class VocabShard:
             return Joined([], [], self.sum(*extra_sums))
         local = torch.stack(list(normalizers))
         # finite, so that columns without mass contribute 0 and not NaN
-        anchor = self.max(local).clamp(min=torch.finfo(local.dtype).min)
-        share = torch.exp(local - anchor)
+        anchor = self.max(local.to(dtype)).clamp(min=torch.finfo(dtype).min)
+        gaps = (local - anchor).to(dtype)
+        share = torch.exp(gaps)
         below = [
             torch.where(part == 0, 0, part * (entropy - gap))
-            for part, entropy, gap in zip(share, entropies, local - anchor)
+            for part, entropy, gap in zip(share, entropies, gaps)
         ]
         total, *sums = self.sum(share, *below, *extra_sums)
         log_total, count = total.log(), len(below)
         joined = [
             weighted / mass + log for weighted, mass, log in zip(sums[:count], total, log_total)
         ]
-        return Joined(list(anchor + log_total), joined, sums[count:])
+        return Joined(list(anchor.double() + log_total), joined, sums[count:])
 
     def top_k(self, top_k: Callable[[Tensor, int], Tensor], logits: Tensor, k: int) -> Tensor:
         """Ids (C, k) of the largest logits (C, W) of all ranks, equal logits by lowest id.

@@ -82,14 +82,18 @@ class DivergenceObjective(NamedTuple):
         metrics = self._agreement(chunk)
         if chunk.teacher_side is None and "student_entropy" in self.metrics:
             lse, part = chunk.functions.rows.lse_and_entropy(chunk.student)
-            [metrics["student_entropy"]] = chunk.shard.join([lse], entropies=[part]).entropies
+            [metrics["student_entropy"]] = chunk.shard.join(
+                [lse], entropies=[part], dtype=part.dtype
+            ).entropies
         rows: _FullRows | TruncatedRows
         if self.comparison.support.is_truncated:
             rows = TruncatedRows(self.comparison, chunk, inputs)
         else:
             with_largest = "top1_agreement" in self.metrics and "top1_agreement" not in metrics
             rows = _FullRows(self.comparison, chunk, with_largest)
-        log_probs = {side: label - rows.normalizer(side) for side, label in labels.items()}
+        log_probs = {
+            side: (label - rows.normalizer(side)).to(label.dtype) for side, label in labels.items()
+        }
         metrics |= {f"{side}_log_prob": value for side, value in log_probs.items()}
 
         ratio: Tensor | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_sd.engine.chunk import Chunk, Objective
 from fused_sd.settings import setting
 from fused_sd.terms.surrogate import Surrogate, cross_entropy, surrogate
-from fused_sd.torch_kernels.rows import EntryGradient
+from fused_sd.torch_kernels.rows import EntryGradient, log_probs
 
 
 @setting
@@ -55,12 +55,14 @@ class LogProbObjective(NamedTuple):
         if self.tail:
             logits.scatter_(1, chunk.columns_of(ids), -torch.inf)
             lses.append(rows.log_normalizer(logits))
-        lses, entropies, [chosen] = chunk.shard.join(lses, entropies=parts, extra_sums=[part])
+        lses, entropies, [chosen] = chunk.shard.join(
+            lses, entropies=parts, extra_sums=[part], dtype=logits.dtype
+        )
         normalizer = lses[0]
-        values = [chosen - normalizer[:, None]]
+        values = [log_probs(chosen, normalizer)]
         if self.tail:
             rest = lses[1]
-            values.append((rest - normalizer)[:, None])
+            values.append((rest - normalizer).to(chosen.dtype)[:, None])
             normalizer = torch.where(rest == -torch.inf, 0, rest)
         values += [entropy[:, None] for entropy in entropies]
         result = torch.cat(values, -1)
@@ -80,18 +82,16 @@ class LogProbObjective(NamedTuple):
         assert not (self.tail and self.entropy)
         assert chunk.row_weights is not None
         row_weights = chunk.row_weights
-        by_entry, log_probs = row_weights[:, : self.k], values[:, : self.k]
+        by_entry, log_prob = row_weights[:, : self.k], values[:, : self.k]
         total = row_weights[:, : self.k + self.tail].sum(-1, keepdim=True)
         constant, slope = -total[:, 0], None
-        at_entries = by_entry - log_probs.exp() * total
+        at_entries = by_entry - log_prob.exp() * total
         if self.tail:
             constant = row_weights[:, -1] - values[:, -1].exp() * total[:, 0]
         if self.entropy:
             slope = -row_weights[:, -1]
             constant = constant + slope * values[:, -1]
-            at_entries = at_entries + log_probs.exp() * slope[:, None] * (
-                log_probs + values[:, -1:]
-            )
+            at_entries = at_entries + log_prob.exp() * slope[:, None] * (log_prob + values[:, -1:])
         entries = EntryGradient(chunk.columns_of(ids), chosen, at_entries, None)
         chunk.write_gradient_(normalizer, constant, slope, entries)
 
@@ -145,8 +145,12 @@ class TokenLossObjective(NamedTuple):
         if chunk.teacher_side is not None:
             lses.append(rows.log_normalizer(chunk.teacher))
             labels.append(chunk.part(chunk.teacher_side, ids))
-        lses, entropies, labels = chunk.shard.join(lses, entropies=parts, extra_sums=labels)
-        log_prob, *others = (label[:, 0] - lse for label, lse in zip(labels, lses, strict=True))
+        lses, entropies, labels = chunk.shard.join(
+            lses, entropies=parts, extra_sums=labels, dtype=chunk.student.dtype
+        )
+        log_prob, *others = (
+            log_probs(label, lse)[:, 0] for label, lse in zip(labels, lses, strict=True)
+        )
         if others:
             inputs["teacher_log_probs"] = others[0]
         if self.surrogate is None:

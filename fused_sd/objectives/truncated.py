@@ -31,7 +31,7 @@ from fused_sd.terms.buckets import (
 from fused_sd.terms.comparison import Comparison
 from fused_sd.terms.support import SIDES, SideName
 from fused_sd.terms.weighting import clip_tokens
-from fused_sd.torch_kernels.rows import ROW_METRICS, EntryGradient
+from fused_sd.torch_kernels.rows import ROW_METRICS, EntryGradient, log_probs
 
 SUPPORT_METRICS = ("student_mass", "teacher_mass", "student_tail_mass", "teacher_tail_mass")
 
@@ -86,7 +86,7 @@ class TruncatedRows:
         if remainder == "teacher_renormalize":
             normalized = sides[:1]
         lses = [chunk.functions.rows.log_normalizer(side.whole) for side in normalized]
-        self.normalizers, _, parts = chunk.shard.join(lses, extra_sums=parts)
+        self.normalizers, _, parts = chunk.shard.join(lses, extra_sums=parts, dtype=parts[0].dtype)
         return parts
 
     def _take_out(self, sides: list[Side], ids: Tensor, counted: Tensor | None) -> list[Tensor]:
@@ -99,7 +99,7 @@ class TruncatedRows:
             elsewhere = self.masked == chunk.width - 1
             parts = [entries.masked_fill(elsewhere, 0) for entries in parts]
         rests = [rest for _, rest in found]
-        self.normalizers, _, parts = chunk.shard.join(rests, extra_sums=parts)
+        self.normalizers, _, parts = chunk.shard.join(rests, extra_sums=parts, dtype=parts[0].dtype)
         return parts
 
     def _terms(self) -> EntryTerms:
@@ -144,14 +144,14 @@ class TruncatedRows:
             log_s, self.lse["student"] = with_tail(student, rest)
             assert self.entries.sent is not None
             tail = served_tail(self.entries.sent, rest > -torch.inf)
-            log_t, _ = with_tail(teacher, tail.to(teacher))
+            log_t, _ = with_tail(teacher, tail)
             return Buckets(log_s, log_t, torch.where(rest == -torch.inf, 0, rest), True)
         self.lse.update(zip(SIDES, self.normalizers))
         background = self.lse["student"]
-        log_s = student - background[:, None]
+        log_s = log_probs(student, background)
         if remainder == "teacher_renormalize":
             return Buckets(log_s, renormalized(teacher), background, False)
-        log_t = teacher if is_served else teacher - self.lse["teacher"][:, None]
+        log_t = teacher if is_served else log_probs(teacher, self.lse["teacher"])
         if remainder == "tail":
             assert floor is not None
             log_s = torch.cat([log_s, log_complement(log_s, floor)], -1)
@@ -174,7 +174,7 @@ class TruncatedRows:
         return columns if counted is None else torch.where(counted, columns, num_columns - 1)
 
     def normalizer(self, side: SideName) -> Tensor:
-        """Log-sum-exp (C,) of a side's whole rows."""
+        """Log-sum-exp (C,), fp64, of a side's whole rows."""
         if side not in self.lse:
             self.lse[side] = self.chunk.log_normalizer(side)
         return self.lse[side]
@@ -225,10 +225,10 @@ class TruncatedRows:
             if not {f"{side}_mass", f"{side}_tail_mass"}.intersection(names):
                 continue
             is_served = side == "teacher" and self.chunk.teacher_side is None
-            log_mass: Tensor = getattr(self.entries, side).logsumexp(-1)
+            entries: Tensor = getattr(self.entries, side)
             if not is_served:  # a server's are log-probabilities already
-                log_mass = log_mass - self.normalizer(side)
-            log_mass = log_mass.clamp(max=0)
+                entries = log_probs(entries, self.normalizer(side))
+            log_mass = entries.logsumexp(-1).clamp(max=0)
             found[f"{side}_mass"] = log_mass.exp()
             found[f"{side}_tail_mass"] = -torch.expm1(log_mass)
         return found

@@ -21,7 +21,7 @@ class Buckets(NamedTuple):
 
     log_s: Tensor  # (C, K), or (C, K + 1) with the tail bucket last
     log_t: Tensor  # as log_s
-    background: Tensor | None  # (C,) log-normaliser of the entries outside; None: they have no mass
+    background: Tensor | None  # (C,) fp64 normaliser of the entries outside; None: no mass there
     balanced: bool  # whether both sides sum to 1
 
 
@@ -40,8 +40,8 @@ class EntryTerms(NamedTuple):
     clipped: Tensor | None  # (C,) number of buckets that the entry clip cut; None: there is no clip
     inside: Tensor  # (C, K) gradient at the entries
     outside: Tensor | None  # (C,) factor of exp(logit - background) elsewhere; None: it is 0 there
-    background: Tensor | None  # (C,)
-    lses: tuple[Tensor, Tensor] | None  # (C,) of both sides' whole rows, where they were found
+    background: Tensor | None  # (C,) fp64
+    lses: tuple[Tensor, Tensor] | None  # (C,) fp64 of both sides' whole rows, where they were found
 
 
 def bucket_terms(
@@ -88,14 +88,15 @@ def with_tail(entries: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         entries: (C, K) logits.
-        rest: (C,) log-sum-exp of the row's other logits.
+        rest: (C,) fp64, log-sum-exp of the row's other logits.
 
     Returns:
-        log_probs: (C, K + 1), the tail last.
-        lse: (C,) log-sum-exp of the whole row.
+        log_probs: (C, K + 1), the tail last, in the entries' dtype.
+        lse: (C,) fp64, log-sum-exp of the whole row.
     """
-    lse = torch.logaddexp(entries.logsumexp(-1), rest)
-    return torch.cat([entries, rest[:, None]], -1) - lse[:, None], lse
+    buckets = torch.cat([entries.double(), rest[:, None]], -1)
+    lse = buckets.logsumexp(-1)
+    return (buckets - lse[:, None]).to(entries.dtype), lse
 
 
 def served_tail(log_probs: Tensor, has_others: Tensor) -> Tensor:

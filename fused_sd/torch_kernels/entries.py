@@ -29,7 +29,7 @@ def take_out_(logits: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         entries: (C, K) logits.
-        rest: (C,) log-sum-exp of the row without them.
+        rest: (C,) fp64, log-sum-exp of the row without them.
     """
     entries = logits.gather(1, columns)
     logits.scatter_(1, columns, -torch.inf)
@@ -47,7 +47,7 @@ def compare_entries(
 
     Args:
         student, teacher: (C, K) logits, -inf on both sides where there is no entry.
-        rests: (C,) log-sum-exps of each side's other logits; None: the entries are renormalised.
+        rests: (C,) fp64, log-sum-exps of the sides' other logits; None: entries are renormalised.
         term: the divergence.
         entry_clip: upper bound of each bucket's term; None: no bound.
     """

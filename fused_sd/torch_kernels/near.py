@@ -32,10 +32,12 @@ class Block(NamedTuple):
 
         Args:
             student, teacher: logits of both sides.
-            lse_s, lse_t: (R,) their log-sum-exps.
+            lse_s, lse_t: (R,) fp64, their log-sum-exps.
         """
-        torch.sub(student, lse_s[:, None], out=self.s)
-        torch.sub(teacher, lse_t[:, None], out=self.t)
+        for logits, lse, out in ((student, lse_s, self.s), (teacher, lse_t, self.t)):
+            rounded = lse.to(out.dtype)
+            torch.sub(logits, rounded[:, None], out=out)
+            out.sub_((lse - rounded).to(out.dtype)[:, None])
 
     def exponentiate_near_(self) -> bool:
         """If the sides are near, turn log-probabilities into probabilities, and write ``r``.

@@ -11,6 +11,10 @@ in-place forms of ``near.py``, which select nothing by a mask, because a mask co
 multiplications; other blocks take the general functions of ``terms/divergence.py``, where the
 formulas are.
 
+A log-sum-exp is a logit, perhaps a large one, plus a small logarithm.  Its sum is kept in fp64, for
+fp32 rows too: log-probabilities then lose nothing where all logits of a row have a large offset in
+common, as with the subtraction of the largest logit in PyTorch's log-softmax.
+
 Where ranks share the vocabulary, a function of two sides returns numbers over all ranks' columns, a
 function of one side numbers over this rank's columns.
 
@@ -85,31 +89,50 @@ class _Loss(NamedTuple):
 class Normalizers(NamedTuple):
     """Log-sum-exps of a chunk's rows on both sides."""
 
-    student: Tensor  # (C,)
-    teacher: Tensor  # (C,)
+    student: Tensor  # (C,) fp64
+    teacher: Tensor  # (C,) fp64
     state: Any  # what the backend keeps beside them for its other functions
     shard: VocabShard  # which columns the rows have, where ranks share the vocabulary
     largest: Tensor | None = None  # (C, 2) columns of both sides' largest logits; None: not wanted
 
 
 def log_normalizer(logits: Tensor) -> Tensor:
-    """Log-sum-exp of each row: (C,)."""
-    lse = logits.new_empty(logits.shape[0])
+    """Log-sum-exp of each row: (C,) fp64."""
+    lse = logits.new_empty(logits.shape[0], dtype=torch.float64)
 
-    def find(at: slice) -> None:
-        torch.logsumexp(logits[at], -1, out=lse[at])
+    def find(at: slice, shifted: Tensor) -> None:
+        anchor, log_scale = _anchored(logits[at], shifted)
+        torch.add(anchor, log_scale, out=lse[at])
 
-    for_row_blocks(logits, 0, find)
+    for_row_blocks(logits, 1, find)
     return lse
 
 
+def _anchored(logits: Tensor, shifted: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row, fp64, and the log-sum-exp of the row less that: (R,) each."""
+    lowest = torch.finfo(logits.dtype).min  # finite, for a row without mass
+    anchor = logits.new_full(logits.shape[:1], lowest)
+    if logits.shape[1]:  # a rank whose columns are all padding has none
+        torch.clamp(logits.amax(-1), min=lowest, out=anchor)
+    torch.sub(logits, anchor[:, None], out=shifted)
+    return anchor.double(), shifted.exp_().sum(-1).log()
+
+
+def log_probs(logits: Tensor, normalizer: Tensor) -> Tensor:
+    """Log-probabilities (C, K) of logits, in their dtype, by their rows' log-sum-exps (C,)."""
+    return torch.sub(logits, normalizer[:, None], out=torch.empty_like(logits))
+
+
 def lse_and_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of each row and its entropy in nats: (C,) each."""
-    lse, entropy = (logits.new_empty(logits.shape[0]) for _ in range(2))
+    """Log-sum-exp of each row, fp64, and its entropy in nats: (C,) each."""
+    entropy = logits.new_empty(logits.shape[0])
+    lse = torch.empty_like(entropy, dtype=torch.float64)
 
     def find(at: slice, log_probs: Tensor, share: Tensor, spare: Tensor) -> None:
-        torch.logsumexp(logits[at], -1, out=lse[at])
-        torch.sub(logits[at], lse[at, None], out=log_probs)
+        anchor, log_scale = _anchored(logits[at], share)
+        torch.add(anchor, log_scale, out=lse[at])
+        torch.sub(logits[at], anchor.to(logits.dtype)[:, None], out=log_probs)
+        log_probs.sub_(log_scale[:, None])
         _find_entropy(log_probs, share, spare, entropy[at])
 
     for_row_blocks(logits, 3, find)
@@ -126,7 +149,8 @@ def normalizers(
         shard: which columns these are.
         has_largest: whether the columns of the largest logits are wanted, of equal ones the first.
     """
-    lses = shard.join([log_normalizer(student), log_normalizer(teacher)]).normalizers
+    own = [log_normalizer(student), log_normalizer(teacher)]
+    lses = shard.join(own, dtype=student.dtype).normalizers
     largest = None
     if has_largest:
         largest = torch.stack([student.argmax(-1), teacher.argmax(-1)], 1)
@@ -197,7 +221,7 @@ def _compare(
         loss: the loss and its gradient; None: metrics alone.
     """
     lse_s, lse_t, shard = normalizers.student, normalizers.teacher, normalizers.shard
-    sums = {name: torch.empty_like(lse_s) for name in wanted}
+    sums = {name: student.new_empty(student.shape[0]) for name in wanted}
     metrics = {name: term for name, term in ROW_METRIC_TERMS.items() if name in sums}
     terms = [*metrics.values()] if loss is None else [*metrics.values(), loss.term]
     have_forms = all(term.name in FORMS for term in terms)
@@ -236,7 +260,7 @@ def _compare(
 
 def softmax_gradient_(
     logits: Tensor,  # (C, W)
-    normalizer: Tensor,  # (C,)
+    normalizer: Tensor,  # (C,) fp64
     constant: Tensor,  # (C,)
     slope: Tensor | None,  # (C,)
     cap: float | None,
@@ -251,6 +275,7 @@ def softmax_gradient_(
     if entries is not None and entries.row_weights is not None:
         assert slope is None
         constant = _weighted(constant, entries.row_weights)
+    normalizer, constant, slope = without_rounding(normalizer, constant, slope, logits.dtype)
 
     def write(at: slice, shifted: Tensor, share: Tensor) -> None:
         torch.sub(logits[at], normalizer[at, None], out=shifted)
@@ -264,6 +289,22 @@ def softmax_gradient_(
     for_row_blocks(logits, 2, write)
     if entries is not None:
         out.scatter_(1, entries.columns, entries.weighted(cap).to(out.dtype))
+
+
+def without_rounding(
+    normalizer: Tensor, constant: Tensor, slope: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round normalisers to the logits' dtype; the other numbers make up for what that loses.
+
+    With a part ``rest`` lost, ``exp(x) (constant + slope x)`` at ``x - rest`` is
+    ``exp(x) exp(-rest) ((constant - slope rest) + slope x)``.
+    """
+    rounded = normalizer.to(dtype)
+    rest = (normalizer - rounded).to(dtype)
+    share = torch.exp(-rest)
+    if slope is not None:
+        constant, slope = constant - slope * rest, slope * share
+    return rounded, constant * share, slope
 
 
 def _weighted(gradient: Tensor, row_weights: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def take_out(
     columns_ptr,  # (C, K) int64 in [0, W), contiguous
     num_entries,  # K
     entries_ptr,  # (C, K) fp32, contiguous, written: the logits at the columns
-    rest_ptr,  # (C,) fp32, written: log-sum-exp of the row without them
+    rest_ptr,  # (C,) fp64, written: log-sum-exp of the row without them
     ENTRIES: tl.constexpr,  # K or the next power of 2
     BLOCK_V: tl.constexpr,  # columns that are read at a time
 ):
@@ -54,7 +54,7 @@ def take_out(
             scale = decay * scale + weight
     top = tl.max(anchor, axis=0)
     total = tl.sum(scale * exp(anchor - top), axis=0)
-    tl.store(rest_ptr + row, top + tl.log(total))
+    tl.store(rest_ptr + row, top.to(tl.float64) + tl.log(total))
 
 
 @triton.jit
@@ -63,32 +63,38 @@ def load_buckets(entries_ptr, rest_ptr, row, place, num_entries):
 
     Returns:
         log_probs: log-probabilities over the buckets; -inf everywhere where no bucket has mass.
-        lse: log-sum-exp of the buckets.
+        lse: log-sum-exp of the buckets, fp64.
     """
     exists = place < num_entries
     z = tl.load(entries_ptr + row * num_entries + place, mask=exists, other=-float("inf"))
-    if rest_ptr is not None:
-        z = tl.where(place == num_entries, tl.load(rest_ptr + row), z)
     anchor = tl.maximum(tl.max(z, axis=0), LOWEST)
-    total = tl.sum(exp(z - anchor), axis=0)
+    if rest_ptr is not None:
+        rest = tl.load(rest_ptr + row)
+        anchor = tl.maximum(anchor, rest.to(tl.float32))
+        tail = (rest - anchor.to(tl.float64)).to(tl.float32)
+        below = tl.where(place == num_entries, tail, z - anchor)
+    else:
+        below = z - anchor
+    total = tl.sum(exp(below), axis=0)
     log_scale = tl.where(total == 0, 0.0, tl.log(total))
-    return (z - anchor) - log_scale, tl.where(total == 0, -float("inf"), anchor + log_scale)
+    lse = anchor.to(tl.float64) + log_scale
+    return below - log_scale, tl.where(total == 0, -float("inf"), lse)
 
 
 @triton.jit
 def compare_entries(
     student_ptr,  # (C, K) fp32 logits, contiguous
     teacher_ptr,  # (C, K) fp32 logits, contiguous
-    student_rest_ptr,  # (C,) fp32 or None, log-sum-exp of the student's other logits
-    teacher_rest_ptr,  # (C,) fp32 or None, as the student's
+    student_rest_ptr,  # (C,) fp64 or None, log-sum-exp of the student's other logits
+    teacher_rest_ptr,  # (C,) fp64 or None, as the student's
     num_entries,  # K
     loss_ptr,  # (C,) fp32, written: sum of the terms
     clipped_ptr,  # (C,) fp32 or None, written: number of buckets that were cut
     inside_ptr,  # (C, K) fp32, contiguous, written: gradient of the loss at the entries
     outside_ptr,  # (C,) fp32, written with rests: its factor of exp(z - background) elsewhere
-    background_ptr,  # (C,) fp32, written with rests: the student's rest, 0 where it is -inf
-    student_lse_ptr,  # (C,) fp32, written with rests: log-sum-exp of the student's whole row
-    teacher_lse_ptr,  # (C,) fp32, written with rests: log-sum-exp of the teacher's whole row
+    background_ptr,  # (C,) fp64, written with rests: the student's rest, 0 where it is -inf
+    student_lse_ptr,  # (C,) fp64, written with rests: log-sum-exp of the student's whole row
+    teacher_lse_ptr,  # (C,) fp64, written with rests: log-sum-exp of the teacher's whole row
     parameter,  # what the divergence takes, by program_arguments in kernels/divergence.py
     balance,  # float, DivergenceTerm.balance: plain term = balanced term + balance * (s - t)
     clip,  # float or None, largest plain term

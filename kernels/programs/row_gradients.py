@@ -202,7 +202,7 @@ def softmax_gradient(
     logits_ptr,  # (C, W) fp32, unit stride in the columns
     stride,  # elements from one row of the logits to the next
     num_columns,  # W
-    normalizer_ptr,  # (C,) fp32 log-sum-exp that makes the logits log-probabilities
+    normalizer_ptr,  # (C,) fp64 log-sum-exp that makes the logits log-probabilities
     constant_ptr,  # (C,) fp32
     slope_ptr,  # (C,) fp32 or None: 0
     out_ptr,  # (C, W) fp32, bf16 or fp16, written: p * (constant + slope * log p)
@@ -225,10 +225,19 @@ def softmax_gradient(
     entropy's.
     """
     row = tl.program_id(0).to(tl.int64)
-    normalizer, constant = tl.load(normalizer_ptr + row), tl.load(constant_ptr + row)
+    exact, constant = tl.load(normalizer_ptr + row), tl.load(constant_ptr + row)
+    # the row's numbers make up for the part of the normaliser that fp32 loses
+    normalizer = exact.to(tl.float32)
+    rest = (exact - normalizer).to(tl.float32)
+    share = exp(-rest)
     if row_weights_ptr is not None:
         row_weight = tl.load(row_weights_ptr + row)
         constant = tl.where(row_weight == 0, 0.0, constant * row_weight)
+    if slope_ptr is not None:
+        slope = tl.load(slope_ptr + row)
+        constant -= slope * rest
+        slope *= share
+    constant *= share
     for is_tail in tl.static_range(2):
         begin, end = block_range(num_columns, is_tail, BLOCK_V)
         for start in range(begin, end, BLOCK_V):
@@ -237,7 +246,7 @@ def softmax_gradient(
             prob = exp(z - normalizer)
             factor = constant
             if slope_ptr is not None:
-                factor += tl.load(slope_ptr + row) * tl.where(prob == 0, 0.0, z - normalizer)
+                factor += slope * tl.where(prob == 0, 0.0, z - normalizer)
             dlogits = prob * factor
             to = out_ptr + row * out_stride
             store_gradient(to, offs_v, num_columns, is_tail, dlogits, z, inverse_cap, IN_PLACE)

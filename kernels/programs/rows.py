@@ -124,7 +124,7 @@ def log_normalizer(
     logits_ptr,  # (C, W) fp32, unit stride in the columns
     stride,  # elements from one row of the logits to the next
     num_columns,  # W
-    lse_ptr,  # (C,) fp32, written: log-sum-exp of each row
+    lse_ptr,  # (C,) fp64, written: log-sum-exp of each row
     entropy_ptr,  # (C,) fp32 or None, written: entropy of each row in nats
     BLOCK_V: tl.constexpr,  # columns that are read at a time
 ):
@@ -152,7 +152,7 @@ def log_normalizer(
     top = tl.max(anchor, axis=0)
     decay = exp(anchor - top)
     total = tl.sum(scale * decay, axis=0)
-    tl.store(lse_ptr + row, top + tl.log(total))
+    tl.store(lse_ptr + row, top.to(tl.float64) + tl.log(total))
     if entropy_ptr is not None:
         step = tl.where(scale == 0, 0.0, anchor - top)
         below = tl.sum(decay * (weighted + scale * step), axis=0)
@@ -167,8 +167,8 @@ def normalizers(
     teacher_stride,  # elements from one row of the teacher's logits to the next
     num_columns,  # W
     state_ptr,  # (C, STATE) fp32, contiguous; the first 5 of each row are written
-    student_lse_ptr,  # (C,) fp32, written: log-sum-exp of each of the student's rows
-    teacher_lse_ptr,  # (C,) fp32, written: log-sum-exp of each of the teacher's rows
+    student_lse_ptr,  # (C,) fp64, written: log-sum-exp of each of the student's rows
+    teacher_lse_ptr,  # (C,) fp64, written: log-sum-exp of each of the teacher's rows
     largest_ptr,  # (C, 2) int64 or None, contiguous, written: columns of both sides' largest logits
     STATE: tl.constexpr,  # elements from one pair's state to the next
     BLOCK_V: tl.constexpr,  # columns that are read at a time
@@ -207,8 +207,8 @@ def normalizers(
     mean = tl.sum(tl.where(decay == 0, 0.0, weighted * decay), axis=0) / total_s
     log_scale_s = tl.log(total_s)
     log_scale_t = tl.log(tl.sum(scale_t * exp(anchor_t - top_t), axis=0))
-    tl.store(student_lse_ptr + row, top_s + log_scale_s)
-    tl.store(teacher_lse_ptr + row, top_t + log_scale_t)
+    tl.store(student_lse_ptr + row, top_s.to(tl.float64) + log_scale_s)
+    tl.store(teacher_lse_ptr + row, top_t.to(tl.float64) + log_scale_t)
     if largest_ptr is not None:  # of equal logits the first column, in a lane and among lanes
         first_s = tl.min(tl.where(anchor_s == top_s, largest_s, num_columns), axis=0)
         first_t = tl.min(tl.where(anchor_t == top_t, largest_t, num_columns), axis=0)

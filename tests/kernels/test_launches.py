@@ -72,7 +72,7 @@ TAILS = ("student_tail_mass", "teacher_tail_mass", "topk_overlap")
         (RENORMALIZED, 21),
         ({"metrics": DIVERGENCES}, 3),
         ({"metrics": LOGGED}, 12),
-        ({**TAIL, "metrics": (*LOGGED, *TAILS)}, 46),
+        ({**TAIL, "metrics": (*LOGGED, *TAILS)}, 48),
     ],
     ids=["tail", "tail, clip", "renormalized", "divergences", "logged", "tail, logged"],
 )
