@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fused_sd.credit import CreditRow, credit_measures
 
@@ -51,7 +52,7 @@ def completion_credit(
 
     Args:
         model: a PEFT model; without its adapter it is the teacher.
-        tokenizer: a tokenizer that pads on the left.
+        tokenizer: its tokenizer.
         prompts: the student's prompts.
         teacher_prompts: the teacher's prompts.
         completions: token ids of the completions.
@@ -60,18 +61,18 @@ def completion_credit(
     from fused_sd.integrations.transformers import attach
 
     attach(model)
-    length = max(len(ids) for ids in completions)
+
+    def padded(rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt", padding_side=side)
+        return batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+
+    token_ids, mask = padded([list(ids) for ids in completions], "right")
 
     def forward(texts: Sequence[str]) -> CompletionForward:
-        rows = [tokenizer(text)["input_ids"] + ids for text, ids in zip(texts, completions)]
-        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(model.device)
-        return CompletionForward(model, batch["input_ids"], batch["attention_mask"], length)
+        ids, is_prompt = padded([tokenizer(text)["input_ids"] for text in texts], "left")
+        whole, known = torch.cat([ids, token_ids], 1), torch.cat([is_prompt, mask], 1)
+        return CompletionForward(model, whole, known, token_ids.shape[1])
 
-    # padding is on the left, so every completion ends at the last position
-    missing = [[0] * (length - len(ids)) for ids in completions]
-    token_ids = torch.tensor([pad + ids for pad, ids in zip(missing, completions)])
-    mask = torch.tensor([pad + [1] * len(ids) for pad, ids in zip(missing, completions)])
-    token_ids, mask = token_ids.to(model.device), mask.to(model.device)
     with evaluating(model, as_teacher=True):
         teacher_hidden, teacher_head = forward(teacher_prompts)(with_head(outlives_forward=False))
     with evaluating(model):

@@ -257,7 +257,7 @@ def test_a_model_that_counts_positions_has_stocks_loss_and_a_warning(tmp_path):
     assert sum("padding before" in str(warning.message) for warning in seen) == 1
     inputs = batch(stock)
     assert_same(stock, fused, inputs)
-    method = method_pairs.make("GRPO", tmp_path, student=copy.deepcopy(stock.model))
+    method = method_pairs.make("GRPO", tmp_path, student=method_pairs.positional_model())
     short = int(inputs["prompt_mask"].sum(1).argmin())  # whose neighbours' prompts are longer
 
     def score(trainer, rows, width):

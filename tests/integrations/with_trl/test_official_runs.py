@@ -171,8 +171,8 @@ def test_rlcsd_takes_an_answer_from_the_data_for_a_success_without_a_box(tmp_pat
 def test_rlcsd_counts_any_reward_above_0_as_a_success(tmp_path):
     texts = ["\\boxed{4}", "\\boxed{5}", "\\boxed{6}", "\\boxed{7}"]
     _, inputs = rlcsd(tmp_path, texts, [0.1, 0.0, -0.5, None])
-    assert inputs["self_distillation_mask"].tolist() == [0, 1, 1, 1]
     # a rollout without a verdict is on neither side
+    assert inputs["self_distillation_mask"].tolist() == [0, 1, 1, 0]
     assert inputs["wrong_mask"].sum(1).tolist() == [2, 1, 1, 2]
 
 

@@ -10,7 +10,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import official
 import trl
 from chatml import chatml_tokenizer
-from closeness import assert_close
+from closeness import TOLERANCE, assert_close
 from datasets import Dataset
 from method_pairs import GROUP, loss_and_gradients, make, sample, states
 from tiny_models import tiny_model
@@ -342,9 +342,13 @@ def test_a_model_with_images_learns_as_plain_pytorch_does(family, tmp_path):
     plain, _ = tiny_vlm(family)
     reference = plain_loss(plain, inputs, 5)
     reference.backward()
-    assert_close(loss, reference.detach(), torch.float64, "loss")
+    # Gemma 3 normalises in fp32, whose rounding depends on where a row is padded
+    dtype = torch.float32 if family == "Gemma3" else torch.float64
+    assert_close(loss, reference.detach(), dtype, "loss")
     wanted = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     assert gradients.keys() == wanted.keys()
     assert any("visual" in name or "vision" in name for name in wanted)
-    for name, gradient in wanted.items():
-        assert_close(gradients[name], gradient, torch.float64, name)
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for name, gradient in wanted.items():  # some are 0 but for rounding
+        error = float((gradients[name] - gradient).abs().max())
+        assert error <= TOLERANCE[dtype] * largest, name
