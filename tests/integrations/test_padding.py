@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from closeness import assert_close
+from closeness import assert_close, errors
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -126,8 +126,10 @@ def test_a_row_of_a_batch_is_the_row_alone(name):
     states, gradient = states_and_gradient(model, whole, wanted)
     alone = [states_and_gradient(model, row) for row in rows]
     assert_close(states, torch.cat([row for row, _ in alone]), torch.float32, "states")
-    # all at once, since some are 0 but for rounding, as that of a bias of attention's keys
-    assert_close(gradient, sum(of_row for _, of_row in alone), torch.float32, "gradient")
+    # All at once, since some are 0 but for rounding, as that of a bias of attention's keys.  xLSTM
+    # multiplies rounding: 2e-5 with one BLAS; a row that saw its padding is off by 0.1 and more.
+    reference = sum(of_row for _, of_row in alone)
+    assert max(errors(gradient, reference)) < 1e-4
 
 
 @pytest.mark.parametrize("name", COUNTS_ITSELF)
