@@ -216,15 +216,19 @@ class Teacher:
             yield name, whole(held[name], teacher)
 
     @torch.no_grad()
+    def _check_kind(self, state: dict[str, Any]) -> None:
+        """Refuse the state of another kind of teacher, or of a module."""
+        kind = state.get("kind")
+        if kind != self.kind:
+            fail("state", f"be of kind {self.kind!r}", repr(kind), "make that teacher")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what ``state_dict`` returned, or from the same with whole weights.
 
         Raises:
             ValueError: the state is of another kind, model or sharding.
         """
-        kind = state.get("kind")  # None: not a teacher's state, but perhaps a module's
-        if kind != self.kind:
-            fail("state", f"be of kind {self.kind!r}", repr(kind), "make that teacher")
+        self._check_kind(state)
         teachers = self._weights()[1]
         weights = {
             name: shard_like(value, teachers[name]) if name in teachers else value

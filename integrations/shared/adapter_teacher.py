@@ -104,6 +104,7 @@ class AdapterTeacher(Teacher):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a ``state_dict``; add or delete the teacher's adapter, if the state says so."""
+        self._check_kind(state)
         if self.uses_base and state["weights"]:
             self._own = copy_adapter(self._peft, self._name, ADAPTER)
         elif self.kind == "frozen" and self._own is not None and not state["weights"]:

@@ -302,6 +302,20 @@ def test_a_resumed_teacher_goes_on(kind, first, dtype, tmp_path):
         torch.save(teacher.state_dict(), tmp_path / "state")
 
 
+@pytest.mark.parametrize("synced", [True, False], ids=["own adapter", "base"])
+def test_a_state_of_another_kind_is_refused_and_changes_nothing(synced):
+    model = adapted(trained=False)
+    teacher = make_teacher(model, kind="frozen")
+    if synced:
+        step(model)
+        teacher.sync()
+    adapters = list(model.peft_config)
+    for state in (model.state_dict(), {"kind": "ema", "weights": {}}):
+        with pytest.raises(ValueError, match="state must be of kind 'frozen'"):
+            teacher.load_state_dict(state)
+        assert list(model.peft_config) == adapters
+
+
 def test_syncing_a_frozen_teacher_takes_the_student_of_now():
     model = adapted(trained=False)
     teacher = make_teacher(model, kind="frozen")
