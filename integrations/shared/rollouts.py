@@ -116,7 +116,7 @@ def grouped(
     texts: Sequence[str],
     rewards: Sequence[float],
     size: int,
-    answers: Sequence[str] | None = None,
+    answers: Sequence[str | None] | None = None,
 ) -> list[list[Sibling]]:
     """Split the rollouts of all processes into groups of G consecutive ones.
 
@@ -125,7 +125,7 @@ def grouped(
     Args:
         answers: the texts behind the thoughts; None: they are not known.
     """
-    known = [None] * len(texts) if answers is None else answers
+    known: Sequence[str | None] = [None] * len(texts) if answers is None else answers
     rows = zip(texts, rewards, known, strict=True)
     every = [Sibling(n, *row) for n, row in enumerate(rows)]
     return [every[start : start + size] for start in range(0, len(every), size)]

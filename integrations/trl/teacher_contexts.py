@@ -130,13 +130,13 @@ class TeacherContexts:
         rewards = scored.rewards.tolist()
         masked = zip(output["prompt_ids"], output["prompt_mask"])
         prompts = [ids[mask.bool()].tolist() for ids, mask in masked]
-        tags = getattr(trainer.args, "thinking_tags", None)
-        answers = [
-            answer_text(trainer._tokenizer, *said, tags)
-            for said in zip(scored.texts, prompts, scored.completion_ids)
-        ]
-        said = gather_object(list(zip(scored.texts, answers)))
-        groups = grouped([text for text, _ in said], rewards, size, [answer for _, answer in said])
+        answers: list[str | None] = [None] * len(prompts)
+        if getattr(trainer.args, "remove_thinking_from_demonstration", False):
+            tokenizer, tags = trainer._tokenizer, trainer.args.thinking_tags
+            said = zip(scored.texts, prompts, scored.completion_ids)
+            answers = [answer_text(tokenizer, *one, tags) for one in said]
+        every = gather_object(list(zip(scored.texts, answers)))
+        groups = grouped([text for text, _ in every], rewards, size, [known for _, known in every])
         first = trainer.accelerator.process_index * len(scored.texts)
         return [
             Rollout(
