@@ -14,31 +14,16 @@ from torch import nn
 pytest.importorskip("transformers")
 
 import transformers
+from last_log_probs import NUM_TOKENS, POSITIONS, fused_log_probs, own_log_probs
 from tiny_models import random_ids, tiny_model
 
 from fused_sd import token_log_probs
 from fused_sd.integrations.transformers import (
     Request,
     attach,
-    completion_positions,
     hidden_states,
     is_attached,
 )
-
-NUM_TOKENS = 5
-POSITIONS = completion_positions(NUM_TOKENS)
-
-
-def fused_log_probs(model, ids):
-    def compute(hidden, head):
-        return token_log_probs(hidden, head, ids[:, -NUM_TOKENS:])
-
-    return model(input_ids=ids, fused_sd=Request(compute, POSITIONS)).result.log_probs
-
-
-def own_log_probs(model, ids):
-    logits = model(input_ids=ids, use_cache=False).logits[:, POSITIONS]
-    return logits.log_softmax(-1).gather(-1, ids[:, -NUM_TOKENS:, None])[..., 0]
 
 
 def assert_answers(model, ids):

@@ -8,31 +8,18 @@ pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 import transformers
+from last_log_probs import NUM_TOKENS, POSITIONS, fused_log_probs, own_log_probs
 from tiny_models import random_ids, tiny_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, weight_norm
 
 from fused_sd import token_log_probs
-from fused_sd.integrations.transformers import Request, attach, completion_positions, is_attached
+from fused_sd.integrations.transformers import Request, attach, is_attached
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing.*:FutureWarning",
     "ignore:.*weight_norm.*deprecated.*:FutureWarning",
 )
-NUM_TOKENS = 5
-POSITIONS = completion_positions(NUM_TOKENS)
-
-
-def fused_log_probs(model, ids, **inputs):
-    def compute(hidden, head):
-        return token_log_probs(hidden, head, ids[:, -NUM_TOKENS:])
-
-    return model(input_ids=ids, fused_sd=Request(compute, POSITIONS), **inputs).result.log_probs
-
-
-def own_log_probs(model, ids, **inputs):
-    logits = model(input_ids=ids, use_cache=False, **inputs).logits[:, POSITIONS]
-    return logits.log_softmax(-1).gather(-1, ids[:, -NUM_TOKENS:, None])[..., 0]
 
 
 class Scaled(nn.Linear):

@@ -10,37 +10,20 @@ pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
+from last_log_probs import fused_log_probs, own_log_probs
 from tiny_models import random_ids, tiny_model
 from torch import nn
 
-from fused_sd import token_log_probs
 from fused_sd.integrations.shared.answering import _input_device, _on_device
 from fused_sd.integrations.transformers import (
     Request,
     attach,
-    completion_positions,
     detach,
     hidden_states,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-NUM_TOKENS = 5
-POSITIONS = completion_positions(NUM_TOKENS)
 CPU = torch.device("cpu")
-
-
-def fused_log_probs(model, ids, **inputs):
-    def compute(hidden, head):
-        return token_log_probs(hidden, head, ids[:, -NUM_TOKENS:])
-
-    inputs = inputs or {"input_ids": ids}
-    return model(**inputs, fused_sd=Request(compute, POSITIONS)).result.log_probs
-
-
-def own_log_probs(model, ids, **inputs):
-    inputs = inputs or {"input_ids": ids}
-    logits = model(**inputs, use_cache=False).logits[:, POSITIONS]
-    return logits.log_softmax(-1).gather(-1, ids[:, -NUM_TOKENS:, None])[..., 0]
 
 
 def by_cpu(model, folder):

@@ -9,6 +9,7 @@ from closeness import assert_close
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+import tiny_models
 from tiny_models import VOCAB, random_ids, tiny_model
 
 from fused_sd import sdft_loss
@@ -26,12 +27,7 @@ LENGTHS = [(5, 6), (2, 3), (1, 1), (4, 0), (3, 6)]
 
 
 def ragged(lengths=LENGTHS):
-    """Left-padded prompts and right-padded completions: ids (B, L), mask (B, L)."""
-    ids = random_ids(len(lengths), NUM_PROMPT + NUM_COMPLETION)
-    mask = torch.zeros_like(ids)
-    for row, (prompt, completion) in zip(mask, lengths, strict=True):
-        row[NUM_PROMPT - prompt : NUM_PROMPT + completion] = 1
-    return ids.masked_fill(mask == 0, 0), mask
+    return tiny_models.ragged(NUM_PROMPT, NUM_COMPLETION, lengths)
 
 
 def weights_of(mask):

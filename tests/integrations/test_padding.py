@@ -8,6 +8,7 @@ from closeness import assert_close, errors
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+import tiny_models
 from tiny_models import random_ids, tiny_model
 
 from fused_sd.integrations.shared.completion_scores import CompletionForward, log_probs
@@ -91,12 +92,7 @@ def random_model(name, spread=0.25):
 
 
 def ragged(lengths=LENGTHS):
-    """Left-padded prompts and right-padded completions: ids (B, L), mask (B, L)."""
-    ids = random_ids(len(lengths), NUM_PROMPT + NUM_COMPLETION)
-    mask = torch.zeros_like(ids)
-    for row, (prompt, completion) in zip(mask, lengths, strict=True):
-        row[NUM_PROMPT - prompt : NUM_PROMPT + completion] = 1
-    return ids.masked_fill(mask == 0, 0), mask
+    return tiny_models.ragged(NUM_PROMPT, NUM_COMPLETION, lengths)
 
 
 def batch_and_rows(ids, mask):

@@ -14,14 +14,14 @@ pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 import transformers
+from last_log_probs import NUM_TOKENS, POSITIONS, fused_log_probs, own_log_probs
 from tiny_models import FAMILIES, VOCAB, random_ids, tiny_model
 
-from fused_sd import TeacherTopK, divergence_loss, token_log_probs
+from fused_sd import TeacherTopK, divergence_loss
 from fused_sd.engine import gradients
 from fused_sd.integrations.transformers import (
     Request,
     attach,
-    completion_positions,
     detach,
     hidden_states,
     is_attached,
@@ -29,24 +29,6 @@ from fused_sd.integrations.transformers import (
 
 # PEFT reads an attribute that transformers is about to rename
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
-NUM_TOKENS = 5
-POSITIONS = completion_positions(NUM_TOKENS)
-
-
-def fused_log_probs(model, ids, **kwargs):
-    """Of the last tokens, by a request."""
-
-    def compute(hidden, head):
-        return token_log_probs(hidden, head, ids[:, -NUM_TOKENS:])
-
-    return model(input_ids=ids, fused_sd=Request(compute, POSITIONS), **kwargs).result.log_probs
-
-
-def own_log_probs(model, ids):
-    """Of the last tokens, from the model's logits."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, POSITIONS]
-    return logits.log_softmax(-1).gather(-1, ids[:, -NUM_TOKENS:, None])[..., 0]
 
 
 def assert_same_log_probs_and_gradients(model, ids):

@@ -55,3 +55,14 @@ def tiny_model(
 def random_ids(*shape: int, vocab: int = VOCAB, seed: int = 0) -> torch.Tensor:
     """Token ids that are neither padding nor the end."""
     return torch.randint(2, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ragged(
+    prompt: int, completion: int, lengths: list[tuple[int, int]]
+) -> tuple[torch.Tensor, ...]:
+    """Left-padded prompts and right-padded completions: ids (B, L), mask (B, L)."""
+    ids = random_ids(len(lengths), prompt + completion)
+    mask = torch.zeros_like(ids)
+    for row, (before, behind) in zip(mask, lengths, strict=True):
+        row[prompt - before : prompt + behind] = 1
+    return ids.masked_fill(mask == 0, 0), mask
