@@ -16,6 +16,9 @@ from transformers.models.qwen3 import modeling_qwen3
 from fused_sd import sdft_loss
 from fused_sd.integrations.transformers import Request, attach, is_attached
 
+# Liger's forward hands over the cache by a name that transformers is about to drop
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+
 # under Triton's interpreter the others fail: they call methods of a plain number
 ON_CPU = {"rope": True, "rms_norm": False, "swiglu": False}
 ON_GPU = {"rope": True, "rms_norm": True, "swiglu": True}
@@ -94,10 +97,8 @@ def test_a_model_that_is_patched_itself_answers(patched):
 
 
 @pytest.mark.parametrize("fused_head", [False, True])
-def test_training_with_ligers_kernels_uses_our_losses_or_names_the_setting(
-    patched, tmp_path, fused_head
-):
-    """Trainer patches the model when training starts, after the trainer has attached to it."""
+def test_training_with_ligers_kernels_uses_our_losses(patched, tmp_path, fused_head):
+    """Trainer patches the model when training starts; the trainer keeps Liger's head out of it."""
     trl_pairs = pytest.importorskip("trl_pairs")
     from fused_sd.integrations.trl import FusedSDPOTrainer
 
@@ -112,9 +113,6 @@ def test_training_with_ligers_kernels_uses_our_losses_or_names_the_setting(
         use_liger_kernel=True,
         liger_kernel_config=kernels,
     )
-    if fused_head:
-        with pytest.raises(ValueError, match=r"LigerCausalLM.*fused_linear_cross_entropy.*False"):
-            trainer.train()
-    else:
-        assert trainer.train().global_step == 1
-        assert is_attached(trainer.model)
+    assert trainer.train().global_step == 1
+    assert is_attached(trainer.model)
+    assert not type(trainer.model(input_ids=random_ids(1, 4))).__name__.startswith("Liger")
