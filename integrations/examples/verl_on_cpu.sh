@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# verl_sdpo.sh on a machine without a GPU, for a small model: rollouts come from transformers, and
+# two workers train with gloo.  It shows whether a recipe runs, not how fast.
+#
+# Usage: verl_on_cpu.sh MODEL [further settings of verl]
+# Other methods: RECIPE=rlsd, opsd or sd_zero.
+set -euo pipefail
+
+model=$1
+shift
+export VERL_USE_EXTERNAL_MODULES=fused_sd.integrations.examples.verl_on_cpu
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$(dirname "$0")/verl_sdpo.sh" "$model" \
+    trainer.device=cpu \
+    trainer.n_gpus_per_node=2 \
+    +ray_kwargs.ray_init.num_gpus=2 \
+    ray_kwargs.ray_init.num_cpus=32 \
+    +ray_kwargs.ray_init.include_dashboard=false \
+    transfer_queue.backend.SimpleStorage.num_data_storage_units=1 \
+    actor_rollout_ref.rollout.name=transformers \
+    actor_rollout_ref.rollout.dtype=float32 \
+    actor_rollout_ref.rollout.agent.num_workers=1 \
+    actor_rollout_ref.rollout.max_num_seqs=64 \
+    reward.num_workers=1 \
+    data.dataloader_num_workers=0 \
+    data.train_batch_size=8 \
+    actor_rollout_ref.actor.ppo_mini_batch_size=8 \
+    actor_rollout_ref.actor.ppo_max_token_len_per_gpu=4096 \
+    actor_rollout_ref.actor.fsdp_config.dtype=float32 \
+    actor_rollout_ref.actor.fsdp_config.use_torch_compile=false \
+    +actor_rollout_ref.model.override_config.attn_implementation=sdpa \
+    "$@"
