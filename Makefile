@@ -8,7 +8,7 @@ PYTHON_VERL := $(VENV_VERL)/bin/python
 VENV_VLLM := .venv-vllm
 PYTHON_VLLM := $(VENV_VLLM)/bin/python
 
-.PHONY: venv venv-verl venv-vllm test test-gpu test-portable test-verl test-vllm check demo bench clean
+.PHONY: venv venv-verl venv-vllm test test-full test-gpu test-portable test-verl test-vllm check demo bench clean
 
 venv: $(VENV)/.ready
 
@@ -22,7 +22,7 @@ venv-verl: $(VENV_VERL)/.ready
 
 $(VENV_VERL)/.ready: pyproject.toml constraints.txt
 	test -x $(PYTHON_VERL) || python3 -m venv $(VENV_VERL)
-	$(PYTHON_VERL) -m pip install -q -c constraints.txt -e '.[test,verl,test-verl]'
+	$(PYTHON_VERL) -m pip install -q -c constraints.txt -e '.[test,verl]'
 	$(PYTHON_VERL) -m pip install -q --no-deps megatron-core==0.16.1  # its needs are a GPU's
 	@touch $@
 
@@ -43,6 +43,12 @@ test:
 	$(call other-bits,$(AVX2) $(ONE),$(QUICK) -n 2)
 	$(call other-bits,$(COMPATIBLE) $(TWO),$(QUICK))
 	$(MAKE) test-verl
+
+# What takes longer: verl's command on every recipe, other CPUs' bits, a real vLLM.
+test-full:
+	FUSED_SD_TEST_FULL=1 $(MAKE) test
+	$(MAKE) test-portable
+	$(MAKE) test-vllm
 
 # On a GPU: all that needs one, and all that compares kernels with float64, which the
 # other targets run in Triton's interpreter.

@@ -28,7 +28,7 @@ _with_backend = distributed.initialize_global_process_group_ray
 
 
 def _with_gloo(timeout_second: int | None = None, backend: str | None = None) -> Any:
-    """Start a worker's process group, for which verl asks for two backends: one of the CPU, twice."""
+    """Start a worker's process group, for which verl would name the CPU's backend twice."""
     return _with_backend(timeout_second, backend or "gloo")
 
 

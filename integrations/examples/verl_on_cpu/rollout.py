@@ -172,7 +172,10 @@ class WeightSender(BaseRollout):
         **_: Any,
     ) -> None:
         if peft_config is not None:
-            rule, remedy = "be merged into the weights", "set actor_rollout_ref.model.lora.merge=True"
+            rule, remedy = (
+                "be merged into the weights",
+                "set actor_rollout_ref.model.lora.merge=True",
+            )
             fail("the LoRA adapter", rule, "one of its own", remedy)
         server = ray.get_actor(server_name(self.replica_rank)) if self.is_leader_rank else None
         bucket: dict[str, Tensor] = {}

@@ -1,0 +1,44 @@
+"""verl's own command trains on the recipes: rollouts, rewards, teachers, updates, checkpoints."""
+
+import os
+
+import main_ppo_runs
+import pytest
+from main_ppo_runs import SAVED_AFTER, STEPS, Run
+
+RECIPES = {
+    "sdpo": ("distillation.distillation_loss.topk=20",),
+    "sdpo, siblings": (
+        "distillation.distillation_loss.topk=20",
+        "distillation.feedback_key=null",
+        "distillation.context.include_environment_feedback=false",
+    ),
+    "rlsd": ("distillation.distillation_loss.teacher_sync_steps=2",),
+    "opsd": ("actor_rollout_ref.rollout.n=1",),
+    "sd_zero": ("actor_rollout_ref.rollout.n=1",),
+}
+QUICK = "sdpo"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("main_ppo")
+    main_ppo_runs.make_inputs(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_a_killed_run_resumes_where_it_was(case, inputs, tmp_path):
+    if case != QUICK and not os.environ.get("FUSED_SD_TEST_FULL"):
+        pytest.skip("a minute or two each: make test-full")
+    for name in ("model", "train.parquet", "test.parquet"):
+        (tmp_path / name).symlink_to(inputs / name)
+    recipe, settings = case.split(",")[0], RECIPES[case]
+    killed = Run(recipe, tmp_path, "killed", *settings).kill_after(SAVED_AFTER + 1)
+    resumed = Run(recipe, tmp_path, "resumed", *settings).wait()
+    assert min(resumed) == SAVED_AFTER, "validated before it went on"
+    assert max(resumed) == STEPS
+    step = SAVED_AFTER + 1
+    for name, value in killed[step].items():
+        if name.startswith(("actor/", "self_distillation/", "critic/")) and "perf" not in name:
+            assert resumed[step][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
