@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from verl.utils.device import get_device_name
 from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
 
@@ -28,6 +27,7 @@ from fused_sd.integrations.verl.config import FusedSDLossConfig
 from fused_sd.integrations.verl.config_checks import check_starts_without_adapter
 from fused_sd.integrations.verl.engine import FusedSDEngine
 from fused_sd.integrations.verl.head_request import LocalTeacher, flag
+from fused_sd.integrations.verl.teacher_state import local_state, sharded_state, teacher_file
 
 PEFT_LAYER_ATTRIBUTES = ("base_layer", "original_module")
 """PEFT's LoRA layers have the first, its fully trained copies (``modules_to_save``) the second."""
@@ -141,7 +141,7 @@ class TeachingEngine(FusedSDEngine):
             weights=weights,
         )
         if self._loaded is not None:
-            teacher.load_state_dict(_sharded_state(self._loaded, teacher))
+            teacher.load_state_dict(sharded_state(self._loaded, teacher))
             self._loaded = None
         elif kind != "frozen":
             teacher.sync()  # the student may have been loaded from a checkpoint
@@ -185,22 +185,19 @@ class TeachingEngine(FusedSDEngine):
         super().save_checkpoint(local_path, *args, **kwargs)
         if self._teacher is None or self._teacher.kind == "frozen":
             return
-        state = self._teacher.state_dict()
-        # local shards: a pickled DTensor would carry its device mesh along
-        weights = {name: _local(value).cpu() for name, value in state["weights"].items()}
         os.makedirs(local_path, exist_ok=True)
-        torch.save({**state, "weights": weights}, _teacher_file(local_path))
+        torch.save(local_state(self._teacher), teacher_file(local_path))
         dist.barrier()
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         super().load_checkpoint(local_path, *args, **kwargs)
         found = None
-        if os.path.exists(_teacher_file(local_path)):
-            found = torch.load(_teacher_file(local_path), map_location="cpu", weights_only=True)
+        if os.path.exists(teacher_file(local_path)):
+            found = torch.load(teacher_file(local_path), map_location="cpu", weights_only=True)
         if self._teacher is None:
             self._loaded = found
         elif found is not None:
-            self._teacher.load_state_dict(_sharded_state(found, self._teacher))
+            self._teacher.load_state_dict(sharded_state(found, self._teacher))
 
 
 class _HeadKeeper(nn.Module):
@@ -225,33 +222,3 @@ class _HeadKeeper(nn.Module):
 
         request = Request(compute, fused_sd.positions)
         return self.module(*args, fused_sd=request, **kwargs)
-
-
-def _teacher_file(folder: str) -> str:
-    """Return this rank's file, named like verl's ``model_world_size_*_rank_*.pt``."""
-    return os.path.join(
-        folder, f"teacher_world_size_{dist.get_world_size()}_rank_{dist.get_rank()}.pt"
-    )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _sharded_state(state: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
-    """Turn a saved state's local shards into DTensors placed like the teacher's weights."""
-    own = teacher.state_dict()["weights"]
-    weights = {}
-    for name, value in state["weights"].items():
-        like = own.get(name)
-        if isinstance(like, DTensor):
-            value = DTensor.from_local(
-                value.to(like.device),
-                like.device_mesh,
-                like.placements,
-                run_check=False,
-                shape=like.shape,
-                stride=like.stride(),
-            )
-        weights[name] = value
-    return {**state, "weights": weights}
