@@ -8,9 +8,9 @@ The files, in the order in which a training step passes through them:
 
 * ``trainer`` builds what the teacher reads (``contexts``, ``batch_rollouts``,
   ``teacher_sequences``), and may have a worker score it (``worker_scores``);
-* ``engine`` and ``teachers`` (FSDP), or ``megatron_engine`` and ``megatron_output``, compute each
-  token's loss, log-probability and entropy from hidden states (``packed_rows``, ``head_request``,
-  ``token_outputs``);
+* ``engine`` and ``teachers`` (FSDP; ``adapter_teacher`` with LoRA), or ``megatron_engine`` and
+  ``megatron_output``, compute each token's loss, log-probability and entropy from hidden states
+  (``packed_rows``, ``head_request``, ``token_outputs``);
 * ``losses`` turns these into the loss that verl aggregates.
 
 ``config`` and ``self_distillation`` hold the settings; ``plugin`` registers everything.  Where a

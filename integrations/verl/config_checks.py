@@ -144,12 +144,17 @@ def check_rlsd(config: "FusedSDLossConfig") -> None:
 
 
 def check_starts_without_adapter(model_config: Any) -> None:
-    """Refuse a reference that would be the model without the adapter that the run starts from."""
+    """Refuse a start from an adapter where the reference is the model without any.
+
+    verl's log-probability pass can leave the adapter out, but has no values of it other than the
+    student's.
+    """
     adapter = model_config.get("lora_adapter_path")
     if adapter is not None:
         checks.fail(
             "lora_adapter_path",
-            'be left out with distillation_loss.teacher="reference", the weights at the start',
+            'be left out with distillation_loss.teacher="reference" and scored_by="worker", which '
+            "has the model without an adapter for a teacher",
             repr(adapter),
-            'merge that adapter into the model, or choose teacher="live"',
+            'choose scored_by="engine" or teacher="live", or merge that adapter into the model',
         )

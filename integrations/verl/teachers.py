@@ -1,7 +1,8 @@
 """Teachers with weights other than the student's, inside verl's FSDP engine.
 
 Such a teacher is a second module.  It is built and sharded like the student when it is first
-needed, from the checkpoint that the run started from.
+needed, from the checkpoint that the run started from.  With LoRA it is a second set of the
+adapter's values instead (``adapter_teacher``).
 
 Dimension key:  R rows that are computed, D hidden size
 """
@@ -10,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,8 +25,8 @@ from fused_sd import LMHead, Teacher, trust_region_states
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.completion_scores import with_head
 from fused_sd.integrations.transformers import Request, unwrap
+from fused_sd.integrations.verl.adapter_teacher import SwappedTeacher
 from fused_sd.integrations.verl.config import FusedSDLossConfig
-from fused_sd.integrations.verl.config_checks import check_starts_without_adapter
 from fused_sd.integrations.verl.engine import FusedSDEngine
 from fused_sd.integrations.verl.head_request import LocalTeacher, flag
 from fused_sd.integrations.verl.teacher_state import local_state, sharded_state, teacher_file
@@ -47,13 +49,17 @@ class TeachingEngine(FusedSDEngine):
     after all its mini-batches and epochs, unless no step had a finite gradient, as in SDPO's
     official code.  They are saved and loaded with the checkpoint; a run that resumes from a
     checkpoint without a teacher starts its teacher as a copy of the loaded student.
-    ``"reference"`` is the model that the run started from; with LoRA it is the model without its
-    adapter, so that no second copy is made, and a run that starts from an adapter is refused.
+    ``"reference"`` is the model that the run started from.
+
+    With LoRA no base weight is held twice: ``"ema"`` and ``"synced"`` follow what is trained, and
+    ``"reference"`` is the model without its adapter, or with the values of the adapter that the run
+    started from (``lora_adapter_path``).
     """
 
     scaler: Any  # verl's gradient scaler, for fp16
     _teacher: Teacher | None = None
     _loaded: dict[str, Any] | None = None  # a checkpoint's teacher, until the teacher is built
+    _start: dict[str, Any] | None = None  # the initial adapter, until the teacher is built
     _num_modes = 0  # train modes that are entered and not left
     _finite: bool | None = None  # whether a step had a finite gradient; None: there was no step
 
@@ -96,20 +102,24 @@ class TeachingEngine(FusedSDEngine):
     def _shares_head(self) -> bool:
         """Whether the teacher's head is the student's: with LoRA that leaves the head alone."""
         head = unwrap(self.module).get_output_embeddings()
-        return self._is_lora and not any(hasattr(head, name) for name in PEFT_LAYER_ATTRIBUTES)
+        is_trained = any(parameter.requires_grad for parameter in head.parameters())
+        is_adapted = any(hasattr(head, name) for name in PEFT_LAYER_ATTRIBUTES)
+        return self._is_lora and not is_trained and not is_adapted
+
+    @property
+    def _base_is_start(self) -> bool:
+        """Whether the model without its adapter is what the run started from.
+
+        Such a reference is in no checkpoint: one that has a reference started from an adapter.
+        """
+        if not self._is_lora or self.model_config.lora_adapter_path is not None:
+            return False
+        return self._teacher is None and self._loaded is None
 
     @contextmanager
     def _teacher_module(self, config: FusedSDLossConfig) -> Iterator[nn.Module]:
         """Yield the module that teaches, in the state in which it teaches."""
-        if self._is_lora:
-            if config.teacher != "reference":
-                fail(
-                    "distillation_loss.teacher",
-                    'be "live" or "reference" with LoRA',
-                    repr(config.teacher),
-                    "train all weights to have a teacher that follows them",
-                )
-            check_starts_without_adapter(self.model_config)
+        if config.teacher == "reference" and self._base_is_start:
             with self.disable_adapter():
                 yield self.module
             return
@@ -119,33 +129,49 @@ class TeachingEngine(FusedSDEngine):
             yield module
 
     def _build_teacher(self, config: FusedSDLossConfig) -> Teacher:
-        """Build the second module, and put it where a checkpoint or the student is."""
+        """Build the teacher, and put it where a checkpoint or the student is."""
         kind = TEACHER_KINDS[config.teacher]
-        if kind != "frozen" and self.engine_config.strategy != "fsdp2":
-            # Teacher averages FSDP2's DTensors shard by shard; FSDP1 has flat buffers instead
+        if (kind != "frozen" or self._is_lora) and self.engine_config.strategy != "fsdp2":
+            # both ways read FSDP2's DTensors shard by shard; FSDP1 has flat buffers instead
+            which, others = "follows the student", 'teacher="live" or "reference"'
+            if kind == "frozen":
+                which, others = "is an adapter at its start", 'teacher="live"'
             fail(
                 "actor.strategy",
-                f'be "fsdp2" for a teacher that follows the student ({config.teacher!r})',
+                f'be "fsdp2" for a teacher that {which} ({config.teacher!r})',
                 repr(self.engine_config.strategy),
-                'or choose teacher="live" or "reference"',
+                f"or choose {others}",
             )
+        make = partial(SwappedTeacher, self.module) if self._is_lora else self._copy_model
+        teacher = make(kind=kind, rate=config.ema_rate, every=config.teacher_sync_steps)
+        state = self._loaded
+        if state is None and kind == "frozen":
+            state = self._start
+        if state is not None:
+            teacher.load_state_dict(sharded_state(state, teacher))
+        elif kind != "frozen":
+            teacher.sync()  # the student may have been loaded from a checkpoint
+        self._loaded = self._start = None
+        return teacher
+
+    def _copy_model(self, **settings: Any) -> Teacher:
+        """Build the second module."""
         # _build_fsdp_module also makes a new gradient scaler: keep the one in use, with its scale
         scaler = self.scaler
         weights = self._build_fsdp_module(self._build_module())
         self.scaler = scaler
-        teacher = Teacher(
-            self.module,
-            kind=kind,
-            rate=config.ema_rate,
-            every=config.teacher_sync_steps,
-            weights=weights,
-        )
-        if self._loaded is not None:
-            teacher.load_state_dict(sharded_state(self._loaded, teacher))
-            self._loaded = None
-        elif kind != "frozen":
-            teacher.sync()  # the student may have been loaded from a checkpoint
-        return teacher
+        return Teacher(self.module, weights=weights, **settings)
+
+    def _build_model_optimizer(self) -> None:
+        """Keep the adapter that the run starts from, while it is where verl has put it.
+
+        Later a checkpoint may have been loaded over it.  Whether a reference is going to teach is
+        in the loss, which comes with the first batch: a shard in the host's memory is kept.
+        """
+        super()._build_model_optimizer()
+        starts_from_adapter = self._is_lora and self.model_config.lora_adapter_path is not None
+        if starts_from_adapter and self.engine_config.strategy == "fsdp2":
+            self._start = local_state(SwappedTeacher(self.module, kind="frozen"))
 
     @contextmanager
     def train_mode(self, **kwargs: Any) -> Iterator[None]:
@@ -175,18 +201,24 @@ class TeachingEngine(FusedSDEngine):
     ) -> None:
         """Move the teacher along: verl empties the GPU with this while the rollout engine runs."""
         super().to(device=device, model=model, optimizer=optimizer, grad=grad)
-        if self._teacher is not None and model:
+        if isinstance(self._teacher, SwappedTeacher) and model:
+            self._teacher.move(device)
+        elif self._teacher is not None and model:
             is_load = device == get_device_name()
             move = load_fsdp_model_to_gpu if is_load else offload_fsdp_model_to_cpu
             move(self._teacher.module)
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        """Save this rank's shard of the teacher beside verl's files; a frozen one needs none."""
+        """Save this rank's shard of the teacher beside verl's files.
+
+        The model that the run started from is built again from its files, and needs none.
+        """
         super().save_checkpoint(local_path, *args, **kwargs)
-        if self._teacher is None or self._teacher.kind == "frozen":
+        state = self._loaded if self._teacher is None else local_state(self._teacher)
+        if state is None or (state["kind"] == "frozen" and not self._is_lora):
             return
         os.makedirs(local_path, exist_ok=True)
-        torch.save(local_state(self._teacher), teacher_file(local_path))
+        torch.save(state, teacher_file(local_path))
         dist.barrier()
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:

@@ -90,10 +90,10 @@ class WorkerScores:
     def _check_reference_worker(self) -> None:
         """Refuse a reference teacher that verl has no worker for, or no weights."""
         config = self.self_distillation
-        if config.loss.teacher == "reference":
-            check_starts_without_adapter(self.config.actor_rollout_ref.model)
-        needs = config.scored_by == "worker" and config.loss.teacher == "reference"
-        if needs and not (self.use_reference_policy or self.ref_in_actor):
+        if config.scored_by != "worker" or config.loss.teacher != "reference":
+            return
+        check_starts_without_adapter(self.config.actor_rollout_ref.model)
+        if not (self.use_reference_policy or self.ref_in_actor):
             fail(
                 "distillation_loss.teacher",
                 'have a reference worker for "reference" with scored_by="worker"',

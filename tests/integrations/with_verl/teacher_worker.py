@@ -2,8 +2,8 @@
 
 import functools
 import os
-import pathlib
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -15,6 +15,7 @@ from omegaconf import open_dict
 from torch import Tensor
 
 RATE, EVERY, MIX, K, CAP = 0.25, 2, 0.3, 8, 2.0
+RANK = 3  # of adapters, so that the two processes hold shards of different sizes
 # prompt and response lengths; the second process's last sample has no context
 LENGTHS = ((7, 6), (3, 12), (4, 6), (4, 9))
 MASK = (1.0, 1.0, 1.0, 0.0)
@@ -29,7 +30,10 @@ class Lesson:
         steps: number of batches that are trained on.
         updates: number of optimiser steps that each batch is trained with.
         same_context: the teacher reads the student's own sequence.
-        lora: rank of the student's adapter; 0: train all weights.
+        lora: verl's settings of the student's adapter; empty: train all weights.
+        tied: the model's head is its embedding.
+        stays_gathered: FSDP keeps the weights whole after a forward.
+        offloads: verl moves the weights to the host between batches.
         saved_after: write a checkpoint after this step, and repeat the later steps from it with a
             second engine.
         broken: end with a batch whose first step has an infinite gradient.
@@ -39,7 +43,10 @@ class Lesson:
     steps: int = 3
     updates: int = 1
     same_context: bool = False
-    lora: int = 0
+    lora: dict[str, Any] = field(default_factory=dict)
+    tied: bool = False
+    stays_gathered: bool = False
+    offloads: bool = False
     saved_after: int | None = None
     broken: bool = False
 
@@ -67,8 +74,31 @@ LESSONS = {
     ),
     "live, same context": Lesson({**FULL, "teacher": "live"}, steps=1, same_context=True),
     "ema, same context": Lesson({**FULL, "teacher": "ema"}, steps=1, same_context=True),
-    "lora": Lesson({**FULL, "teacher": "reference"}, steps=2, lora=4),
-    "lora, ema": Lesson({**FULL, "teacher": "ema"}, steps=1, lora=4),
+    "lora": Lesson({**FULL, "teacher": "reference"}, steps=2, lora={"lora_rank": RANK}),
+    "lora, ema": Lesson(
+        {**FULL, "teacher": "ema", "ema_rate": RATE},
+        lora={
+            "lora_rank": RANK,
+            "target_modules": ["q_proj", "down_proj"],
+            "exclude_modules": ".*layers.0.mlp.*",
+        },
+        stays_gathered=True,
+        saved_after=2,
+    ),
+    "lora, synced": Lesson(
+        {**FULL, "teacher": "synced", "teacher_sync_steps": EVERY},
+        # of an untied model, FSDP2 cannot wrap PEFT's layers around head and embedding
+        lora={"lora_rank": RANK, "target_modules": ["v_proj", "embed_tokens", "lm_head"]},
+        tied=True,
+        offloads=True,
+        broken=True,
+    ),
+    "lora, from an adapter": Lesson(
+        {**FULL, "teacher": "reference", "trust_region_mix": MIX},
+        steps=2,
+        lora={"lora_rank": RANK, "lora_adapter_path": "adapter"},
+        saved_after=1,
+    ),
 }
 
 
@@ -99,23 +129,26 @@ def main(rank: int, port: int, folder: str) -> None:
         for name in (f"memory_{size}", f"max_memory_{size}"):
             setattr(torch.cpu, name, lambda: 0)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = pathlib.Path(folder) / "untied"
-    runs = {name: functools.partial(teach, lesson) for name, lesson in LESSONS.items()}
+    os.chdir(folder)  # where the models and the adapter are
+    runs = {name: functools.partial(teach, name) for name in LESSONS}
     for name, run in {**runs, RECIPE: follow_recipe}.items():
         try:
-            left = run(model)
+            left = run()
         except Exception:
             left = {"error": traceback.format_exc()}
-        torch.save(left, pathlib.Path(folder) / f"{name}-{rank}.pt")
+        torch.save(left, f"{name}-{rank}.pt")
     dist.destroy_process_group()
 
 
-def teach(lesson: Lesson, model: pathlib.Path) -> dict[str, Any]:
+def teach(name: str) -> dict[str, Any]:
     """Return the losses, and the weights of student and teacher before each step."""
-    engine = make_engine(lesson, model)
+    from fused_sd.integrations.verl.teacher_state import teacher_file
+
+    lesson = LESSONS[name]
+    engine = make_engine(lesson)
     batch, loss = make_batch(lesson), make_loss(lesson)
     left: dict[str, Any] = {"steps": [], "batch": samples(lesson)}
-    checkpoint = str(model.parent / "checkpoint")
+    checkpoint = os.path.abspath(f"checkpoint, {name}")
     for step in range(lesson.steps):
         left["steps"].append(take_step(engine, batch, loss, lesson.updates))
         if lesson.saved_after == step + 1:
@@ -124,15 +157,43 @@ def teach(lesson: Lesson, model: pathlib.Path) -> dict[str, Any]:
     if lesson.broken:
         left["broken"] = broken_step(engine, batch, loss, lesson.updates)
     if lesson.saved_after:
-        engine = make_engine(lesson, model)
+        file = teacher_file(checkpoint)
+        left["saved"] = torch.load(file, weights_only=True)
+        if left["saved"]["kind"] == "frozen":
+            os.remove(file)  # as if another teacher had taught: the weights at the start are known
+        engine = make_engine(lesson)
         engine.load_checkpoint(checkpoint, del_local_after_load=False)
         left["resumed"] = [
             take_step(engine, batch, loss) for _ in range(lesson.steps - lesson.saved_after)
         ]
         left["after resumed"] = weights_of(engine)
     if lesson.lora:
-        left["has a copy"] = engine._teacher is not None
+        left["sent"] = [dict(engine.get_per_tensor_param(base_sync_done=True)[0])]
+        if "lora_adapter_path" not in lesson.lora:  # PEFT cannot read modules_to_save by layers
+            by_layers = engine.get_per_tensor_param(layered_summon=True, base_sync_done=True)[0]
+            left["sent"].append(dict(by_layers))
+        left["sizes"] = sizes_of(engine)
     return left
+
+
+def sizes_of(engine: Any) -> dict[str, int]:
+    """Return how many numbers this process holds: of the model, of what it trains, of the teacher.
+
+    The teacher's are those that are not the model's.
+    """
+    parameters = list(engine.module.parameters())
+    held = {} if engine._teacher is None else engine._teacher.state_dict()["weights"]
+    own = {parameter.to_local().data_ptr() for parameter in parameters}
+    assert engine._teacher is None or engine._teacher.module is engine.module
+    assert own.isdisjoint(value.to_local().data_ptr() for value in held.values())
+    optimized = [p for group in engine.optimizer.param_groups for p in group["params"]]
+    assert {*map(id, optimized)} <= {*map(id, parameters)}
+    sides = {
+        "all": parameters,
+        "trained": [parameter for parameter in parameters if parameter.requires_grad],
+        "teacher": held.values(),
+    }
+    return {name: sum(t.to_local().numel() for t in tensors) for name, tensors in sides.items()}
 
 
 def take_step(engine: Any, batch: Any, loss: Any, updates: int = 1) -> dict[str, Any]:
@@ -162,7 +223,8 @@ def broken_step(engine: Any, batch: Any, loss: Any, updates: int) -> dict[str, A
 
     def take_infinite() -> float:
         for parameter in engine.module.parameters():
-            parameter.grad.to_local().fill_(torch.inf)
+            if parameter.grad is not None:
+                parameter.grad.to_local().fill_(torch.inf)
         return take()
 
     with engine.train_mode():
@@ -179,20 +241,18 @@ def broken_step(engine: Any, batch: Any, loss: Any, updates: int) -> dict[str, A
 
 
 def weights_of(engine: Any, *, teacher: bool = False) -> dict[str, Tensor] | None:
-    """Return the student's whole weights, or the teacher's; None if it has no module of its own."""
-    module = engine.module
-    if teacher:
-        if engine._teacher is None:
-            return None
-        module = engine._teacher.module
-    module.reshard()
-    return {
-        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-        for name, p in module.named_parameters()
-    }
+    """Return the student's whole weights, or the teacher's; None if it has none of its own."""
+    if teacher and engine._teacher is None:
+        return None
+    with engine._teacher.acting() if teacher else nullcontext(engine.module) as module:
+        module.reshard()
+        return {
+            name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+            for name, p in module.named_parameters()
+        }
 
 
-def make_engine(lesson: Lesson, model: pathlib.Path) -> Any:
+def make_engine(lesson: Lesson) -> Any:
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
@@ -201,17 +261,19 @@ def make_engine(lesson: Lesson, model: pathlib.Path) -> Any:
     torch.manual_seed(0)  # adapters start with random weights
     engine = TeachingEngine(
         model_config=HFModelConfig(
-            path=str(model),
+            path="tied" if lesson.tied else "untied",
             load_tokenizer=False,
             enable_gradient_checkpointing=False,
             use_fused_kernels=True,
             fused_kernel_options={"impl_backend": "fused_sd"},
             override_config={"attn_implementation": "eager"},
-            lora_rank=lesson.lora,
+            **lesson.lora,
         ),
         engine_config=FSDPEngineConfig(
             strategy="fsdp2",
             mixed_precision=dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32"),
+            reshard_after_forward=not lesson.stays_gathered,
+            param_offload=lesson.offloads,
             use_torch_compile=False,
         ),
         optimizer_config=FSDPOptimizerConfig(lr=1e-2, total_training_steps=lesson.steps),
@@ -291,7 +353,7 @@ def make_batch(lesson: Lesson) -> Any:
     return batch
 
 
-def follow_recipe(model: pathlib.Path) -> dict[str, Any]:
+def follow_recipe() -> dict[str, Any]:
     """Do two updates with verl's worker, built from a recipe, on the trainer stage's output."""
     from recipes_config import composed
     from verl.utils import tensordict_utils as tu
@@ -305,7 +367,7 @@ def follow_recipe(model: pathlib.Path) -> dict[str, Any]:
     actor = "actor_rollout_ref.actor"
     config = composed(
         RECIPE,
-        f"actor_rollout_ref.model.path={model}",
+        "actor_rollout_ref.model.path=untied",
         "actor_rollout_ref.model.enable_gradient_checkpointing=false",
         f"{actor}.fsdp_config.use_torch_compile=false",
         f"{actor}.optim.lr=0.01",

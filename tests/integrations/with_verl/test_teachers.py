@@ -1,9 +1,11 @@
 """Teachers inside verl's FSDP2 engine on two processes, against plain models in float64."""
 
+import copy
 import functools
 import pathlib
 import socket
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import teacher_worker
@@ -11,9 +13,11 @@ import torch
 from chat_tokenizer import text, tokenizer
 from engine_batches import TEMPERATURE
 from engine_runs import save_model
-from teacher_worker import CAP, EVERY, LESSONS, MIX, RATE, RECIPE, K
+from teacher_worker import CAP, EVERY, LESSONS, MIX, RANK, RATE, RECIPE, K
 
 from fused_sd import Evidence, rlsd_loss
+
+HEAD = "base_model.model.lm_head.original_module.weight"
 
 
 @functools.cache
@@ -30,6 +34,8 @@ def remains():
             save_model(folder, tied=False), attn_implementation="eager", dtype=torch.float64
         )
         tokenizer().save_pretrained(folder / "untied")
+        save_model(folder, tied=True)
+        save_adapter(model, folder / "adapter")
         torch.multiprocessing.spawn(teacher_worker.main, (port, name), nprocs=2)
         found = {
             lesson: [
@@ -38,6 +44,20 @@ def remains():
             for lesson in (*LESSONS, RECIPE)
         }
     return found, model.eval()
+
+
+def save_adapter(model, where):
+    """Save an adapter that has been trained, with DoRA, and with a head of its own."""
+    from peft import LoraConfig, get_peft_model
+
+    kinds = {"use_dora": True, "modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}
+    config = LoraConfig(r=RANK, lora_alpha=16, task_type="CAUSAL_LM", **kinds)
+    adapted = get_peft_model(copy.deepcopy(model).float(), config)
+    torch.manual_seed(2)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(where)
 
 
 def left_of(lesson):
@@ -206,53 +226,204 @@ def test_the_same_weights_in_the_same_context_have_nothing_to_teach(teacher):
     assert (taken["teacher"] is None) == (teacher == "live")
 
 
+def adapted(weights):
+    """The model's own weights in float64, with what its adapter adds to each or puts in its place.
+
+    LoRA adds ``16 / r * B A``; DoRA then gives each row of the sum its own length.
+    """
+    weights = {
+        name.removeprefix("base_model.model.").replace(".default", ""): tensor.double()
+        for name, tensor in weights.items()
+    }
+    found = {}
+    for name, tensor in weights.items():
+        layer, _, last = name.partition(".base_layer.")
+        whole = f"{layer}.{last}"
+        if ".original_module." in name:
+            found[name.replace(".original_module", "")] = weights[
+                name.replace("original_module", "modules_to_save")
+            ]
+        elif last and f"{layer}.lora_A.weight" in weights:
+            down, up = (weights[f"{layer}.lora_{factor}.weight"] for factor in "AB")
+            tensor = tensor + 16 / RANK * up @ down
+            if (length := weights.get(f"{layer}.lora_magnitude_vector.weight")) is not None:
+                tensor = tensor * (length / tensor.norm(dim=1))[:, None]
+            found[whole] = tensor
+        elif last:
+            down, up = (weights[f"{layer}.lora_embedding_{factor}"] for factor in "AB")
+            found[whole] = tensor + 16 / RANK * (up @ down).T
+            # the head is tied to the embedding, without the latter's adapter
+            down, up = (weights[f"lm_head.lora_{factor}.weight"] for factor in "AB")
+            found["lm_head.weight"] = tensor + 16 / RANK * up @ down
+        elif "lora_" not in name and ".modules_to_save." not in name:
+            found[name] = tensor
+    return found
+
+
+def without_adapter(weights):
+    base = {name: tensor for name, tensor in weights.items() if "lora_" not in name}
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
+        for name, tensor in base.items()
+    }
+
+
+def assert_reverse_kl(taken, batch, student, teacher, mix=0.0):
+    """The loss of one update is that of whole weights in float64."""
+
+    def token_loss(sample):
+        own, shown, _ = sides(sample, student, teacher)
+        if mix:
+            _, ahead, _ = sides(sample, student, student)
+            shown = ((1 - mix) * shown + mix * ahead).log_softmax(-1)
+        return (own.exp() * (own - shown)).sum(-1)
+
+    assert taken["loss"] == pytest.approx(mean(batch, token_loss), rel=1e-5)
+    assert taken["loss"] > 1e-3
+
+
+def gradient_norm(batch, student, teacher):
+    """The norm of the gradient of the trained weights, in float64."""
+    leaves = {name: t.double().requires_grad_() for name, t in trained(student).items()}
+    whole, model = adapted({**student, **leaves}), remains()[1]
+
+    def token_loss(sample):
+        num_response = len(sample["responses"])
+        inputs = {"input_ids": sample["input_ids"][None]}
+        logits = torch.func.functional_call(model, whole, (), inputs).logits
+        own = (logits[0, -num_response - 1 : -1] / TEMPERATURE).log_softmax(-1)
+        shown = log_probs(teacher, sample["teacher_input_ids"], num_response)
+        return (own.exp() * (own - shown)).sum(-1)
+
+    num_tokens = sum(sample["loss_mask"].sum() for sample in batch)
+    loss = sum((token_loss(sample) * sample["loss_mask"]).sum() for sample in batch) / num_tokens
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def plain_names(weights):
+    """Names without the parts in which PEFT's own dictionaries and its layers differ."""
+    parts = (".default", ".modules_to_save", ".weight")
+    return {
+        functools.reduce(lambda n, p: n.replace(p, ""), parts, n): t for n, t in weights.items()
+    }
+
+
+def trained(weights):
+    return {n: t for n, t in weights.items() if "lora_" in n or ".modules_to_save." in n}
+
+
+def assert_taught(left, rule):
+    """Each update's loss and gradient, with a teacher that takes the trained weights by a rule.
+
+    Args:
+        rule: the teacher's and the student's weights after a step, and its number -> the teacher's.
+    """
+    start = teacher = left["steps"][0]["before"]
+    after = [*(taken["before"] for taken in left["steps"][1:]), left["after"]]
+    for step, (taken, student) in enumerate(zip(left["steps"], after, strict=True)):
+        assert_reverse_kl(taken, left["batch"], adapted(taken["before"]), adapted(teacher))
+        expected = gradient_norm(left["batch"], taken["before"], adapted(teacher))
+        assert taken["grad_norm"] == pytest.approx(expected, rel=1e-4)
+        teacher = {**teacher, **trained(rule(teacher, student, step))}
+        assert_weights(taken["teacher"], teacher, atol=1e-6)
+    moved = {name: float((left["after"][name] - start[name]).abs().max()) for name in start}
+    assert max(moved[name] for name in trained(start)) > 0.01
+    assert not any(moved[name] for name in moved.keys() - trained(start).keys())
+
+
 def test_with_lora_the_reference_is_the_model_without_adapter():
     left = left_of("lora")
-    assert not left["has a copy"]
-    plain = {
-        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
-        for name, tensor in left["steps"][0]["before"].items()
-        if "lora_" not in name
-    }
-    adapters = left["steps"][1]["before"]
-
-    def adapted():
-        """The weights with both factors' product added."""
-        moved = dict(plain)
-        for name, down in adapters.items():
-            if "lora_A" in name:
-                up = adapters[name.replace("lora_A", "lora_B")]
-                whole = name.removeprefix("base_model.model.").replace(".lora_A.default", "")
-                moved[whole] = plain[whole].double() + 16 / 4 * up.double() @ down.double()
-        return moved
-
-    for taken, student in zip(left["steps"], (plain, adapted()), strict=True):
-
-        def token_loss(sample, student=student):
-            own, shown, _ = sides(sample, student, plain)
-            return (own.exp() * (own - shown)).sum(-1)
-
-        assert taken["loss"] == pytest.approx(mean(left["batch"], token_loss), rel=1e-5)
+    start = without_adapter(left["steps"][0]["before"])
+    for taken in left["steps"]:
+        assert taken["teacher"] is None
+        assert_reverse_kl(taken, left["batch"], adapted(taken["before"]), start)
 
 
-def test_a_teacher_that_follows_an_adapter_is_refused():
-    for one in remains()[0]["lora, ema"]:
-        assert 'distillation_loss.teacher must be "live" or "reference" with LoRA' in one["error"]
+def test_with_lora_an_average_of_the_adapter_teaches():
+    assert_taught(
+        left_of("lora, ema"), lambda teacher, student, _: averaged(teacher, student, RATE)
+    )
 
 
-def test_the_reference_of_a_run_that_starts_from_an_adapter_is_refused():
-    from verl.workers.config import HFModelConfig
+def test_with_lora_a_copy_of_the_adapter_teaches():
+    """The model's head is its embedding; each has an adapter of its own."""
+    left = left_of("lora, synced")
+    assert_taught(left, lambda teacher, student, step: teacher if (step + 1) % EVERY else student)
+    broken = left["broken"]
+    before, between, after = broken["students"]
+    assert_weights(between, before, atol=0)
+    assert_weights(after, before, atol=0)
+    assert_weights(broken["teachers"][1], broken["teachers"][0], atol=0)
 
-    from fused_sd.integrations.verl.config import FusedSDLossConfig
+
+def test_the_reference_of_a_run_that_starts_from_an_adapter_is_that_adapter():
+    left = left_of("lora, from an adapter")
+    start = left["steps"][0]["before"]
+    assert float((adapted(start)["lm_head.weight"] - start[HEAD].double()).abs().max()) > 0.1
+    for taken in left["steps"]:
+        sides = adapted(taken["before"]), adapted(start)
+        if taken is not left["steps"][0]:
+            assert float((sides[0]["lm_head.weight"] - sides[1]["lm_head.weight"]).abs().max()) > 0
+        assert_weights(taken["teacher"], start, atol=0)
+        assert_reverse_kl(taken, left["batch"], *sides, mix=MIX)
+
+
+@pytest.mark.parametrize("lesson", ["lora, ema", "lora, from an adapter"])
+def test_an_adapters_teacher_is_saved_and_loaded_with_the_checkpoint(lesson):
+    left = left_of(lesson)
+    again, last = left["resumed"][0], left["steps"][-1]
+    assert again["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    assert_weights(again["before"], last["before"], atol=0)
+    assert_weights(again["teacher"], last["teacher"], atol=1e-6)
+    assert left["saved"]["weights"].keys() == trained(left["after"]).keys()
+    assert_weights(left["after resumed"], left["after"], atol=1e-6)
+
+
+@pytest.mark.parametrize("lesson", [name for name in LESSONS if name.startswith("lora")])
+def test_with_lora_only_what_is_trained_is_held_twice(lesson):
+    for one in remains()[0][lesson]:
+        sizes = one["sizes"]
+        assert sizes["trained"] < sizes["all"] / 2
+        assert sizes["teacher"] == (0 if lesson == "lora" else sizes["trained"])
+
+
+@pytest.mark.parametrize("lesson", [name for name in LESSONS if name.startswith("lora")])
+def test_the_rollout_engine_is_sent_the_students_adapter_alone(lesson):
+    left = left_of(lesson)
+    student = left["broken"]["students"][-1] if "broken" in left else left["after"]
+    own = plain_names(trained(student))
+    for sent in map(plain_names, left["sent"]):
+        # PEFT adds the base of layers with the vocabulary; verl's layers are without the root's
+        adapter = {name: t for name, t in sent.items() if not name.endswith(".base_layer")}
+        assert_weights(adapter, {name: own[name] for name in adapter}, atol=0)
+    assert own.keys() <= plain_names(left["sent"][0]).keys()
+
+
+@pytest.mark.parametrize("held", ["_loaded", "_teacher"])
+def test_a_checkpoint_knows_that_the_run_started_from_an_adapter(held):
+    """Also where the run resumes without the adapter's path: all weights are in the checkpoint."""
     from fused_sd.integrations.verl.teachers import TeachingEngine
 
     engine = object.__new__(TeachingEngine)
     engine._is_lora = True
-    engine.model_config = object.__new__(HFModelConfig)
-    object.__setattr__(engine.model_config, "lora_adapter_path", "phase1")
-    config = FusedSDLossConfig(teacher="reference", topk=K)
-    with pytest.raises(ValueError, match="lora_adapter_path must be left out"):
-        engine._teacher_module(config).__enter__()
+    engine.model_config = SimpleNamespace(lora_adapter_path=None)
+    assert engine._base_is_start
+    setattr(engine, held, {"kind": "frozen"})
+    assert not engine._base_is_start
+
+
+def test_an_adapters_teacher_under_fsdp1_is_refused():
+    from fused_sd.integrations.verl.config import FusedSDLossConfig
+    from fused_sd.integrations.verl.teachers import TeachingEngine
+
+    for kind, path in (("ema", None), ("synced", None), ("reference", "phase1")):
+        engine = object.__new__(TeachingEngine)
+        engine._is_lora = True
+        engine.model_config = SimpleNamespace(lora_adapter_path=path)
+        engine.engine_config = SimpleNamespace(strategy="fsdp")
+        with pytest.raises(ValueError, match=r"actor.strategy must be .fsdp2. .* got 'fsdp'"):
+            engine._teacher_module(FusedSDLossConfig(teacher=kind, topk=K)).__enter__()
 
 
 def test_verls_worker_follows_the_recipe_on_what_the_stage_writes():

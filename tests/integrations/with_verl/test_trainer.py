@@ -268,20 +268,22 @@ def test_rlsds_mix_falls_with_the_training_steps(batch, step, mix):
         assert float(row["evidence_mix"]) == pytest.approx(mix)
 
 
-@pytest.mark.parametrize("scorer", ["engine", "worker"])
-def test_a_run_that_starts_from_an_adapter_has_no_reference(scorer):
-    """The model without its adapter is not what such a run starts from."""
+def test_a_worker_has_no_reference_of_a_run_that_starts_from_an_adapter():
+    """The model without its adapter is not what such a run starts from; the engine has that."""
     settings = (
-        f"distillation.scored_by={scorer}",
         "distillation.distillation_loss.teacher_sync_steps=1",
         "actor_rollout_ref.model.lora_rank=4",
         "actor_rollout_ref.model.lora_adapter_path=phase1",
     )
-    loss = "distillation.distillation_loss.teacher"
-    trainer = stage("rlsd", *settings, f"{loss}=reference", ref_in_actor=True)
+    worker, engine = (f"distillation.scored_by={scorer}" for scorer in ("worker", "engine"))
+    reference, live = (
+        f"distillation.distillation_loss.teacher={teacher}" for teacher in ("reference", "live")
+    )
+    trainer = stage("rlsd", *settings, worker, reference, ref_in_actor=True)
     with pytest.raises(ValueError, match=r"lora_adapter_path must be left out .*got 'phase1'"):
         trainer._check_reference_worker()
-    stage("rlsd", *settings, f"{loss}=live", ref_in_actor=True)._check_reference_worker()
+    for allowed in ((engine, reference), (worker, live)):
+        stage("rlsd", *settings, *allowed, ref_in_actor=True)._check_reference_worker()
 
 
 def test_a_reference_worker_scores_where_there_is_one(batch):
