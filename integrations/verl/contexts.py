@@ -49,7 +49,15 @@ class Context(Protocol):
     """What ``distillation.context`` must be."""
 
     def teacher_prompt(self, rollout: Rollout, tokenizer: PromptTokenizer) -> list[int] | None:
-        """Return the teacher's prompt tokens, generation header included; None: nothing to show."""
+        """Return the teacher's prompt tokens, generation header included; None: nothing to show.
+
+        Args:
+            rollout: one output of a session.  Its ``text`` and ``reward`` are the session's, its
+                ``prompt`` is the one that the conversation began with, and its ``prompt_ids`` and
+                ``completion_ids`` are the output's own.
+            tokenizer: for messages in the place of ``prompt``.  What ``chat`` returns ends with the
+                turns that followed in the output's own prompt.
+        """
 
 
 @dataclass
@@ -137,7 +145,8 @@ class AttemptContext:
     """SD-Zero's context (phase 2): the response itself and a phrase that says whether it was right.
 
     As in the official code (arXiv 2604.12002), the response is shown with all its tokens: with its
-    end, if it has one.
+    end, if it has one, and with the results of tools.  Of a session with several outputs each is
+    revised behind its own prompt, and the session's reward chooses the phrase.
 
     Args:
         success_reward_threshold: a response is right if its reward is above this; one without a

@@ -53,6 +53,7 @@ def teacher_batch(
     contexts: Sequence[Sequence[int] | None],
     *,
     max_prompt_length: int | None = None,
+    num_turn_tokens: Sequence[int] | None = None,
 ) -> TeacherBatch:
     """Put the teacher's prompts before the student's responses.
 
@@ -63,6 +64,8 @@ def teacher_batch(
         prompts, responses: (P,) and (R,) int64 of each sample.
         contexts: the tokens of each sample's teacher prompt; None if there is nothing to show.
         max_prompt_length: most tokens of a context; None: no limit.
+        num_turn_tokens: how many tokens of each context are not counted, because they are the turns
+            of a conversation, which stand at its end; None: all are counted.
 
     Raises:
         ValueError: the numbers of samples differ, or a prompt or context is empty: then no row
@@ -72,10 +75,12 @@ def teacher_batch(
         got = f"{len(prompts)} prompts, {len(responses)} responses and {len(contexts)}"
         fail("contexts", "be one for each sample", got, "give None where there is nothing to show")
     sequences, num_truncated = [], 0
-    for prompt, response, context in zip(prompts, responses, contexts):
+    turns = num_turn_tokens or [0] * len(prompts)
+    for prompt, response, context, uncounted in zip(prompts, responses, contexts, turns):
         shown = prompt
         if context is not None:
-            kept = list(context)[-max_prompt_length:] if max_prompt_length else list(context)
+            limit = max_prompt_length and max_prompt_length + uncounted
+            kept = list(context)[-limit:] if limit else list(context)
             num_truncated += len(kept) < len(context)
             shown = torch.tensor(kept, dtype=prompt.dtype, device=prompt.device)
         if not len(shown):

@@ -23,11 +23,11 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 
 from fused_sd.checks import fail
-from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.verl import EVIDENCE_MIX
-from fused_sd.integrations.verl.batch_rollouts import FIELDS, read_rollouts
+from fused_sd.integrations.verl.batch_rollouts import FIELDS, OutputRollout, read_rollouts
 from fused_sd.integrations.verl.contexts import PromptTokenizer
 from fused_sd.integrations.verl.self_distillation import SelfDistillationConfig
+from fused_sd.integrations.verl.sessions import SessionPrompts, num_turn_tokens
 from fused_sd.integrations.verl.teacher_sequences import (
     TeacherBatch,
     lengths_of,
@@ -90,7 +90,7 @@ class SelfDistillationStage(WorkerScores):
             select_fields=[*FIELDS, *path, "old_log_probs", "multi_modal_inputs"],
         )
         _refuse_images(data)
-        rollouts = read_rollouts(
+        read = read_rollouts(
             data,
             batch.keys,
             self.tokenizer,
@@ -98,25 +98,25 @@ class SelfDistillationStage(WorkerScores):
             feedback_key=config.feedback_key,
             thinking_tags=getattr(config.context, "thinking_tags", None),
             needs_verdicts=config.is_policy_loss,
+            chat=self.prompt_tokenizer.chat,
         )
         # verl adds synthetic samples until its mini-batches divide the batch; nobody teaches them
         is_sample = [not tag.get("is_padding", False) for tag in batch.tags]
-        rollouts = [rollout if real else None for rollout, real in zip(rollouts, is_sample)]
+        rollouts = [rollout if real else None for rollout, real in zip(read, is_sample)]
+        prompts = SessionPrompts(config.context, self.prompt_tokenizer)
         if config.check_prompts:
-            _check_prompts(rollouts, self.prompt_tokenizer)
+            _check_prompts(rollouts, prompts)
         contexts = [
-            None
-            if rollout is None
-            else config.context.teacher_prompt(rollout, self.prompt_tokenizer)
-            for rollout in rollouts
+            None if rollout is None else prompts.teacher_prompt(rollout) for rollout in rollouts
         ]
         teacher = teacher_batch(
             data["prompts"].unbind(),
             data["responses"].unbind(),
             contexts,
             max_prompt_length=config.max_prompt_length,
+            num_turn_tokens=[num_turn_tokens(rollout) for rollout in read],
         )
-        metrics.update(_metrics(teacher, sum(is_sample)))
+        metrics.update(_metrics(teacher, prompts.num_compacted, sum(is_sample)))
         if config.scored_by == "worker":
             fields = {
                 "teacher_logprobs": self._worker_scores(batch, data, teacher),
@@ -189,22 +189,21 @@ def self_distillation_config(config: DictConfig) -> SelfDistillationConfig:
     return settings
 
 
-def _check_prompts(rollouts: list[Rollout | None], tokenizer: PromptTokenizer) -> None:
+def _check_prompts(rollouts: list[OutputRollout | None], prompts: SessionPrompts) -> None:
     """Make sure that teacher and student tokenise a prompt alike.
 
     Otherwise the teacher's prompt would differ from the student's by more than the context.  The
-    first rollout stands for all.
+    first rollout stands for all, and the prompt that its session began with for later ones.
     """
     rollout = next((rollout for rollout in rollouts if rollout is not None), None)
     if rollout is None:
         return
-    own = tokenizer.chat(rollout.prompt)
-    if own != rollout.prompt_ids:
+    own, student = prompts.tokenizer.chat(rollout.prompt), rollout.first_prompt_ids
+    if own != student:
         fail(
             "raw_prompt",
             "be tokenised by the teacher as it was by the rollout",
-            f"{len(own)} tokens {own[:8]}... and {len(rollout.prompt_ids)} tokens "
-            f"{rollout.prompt_ids[:8]}...",
+            f"{len(own)} tokens {own[:8]}... and {len(student)} tokens {student[:8]}...",
             "give both the same data.apply_chat_template_kwargs; set "
             "distillation.check_prompts=False for an agent loop that writes its own prompts",
         )
@@ -222,12 +221,15 @@ def _refuse_images(data: TensorDict) -> None:
         )
 
 
-def _metrics(teacher: TeacherBatch, num_samples: int) -> dict[str, float]:
-    """Return the shares of samples with a context and of cut contexts, and the mean length."""
+def _metrics(teacher: TeacherBatch, num_compacted: int, num_samples: int) -> dict[str, float]:
+    """Return the shares of samples with a context, of cut contexts and of samples whose shortened
+    history has no place for a context; and the mean length.
+    """
     num_taught = float(teacher.mask.sum())
     return {
         "self_distillation/context_fraction": num_taught / max(num_samples, 1),
         "self_distillation/truncated_fraction": teacher.num_truncated / max(num_taught, 1),
+        "self_distillation/compacted_fraction": num_compacted / max(num_samples, 1),
         "self_distillation/teacher_length": float(lengths_of(teacher.input_ids).float().mean()),
     }
 

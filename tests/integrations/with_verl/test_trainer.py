@@ -325,23 +325,51 @@ def test_a_reference_that_is_nowhere_is_refused(batch):
         run(stage("opsd", "distillation.reference_key=reward_model.proof"), batch)
 
 
-def test_later_outputs_of_a_session_are_not_taught(batch):
-    key = f"uid-{QUESTIONS[0]}_0_0"
-    row = sample("and now?", "two", "2", 1.0, "Well done.")
-    row = {**row, "uid": f"uid-{QUESTIONS[0]}", "session_id": 0}
-    tq.kv_batch_put(
-        keys=[key[:-1] + "1"], partition_id="train", fields=list_of_dict_to_tensordict([row])
+def test_later_outputs_of_a_session_are_taught(batch):
+    """What a session said in all of its outputs teaches the others, and each output learns."""
+    one = f"uid-{QUESTIONS[0]}"
+    first, sibling = f"{one}_1_0", f"{one}_0_0"
+    (start,) = tq.kv_batch_get(
+        keys=[first], partition_id="train", select_fields=["prompts", "responses"]
     )
-    own = [batch.keys.index(key), batch.keys.index(key[:-3] + "1_0")]
-    keys = [batch.keys[n] for n in own] + [key[:-1] + "1"]
-    tags = [batch.tags[own[0]]] * 3
-    three = KVBatchMeta(keys=keys, tags=tags, partition_id="train")
-    found, _ = run(stage("sdpo"), three)
-    assert found[keys[2]]["self_distillation_mask"] == 0
-    # the success in the first session's last output teaches the second session
-    assert "2" in shown(found[keys[1]])[0]
-    assert found[keys[1]]["self_distillation_mask"] == 1
-    tq.kv_clear(keys=keys[2:], partition_id="train")
+    turns = "\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
+    prompt = [*start["prompts"].tolist(), *start["responses"].tolist(), *ids(turns)]
+    later = sample(QUESTIONS[0], ANSWERS[0], "Yes, 2.", 1.0, "")
+    elsewhere = sample("And now?", ANSWERS[0], "Yes!", 1.0, "")
+    rows = [
+        {**later, "prompts": torch.tensor(prompt)},
+        {**elsewhere, "raw_prompt": prompt_of(QUESTIONS[0])},
+        sample(QUESTIONS[0], ANSWERS[0], "It is two.", 1.0, ""),
+    ]
+    keys = [f"{one}_1_1", f"{one}_3_1", f"{one}_3_0"]
+    places = (1, 3, 3)
+    rows = [{**row, "uid": one, "session_id": place} for row, place in zip(rows, places)]
+    tq.kv_batch_put(keys=keys, partition_id="train", fields=list_of_dict_to_tensordict(rows))
+    tag = batch.tags[batch.keys.index(first)]
+    meta = KVBatchMeta(keys=[*keys, sibling, first], tags=[tag] * 5, partition_id="train")
+    found, metrics = run(stage("sdpo"), meta)
+
+    def asked(solution):
+        filled = f"1+1?\nCorrect solution:\n\n{solution}\n\nCorrectly solve the original question."
+        return text(WORDS.chat(prompt_of(filled)))
+
+    # the first success in the order of sessions, without its thoughts, with its turns
+    whole = "It is 2.\nuser\nSure?\nassistant\nYes, 2."
+    assert shown(found[sibling])[0] == asked(whole)
+    # the other success is in the session whose last output begins another conversation
+    assert shown(found[first])[0] == asked("Yes!")
+    said = "<think>hm</think> It is 2.<|im_end|>"
+    assert shown(found[keys[0]])[0] == asked("Yes!") + said + turns
+    assert text(shown(found[keys[0]])[1]) == "Yes, 2.<|im_end|>"
+    assert shown(found[keys[2]])[0] == asked(whole)
+    assert shown(found[keys[1]])[0] == text(WORDS.chat(prompt_of("And now?"))), "not taught"
+    masks = {key: float(row["self_distillation_mask"]) for key, row in found.items()}
+    assert masks == {key: float(key != keys[1]) for key in meta.keys}
+    assert found[keys[0]]["loss_mask"].all()
+    assert not found[keys[1]]["loss_mask"].any()
+    assert metrics["self_distillation/context_fraction"] == 4 / 5
+    assert metrics["self_distillation/compacted_fraction"] == 1 / 5
+    tq.kv_clear(keys=keys, partition_id="train")
 
 
 def test_verl_finds_the_trainers():
