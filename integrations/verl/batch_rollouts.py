@@ -29,8 +29,9 @@ FIELDS = (
     "response_mask",
     "rm_scores",
     "extra_fields",
+    "extra_info",
 )
-"""The columns of verl's batch that ``read_rollouts`` reads."""
+"""The columns of verl's batch that ``read_rollouts`` reads; a dataset may lack ``extra_info``."""
 
 OWN_MESSAGES = "raw_prompt"
 """Key of ``AgentLoopOutput.extra_fields``: the messages that the output's prompt was written from.
@@ -53,11 +54,13 @@ class OutputRollout(Rollout):
             and is the generation header.
         has_own_messages: whether the agent loop has told the messages of the output's own prompt,
             with which its conversation then began.
+        tool_selection: names of the tools that the row offers; None: all.
     """
 
     first_prompt_ids: Sequence[int] = ()
     question_length: int = 0
     has_own_messages: bool = False
+    tool_selection: Sequence[str] | None = None
 
 
 def read_rollouts(
@@ -119,6 +122,7 @@ def read_rollouts(
         answer = answer_text(tokenizer, text, before, said_ids, thinking_tags)
         of_session[session] = Sibling(_index(session), text, rewards[last], answer)
         groups[uids[last]].append(of_session[session])
+    infos = list(data["extra_info"]) if _has(data, "extra_info") else [{}] * len(keys)
     rollouts = []
     for n, key in enumerate(keys):
         session = _session(key)
@@ -142,6 +146,7 @@ def read_rollouts(
                 first_prompt_ids=prompts[start],
                 question_length=_question_length(prompts[start], closing),
                 has_own_messages=has_own_messages,
+                tool_selection=dict(infos[n] or {}).get("tool_selection"),
             )
         )
     return rollouts

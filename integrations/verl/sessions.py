@@ -13,6 +13,7 @@ prompt was written from into ``AgentLoopOutput.extra_fields["raw_prompt"]``, and
 begins a conversation of its own.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,7 @@ class SessionPrompts:
     def __init__(self, context: Context, tokenizer: PromptTokenizer) -> None:
         self.context, self.tokenizer = context, tokenizer
         self.num_compacted = 0
+        self._known: dict[Any, PromptTokenizer] = {}
 
     def teacher_prompt(self, rollout: OutputRollout) -> list[int] | None:
         """Return the tokens of the teacher's prompt; None: there is nothing to show.
@@ -73,7 +75,7 @@ class SessionPrompts:
         Raises:
             ValueError: the output's prompt was not written from the messages that came with it.
         """
-        tokenizer = self.tokenizer
+        tokenizer = self.tokenizer_of(rollout)
         if rollout.has_own_messages:
             _check_own_messages(rollout, tokenizer)
         own = SessionTokenizer(**vars(tokenizer), rollout=rollout)
@@ -82,6 +84,32 @@ class SessionPrompts:
         except _AnotherConversation:
             self.num_compacted += 1
             return None
+
+    def tokenizer_of(self, rollout: OutputRollout) -> PromptTokenizer:
+        """Return a tokenizer that lists the tools which the agent loop offered in this prompt.
+
+        verl's tool agent offers the configured tools, or those of them that the row's
+        ``extra_info.tool_selection`` names; its single-turn agent offers none.  The batch does not
+        say which loop it was, but the prompt's tokens do.
+        """
+        tools = self.tokenizer.chat_settings.get("tools")
+        if not tools:
+            return self.tokenizer
+        names = rollout.tool_selection or ()
+        key = tuple(rollout.first_prompt_ids), tuple(names)
+        if key not in self._known:
+            by_name = {tool["function"]["name"]: tool for tool in tools}
+            chosen = [by_name[name] for name in names if name in by_name] if names else tools
+            offers = [self._offering(chosen), self._offering(None)]
+            fitting = [
+                one for one in offers if one.chat(rollout.prompt) == list(rollout.first_prompt_ids)
+            ]
+            self._known[key] = (fitting or offers)[0]
+        return self._known[key]
+
+    def _offering(self, tools: Sequence[Any] | None) -> PromptTokenizer:
+        settings = {**self.tokenizer.chat_settings, "tools": tools}
+        return dataclasses.replace(self.tokenizer, chat_settings=settings)
 
 
 def _check_own_messages(rollout: OutputRollout, tokenizer: PromptTokenizer) -> None:

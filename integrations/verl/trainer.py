@@ -198,7 +198,7 @@ def _check_prompts(rollouts: list[OutputRollout | None], prompts: SessionPrompts
     rollout = next((rollout for rollout in rollouts if rollout is not None), None)
     if rollout is None:
         return
-    own, student = prompts.tokenizer.chat(rollout.prompt), rollout.first_prompt_ids
+    own, student = prompts.tokenizer_of(rollout).chat(rollout.prompt), rollout.first_prompt_ids
     if own != student:
         fail(
             "raw_prompt",

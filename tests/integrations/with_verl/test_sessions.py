@@ -384,6 +384,26 @@ def test_sd_zero_shows_a_response_with_the_results_of_tools(queue):
     assert text(made["teacher_input_ids"]) == whole + phrase + text(made["responses"])
 
 
+@pytest.mark.parametrize(
+    "tools, selected, names",
+    [
+        (TOOLS, ["look"], ["look"]),
+        (TOOLS, ["look", "unknown", "add"], ["look", "add"]),
+        (TOOLS, [], ["add", "look"]),
+        (TOOLS, ["unknown"], []),
+        ([], None, []),  # an agent that offers none, beside one that does
+    ],
+)
+def test_the_teacher_reads_the_tools_that_the_student_read(queue, tools, selected, names):
+    asyncio.run(speak(queue, 0, ["It is 2.<|im_end|>"], reward=1.0, tools=tools, selected=selected))
+    stage(queue, "opsd", "distillation.reference_key=extra_info.answer")
+    (made,) = queue.values()
+    start = listed(*names) if names else ""
+    assert text(made["prompts"]) == start + user("1+1?") + SAY
+    asked = user(OPSD.format(prompt="1+1?", privileged="2"))
+    assert text(made["teacher_input_ids"]) == start + asked + SAY + "It is 2.<|im_end|>"
+
+
 def test_a_limit_cuts_the_context_and_not_the_turns(queue):
     later = FIRST + "3<|im_end|>\n" + user("Are you sure of that?") + SAY
     queue["u_0_1"] = row(later, "2.<|im_end|>")
