@@ -33,7 +33,7 @@ SUPPORTS = {
     f"{name}_topk" if _numbers(kind) == ["k"] else name: kind
     for name, kind in NAMED_SUPPORTS.items()
 }
-TEACHERS = ("server", "live", "ema", "synced", "reference")
+TEACHERS = ("server", "live", "ema", "synced", "reference", "worker_group")
 
 
 @dataclass
@@ -69,6 +69,8 @@ class FusedSDLossConfig(DistillationLossConfig):
         teacher: ``"server"`` for verl's teacher servers.  In the training process ``"live"`` is the
             student's own weights, ``"ema"`` their moving average, ``"synced"`` a copy that is
             renewed regularly, and ``"reference"`` the initial weights.
+            ``"worker_group"`` is another model in workers of its own, which send its hidden states:
+            see ``self_distillation.WorkerGroupConfig``.
         ema_rate: the student's share in each average, with teacher="ema".
         teacher_sync_steps: batches of rollouts between two averages or copies, with teacher="ema"
             or "synced" (RLSD: 10 in the paper, 20 in its script).

@@ -97,7 +97,7 @@ def check_divergence(config: "FusedSDLossConfig") -> None:
             "support",
             'be "teacher_topk" with teacher="server", which sends its own top-k alone',
             repr(config.support),
-            'pass teacher="live", "ema", "synced" or "reference" to compare other entries',
+            'pass teacher="live", "ema", "synced", "reference" or "worker_group" to compare others',
         )
     if config.support != "full":
         checks.check_positive_int("topk", config.topk)

@@ -61,6 +61,17 @@ class Context(Protocol):
 
 
 @dataclass
+class SamePromptContext:
+    """No context: the teacher reads the student's own prompt, as in on-policy distillation.
+
+    Only a teacher with other weights than the student's has anything to teach then.
+    """
+
+    def teacher_prompt(self, rollout: Rollout, tokenizer: PromptTokenizer) -> list[int]:
+        return list(rollout.prompt_ids)
+
+
+@dataclass
 class SiblingContext:
     """SDPO's context: the first successful response to the same prompt, feedback, or both.
 

@@ -4,7 +4,7 @@ Hydra builds them with
 ``distillation._target_=fused_sd.integrations.verl.self_distillation.SelfDistillationConfig``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from verl.workers.config import DistillationConfig
@@ -14,13 +14,37 @@ from fused_sd.integrations.verl import RLSD_LOSS
 from fused_sd.integrations.verl.config import FusedSDLossConfig, require_own_config
 
 SCORED_BY = ("engine", "worker")
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+@dataclass
+class WorkerGroupConfig:
+    """A frozen teacher in a worker group of its own, with ``teacher="worker_group"``.
+
+    verl's ``distillation.nnodes`` and ``n_gpus_per_node`` are its GPUs.  Without nodes it runs on
+    the student's, and its weights are on the CPU while it does not teach.
+
+    Args:
+        model_path: the teacher, of any size.  It must know the student's tokens by the same ids.
+        max_token_len_per_gpu: most tokens of a forward; a longer sequence has one of its own.
+        dtype: of its weights and of the states that it sends: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+    """
+
+    model_path: str | None = None
+    max_token_len_per_gpu: int = 16384
+    dtype: str = "bf16"
+
+    def __post_init__(self) -> None:
+        check_positive_int("worker_group.max_token_len_per_gpu", self.max_token_len_per_gpu)
+        check_one_of("worker_group.dtype", self.dtype, DTYPES)
 
 
 @dataclass
 class SelfDistillationConfig(DistillationConfig):
-    """verl's distillation settings for a model that teaches itself.
+    """verl's distillation settings for a model that teaches itself, or has a teacher of its own.
 
-    The settings of teacher servers (teacher_models, nnodes, teacher_key) are not read.
+    The settings of teacher servers (teacher_models, teacher_key) are not read, and ``nnodes`` and
+    ``n_gpus_per_node`` by ``worker_group`` alone.
 
     Args:
         distillation_loss: a FusedSDLossConfig whose ``teacher`` is not ``"server"``.
@@ -35,6 +59,7 @@ class SelfDistillationConfig(DistillationConfig):
             beside the student's, during the update.  ``"worker"``: verl's log-probability pass
             before the update, of the policy (teacher="live") or of its reference worker
             (teacher="reference"), with any engine.
+        worker_group: the teacher with ``teacher="worker_group"``.
 
     Raises:
         ValueError: a value is out of its range, or settings do not go together.
@@ -46,18 +71,22 @@ class SelfDistillationConfig(DistillationConfig):
     feedback_key: str | None = "feedback"
     check_prompts: bool = True
     scored_by: str = "engine"
+    worker_group: WorkerGroupConfig = field(default_factory=WorkerGroupConfig)
 
     def __post_init__(self) -> None:
         # verl's __post_init__ is not called: it demands teacher models, and GPUs for them.  verl's
         # defaults hold an empty teacher_model, which is dropped.
+        servers = [getattr(model, "model_path", None) for model in self.teacher_models.values()]
         self.teacher_models: dict[str, Any] = {}
         loss = self.loss
+        self._check_worker_group(servers)
         if loss.teacher == "server":
             fail(
                 "distillation_loss.teacher",
                 "not be a server, which has the student's prompt alone",
                 "'server'",
-                'pass "live", "ema" or "reference", or use verl\'s own DistillationConfig',
+                'pass "live", "ema", "synced", "reference" or "worker_group", or use verl\'s own '
+                "DistillationConfig",
             )
         if not callable(getattr(self.context, "teacher_prompt", None)):
             fail(
@@ -65,7 +94,7 @@ class SelfDistillationConfig(DistillationConfig):
                 "say what the teacher is shown",
                 repr(self.context),
                 "set distillation.context._target_=fused_sd.integrations.verl.contexts."
-                "SiblingContext, ReferenceContext or AttemptContext",
+                "SiblingContext, ReferenceContext, AttemptContext or SamePromptContext",
             )
         check_positive_int("max_prompt_length", self.max_prompt_length)
         check_one_of("scored_by", self.scored_by, SCORED_BY)
@@ -81,6 +110,39 @@ class SelfDistillationConfig(DistillationConfig):
     def is_policy_loss(self) -> bool:
         """Whether samples without a context have a loss, too."""
         return self.loss.loss_mode == RLSD_LOSS or self.loss.use_task_rewards
+
+    @property
+    def has_worker_group(self) -> bool:
+        """Whether the teacher is a model in a worker group of its own."""
+        return self.loss.teacher == "worker_group"
+
+    @property
+    def has_own_pool(self) -> bool:
+        """Whether that worker group has GPUs of its own."""
+        return self.has_worker_group and self.nnodes > 0
+
+    def _check_worker_group(self, servers: list[str | None]) -> None:
+        """Refuse a worker group without a model, and a model without a worker group.
+
+        Args:
+            servers: the model_path of each of verl's teacher_models.
+        """
+        group, name = self.worker_group, "distillation.worker_group"
+        if not self.has_worker_group:
+            if group != WorkerGroupConfig():
+                rule = "be left as it is unless it teaches"
+                fail(name, rule, group, 'pass distillation_loss.teacher="worker_group"')
+            return
+        if not isinstance(group.model_path, str) or not group.model_path:
+            rule = 'name the teacher of distillation_loss.teacher="worker_group"'
+            fail(f"{name}.model_path", rule, repr(group.model_path), "pass a path or a name")
+        if any(servers):
+            fail(
+                "distillation.teacher_models",
+                "be left out beside a worker group, which is the only teacher",
+                next(server for server in servers if server),
+                f"name the teacher in {name}.model_path",
+            )
 
     def _check_worker(self) -> None:
         if self.loss.loss_mode != RLSD_LOSS:

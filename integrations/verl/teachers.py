@@ -30,6 +30,7 @@ from fused_sd.integrations.verl.config import FusedSDLossConfig
 from fused_sd.integrations.verl.engine import FusedSDEngine
 from fused_sd.integrations.verl.head_request import LocalTeacher, flag
 from fused_sd.integrations.verl.teacher_state import local_state, sharded_state, teacher_file
+from fused_sd.integrations.verl.teacher_states import GroupTeacher
 
 PEFT_LAYER_ATTRIBUTES = ("base_layer", "original_module")
 """PEFT's LoRA layers have the first, its fully trained copies (``modules_to_save``) the second."""
@@ -49,7 +50,8 @@ class TeachingEngine(FusedSDEngine):
     after all its mini-batches and epochs, unless no step had a finite gradient, as in SDPO's
     official code.  They are saved and loaded with the checkpoint; a run that resumes from a
     checkpoint without a teacher starts its teacher as a copy of the loaded student.
-    ``"reference"`` is the model that the run started from.
+    ``"reference"`` is the model that the run started from, and ``"worker_group"`` is another model
+    elsewhere, whose states come with the batch.
 
     With LoRA no base weight is held twice: ``"ema"`` and ``"synced"`` follow what is trained, and
     ``"reference"`` is the model without its adapter, or with the values of the adapter that the run
@@ -61,6 +63,7 @@ class TeachingEngine(FusedSDEngine):
     _loaded: dict[str, Any] | None = None  # a checkpoint's teacher, until the teacher is built
     _start: dict[str, Any] | None = None  # the initial adapter, until the teacher is built
     _num_modes = 0  # train modes that are entered and not left
+    _group: GroupTeacher | None = None
     _finite: bool | None = None  # whether a step had a finite gradient; None: there was no step
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict]:
@@ -76,6 +79,8 @@ class TeachingEngine(FusedSDEngine):
         config = self._loss_config
         if not isinstance(config, FusedSDLossConfig) or config.teacher == "live":
             return super().teacher_rows(micro_batch, rows)
+        if config.teacher == "worker_group":
+            return self._group_teacher.rows(micro_batch, rows)
         keeps_head = not self._shares_head
         with self._teacher_module(config) as module:
             keeper = _HeadKeeper(module, keeps_head=keeps_head)
@@ -90,6 +95,13 @@ class TeachingEngine(FusedSDEngine):
             return trust_region_states(states, head, student, student_head, mix)
 
         return local_teacher
+
+    @property
+    def _group_teacher(self) -> GroupTeacher:
+        """The head of a teacher in a worker group, and its states in a batch."""
+        if self._group is None:
+            self._group = GroupTeacher()
+        return self._group
 
     def _privileged_rows(
         self, micro_batch: TensorDict, rows: Tensor, module: nn.Module | None = None
@@ -201,6 +213,8 @@ class TeachingEngine(FusedSDEngine):
     ) -> None:
         """Move the teacher along: verl empties the GPU with this while the rollout engine runs."""
         super().to(device=device, model=model, optimizer=optimizer, grad=grad)
+        if model:
+            self._group_teacher.to(device)
         if isinstance(self._teacher, SwappedTeacher) and model:
             self._teacher.move(device)
         elif self._teacher is not None and model:

@@ -5,7 +5,7 @@
 The stage runs once rewards and advantages are known.  It turns each sample's group, feedback or
 reference into a prompt for the teacher, and adds the teacher's sequences to the batch (see
 ``teacher_sequences``).  Everything else is verl's.  No teacher server is started: the teacher lives
-in the training workers.
+in the training workers, or in a worker group of its own.
 """
 
 import copy
@@ -28,6 +28,7 @@ from fused_sd.integrations.verl.batch_rollouts import FIELDS, OutputRollout, rea
 from fused_sd.integrations.verl.contexts import PromptTokenizer
 from fused_sd.integrations.verl.self_distillation import SelfDistillationConfig
 from fused_sd.integrations.verl.sessions import SessionPrompts, num_turn_tokens
+from fused_sd.integrations.verl.teacher_group import TeacherGroup
 from fused_sd.integrations.verl.teacher_sequences import (
     TeacherBatch,
     lengths_of,
@@ -37,7 +38,7 @@ from fused_sd.integrations.verl.teacher_sequences import (
 from fused_sd.integrations.verl.worker_scores import WorkerScores
 
 
-class SelfDistillationStage(WorkerScores):
+class SelfDistillationStage(TeacherGroup, WorkerScores):
     """A mixin for verl's trainers that adds the teacher's sequences after the advantages.
 
     verl's trainers know distillation from teacher servers only, and ``distillation.enabled`` turns
@@ -60,14 +61,19 @@ class SelfDistillationStage(WorkerScores):
 
     def _init_resource_pool_mgr(self) -> None:
         # verl demands GPUs for the servers if distillation is enabled here
-        with _temporarily(self.config.distillation, enabled=False):
+        enabled = self.self_distillation.has_own_pool  # verl makes such a pool for its servers
+        with _temporarily(self.config.distillation, enabled=enabled):
             super()._init_resource_pool_mgr()
+        if self.self_distillation.has_worker_group:
+            self._place_teacher_group()
 
     def _setup(self) -> None:
         super()._setup()
         # _setup leaves None here without servers, and _update_actor reads the loss's settings
         self.distillation_config = self.self_distillation
         self._check_reference_worker()
+        if self.self_distillation.has_worker_group:
+            self._start_teacher_group()
         # the teacher's prompts must be tokenised as verl's agent loop tokenised the student's
         settings = dict(self.config.data.get("apply_chat_template_kwargs", {}))
         if getattr(self.train_dataset, "tool_schemas", None) is not None:
@@ -133,11 +139,14 @@ class SelfDistillationStage(WorkerScores):
             # The engines divide the loss by the number of tokens in loss_mask.  response_mask stays
             # as it is: verl's metrics fail on a micro-batch whose response_mask keeps no token.
             fields["loss_mask"] = mask_without_context(data["response_mask"], teacher.mask)
-        return tq.kv_batch_put(
+        batch = tq.kv_batch_put(
             keys=batch.keys,
             partition_id=batch.partition_id,
             fields=TensorDict(fields, batch_size=len(batch)),
         )
+        if config.has_worker_group:
+            batch = self._add_teacher_states(batch, data, teacher, metrics)
+        return batch
 
 
 class SelfDistillationSync(SelfDistillationStage, PPOTrainerSync):

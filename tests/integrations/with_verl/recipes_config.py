@@ -22,5 +22,7 @@ def composed(recipe: str, *overrides: str) -> DictConfig:
 @functools.cache  # Hydra takes a second
 def _as_it_is(recipe: str) -> DictConfig:
     given = ["actor_rollout_ref.model.path=model", "trainer.n_gpus_per_node=2"]
+    if recipe == "opd":  # its teacher has no default
+        given.append("distillation.worker_group.model_path=teacher")
     with initialize_config_module(RECIPES, version_base=None):
         return compose(recipe, overrides=given)

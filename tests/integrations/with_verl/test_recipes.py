@@ -31,6 +31,7 @@ METHODS = {
     "opsd": ("forward_kl", FULL_VOCABULARY, "reference", "ReferenceContext", 1),
     "sd_zero": (MixedKl(0.5), TeacherTopK(64), "reference", "AttemptContext", 1),
     "rlsd": (None, None, "synced", "AnswerContext", 8),
+    "opd": ("reverse_kl", StudentTopK(100), "worker_group", "SamePromptContext", 1),
 }
 
 
@@ -59,6 +60,7 @@ RUNS = {
     "opsd": (5e-6, -1, 2048, 1024, 1.1, 0.95, 20, None),
     "sd_zero": (5e-6, 20, 2048, 6144, 1.0, 1, -1, None),
     "rlsd": (1e-6, -1, 16384, 4096, 1.0, 1, -1, None),
+    "opd": (1e-6, -1, 2048, 8192, 1.0, 1, -1, None),  # which has no official run
 }
 
 
