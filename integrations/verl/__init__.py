@@ -14,7 +14,7 @@ The files, in the order in which a training step passes through them:
   (``packed_rows``, ``head_request``, ``token_outputs``);
 * ``losses`` turns these into the loss that verl aggregates.
 
-``config`` and ``self_distillation`` hold the settings; ``plugin`` registers everything.  Where a
+``config`` and ``self_distillation`` hold the settings; ``plugin`` registers everything, ``engines`` the engines alone.  Where a
 comment explains verl's behaviour, it was read from verl 0.9.1.
 """
 
@@ -25,6 +25,9 @@ SUPPORTED_VERL = ">=0.9.1,<0.10"
 
 VENDOR = "fused_sd"
 """The value of ``VERL_ENGINE_VENDOR`` and ``fused_kernel_options.impl_backend`` for our engines."""
+
+ENGINES = "fused_sd.integrations.verl.engines"
+"""The value of ``actor_rollout_ref.model.external_lib`` that registers our engines in a worker."""
 
 TOPK_LOSS, RLSD_LOSS = "fused_sd_topk", "fused_sd_rlsd"
 """The values of ``distillation_loss.loss_mode`` that choose our losses."""

@@ -18,7 +18,7 @@ from verl.workers.config import ActorConfig, DistillationConfig
 from verl.workers.utils.padding import no_padding_2_padding
 
 from fused_sd.checks import fail
-from fused_sd.integrations.verl import EVIDENCE_MIX, RLSD_LOSS, TOPK_LOSS, VENDOR
+from fused_sd.integrations.verl import ENGINES, EVIDENCE_MIX, RLSD_LOSS, TOPK_LOSS, VENDOR
 from fused_sd.integrations.verl.config import FusedSDLossConfig, require_own_config
 from fused_sd.terms.surrogate import surrogate
 
@@ -58,8 +58,8 @@ def topk_loss(
             f"loss_mode={TOPK_LOSS!r}",
             "run in fused_sd's engine, which forms the divergence",
             f"{got} from another (strategy={config.strategy!r})",
-            f"set VERL_ENGINE_VENDOR={VENDOR} in the workers' environment, "
-            "actor_rollout_ref.model.use_fused_kernels=True and "
+            f"set actor_rollout_ref.model.external_lib={ENGINES} (or VERL_ENGINE_VENDOR={VENDOR} "
+            "where the workers run), actor_rollout_ref.model.use_fused_kernels=True and "
             f"actor_rollout_ref.model.fused_kernel_options.impl_backend={VENDOR}; "
             "python -m fused_sd.integrations.verl doctor tells what is missing",
         )

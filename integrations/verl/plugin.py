@@ -6,7 +6,7 @@ failure is logged as a warning.
 
 Engines and trainers are registered only if ``VERL_ENGINE_VENDOR`` is ``fused_sd``.  verl would not
 choose our engines otherwise, and the verl modules that they extend take seconds to import, in every
-process that imports verl.
+process that imports verl.  ``engines`` registers the engines alone, and needs no variable.
 
 verl looks an engine up under (device, vendor) and falls back to the device alone.  Engines are
 registered under a vendor of their own because verl accepts no new backend name
@@ -89,12 +89,13 @@ def register_losses() -> None:
     STATUS["losses"] = REGISTERED
 
 
-def register_engine(part: str, devices: Sequence[str] = ("cuda",)) -> None:
-    """Put an engine into verl's registry under the vendor ``fused_sd``, once.
+def register_engine(part: str, devices: Sequence[str] = ("cuda",), vendor: str = VENDOR) -> None:
+    """Put an engine into verl's registry under a vendor, once.
 
     Args:
         part: a key of ``ENGINES``.
         devices: verl's names of the devices that the engine is registered for.
+        vendor: ``"fused_sd"``, which a variable asks for, or a name of verl's, see ``engines``.
 
     Raises:
         ValueError: the installed verl is not supported, or another plugin has the key.
@@ -106,13 +107,13 @@ def register_engine(part: str, devices: Sequence[str] = ("cuda",)) -> None:
     from verl.workers.engine import EngineRegistry
 
     known: dict[str, Any] = EngineRegistry._engines.get("language_model", {})
-    keys = [(backend, (device, VENDOR)) for backend in backends for device in devices]
+    keys = [(backend, (device, vendor)) for backend in backends for device in devices]
     missing = [
         (backend, key)
         for backend, key in keys
         if not _is_ours(f"engine {backend} {key}", known.get(backend, {}).get(key))
     ]
-    for backend, (device, vendor) in missing:
+    for backend, (device, _) in missing:
         EngineRegistry.register("language_model", backend, device, vendor)(engine)
     STATUS[part] = REGISTERED
 

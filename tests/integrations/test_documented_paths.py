@@ -29,6 +29,7 @@ NEEDED = {
     "fused_sd.integrations.transformers": ("transformers",),
     "fused_sd.integrations.trl": ("trl", "peft"),
     "fused_sd.integrations.verl.config": ("verl",),
+    "fused_sd.integrations.verl.engines": ("verl",),
 }
 
 

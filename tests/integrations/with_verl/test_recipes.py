@@ -19,7 +19,7 @@ from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.workers.config import FSDPActorConfig
 
 from fused_sd import FULL_VOCABULARY, Jsd, MixedKl, StudentTopK, TeacherTopK
-from fused_sd.integrations.verl import VENDOR
+from fused_sd.integrations.verl import ENGINES, VENDOR
 from fused_sd.integrations.verl import trainer as module
 from fused_sd.integrations.verl.config import FusedSDLossConfig
 from fused_sd.integrations.verl.self_distillation import SelfDistillationConfig
@@ -215,4 +215,4 @@ def test_verl_composes_the_readmes_command_for_a_teacher_server():
     assert config.distillation.distillation_loss.loss_mode == "forward_kl_topk"
     assert config.actor_rollout_ref.model.use_fused_kernels
     assert config.actor_rollout_ref.model.fused_kernel_options.impl_backend == VENDOR
-    assert config.ray_kwargs.ray_init.runtime_env.env_vars.VERL_ENGINE_VENDOR == VENDOR
+    assert config.actor_rollout_ref.model.external_lib == ENGINES
