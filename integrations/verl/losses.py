@@ -63,17 +63,15 @@ def topk_loss(
             f"actor_rollout_ref.model.fused_kernel_options.impl_backend={VENDOR}; "
             "python -m fused_sd.integrations.verl doctor tells what is missing",
         )
+    losses = no_padding_2_padding(model_output["distillation_losses"], data)
+    losses = losses * _rollout_weights(data, losses)
+    _keep_a_token(data)
     has_contexts = "self_distillation_mask" in data
     _, metrics = compute_forward_kl_topk(
         config, distillation_config, model_output, _with_context(data) if has_contexts else data
     )
-    losses = no_padding_2_padding(model_output["distillation_losses"], data)
-    losses = losses * _rollout_weights(data, losses)
     if has_contexts:
         losses = torch.where(_has_context(data), losses, 0)
-        if data["batch_num_tokens"] == 0:
-            # no sample of the global batch has a context, and verl divides by this number
-            tu.assign_non_tensor(data, batch_num_tokens=1)
     return losses, metrics
 
 
@@ -116,6 +114,7 @@ def rlsd_loss(
     # the surrogate's value, with its derivative w.r.t. the log-probability as gradient
     loss = term.loss + term.dlog_prob * (current - current.detach())
     loss = loss * _rollout_weights(data, loss)
+    mask = _keep_a_token(data)
     logged = {key: term.metrics[name] for name, key in _METRIC_KEYS.items()}
     logged["distillation/ppo_kl"] = -term.metrics["importance_ratio"].log()
     return loss, {
@@ -129,6 +128,31 @@ def _rollout_weights(data: TensorDict, losses: Tensor) -> Tensor | float:
         return 1.0
     mask = _padded(data["response_mask"]).bool()
     return torch.where(mask, _padded(data["rollout_is_weights"]), 0).to(losses)
+
+
+def _keep_a_token(data: TensorDict) -> Tensor:
+    """Let verl average and log a micro-batch, or a whole batch, in which no token counts.
+
+    Such a micro-batch is left by verl's rejection sampling, where it rejects whole samples, and by
+    its padding samples.  verl takes extremes over ``response_mask``, which fails on no tokens, so
+    that one token is counted.  Its loss is 0, because the losses are computed before this, and in a
+    policy loss that verl adds it has no advantage.  verl also divides by the number of tokens that
+    ``loss_mask`` keeps in the batch.
+
+    Returns:
+        (B, R) bool, the response mask; it is not empty.
+    """
+    if data["batch_num_tokens"] == 0:
+        tu.assign_non_tensor(data, batch_num_tokens=1)
+    mask = data["response_mask"].clone()
+    tokens = (mask.values() if mask.is_nested else mask).view(-1)
+    if not tokens.any() and len(tokens):
+        tokens[0] = 1
+        data["response_mask"] = mask
+        for name in ("advantages", "ref_log_prob"):
+            if name in data:
+                data[name] = torch.zeros_like(data[name])
+    return _padded(data["response_mask"]).bool()
 
 
 def _has_context(data: TensorDict) -> Tensor:

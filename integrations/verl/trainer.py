@@ -135,9 +135,12 @@ class SelfDistillationStage(TeacherGroup, WorkerScores):
             schedule.num_steps = self.global_steps - 1  # verl counts its steps from 1
             metrics["self_distillation/evidence_mix"] = schedule.value
             fields[EVIDENCE_MIX] = torch.full((len(batch),), schedule.value)
+        # The engines divide the loss by the number of tokens in loss_mask, which verl's rollout
+        # workers write.  Its rejection sampling clears rejected tokens in response_mask alone: they
+        # would not learn, but count.
+        fields["loss_mask"] = data["response_mask"]
         if not config.is_policy_loss:
-            # The engines divide the loss by the number of tokens in loss_mask.  response_mask stays
-            # as it is: verl's metrics fail on a micro-batch whose response_mask keeps no token.
+            # response_mask stays as it is, so that verl's metrics are of all responses
             fields["loss_mask"] = mask_without_context(data["response_mask"], teacher.mask)
         batch = tq.kv_batch_put(
             keys=batch.keys,

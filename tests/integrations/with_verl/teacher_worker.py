@@ -109,7 +109,7 @@ QUESTION = [{"role": "user", "content": "1+1?"}]
 
 
 def main(rank: int, port: int, folder: str) -> None:
-    """Do each lesson and the recipe's run, and save their results in ``folder``."""
+    """Do each lesson, correction and the recipe's run, and save their results in ``folder``."""
     os.environ.update(
         VERL_PLATFORM="cpu",
         TOKENIZERS_PARALLELISM="false",
@@ -130,7 +130,12 @@ def main(rank: int, port: int, folder: str) -> None:
             setattr(torch.cpu, name, lambda: 0)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     os.chdir(folder)  # where the models and the adapter are
+    import corrections
+
+    untied = pathlib.Path("untied").absolute()
+    cases = corrections.CASES.items()
     runs = {name: functools.partial(teach, name) for name in LESSONS}
+    runs |= {name: functools.partial(corrections.update, case, untied) for name, case in cases}
     for name, run in {**runs, RECIPE: follow_recipe}.items():
         try:
             left = run()

@@ -8,6 +8,7 @@ import torch
 from closeness import assert_close
 from verl.trainer.distillation.fsdp.losses import compute_forward_kl_topk
 from verl.trainer.distillation.losses import distillation_ppo_loss
+from verl.utils import tensordict_utils as tu
 from verl.workers.config import DistillationLossConfig
 
 from fused_sd import Evidence, rlsd_loss, token_log_probs
@@ -327,3 +328,59 @@ def test_rlsd_says_what_is_missing():
     for teacher in ("server", "live"):
         with pytest.raises(ValueError, match=f"for RLSD with teacher='{teacher}', got nothing"):
             loss_of(batch, FusedSDLossConfig(**RLSD, teacher=teacher), output)
+
+
+@pytest.mark.parametrize("task_rewards", [False, True], ids=["alone", "with a policy loss"])
+def test_a_micro_batch_in_which_no_token_counts_has_loss_0(task_rewards):
+    """As verl's rejection sampling and padding samples leave; verl's own loss fails on it."""
+    from verl.workers.config import ActorConfig
+
+    batch = micro_batch.make()
+    batch.data["response_mask"].values().zero_()
+    batch.counted[:] = False
+    batch.data["ref_log_prob"] = torch.full_like(batch.data["old_log_probs"], -2.0)
+    batch.data["rollout_is_weights"] = torch.ones_like(batch.data["old_log_probs"])
+    config = FusedSDLossConfig(use_task_rewards=task_rewards, topk=4)
+    actor = ActorConfig(
+        strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, use_kl_loss=True
+    )
+    distillation = micro_batch.distillation(config)
+    output = output_of(batch, config)
+    loss, metrics = distillation_ppo_loss(actor, distillation, model_output=output, data=batch.data)
+    assert float(loss.detach()) == 0
+    gradient, _ = torch.autograd.grad(loss, (batch.hidden, batch.weight))
+    assert not gradient.any()
+    assert all(math.isfinite(value) for value in plain(metrics).values())
+
+
+def test_rlsd_has_loss_0_where_no_token_of_the_whole_batch_counts():
+    batch = rlsd_batch()
+    batch.data["response_mask"].values().zero_()
+    tu.assign_non_tensor(batch.data, batch_num_tokens=0)
+    log_probs = token_log_probs(*student(batch)).log_probs
+    loss, metrics = loss_of(
+        batch, FusedSDLossConfig(**RLSD), {"log_probs": batch.jagged(log_probs)}
+    )
+    assert float(loss.detach()) == 0
+    (gradient,) = torch.autograd.grad(loss, batch.hidden)
+    assert not gradient.any()
+    assert all(math.isfinite(value) for value in plain(metrics).values())
+
+
+@pytest.mark.parametrize("batch_num_tokens", [11, 5])
+def test_the_topk_loss_is_weighted_by_verls_correction(batch_num_tokens):
+    batch = micro_batch.make()
+    tu.assign_non_tensor(batch.data, batch_num_tokens=batch_num_tokens)
+    weights = micro_batch.jagged([2 * torch.rand(r) for _, r in micro_batch.LENGTHS])
+    weights.values()[~batch.data["response_mask"].values().bool()] = math.nan
+    batch.data["rollout_is_weights"] = weights
+    config = FusedSDLossConfig(divergence="reverse_kl", use_task_rewards=False, topk=4)
+    output = output_of(batch, config)
+    loss, _ = loss_of(batch, config, output)
+    at = at_rows(batch, "rollout_is_weights")[batch.counted]
+    losses = output["distillation_losses"].values()[batch.counted]
+    expected = (losses * at).sum() / batch_num_tokens
+    assert_close(loss, expected, torch.float32)
+    (got,) = torch.autograd.grad(loss, batch.hidden, retain_graph=True)
+    (want,) = torch.autograd.grad(expected, batch.hidden)
+    assert_close(got, want, torch.float32)

@@ -11,6 +11,7 @@ import pytest
 import teacher_worker
 import torch
 from chat_tokenizer import text, tokenizer
+from corrections import CASES
 from engine_batches import TEMPERATURE
 from engine_runs import save_model
 from teacher_worker import CAP, EVERY, LESSONS, MIX, RANK, RATE, RECIPE, K
@@ -41,7 +42,7 @@ def remains():
             lesson: [
                 torch.load(folder / f"{lesson}-{rank}.pt", weights_only=False) for rank in range(2)
             ]
-            for lesson in (*LESSONS, RECIPE)
+            for lesson in (*LESSONS, *CASES, RECIPE)
         }
     return found, model.eval()
 

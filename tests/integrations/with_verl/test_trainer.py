@@ -377,3 +377,56 @@ def test_verl_finds_the_trainers():
     module.register()
     for name, trainer in module.TRAINERS.items():
         assert get_trainer_cls(name) is trainer
+
+
+CORRECTION = "algorithm.rollout_correction"
+
+
+def as_updated(batch):
+    """The columns that verl's workers read for the update, by sample."""
+    from verl.utils.transferqueue_utils import _meta_to_realdata, kv_batch_meta2batch_meta
+
+    data = _meta_to_realdata(kv_batch_meta2batch_meta(batch))
+    return {
+        key: {
+            name: column.unbind()[n] if column.is_nested else column[n]
+            for name, column in data.items()
+            if isinstance(column, torch.Tensor)
+        }
+        for n, key in enumerate(batch.keys)
+    }
+
+
+@pytest.mark.parametrize("recipe", ["sdpo", "rlsd"])
+def test_verls_correction_for_the_rollout_engine_reaches_the_update(batch, recipe):
+    settings = (f"{CORRECTION}.rollout_is=token", f"{CORRECTION}.rollout_rs=token_k1")
+    trainer = stage(recipe, *settings, f"{CORRECTION}.rollout_rs_threshold=0.4_1.5")
+    found = as_updated(trainer._compute_advantage(batch, {}))
+    num_rejected = 0
+    for key, row in found.items():
+        if key.startswith("pad"):
+            assert not row["loss_mask"].any()
+            continue
+        ratio = (row["old_log_probs"] - row["rollout_log_probs"]).exp()
+        torch.testing.assert_close(row["rollout_is_weights"], ratio.clamp(max=2.0))
+        kept = (1 / ratio >= 0.4) & (1 / ratio <= 1.5)  # verl's k1 is the log of the inverse
+        assert row["response_mask"].tolist() == kept.tolist()
+        counts = kept if recipe == "rlsd" or row["self_distillation_mask"] else kept & False
+        assert row["loss_mask"].tolist() == counts.tolist()
+        num_rejected += int((~kept).sum())
+    assert num_rejected
+
+
+@pytest.mark.parametrize("bypass_mode", [False, True])
+def test_a_batch_without_the_rollout_engines_log_probs_is_not_left_uncorrected(queue, bypass_mode):
+    """As of an agent loop that returns none; verl asks for them, see ``run_checks`` otherwise."""
+    row = sample(QUESTIONS[0], ANSWERS[0], "2", 1.0, "")
+    del row["rollout_log_probs"]
+    keys, tags = ["lone_0_0"], [{"seq_len": len(row["input_ids"])}]
+    fields = list_of_dict_to_tensordict([{**row, "uid": "lone", "entropy": 0.0 * row["input_ids"]}])
+    tq.kv_batch_put(keys=keys, partition_id="train", fields=fields, tags=tags)
+    meta = KVBatchMeta(keys=keys, tags=tags, partition_id="train")
+    trainer = stage("sdpo", f"{CORRECTION}.bypass_mode={bypass_mode}", actor_rollout_wg=Workers(1))
+    with pytest.raises(KeyError, match="rollout_log_probs"):
+        trainer._compute_old_log_prob(meta, {})
+    tq.kv_clear(keys=keys, partition_id="train")
