@@ -14,7 +14,8 @@ The files, in the order in which a training step passes through them:
   (``packed_rows``, ``head_request``, ``token_outputs``);
 * ``losses`` turns these into the loss that verl aggregates.
 
-``config`` and ``self_distillation`` hold the settings; ``plugin`` registers everything, ``engines`` the engines alone.  Where a
+``config`` and ``self_distillation`` hold the settings, ``run_checks`` and ``data_checks`` look at a
+whole run; ``plugin`` registers everything, ``engines`` the engines alone.  Where a
 comment explains verl's behaviour, it was read from verl 0.9.1.
 """
 
@@ -28,6 +29,9 @@ VENDOR = "fused_sd"
 
 ENGINES = "fused_sd.integrations.verl.engines"
 """The value of ``actor_rollout_ref.model.external_lib`` that registers our engines in a worker."""
+
+TRAINER_MODES = ("fused_sd_sync", "fused_sd_colocate_async")
+"""The values of ``trainer.v1.trainer_mode`` that choose our trainers."""
 
 TOPK_LOSS, RLSD_LOSS = "fused_sd_topk", "fused_sd_rlsd"
 """The values of ``distillation_loss.loss_mode`` that choose our losses."""

@@ -26,6 +26,8 @@ from fused_sd.checks import fail
 from fused_sd.integrations.verl import EVIDENCE_MIX
 from fused_sd.integrations.verl.batch_rollouts import FIELDS, OutputRollout, read_rollouts
 from fused_sd.integrations.verl.contexts import PromptTokenizer
+from fused_sd.integrations.verl.data_checks import check_feedback, check_reference
+from fused_sd.integrations.verl.run_checks import check_run
 from fused_sd.integrations.verl.self_distillation import SelfDistillationConfig
 from fused_sd.integrations.verl.sessions import SessionPrompts, num_turn_tokens
 from fused_sd.integrations.verl.teacher_group import TeacherGroup
@@ -47,8 +49,10 @@ class SelfDistillationStage(TeacherGroup, WorkerScores):
     """
 
     verl_mode: str
+    _has_seen_feedback = False  # whether a batch was checked for it
 
     def __init__(self, config: DictConfig) -> None:
+        check_run(config)
         own = copy.deepcopy(config)
         # verl's trainers compare the mode with their own names, to choose a replay buffer and more
         own.trainer.v1.trainer_mode = self.verl_mode
@@ -66,6 +70,11 @@ class SelfDistillationStage(TeacherGroup, WorkerScores):
             super()._init_resource_pool_mgr()
         if self.self_distillation.has_worker_group:
             self._place_teacher_group()
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()
+        # here, because verl starts its workers next
+        check_reference(self.train_dataset, self.self_distillation.reference_key)
 
     def _setup(self) -> None:
         super()._setup()
@@ -96,6 +105,9 @@ class SelfDistillationStage(TeacherGroup, WorkerScores):
             select_fields=[*FIELDS, *path, "old_log_probs", "multi_modal_inputs"],
         )
         _refuse_images(data)
+        if not self._has_seen_feedback:
+            check_feedback(list(data["extra_fields"]), config.feedback_key)
+            self._has_seen_feedback = True
         read = read_rollouts(
             data,
             batch.keys,
@@ -123,6 +135,10 @@ class SelfDistillationStage(TeacherGroup, WorkerScores):
             num_turn_tokens=[num_turn_tokens(rollout) for rollout in read],
         )
         metrics.update(_metrics(teacher, prompts.num_compacted, sum(is_sample)))
+        if config.feedback_key is not None:
+            told = sum(bool(rollout and rollout.feedback) for rollout in rollouts)
+            name = "self_distillation/feedback_available_fraction"
+            metrics[name] = told / max(sum(is_sample), 1)
         if config.scored_by == "worker":
             fields = {
                 "teacher_logprobs": self._worker_scores(batch, data, teacher),

@@ -11,11 +11,12 @@ RECIPES = "fused_sd.integrations.verl.recipes"
 
 
 def composed(recipe: str, *overrides: str) -> DictConfig:
-    """Compose a recipe; overrides are ``name=value`` of settings that the recipe has."""
+    """Compose a recipe; overrides are ``name=value``, or ``+name=value`` of what it lacks."""
     config = copy.deepcopy(_as_it_is(recipe))
     for override in overrides:
         name, value = override.split("=", 1)
-        OmegaConf.update(config, name, yaml.safe_load(value))
+        is_new = name.startswith("+")
+        OmegaConf.update(config, name.lstrip("+"), yaml.safe_load(value), force_add=is_new)
     return config
 
 

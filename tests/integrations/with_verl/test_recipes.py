@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,22 +10,23 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-import yaml
 from hydra import compose, initialize_config_module
 from recipes_config import RECIPES, composed
 from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo.utils import need_critic, need_reference_policy, need_teacher_policy
 from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
 from verl.utils.config import omega_conf_to_dataclass, validate_config
-from verl.workers.config import FSDPActorConfig
+from verl.workers.config import DistillationConfig, FSDPActorConfig
 
-from fused_sd import FULL_VOCABULARY, Jsd, MixedKl, StudentTopK, TeacherTopK
+from fused_sd import FULL_VOCABULARY, Comparison, Jsd, MixedKl, StudentTopK, TeacherTopK
 from fused_sd.integrations.verl import ENGINES, VENDOR
 from fused_sd.integrations.verl import trainer as module
 from fused_sd.integrations.verl.config import FusedSDLossConfig
 from fused_sd.integrations.verl.self_distillation import SelfDistillationConfig
 from fused_sd.integrations.verl.trainer import SelfDistillationSync, self_distillation_config
 
+# settings that verl fills in, or reads in an engine of its own
+VERLS = {"global_batch_info", "loss_settings", "use_chunked_topk", "chunked_topk_chunk_size"}
 METHODS = {
     # recipe: divergence, support, teacher, class of the context, rollouts of a prompt
     "sdpo": (Jsd(0.5), StudentTopK(100), "ema", "SiblingContext", 8),
@@ -86,6 +88,19 @@ def test_a_recipe_is_the_official_run(recipe):
     assert longest <= config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu
 
 
+def test_sdpos_settings_for_feedback_are_the_official_runs():
+    """As its first lines name them: 32 updates a batch, after which the teacher moves by 1 %."""
+    text = (resources.files(RECIPES) / "sdpo.yaml").read_text()
+    said = text[text.index("runs with feedback, add") : text.index("# The teacher moves")]
+    config = composed("sdpo", *(word for word in said.split() if "=" in word))
+    loss = self_distillation_config(config).loss
+    assert loss.comparison == Comparison("reverse_kl", StudentTopK(20))
+    assert (loss.ema_rate, loss.teacher_sync_steps, loss.importance_cap) == (0.01, 1, 2.0)
+    actor = config.actor_rollout_ref.actor
+    assert config.data.train_batch_size / actor.ppo_mini_batch_size * actor.ppo_epochs == 32
+    assert (float(actor.optim.lr), actor.optim.lr_warmup_steps) == (1e-6, 0)
+
+
 @pytest.mark.parametrize("recipe", METHODS)
 def test_verl_accepts_a_recipe(recipe):
     config = composed(recipe)
@@ -114,8 +129,7 @@ def test_every_setting_can_be_overridden_without_a_plus():
     settings = composed("sdpo").distillation
     ours = {field.name for field in fields(SelfDistillationConfig)}
     assert ours <= set(settings)
-    verls = {"global_batch_info", "loss_settings", "use_chunked_topk", "chunked_topk_chunk_size"}
-    own = {field.name for field in fields(FusedSDLossConfig)} - verls
+    own = {field.name for field in fields(FusedSDLossConfig)} - VERLS
     assert own <= set(settings.distillation_loss)
 
 
@@ -156,30 +170,27 @@ def test_the_trainer_starts_no_teacher_server():
     assert trainer.config.distillation == before.distillation
 
 
-def test_main_ppo_composes_a_recipe_by_name():
-    """The command of the recipes' first lines, up to the point where verl would start Ray."""
+def test_main_ppo_composes_a_recipe_and_checks_it_before_ray_is_started():
+    """The command of the recipes' first lines, with a strategy in which no teacher follows."""
     command = [
-        sys.executable,
-        "-m",
-        "verl.trainer.main_ppo",
-        f"--config-path=pkg://{RECIPES}",
-        "--config-name=rlsd",
-        "actor_rollout_ref.model.path=model",
-        "--cfg=job",
+        *(sys.executable, "-m", "verl.trainer.main_ppo", f"--config-path=pkg://{RECIPES}"),
+        *("--config-name=rlsd", "actor_rollout_ref.model.path=model"),
+        *("actor_rollout_ref.actor.strategy=fsdp", "hydra/job_logging=disabled"),
+        *("hydra.output_subdir=null", "hydra.run.dir=."),
     ]
     environment = {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert run.returncode == 0, run.stderr[-2000:]
-    printed = yaml.safe_load(run.stdout[run.stdout.index("actor_rollout_ref:") :])
-    assert printed["trainer"]["v1"]["trainer_mode"] == "fused_sd_sync"
-    assert printed["distillation"]["distillation_loss"]["loss_mode"] == "fused_sd_rlsd"
-    assert printed["data"]["train_batch_size"] == 256
+    assert run.returncode == 1
+    said = "fused_sd: actor_rollout_ref.actor.strategy must be \"fsdp2\" for .*'synced' in the"
+    assert re.search(said, run.stderr), run.stderr[-2000:]
+    assert "Traceback" not in run.stderr
+    assert "ray init kwargs" not in run.stdout
 
 
 def test_every_recipe_is_tested():
     names = {path.name for path in resources.files(RECIPES).iterdir()}
     recipes = {name.removesuffix(".yaml") for name in names if name.endswith(".yaml")}
-    assert recipes == {*METHODS, "self_distillation"}
+    assert recipes == {*METHODS, "server", "self_distillation", "common"}
 
 
 def test_the_example_has_what_the_recipes_read():
@@ -206,13 +217,36 @@ def test_verl_loads_the_examples_reward_function():
     assert score["score"] == 1.0
 
 
-def test_verl_composes_the_readmes_command_for_a_teacher_server():
+def test_verl_composes_the_readmes_commands_for_teacher_servers():
     text = (Path(__file__).parents[3] / "README.md").read_text().replace("\\\n", " ")
     (line,) = (line for line in text.splitlines() if "loss_mode=forward_kl_topk" in line)
     overrides = [word for word in line.split() if "=" in word]
     with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", overrides)
-    assert config.distillation.distillation_loss.loss_mode == "forward_kl_topk"
-    assert config.actor_rollout_ref.model.use_fused_kernels
-    assert config.actor_rollout_ref.model.fused_kernel_options.impl_backend == VENDOR
-    assert config.actor_rollout_ref.model.external_lib == ENGINES
+        own = compose("ppo_trainer", overrides)
+    assert own.distillation.distillation_loss.loss_mode == "forward_kl_topk"
+    assert "--config-name=server" in text
+    for config in (own, composed("server")):
+        assert config.actor_rollout_ref.model.use_fused_kernels
+        assert config.actor_rollout_ref.model.fused_kernel_options.impl_backend == VENDOR
+        assert config.actor_rollout_ref.model.external_lib == ENGINES
+
+
+def test_the_server_recipe_is_a_distillation_of_verls():
+    config = composed(
+        "server",
+        "distillation.teacher_models.teacher_model.model_path=teacher",
+        "distillation.n_gpus_per_node=2",
+    )
+    settings = omega_conf_to_dataclass(config.distillation)
+    assert type(settings) is DistillationConfig
+    loss = settings.distillation_loss
+    assert loss.comparison == Comparison("forward_kl", TeacherTopK(64))
+    assert settings.teacher_models["default"].inference.engine_kwargs["vllm"]["max_logprobs"] == 64
+    validate_config(
+        config,
+        use_reference_policy=need_reference_policy(config),
+        use_critic=need_critic(config),
+    )
+    assert config.trainer.v1.trainer_mode == "sync", "verl's own trainer"
+    own = {field.name for field in fields(FusedSDLossConfig)} - VERLS
+    assert own <= set(config.distillation.distillation_loss)

@@ -165,6 +165,9 @@ def test_sdpo_shows_each_sample_its_siblings_or_feedback(batch):
         assert row["response_mask"].tolist() == [int(not padding)] * len(row["responses"])
     assert metrics["self_distillation/context_fraction"] == 2 / 4
     assert metrics["self_distillation/truncated_fraction"] == 0
+    assert metrics["self_distillation/feedback_available_fraction"] == 2 / 4
+    with pytest.raises(ValueError, match="got 'hint', and the function returns feedback; return"):
+        run(stage("sdpo", "distillation.feedback_key=hint"), batch)
 
 
 def test_a_limit_cuts_the_teachers_prompt(batch):
