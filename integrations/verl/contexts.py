@@ -7,7 +7,7 @@ your own works as well, if it has the method of ``Context``.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 from verl.utils.tokenizer import normalize_token_ids
@@ -23,6 +23,7 @@ from fused_sd.integrations.shared.prompts import (
 )
 from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for
 from fused_sd.integrations.shared.rollouts import Rollout
+from fused_sd.integrations.verl.images import chat_ids
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,27 @@ class PromptTokenizer:
     Attributes:
         tokenizer: a tokenizer of transformers.
         chat_settings: ``data.apply_chat_template_kwargs``, and the tools' schemas.
+        processor: a processor of transformers; None for a model of text.
+        student: the rollout whose images and videos the prompts have.
     """
 
     tokenizer: Any
     chat_settings: Mapping[str, Any] = field(default_factory=dict)
+    processor: Any = None
+    student: Rollout | None = None
+
+    def beside(self, student: Rollout) -> "PromptTokenizer":
+        """Return a tokenizer of prompts that have a rollout's images and videos."""
+        return replace(self, student=student)
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Return the tokens of chat messages, with the generation header."""
+        """Return the tokens of chat messages, with the generation header.
+
+        Raises:
+            ValueError: the messages have other images or videos than the student's prompt.
+        """
+        if self.processor is not None:
+            return chat_ids(self.processor, messages, self.student, self.chat_settings)
         encoded = self.tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=True, **self.chat_settings
         )

@@ -9,6 +9,7 @@ Dimension key:  B sequences, N packed rows, R rows whose outputs are computed on
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -77,6 +78,22 @@ def matching_rows(rows: Tensor, offsets: Tensor, other_offsets: Tensor) -> Tenso
     """
     sequence = _sequence_of(rows, offsets)
     return rows + (other_offsets - offsets)[sequence + 1]
+
+
+def verls_positions(position_ids: Any) -> Tensor:
+    """Return the teacher's positions as verl has the student's.
+
+    Args:
+        position_ids: jagged (B, L), or (B, L, 4) for M-RoPE.
+
+    Returns:
+        Jagged (B, L), or (B, 4, L).
+    """
+    if position_ids.dim() == 2:
+        found: Tensor = position_ids
+        return found
+    values = position_ids.values().t().contiguous()
+    return torch.nested.nested_tensor_from_jagged(values, position_ids.offsets(), jagged_dim=2)
 
 
 def _sequence_of(rows: Tensor, offsets: Tensor) -> Tensor:

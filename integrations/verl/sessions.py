@@ -26,6 +26,7 @@ from fused_sd.integrations.verl.batch_rollouts import (
     num_shared,
 )
 from fused_sd.integrations.verl.contexts import Context, PromptTokenizer
+from fused_sd.integrations.verl.images import Vision
 
 
 class _AnotherConversation(Exception):
@@ -67,7 +68,7 @@ class SessionPrompts:
     def __init__(self, context: Context, tokenizer: PromptTokenizer) -> None:
         self.context, self.tokenizer = context, tokenizer
         self.num_compacted = 0
-        self._known: dict[Any, PromptTokenizer] = {}
+        self._offered: dict[Any, Sequence[Any] | None] = {}  # the tools of a beginning
 
     def teacher_prompt(self, rollout: OutputRollout) -> list[int] | None:
         """Return the tokens of the teacher's prompt; None: there is nothing to show.
@@ -86,30 +87,66 @@ class SessionPrompts:
             return None
 
     def tokenizer_of(self, rollout: OutputRollout) -> PromptTokenizer:
-        """Return a tokenizer that lists the tools which the agent loop offered in this prompt.
+        """Return the tokenizer of an output's conversation: with its tools, images and videos.
 
         verl's tool agent offers the configured tools, or those of them that the row's
         ``extra_info.tool_selection`` names; its single-turn agent offers none.  The batch does not
         say which loop it was, but the prompt's tokens do.
         """
-        tools = self.tokenizer.chat_settings.get("tools")
+        beginning = dataclasses.replace(rollout, prompt_ids=list(rollout.first_prompt_ids))
+        tokenizer = self.tokenizer.beside(beginning)
+        tools = tokenizer.chat_settings.get("tools")
         if not tools:
-            return self.tokenizer
+            return tokenizer
         names = rollout.tool_selection or ()
         key = tuple(rollout.first_prompt_ids), tuple(names)
-        if key not in self._known:
+        if key not in self._offered:
             by_name = {tool["function"]["name"]: tool for tool in tools}
             chosen = [by_name[name] for name in names if name in by_name] if names else tools
-            offers = [self._offering(chosen), self._offering(None)]
+            offers = [chosen, None]
             fitting = [
-                one for one in offers if one.chat(rollout.prompt) == list(rollout.first_prompt_ids)
+                tools
+                for tools in offers
+                if _offering(tokenizer, tools).chat(rollout.prompt) == beginning.prompt_ids
             ]
-            self._known[key] = (fitting or offers)[0]
-        return self._known[key]
+            self._offered[key] = (fitting or offers)[0]
+        return _offering(tokenizer, self._offered[key])
 
-    def _offering(self, tools: Sequence[Any] | None) -> PromptTokenizer:
-        settings = {**self.tokenizer.chat_settings, "tools": tools}
-        return dataclasses.replace(self.tokenizer, chat_settings=settings)
+    def check(self, rollouts: Sequence[OutputRollout | None], vision: Vision | None) -> None:
+        """Make sure that teacher and student tokenise a prompt alike.
+
+        Otherwise the teacher's prompt would differ from the student's by more than the context.
+        The first rollout stands for all, and the first one with images for theirs.
+
+        Raises:
+            ValueError: they do not.
+        """
+        known = [(n, rollout) for n, rollout in enumerate(rollouts) if rollout is not None]
+        for _, rollout in known[:1]:
+            self._check_beginning(rollout)
+        if vision is None:
+            return
+        for n, rollout in [row for row in known if vision.has_any(row[0])][:1]:
+            self._check_beginning(rollout)
+            vision.check(n)
+
+    def _check_beginning(self, rollout: OutputRollout) -> None:
+        own = self.tokenizer_of(rollout).chat(rollout.prompt)
+        student = list(rollout.first_prompt_ids)
+        if own != student:
+            fail(
+                "raw_prompt",
+                "be tokenised by the teacher as it was by the rollout",
+                f"{len(own)} tokens {own[:8]}... and {len(student)} tokens {student[:8]}...",
+                "give both the same data.apply_chat_template_kwargs; set "
+                "distillation.check_prompts=False for an agent loop that writes its own prompts",
+            )
+
+
+def _offering(tokenizer: PromptTokenizer, tools: Sequence[Any] | None) -> PromptTokenizer:
+    """Return a tokenizer that lists other tools."""
+    settings = {**tokenizer.chat_settings, "tools": tools}
+    return dataclasses.replace(tokenizer, chat_settings=settings)
 
 
 def _check_own_messages(rollout: OutputRollout, tokenizer: PromptTokenizer) -> None:

@@ -24,9 +24,10 @@ from verl.utils.debug import marked_timer
 
 from fused_sd.checks import fail
 from fused_sd.integrations.verl import EVIDENCE_MIX
-from fused_sd.integrations.verl.batch_rollouts import FIELDS, OutputRollout, read_rollouts
+from fused_sd.integrations.verl.batch_rollouts import FIELDS, read_rollouts
 from fused_sd.integrations.verl.contexts import PromptTokenizer
 from fused_sd.integrations.verl.data_checks import check_feedback, check_reference
+from fused_sd.integrations.verl.images import Vision
 from fused_sd.integrations.verl.run_checks import check_run
 from fused_sd.integrations.verl.self_distillation import SelfDistillationConfig
 from fused_sd.integrations.verl.sessions import SessionPrompts, num_turn_tokens
@@ -87,7 +88,13 @@ class SelfDistillationStage(TeacherGroup, WorkerScores):
         settings = dict(self.config.data.get("apply_chat_template_kwargs", {}))
         if getattr(self.train_dataset, "tool_schemas", None) is not None:
             settings["tools"] = self.train_dataset.tool_schemas
-        self.prompt_tokenizer = PromptTokenizer(self.tokenizer, settings)
+        self.prompt_tokenizer = PromptTokenizer(self.tokenizer, settings, self.processor)
+
+    @property
+    def _vision_fields(self) -> tuple[str, ...]:
+        """The columns that are read of a model with images; pixels only where they are sent on."""
+        by_worker = self.self_distillation.scored_by == "worker"
+        return ("position_ids", "multi_modal_inputs") if by_worker else ("position_ids",)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         # verl's steps have no hook; this method is the last one before the update
@@ -99,12 +106,17 @@ class SelfDistillationStage(TeacherGroup, WorkerScores):
         """Add the teacher's sequences, or its scores, and the masks of what it teaches."""
         config = self.self_distillation
         path = () if config.reference_key is None else (config.reference_key.split(".")[0],)
+        tokenizer = self.prompt_tokenizer
+        sees = () if tokenizer.processor is None else self._vision_fields
         data = tq.kv_batch_get(
             keys=batch.keys,
             partition_id=batch.partition_id,
-            select_fields=[*FIELDS, *path, "old_log_probs", "multi_modal_inputs"],
+            select_fields=[*FIELDS, *path, "old_log_probs", *sees],
         )
-        _refuse_images(data)
+        vision = None
+        if tokenizer.processor is not None:
+            ids = map(torch.cat, zip(data["prompts"].unbind(), data["responses"].unbind()))
+            vision = Vision(tokenizer.processor, list(ids), data["position_ids"].unbind())
         if not self._has_seen_feedback:
             check_feedback(list(data["extra_fields"]), config.feedback_key)
             self._has_seen_feedback = True
@@ -116,14 +128,14 @@ class SelfDistillationStage(TeacherGroup, WorkerScores):
             feedback_key=config.feedback_key,
             thinking_tags=getattr(config.context, "thinking_tags", None),
             needs_verdicts=config.is_policy_loss,
-            chat=self.prompt_tokenizer.chat,
+            chat=tokenizer.chat,
         )
         # verl adds synthetic samples until its mini-batches divide the batch; nobody teaches them
         is_sample = [not tag.get("is_padding", False) for tag in batch.tags]
         rollouts = [rollout if real else None for rollout, real in zip(read, is_sample)]
-        prompts = SessionPrompts(config.context, self.prompt_tokenizer)
+        prompts = SessionPrompts(config.context, tokenizer)
         if config.check_prompts:
-            _check_prompts(rollouts, prompts)
+            prompts.check(rollouts, vision)
         contexts = [
             None if rollout is None else prompts.teacher_prompt(rollout) for rollout in rollouts
         ]
@@ -133,6 +145,7 @@ class SelfDistillationStage(TeacherGroup, WorkerScores):
             contexts,
             max_prompt_length=config.max_prompt_length,
             num_turn_tokens=[num_turn_tokens(rollout) for rollout in read],
+            vision=vision,
         )
         metrics.update(_metrics(teacher, prompts.num_compacted, sum(is_sample)))
         if config.feedback_key is not None:
@@ -217,44 +230,13 @@ def self_distillation_config(config: DictConfig) -> SelfDistillationConfig:
     return settings
 
 
-def _check_prompts(rollouts: list[OutputRollout | None], prompts: SessionPrompts) -> None:
-    """Make sure that teacher and student tokenise a prompt alike.
-
-    Otherwise the teacher's prompt would differ from the student's by more than the context.  The
-    first rollout stands for all, and the prompt that its session began with for later ones.
-    """
-    rollout = next((rollout for rollout in rollouts if rollout is not None), None)
-    if rollout is None:
-        return
-    own, student = prompts.tokenizer_of(rollout).chat(rollout.prompt), rollout.first_prompt_ids
-    if own != student:
-        fail(
-            "raw_prompt",
-            "be tokenised by the teacher as it was by the rollout",
-            f"{len(own)} tokens {own[:8]}... and {len(student)} tokens {student[:8]}...",
-            "give both the same data.apply_chat_template_kwargs; set "
-            "distillation.check_prompts=False for an agent loop that writes its own prompts",
-        )
-
-
-def _refuse_images(data: TensorDict) -> None:
-    """Refuse multi-modal samples, whose images a text prompt would lose."""
-    name = "multi_modal_inputs"
-    if name in data.keys() and any(data[name]):  # noqa: SIM118  a TensorDict iterates over rows
-        fail(
-            name,
-            "be empty: the teacher's prompt is text",
-            "images or videos",
-            "leave them out of the dataset",
-        )
-
-
 def _metrics(teacher: TeacherBatch, num_compacted: int, num_samples: int) -> dict[str, float]:
-    """Return the shares of samples with a context, of cut contexts and of samples whose shortened
+    """Return the shares of samples with a context, of long contexts and of samples whose shortened
     history has no place for a context; and the mean length.
     """
     num_taught = float(teacher.mask.sum())
     return {
+        "self_distillation/left_out_fraction": teacher.num_left_out / max(num_samples, 1),
         "self_distillation/context_fraction": num_taught / max(num_samples, 1),
         "self_distillation/truncated_fraction": teacher.num_truncated / max(num_taught, 1),
         "self_distillation/compacted_fraction": num_compacted / max(num_samples, 1),

@@ -12,6 +12,7 @@ from transfer_queue import KVBatchMeta
 
 from fused_sd.checks import fail
 from fused_sd.integrations.verl.config_checks import check_starts_without_adapter
+from fused_sd.integrations.verl.packed_rows import verls_positions
 from fused_sd.integrations.verl.self_distillation import SelfDistillationConfig
 from fused_sd.integrations.verl.teacher_sequences import (
     TeacherBatch,
@@ -47,7 +48,7 @@ class WorkerScores:
         lengths = lengths_of(data["responses"])
         fields = {
             "input_ids": teacher.input_ids,
-            "position_ids": teacher.position_ids,
+            "position_ids": verls_positions(teacher.position_ids),
             "prompts": jagged(
                 [ids[: len(ids) - n] for ids, n in zip(teacher.input_ids.unbind(), lengths)]
             ),
@@ -56,6 +57,9 @@ class WorkerScores:
             "loss_mask": data["response_mask"],
         }
         place = {"keys": batch.keys, "partition_id": TEACHER_PARTITION}
+        if "multi_modal_inputs" in data.keys():  # noqa: SIM118  a TensorDict iterates over rows
+            # The queue cannot show a sample's pixels in two partitions, so that they are sent again
+            fields["multi_modal_inputs"] = data["multi_modal_inputs"]
         tq.kv_batch_put(**place, tags=batch.tags, fields=TensorDict(fields, batch_size=len(batch)))
         request = KVBatchMeta(
             **place,

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass, field
