@@ -7,11 +7,11 @@ every Ray worker.  ``python -m fused_sd.integrations.verl doctor`` reports wheth
 The files, in the order in which a training step passes through them:
 
 * ``trainer`` builds what the teacher reads (``batch_rollouts``, ``contexts``, ``sessions``,
-  ``teacher_sequences``), and may have a worker score it (``worker_scores``) or a teacher's own
-  worker group read it (``teacher_group``, ``teacher_worker``, ``teacher_states``);
+  ``images``, ``teacher_sequences``), and may have a worker score it (``worker_scores``) or a
+  teacher's own worker group read it (``teacher_group``, ``teacher_worker``, ``teacher_states``);
 * ``engine`` and ``teachers`` (FSDP; ``adapter_teacher`` with LoRA), or ``megatron_engine`` and
   ``megatron_output``, compute each token's loss, log-probability and entropy from hidden states
-  (``packed_rows``, ``head_request``, ``token_outputs``);
+  (``packed_rows``, ``head_request``, ``token_outputs``, ``vision_models``);
 * ``losses`` turns these into the loss that verl aggregates.
 
 ``config`` and ``self_distillation`` hold the settings, ``run_checks`` and ``data_checks`` look at a

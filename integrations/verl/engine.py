@@ -21,12 +21,11 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
-from verl.utils.model import extract_multi_modal_inputs
 from verl.workers.config import DistillationLossConfig
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from fused_sd.checks import fail
-from fused_sd.integrations.transformers import Request, attach, hidden_states
+from fused_sd.integrations.transformers import Request, attach, hidden_states, unwrap
 from fused_sd.integrations.verl import VENDOR
 from fused_sd.integrations.verl.head_request import (
     LocalTeacher,
@@ -40,7 +39,9 @@ from fused_sd.integrations.verl.packed_rows import (
     Shard,
     matching_rows,
     predicting_rows,
+    verls_positions,
 )
+from fused_sd.integrations.verl.vision_models import mend_vision
 
 PLACED = "fused_sd_placed"  # key in verl's output_args, which travel from inputs to outputs
 
@@ -66,6 +67,7 @@ class FusedSDEngine(FSDPEngineWithLMHead):
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         wrapped = super()._build_fsdp_module(module)
         if self.is_fused:
+            mend_vision(unwrap(wrapped))
             # After sharding, attach puts its self-check off to the first request, which all ranks
             # run together.  Before, only rank 0 may have the weights: verl builds untied models on
             # the meta device elsewhere.
@@ -166,8 +168,10 @@ class FusedSDEngine(FSDPEngineWithLMHead):
         shards the sequences.
 
         Args:
-            micro_batch: supplies the settings.
-            input_ids, position_ids: jagged, (B, *).
+            micro_batch: supplies the settings, and the pixels of images and videos, which all the
+                sequences must have as the micro-batch's own have them.
+            input_ids: jagged (B, L).
+            position_ids: jagged (B, L), or (B, L, 4) for M-RoPE.
             rows: (R,) rows of the packed sequences; the ranks of a sequence-parallel group may ask
                 for different ones.
             module: runs instead of the engine's module; ``attach`` was called on it, too.
@@ -176,15 +180,8 @@ class FusedSDEngine(FSDPEngineWithLMHead):
             (R, D) in the dtype in which they enter the head.
         """
         module = self.module if module is None else module
-        if extract_multi_modal_inputs(micro_batch.get("multi_modal_inputs", [])):
-            fail(
-                "teacher_input_ids",
-                "come without multi_modal_inputs",
-                "both",
-                "distil from a teacher server",
-            )
         other = micro_batch.copy()
-        other["input_ids"], other["position_ids"] = input_ids, position_ids
+        other["input_ids"], other["position_ids"] = input_ids, verls_positions(position_ids)
         inputs, output_args = super().prepare_model_inputs(other)
         _drop_fused_arguments(inputs)
         placed = self._place(other, output_args, rows)
