@@ -131,11 +131,11 @@ def _check_context(config: DictConfig, settings: SelfDistillationConfig) -> None
 def _check_local_teacher(config: DictConfig, settings: SelfDistillationConfig) -> None:
     """Refuse strategies whose engine cannot hold the teacher."""
     strategy, teacher = config.actor_rollout_ref.actor.strategy, settings.loss.teacher
-    follows = teacher in ("ema", "synced")
-    # with LoRA no second module is sharded
-    has_copy = follows and not config.actor_rollout_ref.model.get("lora_rank", 0)
-    if strategy not in FSDP or (has_copy and strategy != "fsdp2"):
-        rule = 'be "fsdp2"' + ("" if has_copy else ' or "fsdp"')
+    starts_from_adapter = config.actor_rollout_ref.model.get("lora_adapter_path") is not None
+    # such a teacher's values are kept shard by shard, which FSDP's flat buffers do not allow
+    has_shards = teacher in ("ema", "synced") or (teacher == "reference" and starts_from_adapter)
+    if strategy not in FSDP or (has_shards and strategy != "fsdp2"):
+        rule = 'be "fsdp2"' + ("" if has_shards else ' or "fsdp"')
         fail(
             f"{_ACTOR}.strategy",
             f"{rule} for distillation_loss.teacher={teacher!r} in the training process",

@@ -38,15 +38,23 @@ class TeacherGroup:
     self_distillation: SelfDistillationConfig
     config: Any
     tokenizer: Any
+    processor: Any
     resource_pool_manager: Any
     teacher_wg: Any
     teacher_size: int  # D'
 
     def _place_teacher_group(self) -> None:
-        """Check the teacher's vocabulary, and choose its GPUs; verl's pools are known, not made.
+        """Check the student and the vocabulary, and choose GPUs; verl's pools are known, not made.
 
         verl has made a pool for the teacher if the settings give it nodes.
         """
+        if self.processor is not None:
+            fail(
+                "distillation_loss.teacher",
+                "be in the training process for a student that sees images",
+                f"'worker_group' and a {type(self.processor).__name__}",
+                'pass "live", "ema", "synced" or "reference"',
+            )
         check_vocabulary(
             self.self_distillation.worker_group.model_path,
             self.config.actor_rollout_ref.model,
@@ -85,12 +93,9 @@ class TeacherGroup:
 
         Args:
             batch: holds ``teacher``'s columns already.
-            data: the samples' ``responses``, ``response_mask`` and, if any, images.
+            data: the samples' ``responses`` and ``response_mask``.
         """
         config = self.self_distillation.worker_group
-        images = "multi_modal_inputs"
-        if images in data.keys() and any(data[images]):  # noqa: SIM118  iterating gives rows
-            fail(images, "be empty for a teacher in a worker group", "images", "leave them out")
         is_taught = teacher.mask != 0
         silent = [key for key, taught in zip(batch.keys, is_taught) if not taught]
         if silent:  # the TransferQueue hands out only columns that all samples have

@@ -9,7 +9,7 @@ in the training workers, or in a worker group of its own.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 
 from fused_sd.checks import fail
+from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.verl import EVIDENCE_MIX
 from fused_sd.integrations.verl.batch_rollouts import FIELDS, read_rollouts
 from fused_sd.integrations.verl.contexts import PromptTokenizer
@@ -147,11 +148,8 @@ class SelfDistillationStage(TeacherGroup, WorkerScores):
             num_turn_tokens=[num_turn_tokens(rollout) for rollout in read],
             vision=vision,
         )
-        metrics.update(_metrics(teacher, prompts.num_compacted, sum(is_sample)))
-        if config.feedback_key is not None:
-            told = sum(bool(rollout and rollout.feedback) for rollout in rollouts)
-            name = "self_distillation/feedback_available_fraction"
-            metrics[name] = told / max(sum(is_sample), 1)
+        known = [rollout for rollout in rollouts if rollout is not None]
+        metrics.update(_metrics(teacher, known, prompts.num_compacted))
         if config.scored_by == "worker":
             fields = {
                 "teacher_logprobs": self._worker_scores(batch, data, teacher),
@@ -230,16 +228,21 @@ def self_distillation_config(config: DictConfig) -> SelfDistillationConfig:
     return settings
 
 
-def _metrics(teacher: TeacherBatch, num_compacted: int, num_samples: int) -> dict[str, float]:
-    """Return the shares of samples with a context, of long contexts and of samples whose shortened
-    history has no place for a context; and the mean length.
+def _metrics(
+    teacher: TeacherBatch, rollouts: Sequence[Rollout], num_compacted: int
+) -> dict[str, float]:
+    """Return what the samples were shown: the fractions of those that have a context, that have
+    feedback, whose long context was cut or left out, and whose shortened history has no place for
+    one; and the teacher's mean length.
     """
-    num_taught = float(teacher.mask.sum())
+    num_samples, num_taught = max(len(rollouts), 1), float(teacher.mask.sum())
+    num_told = sum(bool(rollout.feedback) for rollout in rollouts)
     return {
-        "self_distillation/left_out_fraction": teacher.num_left_out / max(num_samples, 1),
-        "self_distillation/context_fraction": num_taught / max(num_samples, 1),
+        "self_distillation/context_fraction": num_taught / num_samples,
+        "self_distillation/feedback_available_fraction": num_told / num_samples,
         "self_distillation/truncated_fraction": teacher.num_truncated / max(num_taught, 1),
-        "self_distillation/compacted_fraction": num_compacted / max(num_samples, 1),
+        "self_distillation/left_out_fraction": teacher.num_left_out / num_samples,
+        "self_distillation/compacted_fraction": num_compacted / num_samples,
         "self_distillation/teacher_length": float(lengths_of(teacher.input_ids).float().mean()),
     }
 

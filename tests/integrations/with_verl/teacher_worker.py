@@ -258,7 +258,8 @@ def weights_of(engine: Any, *, teacher: bool = False) -> dict[str, Tensor] | Non
         }
 
 
-def make_engine(lesson: Lesson) -> Any:
+def make_engine(lesson: Lesson, path: Any = None) -> Any:
+    """Build an engine of the lesson's model, or of the model at a path."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
@@ -267,7 +268,7 @@ def make_engine(lesson: Lesson) -> Any:
     torch.manual_seed(0)  # adapters start with random weights
     engine = TeachingEngine(
         model_config=HFModelConfig(
-            path="tied" if lesson.tied else "untied",
+            path=str(path or ("tied" if lesson.tied else "untied")),
             load_tokenizer=False,
             enable_gradient_checkpointing=False,
             use_fused_kernels=True,

@@ -56,6 +56,11 @@ def test_the_recipes_pass(recipe):
         ),
         ("sdpo", [f"{ACTOR}.strategy=fsdp"], "strategy must be \"fsdp2\" for .*'ema' in the train"),
         ("rlsd", [f"{ACTOR}.strategy=fsdp"], "strategy must be \"fsdp2\" for .*'synced' in the tr"),
+        (
+            "opsd",
+            [f"{ACTOR}.strategy=fsdp", "actor_rollout_ref.model.lora_adapter_path=phase1"],
+            "strategy must be \"fsdp2\" for .*'reference' in the train",
+        ),
         ("opsd", [f"{ACTOR}.strategy=megatron"], 'be "fsdp2" or "fsdp" for .* got \'megatron\''),
         ("sdpo", [f"{MODEL}.use_fused_kernels=false"], "use_fused_kernels must be True for a loss"),
         (

@@ -119,7 +119,7 @@ class Pools:
 
 def bare_trainer(config, **attributes):
     trainer = object.__new__(SelfDistillationSync)
-    trainer.tokenizer, trainer.prompt_tokenizer = tokenizer(), WORDS
+    trainer.tokenizer, trainer.prompt_tokenizer, trainer.processor = tokenizer(), WORDS, None
     trainer.timing_raw, trainer.global_steps = {}, 1
     trainer.resource_pool_manager = Pools()
     follow(trainer, config)

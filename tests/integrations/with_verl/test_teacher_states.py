@@ -131,7 +131,7 @@ def test_the_teacher_has_a_pool_of_its_own_or_the_students(nnodes, pool, monkeyp
 
     monkeypatch.setattr(teacher_group, "check_vocabulary", lambda *given: None)
     trainer = SelfDistillationSync(composed("opd", f"distillation.nnodes={nnodes}"))
-    trainer.tokenizer = tokenizer()
+    trainer.tokenizer, trainer.processor = tokenizer(), None
     trainer._init_resource_pool_mgr()
     manager = trainer.resource_pool_manager
     assert manager.mapping[Role.TeacherModel] == pool
@@ -168,9 +168,9 @@ def test_what_does_not_go_with_a_worker_group_is_refused(recipe, overrides, mess
     assert "ValueError" in repr(raised.value)
 
 
-def test_images_are_refused():
+def test_a_student_with_images_is_refused():
     trainer = object.__new__(SelfDistillationSync)
     trainer.self_distillation = self_distillation_config(composed("opd"))
-    data = {"multi_modal_inputs": [{}, {"pixel_values": torch.ones(1)}]}
-    with pytest.raises(ValueError, match="multi_modal_inputs must be empty for a teacher in a"):
-        trainer._add_teacher_states(None, data, None, {})
+    trainer.processor = object()
+    with pytest.raises(ValueError, match="be in the training process for a student that sees"):
+        trainer._place_teacher_group()
