@@ -10,13 +10,9 @@ adds the installed version to ``seams.json``.
 """
 
 import ast
-import hashlib
 import importlib
-import importlib.metadata
 import inspect
-import json
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -25,6 +21,7 @@ for _package in ("trl", "transformers", "peft"):
     pytest.importorskip(_package)
 
 import torch
+from seam_record import compare, outline, overridden, record, seen
 from tiny_models import random_ids, tiny_model
 from torch.utils._pytree import tree_leaves
 from transformers.utils import ModelOutput
@@ -34,6 +31,7 @@ from fused_sd.integrations.transformers import Request, attach, hidden_states
 
 RECORD = Path(__file__).with_name("seams.json")
 SDPO, SDFT = "trl.experimental.sdpo.sdpo_trainer", "trl.experimental.sdft.sdft_trainer"
+UPSTREAM = ("trl.", "transformers.")
 # beside those that are overridden, which are found
 TRAINER_METHODS = (
     "__init__",
@@ -83,7 +81,7 @@ def seams():
     found = {name: find(module, name) for name, module in RELIED_ON.items() if name not in ABSENT}
     for trainer in vars(integration).values():
         if inspect.isclass(trainer) and trainer.__module__.startswith("fused_sd"):
-            found.update(overridden(trainer))
+            found.update(overridden(trainer, UPSTREAM))
     return found
 
 
@@ -94,77 +92,9 @@ def find(module, name):
     return found
 
 
-def overridden(trainer):
-    """Methods of other packages that classes of ours stand before."""
-    found, ours = {}, set()
-    for cls in trainer.__mro__:
-        written = {name: code for name, code in vars(cls).items() if is_written(code)}
-        if cls.__module__.startswith("fused_sd"):
-            ours.update(written)
-        elif cls.__module__.startswith(("trl.", "transformers.")):
-            for name in ours & written.keys():
-                found[f"{cls.__name__}.{name}"] = written[name]
-                ours.discard(name)
-    return found
-
-
-def is_written(code):
-    """Whether it is a function from a file, not one that a dataclass made."""
-    return inspect.isfunction(code) and inspect.unwrap(code).__code__.co_filename != "<string>"
-
-
-def fingerprint(code):
-    source = textwrap.dedent(inspect.getsource(inspect.unwrap(code)))
-    return hashlib.sha256(outline(ast.parse(source)).encode()).hexdigest()[:16]
-
-
-def outline(node):
-    """A syntax tree as text, without docstrings, and alike in every version of Python."""
-    if isinstance(node, list):
-        return f"[{','.join(map(outline, node))}]"
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    parts = []
-    for name, value in ast.iter_fields(node):
-        if name == "body" and isinstance(node, ast.FunctionDef | ast.ClassDef):
-            value = value[1:] if ast.get_docstring(node, clean=False) is not None else value
-        if name not in ("ctx", "kind", "type_comment") and value not in (None, []):
-            parts.append(f"{name}={outline(value)}")
-    return f"{type(node).__name__}({','.join(parts)})"
-
-
-def package_of(code):
-    return code.__module__.split(".")[0]
-
-
-def seen():
-    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
-
-
-def record():
-    """Add the installed versions; forget what is relied on no longer."""
-    before, after = seen(), {}
-    for name, code in sorted(seams().items()):
-        version = importlib.metadata.version(package_of(code))
-        after[name] = {**before.get(name, {}), f"{package_of(code)} {version}": fingerprint(code)}
-    RECORD.write_text(json.dumps(after, indent=1) + "\n")
-
-
-@pytest.mark.parametrize("name", sorted({*RELIED_ON, *seen(), *seams()} - ABSENT))
+@pytest.mark.parametrize("name", sorted({*RELIED_ON, *seen(RECORD), *seams()} - ABSENT))
 def test_upstream_is_as_it_was(name):
-    try:
-        code = seams()[name]
-    except (AttributeError, ImportError):
-        pytest.fail(f"{name} is gone")
-    except KeyError:
-        pytest.fail(f"{name} is recorded but relied on no longer: record anew")
-    installed = f"{package_of(code)} {importlib.metadata.version(package_of(code))}"
-    versions = seen().get(name)
-    assert versions, f"{name} is relied on but not recorded: record it once it is understood"
-    assert fingerprint(code) in versions.values(), (
-        f"{name} changed: {installed} differs from {', '.join(versions)}; "
-        f"read it in {inspect.getsourcefile(inspect.unwrap(code))}, then record it"
-    )
+    compare(name, seams, RECORD)
 
 
 def sample(first, second):
@@ -186,8 +116,8 @@ def test_a_changed_method_fails_by_name(monkeypatch):
     name = "SDPOTrainer.compute_loss"
     monkeypatch.setitem(RELIED_ON, name, __name__)
     monkeypatch.setattr(sys.modules[__name__], "find", lambda module, name: sample)
-    monkeypatch.setattr(sys.modules[__name__], "package_of", lambda code: "trl")
-    monkeypatch.setattr(sys.modules[__name__], "overridden", lambda trainer: {})
+    monkeypatch.setattr(sample, "__module__", "trl")
+    monkeypatch.setattr(sys.modules[__name__], "overridden", lambda trainer, upstream: {})
     with pytest.raises(AssertionError, match=r"SDPOTrainer\.compute_loss changed"):
         test_upstream_is_as_it_was(name)
 
@@ -199,9 +129,9 @@ def test_a_method_that_is_gone_fails_by_name(monkeypatch):
 
 
 def test_overridden_methods_are_found():
-    assert "SDPOTrainer._forward_logits" in overridden(integration.FusedSDPOTrainer)
-    assert "SDFTTrainer._forward_logits" in overridden(integration.FusedSDFTTrainer)
-    assert not overridden(int)
+    assert "SDPOTrainer._forward_logits" in overridden(integration.FusedSDPOTrainer, UPSTREAM)
+    assert "SDFTTrainer._forward_logits" in overridden(integration.FusedSDFTTrainer, UPSTREAM)
+    assert not overridden(int, UPSTREAM)
 
 
 def test_a_model_calls_the_module_of_its_output_embeddings():
@@ -247,4 +177,4 @@ def test_accelerate_keeps_the_forward_that_it_wraps_where_attach_looks():
 if __name__ == "__main__":
     if sys.argv[1:] != ["--record"]:
         sys.exit("the only argument is --record")
-    record()
+    record(seams(), RECORD)
