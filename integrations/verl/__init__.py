@@ -22,7 +22,14 @@ comment explains verl's behaviour, it was read from verl 0.9.1.
 import contextlib
 
 SUPPORTED_VERL = ">=0.9.1,<0.10"
-"""verl 0.9.0 refuses top-k distillation under FSDP2; 0.10 has not been tried."""
+"""verl 0.9.0 refuses top-k distillation under FSDP2; 0.10 has not been released."""
+
+DEVELOPMENT_VERL = ">=0.10.0.dev0,<0.10.0a0"
+"""verl's main branch, which keeps one number while it changes: a state of it may be older than the
+newest release.  It is accepted if it has what ``seams`` lists."""
+
+TRIED_COMMIT = "1dda039b9c6311889a9c9a26040677e1254814f9"
+"""The commit of verl's main branch (2026-08-22) on which this adapter was tested."""
 
 VENDOR = "fused_sd"
 """The value of ``VERL_ENGINE_VENDOR`` and ``fused_kernel_options.impl_backend`` for our engines."""

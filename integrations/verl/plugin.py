@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fused_sd.checks import fail
-from fused_sd.integrations.verl import RLSD_LOSS, TOPK_LOSS, VENDOR, versions
+from fused_sd.integrations.verl import RLSD_LOSS, TOPK_LOSS, VENDOR, seams, versions
 
 REGISTERED = "registered"
 NOT_ASKED_FOR = f"not asked for: set VERL_ENGINE_VENDOR={VENDOR} where verl is imported"
@@ -72,7 +72,7 @@ def register_losses() -> None:
     Raises:
         ValueError: the installed verl is not supported, or another plugin has a name of ours.
     """
-    _check_version()
+    _check_verl("losses")
     from verl.trainer.distillation import losses as registry
 
     losses = importlib.import_module(f"{_PACKAGE}.losses")
@@ -101,7 +101,7 @@ def register_engine(part: str, devices: Sequence[str] = ("cuda",), vendor: str =
         ValueError: the installed verl is not supported, or another plugin has the key.
         ImportError: what the engine extends is not installed.
     """
-    _check_version()
+    _check_verl(part)
     module, name, backends = ENGINES[part]
     engine = getattr(importlib.import_module(f"{_PACKAGE}.{module}"), name)
     from verl.workers.engine import EngineRegistry
@@ -125,17 +125,19 @@ def register_trainer() -> None:
         ValueError: the installed verl is not supported, or another plugin has a name of ours.
         ImportError: something that verl's trainer needs is not installed.
     """
-    _check_version()
+    _check_verl("trainer")
     importlib.import_module(f"{_PACKAGE}.trainer").register()
     STATUS["trainer"] = REGISTERED
 
 
-def _check_version() -> None:
+def _check_verl(part: str) -> None:
+    """Refuse a verl whose version is not supported, or that lacks what the part needs."""
     import verl
 
     reason = versions.unsupported_reason(verl.__version__)
     if reason is not None:
         raise ValueError(reason)
+    seams.check(part)
 
 
 def _is_ours(what: str, holder: Any) -> bool:
