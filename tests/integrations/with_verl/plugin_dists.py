@@ -29,10 +29,10 @@ THIEF = """
         @EngineRegistry.register("language_model", "fsdp2", "cuda", vendor)
         class Engine(BaseEngine):
             pass
-    elif deed == "version":
+    elif deed in ("version", "development"):
         import verl
 
-        verl.__version__ = "0.8.0"
+        verl.__version__ = "0.8.0" if deed == "version" else "0.10.0.dev"
 """
 BROKEN = """
     import os
@@ -58,6 +58,7 @@ def environment(folder: pathlib.Path, **more: str) -> dict[str, str]:
     """The environment of a process that finds these distributions and this checkout."""
     cleaned = {k: v for k, v in os.environ.items() if not k.startswith("VERL_")}
     path = [str(folder), str(ROOT), str(ROOT / "tests" / "integrations" / "with_verl")]
+    path += filter(None, [os.environ.get("PYTHONPATH")])  # another verl than the installed one
     return {**cleaned, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", **more}
 
 

@@ -159,8 +159,24 @@ def doctor_without_engines():
     return doctored()
 
 
-@case(VERL_USE_EXTERNAL_PLUGINS="none")
+@case(VERL_USE_EXTERNAL_PLUGINS="none", VERL_ENGINE_VENDOR="fused_sd")
 def doctor_switched_off():
+    return doctored()
+
+
+@case(VERL_ENGINE_VENDOR="fused-sd", VERL_ENGINE_DEVICE="gpu")
+def doctor_of_misspelt_variables():
+    return doctored()
+
+
+@case(VERL_ENGINE_VENDOR="fused_sd", THIEF="development")
+def doctor_of_a_development_verl():
+    return doctored()
+
+
+@case(VERL_ENGINE_VENDOR="fused_sd")
+def doctor_without_a_dependency():
+    sys.modules["uvicorn"] = None
     return doctored()
 
 

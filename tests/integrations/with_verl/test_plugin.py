@@ -94,7 +94,8 @@ def test_the_doctor_finds_all_well(result):
     said = result["said"]
     assert "!" not in said
     assert said.endswith("all well\n")
-    assert "0.9.1 (supported: >=0.9.1,<0.10)" in said
+    assert "0.9.1 (supported: >=0.9.1,<0.10; in " in said
+    assert "trainer                      registered (all 10 seams found in verl)" in said
     assert "fsdp2                        fused_sd.integrations.verl.teachers.TeachingEngine" in said
     assert "loss_mode=fused_sd_topk      fused_sd.integrations.verl.losses" in said
 
@@ -113,6 +114,32 @@ def test_the_doctor_says_that_verl_was_told_to_load_no_plugin(result):
     assert result["status"] == 1
     assert "not loaded by verl; VERL_USE_EXTERNAL_PLUGINS must be auto" in result["said"]
     assert "none: no plugin is loaded" in result["said"]
+    # the doctor loads the plugin, and must not report the engines that verl had then
+    assert "! fsdp2                        verl.workers.engine.fsdp" in result["said"]
+    assert "trainer                      works, once verl loads the plugin" in result["said"]
+
+
+@of("doctor_of_misspelt_variables")
+def test_the_doctor_marks_a_vendor_and_a_device_that_nobody_has(result):
+    assert result["status"] == 1
+    assert "! VERL_ENGINE_VENDOR           fused-sd: nobody registered engines" in result["said"]
+    assert "! VERL_ENGINE_DEVICE           gpu: no engine, verl has some for " in result["said"]
+
+
+@of("doctor_without_a_dependency")
+def test_the_doctor_says_what_provides_a_module_that_verl_does_not_require(result):
+    assert result["status"] == 1
+    assert "verl.workers.engine_workers  fails: ModuleNotFoundError" in result["said"]
+    assert "pip install 'verl[verl-core]'" in result["said"]
+
+
+@of("doctor_of_a_development_verl")
+def test_the_doctor_says_that_this_state_of_verl_was_not_tried(result):
+    assert result["status"] == 0
+    assert result["said"].endswith("\n1 not tried, marked ?\n")
+    assert "? verl                         0.10.0.dev (in " in result["said"]
+    assert "1dda039b9 was tried and no other commit" in result["said"]
+    assert "trainer                      registered" in result["said"]
 
 
 @of("doctor_broken_plugin")
@@ -154,5 +181,6 @@ def test_the_doctor_names_the_plugin_that_has_our_loss(result):
 def test_the_doctor_says_that_this_verl_is_not_supported(result):
     assert result["status"] == 1
     assert "verl must be >=0.9.1,<0.10, got 0.8.0" in result["said"]
+    assert "1 problem, marked !" in result["said"]  # not one more for each part
     assert result["losses"] == []
     assert "fused_sd is not registered with verl (losses): verl must be" in result["logged"]
