@@ -18,8 +18,7 @@ from typing import Any
 from datasets import Dataset
 
 from benchmarks.methods.plurals import MAX_RESPONSE, TEMPLATES, plurals
-from benchmarks.methods.settings import GRID, GROUP, SCALES
-from benchmarks.methods.train import LORA_RANK
+from benchmarks.methods.settings import GRID, GROUP, LORA_RANK, SCALES
 from fused_sd.demo.model import DEFAULT_CACHE, model_directory
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +58,7 @@ def settings(method: str, seed: int) -> Iterator[str]:
     yield "trainer.logger=[file]"
     templates = TEMPLATES[{"sdpo": "sibling", "rlsd": "hinted"}[method]]
     for name, template in templates.items():
-        yield f'distillation.context.{name}="{template}"'
+        yield f'+distillation.context.{name}="{template}"'
     if method == "rlsd":
         yield "distillation.distillation_loss.teacher_sync_steps=10"
         yield "distillation.reference_key=extra_info.answer"

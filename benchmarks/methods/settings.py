@@ -12,6 +12,7 @@ from typing import Any
 
 SELECTION_SEED = 100
 GROUP = 8  # generations for each question
+LORA_RANK = 16  # for SmolLM2; the tiny model is trained whole
 
 
 @dataclass(frozen=True)

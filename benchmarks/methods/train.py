@@ -11,11 +11,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from benchmarks.methods.evaluate import look
-from benchmarks.methods.settings import GROUP, METHODS, Scale, method_settings
+from benchmarks.methods.settings import GROUP, LORA_RANK, METHODS, Scale, method_settings
 from benchmarks.methods.task import Task
 from fused_sd.integrations import trl
-
-LORA_RANK = 16  # for SmolLM2; the tiny model is trained whole
 
 
 def load(task: Task, seed: int, cache: Path) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ RECIPES = {
     "sdpo, siblings": (
         "distillation.distillation_loss.topk=20",
         "distillation.feedback_key=null",
-        "distillation.context.include_environment_feedback=false",
+        "+distillation.context.include_environment_feedback=false",
     ),
     "rlsd": ("distillation.distillation_loss.teacher_sync_steps=2",),
     "opsd": ("actor_rollout_ref.rollout.n=1",),
