@@ -23,7 +23,7 @@ from fused_sd.demo.model import DEFAULT_CACHE, model_directory
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ROOT / "integrations" / "examples" / "verl_on_cpu.sh"
-ACCURACY = "val-core/plurals/reward/mean@1"
+ACCURACY = "val-core/plurals/acc/mean@1"
 BARE_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 """A chat template that adds nothing: the model continues the question, as it does with TRL."""
 

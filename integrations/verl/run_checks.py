@@ -62,6 +62,7 @@ def check_run(config: DictConfig) -> None:
     if _needs_engine(config, settings):
         _check_engine(config)
     if loss.loss_mode in OWN_LOSSES:
+        _check_clip(config)
         _check_unread(config, loss)
         _check_correction(config, loss)
 
@@ -178,6 +179,15 @@ def _check_engine(config: DictConfig) -> None:
             f"set {_MODEL}.external_lib={ENGINES}, or "
             f"+ray_kwargs.ray_init.runtime_env.env_vars.VERL_ENGINE_VENDOR={VENDOR}",
         )
+
+
+def _check_clip(config: DictConfig) -> None:
+    """Refuse a bound of the gradient's norm where verl's engines do not read it."""
+    bound = config.actor_rollout_ref.actor.get("grad_clip", 1.0)
+    if bound != 1.0:
+        read = f"{_ACTOR}.optim.clip_grad"
+        rule = f"be left at 1.0: verl's engines read {read}"
+        fail(f"{_ACTOR}.grad_clip", rule, bound, f"set {read}={bound}")
 
 
 def _check_unread(config: DictConfig, loss: DistillationLossConfig) -> None:
