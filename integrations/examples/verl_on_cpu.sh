@@ -10,7 +10,9 @@ model=$1
 shift
 export VERL_USE_EXTERNAL_MODULES=fused_sd.integrations.examples.verl_on_cpu
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$(dirname "$0")/verl_sdpo.sh" "$model" \
+here=$(cd "$(dirname "$0")" && pwd)
+precision='{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}'
+exec "$here/verl_sdpo.sh" "$model" \
     trainer.device=cpu \
     trainer.n_gpus_per_node=2 \
     +ray_kwargs.ray_init.num_gpus=2 \
@@ -20,13 +22,15 @@ exec "$(dirname "$0")/verl_sdpo.sh" "$model" \
     actor_rollout_ref.rollout.name=transformers \
     actor_rollout_ref.rollout.dtype=float32 \
     actor_rollout_ref.rollout.agent.num_workers=1 \
+    actor_rollout_ref.rollout.agent.agent_loop_config_path="$here/verl_on_cpu/agents.yaml" \
+    actor_rollout_ref.rollout.agent.default_agent_loop=seeded \
     actor_rollout_ref.rollout.max_num_seqs=64 \
     reward.num_workers=1 \
     data.dataloader_num_workers=0 \
     data.train_batch_size=8 \
     actor_rollout_ref.actor.ppo_mini_batch_size=8 \
     actor_rollout_ref.actor.ppo_max_token_len_per_gpu=4096 \
-    actor_rollout_ref.actor.fsdp_config.dtype=float32 \
+    "+actor_rollout_ref.actor.fsdp_config.mixed_precision=$precision" \
     actor_rollout_ref.actor.fsdp_config.use_torch_compile=false \
     +actor_rollout_ref.model.override_config.attn_implementation=sdpa \
     "$@"

@@ -6,9 +6,8 @@ a ``WeightSender``, once before the first step and after each.
 """
 
 import asyncio
-import hashlib
 import os
-from collections import Counter
+import secrets
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,7 +42,6 @@ class TransformersServer:
         self.tokenizer = model.tokenizer
         self.global_steps: int | None = None
         self._waiting: list[tuple[Request, asyncio.Future[Any]]] = []
-        self._asked: Counter[str] = Counter()  # requests for each prompt since the last weights
         self._working = asyncio.Lock()
 
     async def address(self) -> str:
@@ -80,16 +78,10 @@ class TransformersServer:
         room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
         limit = asked.get("max_tokens") or min(self.config.response_length, room)
         names = ("temperature", "top_p", "top_k", "repetition_penalty")
-        # The n-th request for a prompt has a seed of its own, which is the same in a resumed run.
-        prompt = repr(prompt_ids)
-        self._asked[prompt] += 1
-        origin = (self.config.seed, self.replica_rank, self.global_steps, self._asked[prompt])
-        digest = hashlib.sha256(f"{origin}{prompt}".encode()).digest()
+        sampling = Sampling(**{name: asked[name] for name in names if name in asked})
+        seed = asked.get("seed")
         return Request(
-            prompt_ids,
-            max(1, limit),
-            Sampling(**{name: asked[name] for name in names if name in asked}),
-            int.from_bytes(digest[:7], "big"),
+            prompt_ids, max(1, limit), sampling, secrets.randbits(56) if seed is None else seed
         )
 
     async def _generate_waiting(self) -> None:
@@ -127,7 +119,6 @@ class TransformersServer:
     async def set_global_steps(self, global_steps: int | None) -> None:
         """Tell the training step that the weights belong to."""
         self.global_steps = global_steps
-        self._asked.clear()
 
     async def wake_up(self, **_: Any) -> None: ...
 

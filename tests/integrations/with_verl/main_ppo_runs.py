@@ -30,17 +30,12 @@ SETTINGS = (
 )
 
 
-def make_inputs(folder: pathlib.Path) -> None:
-    """Write a random model and the questions of both splits."""
-    import torch
-    from chat_tokenizer import tokenizer
-    from datasets import Dataset
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def make_config(words: Any, size: int) -> Any:
+    from transformers import Qwen3Config
 
-    words = tokenizer()
-    config = Qwen3Config(
+    return Qwen3Config(
         vocab_size=len(words),
-        hidden_size=32,
+        hidden_size=size,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -52,9 +47,20 @@ def make_inputs(folder: pathlib.Path) -> None:
         eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id,
     )
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(config).save_pretrained(folder / "model")
-    words.save_pretrained(folder / "model")
+
+
+def make_inputs(folder: pathlib.Path) -> None:
+    """Write two random models and the questions of both splits."""
+    import torch
+    from chat_tokenizer import tokenizer
+    from datasets import Dataset
+    from transformers import Qwen3ForCausalLM
+
+    words = tokenizer()
+    for seed, (name, size) in enumerate({"model": 32, "teacher": 48}.items()):
+        torch.manual_seed(seed)
+        Qwen3ForCausalLM(make_config(words, size)).save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
     for name, places in {"train": range(10, 22), "test": range(30, 34)}.items():
         rows = [
             {

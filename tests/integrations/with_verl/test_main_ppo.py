@@ -16,6 +16,10 @@ RECIPES = {
     "rlsd": ("distillation.distillation_loss.teacher_sync_steps=2",),
     "opsd": ("actor_rollout_ref.rollout.n=1",),
     "sd_zero": ("actor_rollout_ref.rollout.n=1",),
+    "opd": (
+        "distillation.worker_group.model_path={folder}/teacher",
+        "distillation.distillation_loss.topk=20",
+    ),
 }
 QUICK = "sdpo"
 
@@ -31,9 +35,10 @@ def inputs(tmp_path_factory):
 def test_a_killed_run_resumes_where_it_was(case, inputs, tmp_path):
     if case != QUICK and not os.environ.get("FUSED_SD_TEST_FULL"):
         pytest.skip("a minute or two each: make test-full")
-    for name in ("model", "train.parquet", "test.parquet"):
+    for name in ("model", "teacher", "train.parquet", "test.parquet"):
         (tmp_path / name).symlink_to(inputs / name)
-    recipe, settings = case.split(",")[0], RECIPES[case]
+    recipe = case.split(",")[0]
+    settings = [setting.format(folder=tmp_path) for setting in RECIPES[case]]
     killed = Run(recipe, tmp_path, "killed", *settings).kill_after(SAVED_AFTER + 1)
     resumed = Run(recipe, tmp_path, "resumed", *settings).wait()
     assert min(resumed) == SAVED_AFTER, "validated before it went on"

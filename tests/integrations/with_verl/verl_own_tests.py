@@ -6,7 +6,7 @@ CHECKOUT is a checkout of verl.  Its tests import its own verl; to try them on t
 give a folder that holds a copy of ``tests`` alone.  FILEs are relative to CHECKOUT; without any,
 the files of AREAS run.  Each runs in two processes: in the first verl loads no plugin, in the
 second it loads fused_sd's and is asked for its engines.  The exit status is 1 if a test passes in
-the first and not in the second.
+the first and not in the second.  Some files need pytest-asyncio.
 """
 
 import argparse
@@ -27,7 +27,7 @@ AREAS = (
     "tests/checkpoint_engine/*_on_cpu.py",
     "tests/experimental/agent_loop/*_on_cpu.py",
     "tests/models/*_on_cpu.py",
-    "tests/plugin/*.py",
+    "tests/plugin/test_*.py",
     "tests/single_controller/*_on_cpu.py",
     "tests/trainer/**/*_on_cpu.py",
     "tests/utils/test_*config*_on_cpu.py",
@@ -89,7 +89,8 @@ def run(
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         settings = folder / "pytest.ini"
-        settings.write_text("[pytest]\n")  # not what lies above a site-packages
+        # as verl's workflow, and not what lies above a site-packages
+        settings.write_text("[pytest]\nasyncio_mode = auto\n")
         environment = plugin_dists.environment(plugin_dists.write(folder), **chosen)
         environment["PYTHONPATH"] = f"{root}{os.pathsep}{environment['PYTHONPATH']}"
         environment["HF_HUB_OFFLINE"] = "1"  # a model that is not here fails at once, both times
