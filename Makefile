@@ -72,7 +72,7 @@ test-portable: venv
 	$(call other-bits,$(TWO))
 
 test-verl: venv-verl
-	OMP_NUM_THREADS=1 $(PYTHON_VERL) -m pytest tests/integrations/with_verl -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON_VERL) -m pytest tests/integrations/with_verl -n 2 --dist loadgroup
 
 # Rollouts sampled by a real vLLM: colocated, and from a server that the tests start.
 test-vllm: venv-vllm

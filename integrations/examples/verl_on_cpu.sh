@@ -9,6 +9,8 @@ set -euo pipefail
 model=$1
 shift
 export VERL_USE_EXTERNAL_MODULES=fused_sd.integrations.examples.verl_on_cpu
+export VERL_PLATFORM=cpu
+export VERL_ENGINE_DEVICE=cuda  # where verl's engines and fused_sd's are registered; they run on CPUs
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 here=$(cd "$(dirname "$0")" && pwd)
 precision='{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}'

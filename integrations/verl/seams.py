@@ -38,7 +38,6 @@ SEAMS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "fsdp": {
         "verl.utils.fsdp_utils": ("load_fsdp_model_to_gpu", "offload_fsdp_model_to_cpu"),
-        "verl.utils.model": ("extract_multi_modal_inputs",),
         "verl.workers.engine.base": (
             "EngineRegistry._engines",
             "EngineRegistry.get_engine_cls",
@@ -48,6 +47,7 @@ SEAMS: dict[str, dict[str, tuple[str, ...]]] = {
             f"FSDPEngineWithLMHead.{name}"
             for name in (
                 "_build_fsdp_module",
+                "_build_model_optimizer",
                 "_build_module",
                 "_gather_and_unpad_packed",
                 "disable_adapter",
@@ -78,9 +78,11 @@ SEAMS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "trainer": {
+        "verl.experimental.agent_loop.agent_loop": ("AgentLoopWorker._compute_position_ids",),
         _TRAINER: (
             "PPOTrainer.__init__",
             "PPOTrainer._compute_advantage",
+            "PPOTrainer._init_dataloader",
             "PPOTrainer._init_resource_pool_mgr",
             "PPOTrainer._setup",
             "register_trainer",

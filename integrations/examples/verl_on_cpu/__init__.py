@@ -1,14 +1,10 @@
 """verl on a machine without a GPU: a platform, and a rollout engine that runs transformers.
 
-It is for finding faults in a recipe on a laptop, not for training: set
-
-    VERL_USE_EXTERNAL_MODULES=fused_sd.integrations.examples.verl_on_cpu
-
-and the settings of ``integrations/examples/verl_on_cpu.sh``.  verl imports this package in every
+It is for finding faults in a recipe on a laptop, not for training.  ``verl_on_cpu.sh`` beside this
+package has the variables and settings that it needs.  verl imports this package in every
 process: in the driver, and in Ray's workers, which have the driver's environment.
 """
 
-import os
 from typing import Any
 
 from verl.utils import distributed
@@ -19,10 +15,6 @@ from fused_sd.integrations.examples.verl_on_cpu import platform  # noqa: F401  r
 
 ROLLOUT = "transformers"
 """The value of ``actor_rollout_ref.rollout.name`` that chooses the engine of this package."""
-
-os.environ.setdefault("VERL_PLATFORM", "cpu")
-# verl's engines for GPUs, and fused_sd's, are registered for "cuda"; they run on CPUs as well
-os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
 
 _with_backend = distributed.initialize_global_process_group_ray
 

@@ -1,79 +1,15 @@
-"""A platform on which verl's FSDP2 engine runs on CPUs with gloo, chosen by ``VERL_PLATFORM=cpu``.
+"""What verl's engine does on GPUs, on CPUs with gloo; the platform is that of the example.
 
-verl has no such platform.  Named in ``VERL_USE_EXTERNAL_MODULES``, this module is imported by verl
-in every process.  FSDP1 cannot run on CPUs: torch refuses it.
+Named in ``VERL_USE_EXTERNAL_MODULES``, this module is imported by verl in every process.
 """
 
-import contextlib
-from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from verl.plugin.platform import PlatformRegistry
-from verl.plugin.platform.platform_base import PlatformBase
 
-
-@PlatformRegistry.register(platform="cpu")
-class PlatformCPU(PlatformBase):
-    device_name = "cpu"
-    vendor_name = "cpu"
-    device_module: ModuleType = torch.cpu
-
-    def is_available(self) -> bool:
-        return True
-
-    def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        return False  # so that it is chosen by name only
-
-    def current_device(self) -> Any:
-        return "cpu"  # verl hands it to Tensor.to
-
-    def device_count(self) -> int:
-        return 1
-
-    def set_device(self, device_index: int) -> None: ...
-
-    def synchronize(self, device_index: int | None = None) -> None: ...
-
-    def manual_seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    manual_seed_all = manual_seed
-
-    def set_allocator_settings(self, settings: str) -> None: ...
-
-    def empty_cache(self) -> None: ...
-
-    def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
-        return None, None
-
-    def communication_backend_name(self) -> str:
-        return "gloo"
-
-    def visible_devices_envvar(self) -> str:
-        return "CUDA_VISIBLE_DEVICES"
-
-    @contextlib.contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:
-        yield
-
-    def profiler_start(self) -> None: ...
-
-    def profiler_stop(self) -> None: ...
-
-    def ray_resource_name(self) -> str:
-        return "CPU"
-
-    def ray_noset_envvars(self) -> list[str]:
-        return []
-
-    def is_ipc_supported(self) -> bool:
-        return False
-
-    def cudart(self) -> None: ...
+import fused_sd.integrations.examples.verl_on_cpu  # noqa: F401  registers the platform "cpu"
 
 
 def all_to_all_by_gloo(

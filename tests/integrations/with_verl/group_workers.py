@@ -5,7 +5,6 @@ import os
 import pathlib
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from verl.single_controller.base.decorator import Dispatch, register
@@ -26,13 +25,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONPATH": os.pathsep.join([str(HERE.parents[2]), str(HERE)]),
 }
-
-# verl reads these from the device's module
-torch.cpu.set_rng_state = torch.set_rng_state
-torch.cpu.empty_cache = lambda: None
-for size in ("allocated", "reserved"):
-    for name in (f"memory_{size}", f"max_memory_{size}"):
-        setattr(torch.cpu, name, lambda: 0)
 
 
 def join_group() -> None:

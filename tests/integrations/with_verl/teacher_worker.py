@@ -123,12 +123,6 @@ def main(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     import cpu_platform  # noqa: F401  registers the platform
 
-    # verl reads these from the device's module
-    torch.cpu.set_rng_state = torch.set_rng_state
-    torch.cpu.empty_cache = lambda: None
-    for size in ("allocated", "reserved"):
-        for name in (f"memory_{size}", f"max_memory_{size}"):
-            setattr(torch.cpu, name, lambda: 0)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     os.chdir(folder)  # where the models and the adapter are
     import corrections
