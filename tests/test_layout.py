@@ -1,6 +1,7 @@
 """The house: what may import what, what is public, and what must not shadow others."""
 
 import ast
+import collections
 import graphlib
 import pathlib
 import subprocess
@@ -90,6 +91,13 @@ def test_kernels_and_integrations_are_no_packages_of_their_own():
         assert link.is_symlink()
         assert str(link.readlink()) == f"../{folder}"
     assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """Their folders are on the path: a process that a test starts would import the other file."""
+    names = collections.Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
+    del names["conftest.py"]
+    assert {name for name, count in names.items() if count > 1} == set()
 
 
 def test_every_room_is_in_the_table():

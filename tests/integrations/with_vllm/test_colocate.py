@@ -8,7 +8,10 @@ import pytest
 import torch
 from closeness import assert_close
 from cpu_engine import load_in_process
-from engine_runs import (
+from method_pairs import METHODS, states
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+from vllm_runs import (
     GROUP,
     assert_same,
     gap,
@@ -18,9 +21,6 @@ from engine_runs import (
     sample,
     save_model,
 )
-from method_pairs import METHODS, states
-from peft import LoraConfig
-from trl import GRPOConfig, GRPOTrainer
 
 from fused_sd.integrations import trl as ours
 from fused_sd.integrations.trl import FusedGRPOTrainer

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from cpu_engine import send_by_file
-from engine_runs import GROUP, assert_same, gap, make, move, sample, save_model
 from server import serving
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+from vllm_runs import GROUP, assert_same, gap, make, move, sample, save_model
 
 from fused_sd.integrations import trl as ours
 from fused_sd.integrations.trl import FusedGRPOTrainer, FusedSDPOTrainer
