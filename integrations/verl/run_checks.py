@@ -55,7 +55,6 @@ def check_run(config: DictConfig) -> None:
     loss = settings.distillation_loss
     if isinstance(settings, SelfDistillationConfig):
         _check_trainer(config)
-        _check_servers(config)
         _check_context(config, settings)
         if settings.scored_by == "engine":
             _check_local_teacher(config, settings)
@@ -91,19 +90,6 @@ def _vendor(config: DictConfig) -> str | None:
     environment = (config.ray_kwargs.ray_init.get("runtime_env") or {}).get("env_vars") or {}
     vendor: str | None = environment.get("VERL_ENGINE_VENDOR", os.getenv("VERL_ENGINE_VENDOR"))
     return vendor
-
-
-def _check_servers(config: DictConfig) -> None:
-    """Refuse teacher servers, which nobody would start."""
-    models = config.distillation.get("teacher_models") or {}
-    named = [name for name, model in models.items() if model.get("model_path") is not None]
-    if named:
-        fail(
-            "distillation.teacher_models",
-            "be left out with SelfDistillationConfig, whose teacher is the model itself",
-            ", ".join(named),
-            "leave them out, or distil from servers with --config-name=server",
-        )
 
 
 def _check_context(config: DictConfig, settings: SelfDistillationConfig) -> None:

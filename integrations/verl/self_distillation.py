@@ -43,8 +43,8 @@ class WorkerGroupConfig:
 class SelfDistillationConfig(DistillationConfig):
     """verl's distillation settings for a model that teaches itself, or has a teacher of its own.
 
-    The settings of teacher servers (teacher_models, teacher_key) are not read, and ``nnodes`` and
-    ``n_gpus_per_node`` by ``worker_group`` alone.
+    It starts no teacher servers: ``teacher_models`` must be left out, and ``nnodes`` and
+    ``n_gpus_per_node`` are read by ``worker_group`` alone.
 
     Args:
         distillation_loss: a FusedSDLossConfig whose ``teacher`` is not ``"server"``.
@@ -76,10 +76,10 @@ class SelfDistillationConfig(DistillationConfig):
     def __post_init__(self) -> None:
         # verl's __post_init__ is not called: it demands teacher models, and GPUs for them.  verl's
         # defaults hold an empty teacher_model, which is dropped.
-        servers = [getattr(model, "model_path", None) for model in self.teacher_models.values()]
+        self._check_servers()
         self.teacher_models: dict[str, Any] = {}
         loss = self.loss
-        self._check_worker_group(servers)
+        self._check_worker_group()
         if loss.teacher == "server":
             fail(
                 "distillation_loss.teacher",
@@ -121,12 +121,21 @@ class SelfDistillationConfig(DistillationConfig):
         """Whether that worker group has GPUs of its own."""
         return self.has_worker_group and self.nnodes > 0
 
-    def _check_worker_group(self, servers: list[str | None]) -> None:
-        """Refuse a worker group without a model, and a model without a worker group.
+    def _check_servers(self) -> None:
+        """Refuse teacher servers, which nobody would start."""
+        models = [getattr(model, "model_path", None) for model in self.teacher_models.values()]
+        named = [str(model) for model in models if model is not None]
+        if named:
+            fail(
+                "distillation.teacher_models",
+                "be left out with SelfDistillationConfig, which starts no teacher servers",
+                ", ".join(named),
+                "leave them out; or distil from servers with --config-name=server, or from "
+                "distillation.worker_group.model_path",
+            )
 
-        Args:
-            servers: the model_path of each of verl's teacher_models.
-        """
+    def _check_worker_group(self) -> None:
+        """Refuse a worker group without a model, and a model without a worker group."""
         group, name = self.worker_group, "distillation.worker_group"
         if not self.has_worker_group:
             if group != WorkerGroupConfig():
@@ -136,13 +145,6 @@ class SelfDistillationConfig(DistillationConfig):
         if not isinstance(group.model_path, str) or not group.model_path:
             rule = 'name the teacher of distillation_loss.teacher="worker_group"'
             fail(f"{name}.model_path", rule, repr(group.model_path), "pass a path or a name")
-        if any(servers):
-            fail(
-                "distillation.teacher_models",
-                "be left out beside a worker group, which is the only teacher",
-                next(server for server in servers if server),
-                f"name the teacher in {name}.model_path",
-            )
 
     def _check_worker(self) -> None:
         if self.loss.loss_mode != RLSD_LOSS:

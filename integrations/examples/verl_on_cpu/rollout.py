@@ -9,6 +9,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import ray
@@ -26,6 +27,10 @@ from fused_sd.integrations.examples.verl_on_cpu.generation import Request, Sampl
 
 BUCKET_BYTES = 64 << 20
 """Weights go to the server in messages of about this size."""
+
+SAMPLING = tuple(one.name for one in fields(Sampling))
+READ = {*SAMPLING, "logprobs", "max_new_tokens", "max_tokens", "seed"}
+"""The sampling parameters that the server reads; it refuses others."""
 
 
 class TransformersServer:
@@ -53,13 +58,12 @@ class TransformersServer:
         *,
         prompt_ids: list[int],
         sampling_params: dict[str, Any],
-        image_data: Any = None,
-        video_data: Any = None,
-        **_: Any,
+        **media: Any,
     ) -> TokenOutput:
         """Sample one response; verl's arguments."""
-        if image_data or video_data:
-            fail("the prompt", "be text for this rollout engine", "images or videos", "use vLLM")
+        seen = [name for name, value in media.items() if value and name.endswith("_data")]
+        if seen:
+            fail("the prompt", "be text for this rollout engine", ", ".join(seen), "use vLLM")
         request = self._request(list(prompt_ids), dict(sampling_params))
         done = asyncio.get_running_loop().create_future()
         self._waiting.append((request, done))
@@ -75,10 +79,14 @@ class TransformersServer:
         )
 
     def _request(self, prompt_ids: list[int], asked: dict[str, Any]) -> Request:
+        unknown = sorted(set(asked) - READ)
+        if unknown:
+            known = ", ".join(sorted(READ))
+            fail("sampling_params", f"be among {known}", unknown, "leave them out, or use vLLM")
         room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
-        limit = asked.get("max_tokens") or min(self.config.response_length, room)
-        names = ("temperature", "top_p", "top_k", "repetition_penalty")
-        sampling = Sampling(**{name: asked[name] for name in names if name in asked})
+        limit = asked.get("max_tokens") or asked.get("max_new_tokens")
+        limit = limit or min(self.config.response_length, room)
+        sampling = Sampling(**{name: asked[name] for name in SAMPLING if name in asked})
         seed = asked.get("seed")
         return Request(
             prompt_ids, max(1, limit), sampling, secrets.randbits(56) if seed is None else seed

@@ -38,7 +38,7 @@ def test_the_recipes_pass(recipe):
         ),
         ("sdpo", [f"{VARIABLE}=null"], "VERL_ENGINE_VENDOR must be fused_sd where .* got None"),
         ("sdpo", [f"{VARIABLE}=ascend"], "VERL_ENGINE_VENDOR must be fused_sd .* got 'ascend'"),
-        ("sdpo", SERVER, "distillation.teacher_models must be left out .* got teacher_model"),
+        ("sdpo", SERVER, "distillation.teacher_models must be left out .* got teacher"),
         ("opsd", ["distillation.reference_key=null"], "name what ReferenceContext shows, got None"),
         ("rlsd", ["distillation.reference_key=null"], "name what AnswerContext shows, got None"),
         (
