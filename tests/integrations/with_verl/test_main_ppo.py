@@ -44,6 +44,9 @@ def test_a_killed_run_resumes_where_it_was(case, inputs, tmp_path):
     assert min(resumed) == SAVED_AFTER, "validated before it went on"
     assert max(resumed) == STEPS
     step = SAVED_AFTER + 1
-    for name, value in killed[step].items():
-        if name.startswith(("actor/", "self_distillation/", "critic/")) and "perf" not in name:
-            assert resumed[step][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    ours = ("actor/", "self_distillation/", "critic/")
+    compared = [name for name in killed[step] if name.startswith(ours) and "perf" not in name]
+    assert {"actor/loss", "actor/grad_norm"} <= set(compared)
+    assert killed[step]["actor/grad_norm"] > 1e-4, "something was taught"
+    for name in compared:
+        assert resumed[step][name] == pytest.approx(killed[step][name], rel=1e-3, abs=1e-6), name
