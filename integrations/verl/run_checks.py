@@ -20,7 +20,11 @@ from verl.workers.config import DistillationConfig, DistillationLossConfig
 
 from fused_sd.checks import fail
 from fused_sd.integrations.verl import ENGINES, RLSD_LOSS, TOPK_LOSS, TRAINER_MODES, VENDOR
-from fused_sd.integrations.verl.contexts import ReferenceContext, SiblingContext
+from fused_sd.integrations.verl.contexts import (
+    ReferenceContext,
+    SamePromptContext,
+    SiblingContext,
+)
 from fused_sd.integrations.verl.self_distillation import SelfDistillationConfig
 
 OWN_LOSSES = (TOPK_LOSS, RLSD_LOSS)
@@ -101,6 +105,13 @@ def _check_context(config: DictConfig, settings: SelfDistillationConfig) -> None
             f"name what {type(context).__name__} shows",
             None,
             "name a column of the dataset, as reward_model.ground_truth",
+        )
+    if isinstance(context, SamePromptContext) and settings.loss.teacher == "live":
+        fail(
+            "distillation.context",
+            "show the teacher more than the student's prompt, or the teacher have other weights",
+            'SamePromptContext with teacher="live", whose divergence is 0',
+            "choose another of the two",
         )
     if isinstance(context, SiblingContext):
         has_feedback = context.include_environment_feedback and settings.feedback_key is not None

@@ -61,6 +61,11 @@ def test_the_recipes_pass(recipe):
             [f"{ACTOR}.strategy=fsdp", "actor_rollout_ref.model.lora_adapter_path=phase1"],
             "strategy must be \"fsdp2\" for .*'reference' in the train",
         ),
+        (
+            "opd",
+            [f"{LOSS}.teacher=live", "distillation.worker_group.model_path=null"],
+            "distillation.context must show the teacher more .* SamePromptContext",
+        ),
         ("sdpo", [f"{ACTOR}.grad_clip=0.5"], r"grad_clip must be left at 1.0.*set .*clip_grad=0.5"),
         ("opsd", [f"{ACTOR}.strategy=megatron"], 'be "fsdp2" or "fsdp" for .* got \'megatron\''),
         ("sdpo", [f"{MODEL}.use_fused_kernels=false"], "use_fused_kernels must be True for a loss"),
