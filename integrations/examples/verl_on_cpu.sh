@@ -6,7 +6,7 @@
 # Other methods: RECIPE=rlsd, opsd or sd_zero.
 set -euo pipefail
 
-model=$1
+model=${1:?"usage: verl_on_cpu.sh MODEL [further settings of verl]"}
 shift
 export VERL_USE_EXTERNAL_MODULES=fused_sd.integrations.examples.verl_on_cpu
 export VERL_PLATFORM=cpu

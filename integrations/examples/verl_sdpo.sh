@@ -5,7 +5,7 @@
 # Other methods: RECIPE=rlsd, opsd or sd_zero.
 set -euo pipefail
 
-model=$1
+model=${1:?"usage: verl_sdpo.sh MODEL [further settings of verl]"}
 shift
 data=$(mktemp -d)
 python -m fused_sd.integrations.examples.verl_arithmetic "$data"
