@@ -18,6 +18,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+NO_TOKEN = -1
+"""An end that no response has; None would stand for the model's own ends."""
+
 
 @dataclass
 class Sampling:
@@ -104,7 +107,7 @@ def complete(
         do_sample=False,  # the noise samples
         max_new_tokens=max(request.max_tokens for request in requests),
         repetition_penalty=sampling.repetition_penalty,
-        eos_token_id=list(ends) or None,
+        eos_token_id=list(ends) or [NO_TOKEN],
         pad_token_id=pad,
     )
     sequences = model.generate(
