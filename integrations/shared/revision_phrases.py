@@ -6,6 +6,7 @@ models.  A phrase stands between two delimiters.
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,3 +77,12 @@ def phrase_ids(tokenizer: PreTrainedTokenizerBase, phrase: str) -> list[int]:
     """
     text = f"{DELIMITER}{phrase}{DELIMITER}"
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def without_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """Return a response without the special tokens at its end."""
+    special = set(tokenizer.all_special_ids)
+    length = len(ids)
+    while length and ids[length - 1] in special:
+        length -= 1
+    return list(ids[:length])

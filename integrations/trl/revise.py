@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fused_sd.checks import check_positive_int
 from fused_sd.integrations.shared.returned import entries, rewards
-from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for
+from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for, without_end
 from fused_sd.integrations.trl.generators import Generate
 from fused_sd.integrations.trl.trace_filters import before_stop, is_sycophantic, trim_repeats
 from fused_sd.integrations.trl.traces import Trace, TraceCounts, chat_format_of, record
@@ -100,7 +100,7 @@ class Reviser:
             tally[initial.question].initial += 1
             tally[initial.question].initial_correct += initial.correct
             # The turn goes on after the response, so that its end token has to go.
-            initial.ids = self._cut(self._without_end(initial.ids))
+            initial.ids = self._cut(without_end(self.tokenizer, initial.ids))
         chosen = [
             initial
             for initial in initials
@@ -141,7 +141,7 @@ class Reviser:
         count: TraceCounts,
     ) -> Trace | None:
         """Return the trace of a right revision, or None if a filter drops it."""
-        body = self._without_end(revision.ids)
+        body = without_end(self.tokenizer, revision.ids)
         if not body:
             count.empty += 1
             return None
@@ -216,14 +216,6 @@ class Reviser:
 
     def _verdict(self, correct: bool) -> list[int]:
         return phrase_ids(self.tokenizer, self._phrase(correct))
-
-    def _without_end(self, ids: list[int]) -> list[int]:
-        """Return a response without the special tokens at its end."""
-        special = set(self.tokenizer.all_special_ids)
-        length = len(ids)
-        while length and ids[length - 1] in special:
-            length -= 1
-        return ids[:length]
 
     def _cut(self, ids: list[int]) -> list[int]:
         return trim_repeats(ids) if self.config.trim_repeats else ids

@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_sd import LossOutput, sd_zero_loss
 from fused_sd.checks import check_one_of, check_unit_interval, fail
 from fused_sd.integrations.shared.chat_format import check_chat_format, recorded_chat_format
-from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for
+from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for, without_end
 from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.trl.divergence_trainer import (
     DivergenceConfig,
@@ -79,6 +79,13 @@ class SDZeroConfig(DivergenceConfig):
         default=None,
         metadata={"help": "What follows a response that was wrong; None as for `correct_phrase`."},
     )
+    keep_response_end: bool = field(
+        default=True,
+        metadata={
+            "help": "Show the teacher the end token of the response before the phrase, as the "
+            "official code does; phase 1's traces have none there."
+        },
+    )
     success_reward_threshold: float = field(
         default=0.5, metadata={"help": "A response is right where its reward is above this."}
     )
@@ -111,7 +118,7 @@ class SDZeroTrainer(DivergenceTrainer):
 
     The teacher reads the prompt, the student's own response and a phrase that says whether it was
     right, and then scores the same response again.  As in the official code, the response is read
-    whole: with its end if it has one, and with the results of tools.
+    whole: with its end if it has one (``keep_response_end``), and with the results of tools.
 
     Start from the model and the tokenizer that ``SRTTrainer`` saved: the prompts are then written
     with the chat template's arguments of phase 1.
@@ -138,6 +145,8 @@ class SDZeroTrainer(DivergenceTrainer):
         # Without a verdict there is no phrase; prompt and phrase may leave no space for a response.
         if math.isnan(rollout.reward) or not response:
             return None
+        if not self.args.keep_response_end:
+            response = without_end(self._tokenizer, response)
         return [*rollout.prompt_ids, *response, *self._phrase(rollout)]
 
     def more_inputs(self, rollouts: Sequence[Rollout], output: dict[str, Any]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from fused_sd.integrations.shared.prompts import (
     reprompted,
     sibling_prompt,
 )
-from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for
+from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for, without_end
 from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.verl.images import chat_ids
 
@@ -179,6 +179,8 @@ class AttemptContext:
             verdict, whose reward is NaN, gets no context.
         correct_phrase, wrong_phrase: the phrase behind the response; None: the official one for the
             model's family, see ``fused_sd.integrations.shared.revision_phrases``.
+        keep_response_end: whether the end token stands before the phrase; the traces of phase 1
+            have none there.
         max_length: most tokens of the whole sequence, which holds the response twice; a longer
             sample gets no context.  The official code cuts its response, for the student too.
     """
@@ -186,6 +188,7 @@ class AttemptContext:
     success_reward_threshold: float = 0.5
     correct_phrase: str | None = None
     wrong_phrase: str | None = None
+    keep_response_end: bool = True
     max_length: int = 32768
 
     def __post_init__(self) -> None:
@@ -200,9 +203,8 @@ class AttemptContext:
         model = tokenizer.tokenizer.name_or_path
         phrases = phrases_for(model, self.correct_phrase, self.wrong_phrase)
         phrase = phrases.after(rollout.reward > self.success_reward_threshold)
-        shown = [
-            *rollout.prompt_ids,
-            *rollout.completion_ids,
-            *phrase_ids(tokenizer.tokenizer, phrase),
-        ]
+        response = rollout.completion_ids
+        if not self.keep_response_end:
+            response = without_end(tokenizer.tokenizer, response)
+        shown = [*rollout.prompt_ids, *response, *phrase_ids(tokenizer.tokenizer, phrase)]
         return shown if len(shown) + len(rollout.completion_ids) <= self.max_length else None

@@ -68,6 +68,18 @@ def test_the_first_copy_is_the_whole_response_with_its_end_if_it_has_one(tmp_pat
     assert inputs["loss_mask"].sum(1).tolist() == [len(tokens) for tokens in said]
 
 
+def test_the_first_copy_can_be_shown_without_its_end(tmp_path):
+    """As phase 1's traces show it; the second copy, which is scored, keeps its end."""
+    said = [[*ids("It is 4"), END], [*ids("4"), END], ids("It is"), [END]]
+    trainer = script(make("SDZero", tmp_path, keep_response_end=False), said)
+    inputs = sample(trainer)
+    for n, row in enumerate(read(inputs)):
+        phrase = ids(f"\n\n{RIGHT if n % 2 else WRONG}\n\n")
+        bare = [token for token in said[n] if token != END]
+        assert row == [*ids("Solve 2 + 2."), *bare, *phrase, *said[n]]
+    assert inputs["loss_mask"].sum(1).tolist() == [len(tokens) for tokens in said]
+
+
 @pytest.mark.parametrize("spare, kept", [(7, 3), (8, 4), (9, 4), (14, 7), (15, 7)])
 def test_prompt_phrase_and_two_copies_have_the_limit_together(tmp_path, spare, kept):
     """The official rule: allowed = (limit - |x| - |phrase|) // 2, for student and teacher."""
