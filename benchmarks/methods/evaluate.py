@@ -3,18 +3,20 @@
 Dimension key:  B questions, T response tokens, V vocabulary
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.methods.task import Question, Task
+from benchmarks.methods.tasks import Prompt, Question, Task
 
 BATCH = 512
 ENTROPY_QUESTIONS = 128
+TOKEN_TYPES = "mm_token_type_ids"  # which tokens are an image's
 SAMPLING_SEED = 99  # one seed for all evaluations, so that they can be compared
 
 
@@ -49,17 +51,38 @@ def evaluating(model: Any) -> Iterator[None]:
     model.train(was_training)
 
 
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
+def end_ids(model: Any, processor: Any) -> list[int]:
     """Return the ids of all tokens that end a response."""
+    tokenizer = tokenizer_of(processor)
     known = model.generation_config.eos_token_id
     listed = known if isinstance(known, list) else [] if known is None else [known]
     return sorted({tokenizer.eos_token_id, *listed})
 
 
+def tokenizer_of(processor: Any) -> Any:
+    """Return the tokenizer of a processor, or the tokenizer that it is."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def encoded(processor: Any, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    """Return a model's inputs for prompts: all are texts, or all are conversations."""
+    if isinstance(prompts[0], str):
+        batch = tokenizer_of(processor)(list(prompts), return_tensors="pt", padding=True)
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    batch = processor.apply_chat_template(
+        list(prompts),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"return_tensors": "pt", "padding": True},
+    )
+    return dict(batch)
+
+
 def respond(
     model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
+    processor: Any,
+    prompts: Sequence[Prompt],
     max_tokens: int,
     *,
     temperature: float | None = None,
@@ -69,28 +92,28 @@ def respond(
 
     Args:
         model: The model, with or without an adapter.
-        tokenizer: Its tokenizer, which pads on the left.
-        prompts: The texts that precede the responses.
+        processor: Its tokenizer or processor, which pads on the left.
+        prompts: What precedes the responses: texts, or conversations with images.
         max_tokens: The most tokens of a response, its end token included.
         temperature: The sampling temperature; None: greedy responses.
         seed: The seed of the sampling.
     """
-    ends = end_ids(model, tokenizer)
-    ids = torch.full((len(prompts), max_tokens), tokenizer.pad_token_id)
+    ends, pad = end_ids(model, processor), tokenizer_of(processor).pad_token_id
+    ids = torch.full((len(prompts), max_tokens), pad)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature is not None:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if not isinstance(prompts[0], str):
+        # the trainers do so, too: a sampled token of an image has no image
+        sampling["suppress_tokens"] = [model.config.image_token_id]
     with evaluating(model):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), BATCH):
-            batch = tokenizer(
-                list(prompts[start : start + BATCH]), return_tensors="pt", padding=True
-            ).to(model.device)
+            batch = encoded(processor, prompts[start : start + BATCH])
             output = model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                **{name: value.to(model.device) for name, value in batch.items()},
                 max_new_tokens=max_tokens,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=pad,
                 eos_token_id=ends,
                 **sampling,
             )[:, batch["input_ids"].size(1) :].cpu()
@@ -98,19 +121,23 @@ def respond(
     is_end = torch.isin(ids, torch.tensor(ends))
     mask = (is_end.cumsum(1) - is_end.long() == 0).long()
     kept = [row[keep.bool()].tolist() for row, keep in zip(ids, mask)]
-    return Responses(tokenizer.batch_decode(kept, skip_special_tokens=True), ids, mask)
+    texts = tokenizer_of(processor).batch_decode(kept, skip_special_tokens=True)
+    return Responses(texts, ids, mask)
 
 
 def response_logits(
-    model: Any, tokenizer: Any, prompts: Sequence[str], responses: Responses
+    model: Any, processor: Any, prompts: Sequence[Prompt], responses: Responses
 ) -> Tensor:
     """Return the fp32 logits (B, T, V) that predict the tokens of each response."""
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True)
-    ids = torch.cat([batch["input_ids"], responses.ids], 1).to(model.device)
-    mask = torch.cat([batch["attention_mask"], responses.mask], 1).to(model.device)
+    batch = encoded(processor, prompts)
+    added = {"input_ids": responses.ids, "attention_mask": responses.mask}
+    if TOKEN_TYPES in batch:
+        added[TOKEN_TYPES] = torch.zeros_like(responses.ids)  # text
+    batch |= {name: torch.cat([batch[name], behind], 1) for name, behind in added.items()}
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
     length = responses.ids.size(1)
     with evaluating(model):
-        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=length + 1).logits
+        logits = model(**inputs, logits_to_keep=length + 1).logits
     return logits[:, :-1].float().cpu()
 
 
@@ -121,27 +148,30 @@ def mean_entropy(logits: Tensor, mask: Tensor) -> float:
     return float((entropy * mask).sum() / mask.sum())
 
 
-def look(model: Any, tokenizer: Any, task: Task, questions: Sequence[Question]) -> dict[str, Any]:
+def look(model: Any, processor: Any, task: Task, questions: Sequence[Question]) -> dict[str, Any]:
     """Evaluate a student: one point of each of its curves.
 
     Returns:
-        ``right``, a string with "1" or "0" for each question answered greedily; the mean of it,
-        ``accuracy``; and of sampled answers ``sampled_accuracy``, ``length`` in tokens, ``entropy``
-        in nats, and ``leaks``, the share that speaks of a hint.
+        ``accuracy``, the share of questions that are answered rightly by greedy answers; and of
+        sampled answers ``sampled_accuracy``, ``length`` in tokens, ``entropy`` in nats, and
+        ``leaks``, the share that speaks of a hint.
     """
-    prompts = [question.prompt for question in questions]
-    greedy = respond(model, tokenizer, prompts, task.max_response)
-    drawn = respond(model, tokenizer, prompts, task.max_response, temperature=1.0)
+    prompts = [question.shown for question in questions]
+    asked = [question.verified_by for question in questions]
+    greedy = respond(model, processor, prompts, task.max_response)
+    drawn = respond(model, processor, prompts, task.max_response, temperature=1.0)
     some = slice(0, ENTROPY_QUESTIONS)
     part = Responses(drawn.texts[some], drawn.ids[some], drawn.mask[some])
-    logits = response_logits(model, tokenizer, prompts[some], part)
-    right = [task.is_right(*pair) for pair in zip(prompts, greedy.texts)]
-    sampled = [task.is_right(*pair) for pair in zip(prompts, drawn.texts)]
+    logits = response_logits(model, processor, prompts[some], part)
     return {
-        "right": "".join(str(int(entry)) for entry in right),
-        "accuracy": sum(right) / len(right),
-        "sampled_accuracy": sum(sampled) / len(sampled),
+        "accuracy": share(map(task.is_right, asked, greedy.texts)),
+        "sampled_accuracy": share(map(task.is_right, asked, drawn.texts)),
         "length": drawn.mean_length,
         "entropy": mean_entropy(logits, part.mask),
-        "leaks": sum(map(task.is_leaking, drawn.texts)) / len(drawn.texts),
+        "leaks": share(map(task.is_leaking, drawn.texts)),
     }
+
+
+def share(verdicts: Iterable[bool]) -> float:
+    """Return the share of true verdicts."""
+    return fmean(map(float, verdicts))

@@ -1,77 +1,64 @@
-"""Plots of the results: all methods together, and single methods against the others."""
+"""One picture for each claim: the curves of its arms with their intervals."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods.settings import METHODS
-from benchmarks.plotting import GREY, figure_at
+from benchmarks.methods.claims import Claim
+from benchmarks.methods.experiments import EXPERIMENTS
+from benchmarks.methods.outcomes import Runs, curve, searched
+from benchmarks.plotting import figure_at
 
-# the methods that the README shows a plot of, by model
-SHOWN = {"tiny": ("sdpo", "sd_zero", "rlsd", "opsd_unclipped", "sdft", "grpo")}
-
-
-def plots(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Write the plots that the README shows of a model's results; return their paths."""
-    model, methods = results["model"], results["methods"]
-    if model not in SHOWN:
-        return []
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"methods_{model}.png"]
-    together(methods, paths[0])
-    for name in SHOWN[model]:
-        if name in methods:
-            paths.append(folder / f"methods_{model}_{name}.png")
-            alone(name, methods, paths[-1])
-    return paths
+TITLES = {
+    "accuracy": "held-out accuracy, greedy, %",
+    "sampled_accuracy": "held-out accuracy, sampled, %",
+    "probability": "hard questions that are solved, %",
+    "leaks": "responses that cite what they never read, %",
+    "entropy": "entropy of the student, nat",
+    "length": "tokens of a response",
+}
+PERCENT = ("accuracy", "sampled_accuracy", "probability", "leaks")
+# Okabe and Ito's colours, which people with any colour vision tell apart, on light and dark
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def together(methods: dict[str, Any], path: Path) -> None:
-    """Plot every method's accuracy with its interval, entropy and length, by generations."""
-    ranked = sorted(methods.items(), key=lambda m: -m[1]["curve"][-1]["accuracy"])
-    shape = {"figsize": (11, 3.8), "width_ratios": (2, 1, 1)}
-    with figure_at(path, 3, **shape) as (figure, axes):
-        for name, method in ranked:
-            _accuracy(axes[0], method, _colour(name))
-            curve, colour = method["curve"], _colour(name)
-            axes[1].plot(_column(curve, "generations"), _column(curve, "entropy"), color=colour)
-            axes[2].plot(_column(curve, "generations"), _column(curve, "length"), color=colour)
-        labels = ("held-out accuracy, %", "student's entropy, nat", "response length, tokens")
-        for axis, label in zip(axes, labels):
-            axis.set_title(label, fontsize=9, loc="left")
-            axis.set_xlabel("generations")
-            axis.grid(alpha=0.25)
-            axis.set_ylim(bottom=0)  # so that a constant length looks constant
-        figure.legend(loc="outside right center", frameon=False, labelcolor="linecolor", fontsize=9)
-
-
-def alone(name: str, methods: dict[str, Any], path: Path) -> None:
-    """Plot one method's accuracy with its interval; the others are thin and grey."""
-    with figure_at(path, 1, figsize=(4.2, 2.4)) as (_, axis):
-        for other, method in methods.items():
-            if other != name:
-                curve = method["curve"]
-                x, y = _column(curve, "generations"), _column(curve, "accuracy", 100)
-                axis.plot(x, y, color=GREY, alpha=0.35, lw=0.8)
-        _accuracy(axis, methods[name], _colour(name))
-        title = f"{methods[name]['label']}: held-out accuracy, %"
-        axis.set_title(title, fontsize=9, loc="left")
-        axis.set_xlabel("generations")
+def picture(claim: Claim, runs: Runs, path: Path) -> None:
+    """Draw the curves of a claim's arms, each named at its end."""
+    assert claim.pictured is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scale = 100 if claim.pictured in PERCENT else 1
+    with figure_at(path, 1, figsize=(5.6, 2.8)) as (_, axis):
+        ends = []
+        for arm, colour in zip(claim.arms, COLOURS):
+            points = searched(runs, arm) if claim.pictured == "probability" else None
+            points = points or curve(runs, arm, claim.pictured)
+            x = [place for place, _ in points]
+            axis.plot(x, [scale * point.mean for _, point in points], color=colour)
+            low, high = ([scale * getattr(p, end) for _, p in points] for end in ("low", "high"))
+            axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+            label = EXPERIMENTS[claim.experiment].arm(arm).label
+            ends.append((scale * points[-1][1].mean, label, colour))
+        name_ends(axis, ends)
+        axis.set_title(TITLES[claim.pictured], fontsize=9, loc="left")
         axis.grid(alpha=0.25)
+        if claim.pictured == "probability":
+            axis.set_xscale("log", base=2)
+            axis.set_xlabel("attempts")
+        else:
+            axis.set_xlabel("generations")
 
 
-def _accuracy(axis: Any, method: dict[str, Any], colour: str) -> None:
-    curve = method["curve"]
-    x = _column(curve, "generations")
-    axis.plot(x, _column(curve, "accuracy", 100), color=colour, label=method["label"])
-    low, high = _column(curve, "low", 100), _column(curve, "high", 100)
-    axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-
-
-def _colour(name: str) -> str:
-    """Return a method's colour, the same in every plot."""
-    return f"C{list(METHODS).index(name)}"
-
-
-def _column(curve: Sequence[dict[str, Any]], name: str, scale: float = 1.0) -> list[float]:
-    return [scale * look[name] for look in curve]
+def name_ends(axis: Any, ends: list[tuple[float, str, str]]) -> None:
+    """Write the curves' names at their ends, moved apart where they would touch."""
+    low, high = axis.get_ylim()
+    gap, place = 0.075 * (high - low), float("-inf")
+    for value, label, colour in sorted(ends):
+        place = max(value, place + gap)
+        axis.annotate(
+            label,
+            (1.01, place),
+            xycoords=("axes fraction", "data"),
+            color=colour,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+        )

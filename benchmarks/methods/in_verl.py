@@ -1,8 +1,8 @@
 """``python -m benchmarks.methods.in_verl``: verl's ``main_ppo`` on SmolLM2's plurals, on CPUs.
 
-The task, the budget, the adapter and the learning rate are those of ``benchmarks.methods --model
-smollm2``, which trains with TRL.  This needs an environment with verl; the model must have been
-converted before, by ``python -m fused_sd.demo`` or by the experiment with TRL.
+The task, the budget and the adapter are those of the experiment "plurals", which trains with TRL;
+the learning rate is the middle of its grid.  This needs an environment with verl; the model must
+have been converted before, by ``python -m fused_sd.demo`` or by the experiment with TRL.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from benchmarks.methods.plurals import MAX_RESPONSE, TEMPLATES, plurals
-from benchmarks.methods.settings import GRID, GROUP, LORA_RANK, SCALES
+from benchmarks.methods.arms import GROUP
+from benchmarks.methods.experiments import EXPERIMENTS
+from benchmarks.methods.tasks.plurals import LORA_RANK, MAX_RESPONSE, TEMPLATES, make
 from fused_sd.demo.model import DEFAULT_CACHE, model_directory
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ def compute_score(
 
 def settings(method: str, seed: int) -> Iterator[str]:
     """Yield the settings beside the recipe's."""
-    scale, (rate,) = SCALES["smollm2"], GRID["smollm2"]
+    scale, (_, rate, _) = EXPERIMENTS["plurals"].scale, EXPERIMENTS["plurals"].rates
     yield f"actor_rollout_ref.model.custom_chat_template='{BARE_TEMPLATE}'"
     yield f"actor_rollout_ref.model.lora_rank={LORA_RANK}"
     yield f"actor_rollout_ref.model.lora_alpha={2 * LORA_RANK}"
@@ -66,7 +67,7 @@ def settings(method: str, seed: int) -> Iterator[str]:
 
 def write_inputs(folder: Path) -> None:
     """Write both splits, and the model with the end of a response that the task has."""
-    task = plurals()
+    task = make()
     for name, part in {"train": "train", "test": "held_out"}.items():
         rows = [
             {

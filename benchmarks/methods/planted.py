@@ -7,27 +7,31 @@ that the student finds most probable there, like the errors in its own responses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.methods import arithmetic
-from benchmarks.methods.arithmetic import HINTED, VERDICT, WRONG, Sum
 from benchmarks.methods.evaluate import evaluating
-from benchmarks.methods.task import Task
-from benchmarks.methods.train import load
+from benchmarks.methods.tasks import Question
+from benchmarks.methods.tasks.addition import HINTED, VERDICT, WRONG, with_wrong_digit
 from fused_sd.credit import CreditRow, credit_map, planted_error_scores
 
 NUM_QUESTIONS = 300
 KINDS = ("slip", "likely")
 CHANCE, ALONE = "chance", "student alone"
+
+
+def judged(question: Question, attempt: str, end: str) -> str:
+    """Return the context in which SD-Zero's second phase asks its reviser."""
+    return question.prompt + attempt + end + VERDICT.format(WRONG)
+
+
 # the teacher's context before the attempt, by the hint that it holds
-TEACHERS: dict[str, Callable[[Sum, str], str]] = {
-    "verdict": lambda pair, attempt: pair.question + attempt + VERDICT.format(WRONG),
-    "answer": lambda pair, attempt: HINTED.format(hint=pair.answer, question=pair.question),
-    "solution": lambda pair, attempt: HINTED.format(hint=pair.solution, question=pair.question),
+TEACHERS: dict[str, Callable[[Question, str, str], str]] = {
+    "verdict": judged,
+    "answer": lambda asked, *_: HINTED.format(hint=asked.answer, question=asked.prompt),
+    "solution": lambda asked, *_: HINTED.format(hint=asked.solution, question=asked.prompt),
 }
 
 
@@ -46,17 +50,17 @@ def states(
 
 
 def plant(
-    model: Any, tokenizer: Any, pairs: Sequence[Sum], kind: str, seed: int
+    model: Any, tokenizer: Any, questions: Sequence[Question], kind: str, seed: int
 ) -> tuple[list[str], list[list[bool]]]:
     """Return attempts with one wrong digit each, and masks that are True at the wrong digit."""
     rng = random.Random(seed)
-    right = [pair.solution for pair in pairs]
-    hidden, _ = states(model, tokenizer, [pair.question for pair in pairs], right)
+    right = [question.solution for question in questions]
+    hidden, _ = states(model, tokenizer, [question.prompt for question in questions], right)
     digits = tokenizer.convert_tokens_to_ids(list("0123456789"))
     likeliness = (hidden @ model.lm_head.weight.detach().T)[..., digits].tolist()
     attempts, masks = [], []
     for solution, scores in zip(right, likeliness):
-        attempt, place = arithmetic.with_wrong_digit(solution, rng)
+        attempt, place = with_wrong_digit(solution, rng)
         if kind == "likely":
             others = [digit for digit in range(10) if digit != int(solution[place])]
             digit = max(others, key=lambda other: scores[place][other])
@@ -76,20 +80,29 @@ def alone(row: CreditRow) -> CreditRow:
 
 
 def score(
-    task: Task, seed: int, cache: Path, num_questions: int = NUM_QUESTIONS
+    model: Any, tokenizer: Any, questions: Sequence[Question], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Return the scores of the most blamed token, by kind of error and teacher."""
-    model, tokenizer = load(task, seed, cache)
-    pairs = arithmetic.splits()["held_out"][:num_questions]
-    bare = [pair.question for pair in pairs]
-    head = model.lm_head.weight.detach()
+    """Return how well a model, as its own teacher, finds the planted errors.
+
+    Args:
+        model: The student, and the teacher too.
+        tokenizer: Its tokenizer.
+        questions: Those of the addition task.
+        seed: Draws the errors.
+
+    Returns:
+        The scores of the most blamed token, by kind of error and teacher.
+    """
+    questions = questions[:NUM_QUESTIONS]
+    bare = [question.prompt for question in questions]
+    head, end = model.lm_head.weight.detach(), tokenizer.eos_token
     scores: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
-        attempts, masks = plant(model, tokenizer, pairs, kind, seed)
+        attempts, masks = plant(model, tokenizer, questions, kind, seed)
         student, ids = states(model, tokenizer, bare, attempts)
         found: dict[str, Any] = {}
         for name, context in TEACHERS.items():
-            contexts = [context(*pair) for pair in zip(pairs, attempts)]
+            contexts = [context(*pair, end) for pair in zip(questions, attempts)]
             teacher, _ = states(model, tokenizer, contexts, attempts)
             rows = credit_map(student, head, teacher, head, ids, top=1).rows
             found[name] = asdict(planted_error_scores(rows, masks))

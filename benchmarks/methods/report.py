@@ -1,103 +1,171 @@
-"""The results as Markdown tables."""
+"""The page of claims: its tables and pictures, from the stored runs.
 
-from collections.abc import Sequence
-from typing import Any
+The page is ``docs/claims.md``.  Its prose is written by hand, the blocks between markers by
+``python -m benchmarks.methods report``.
+"""
 
-from benchmarks.markdown import environment_line, table
-from benchmarks.methods.settings import METHODS
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import stdev
 
-COLUMNS = (
-    "method",
-    "held-out accuracy",
-    "95 % interval",
-    "above GRPO",
-    "generations to GRPO's end",
-    "length",
-    "entropy",
-    "leaks",
-    "end - best",
-)
+from benchmarks.markdown import table
+from benchmarks.methods.claims import CLAIMS, Claim
+from benchmarks.methods.experiments import EXPERIMENTS, Experiment, Search
+from benchmarks.methods.figures import picture
+from benchmarks.methods.outcomes import Contrast, Runs, by_unit, finished
+from benchmarks.methods.records import Records
+from benchmarks.methods.runs import best_rate, selected
+from benchmarks.methods.statistics import CONTRADICTED, NOT_SHOWN, SHOWN, Estimate, units_needed
+from fused_sd.measuring.readme import Block
 
-
-def markdown_lines(results: dict[str, Any]) -> list[str]:
-    """Return the tables of methods (best last), planted errors and discovery, and the settings."""
-    methods = sorted(results["methods"].values(), key=lambda m: m["curve"][-1]["accuracy"])
-    rows = [base_row(methods[0]["curve"][0]), *map(method_row, methods)]
-    lines = [*table(COLUMNS, rows), ""]
-    if "planted_errors" in results:
-        lines += [*planted_lines(results["planted_errors"]), ""]
-    if "discovery" in results:
-        lines += [*discovery_lines(results["discovery"]), ""]
-    return [*lines, setting_line(results)]
+PAGE = "claims.md"
+PARTLY, NOT_RUN = "partly shown", "not run"
+IN_UNITS = {"length": "tokens", "entropy": "nat", "generations": "times"}  # all others: points
+DIFFERENCE = 0.02  # the difference that the words about power speak of
 
 
-def base_row(first: dict[str, Any]) -> list[str]:
-    """Return the base model's row, from any method's first evaluation."""
-    length, entropy = f"{first['length']:.1f}", f"{first['entropy']:.2f}"
-    return ["base", *_accuracy(first), "", "", length, entropy, _percent(first["leaks"]), ""]
+def write_page(results: Path, docs: Path) -> list[Path]:
+    """Fill the page's blocks and draw its pictures; return the files that were written."""
+    page, written = docs / PAGE, [docs / PAGE]
+    records = {name: Records(results / e.file) for name, e in EXPERIMENTS.items()}
+    runs = {name: outcome(e, records[name]) for name, e in EXPERIMENTS.items()}
+    Block(page, "claims").fill(summary_lines(runs))
+    for name, experiment in EXPERIMENTS.items():
+        Block(page, f"experiment {name}").fill(arm_lines(experiment, runs, records[name]))
+    for claim in CLAIMS:
+        Block(page, f"claim {claim.name}").fill(claim_lines(claim, runs))
+        if runs[claim.experiment] and claim.pictured:
+            written.append(docs / "images" / "claims" / f"{claim.name}.png")
+            picture(claim, runs[claim.experiment], written[-1])
+    return written
 
 
-def method_row(method: dict[str, Any]) -> list[str]:
-    first, last = method["curve"][0], method["curve"][-1]
-    reached = method.get("generations_to_reference")
-    return [
-        method["label"],
-        *_accuracy(last),
-        _above_grpo(method),
-        "not reached" if reached is None else f"{reached}",
-        f"{last['length']:.1f}",
-        f"{first['entropy']:.2f} -> {last['entropy']:.2f}",
-        _percent(last["leaks"]),
-        f"{100 * method['late_change']:+.1f}",
-    ]
+def outcome(experiment: Experiment, records: Records) -> Runs:
+    """Return the finished runs of an experiment; nothing where there are not two units."""
+    try:
+        runs = finished(experiment, records)
+    except ValueError:  # no rate has been selected yet
+        return {}
+    return runs if all(len(units) > 1 for units in runs.values()) else {}
 
 
-def _above_grpo(method: dict[str, Any]) -> str:
-    """Return the difference from GRPO's final accuracy with its interval; "" for GRPO itself."""
-    above = method.get("above_reference")
-    if above is None or method["label"] == METHODS["grpo"].label:
-        return ""
-    low, high = above["interval"]
-    return f"{100 * above['mean']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+def verdicts(claim: Claim, runs: Mapping[str, Runs]) -> list[str]:
+    """Return the verdict on each contrast of a claim."""
+    found = []
+    for contrast in claim.contrasts:
+        number = contrast.estimate(claim.experiment, runs)
+        found.append(number.verdict(contrast.sign, contrast.margin) if number else NOT_RUN)
+    return found
 
 
-def _accuracy(look: dict[str, Any]) -> tuple[str, str]:
-    return _percent(look["accuracy"]), f"{100 * look['low']:.1f} - {100 * look['high']:.1f}"
+def together(found: list[str]) -> str:
+    """Return what the verdicts on a claim's contrasts come to."""
+    if len(set(found)) == 1:
+        return found[0]
+    if SHOWN in found:
+        return PARTLY
+    return CONTRADICTED if CONTRADICTED in found else NOT_SHOWN
 
 
-def planted_lines(planted: dict[str, Any]) -> list[str]:
-    """Return how often the most blamed token is the planted error, and the area under the ROC."""
-    kinds = list(planted)
+def summary_lines(runs: Mapping[str, Runs]) -> list[str]:
+    """Return the table of all claims with their first numbers and verdicts."""
     rows = []
-    for teacher in planted[kinds[0]]:
-        scores = [planted[kind][teacher] for kind in kinds]
-        pairs = [(_percent(score["precision"]), f"{score['auroc']:.2f}") for score in scores]
-        rows.append([teacher, *(cell for pair in pairs for cell in pair)])
-    headings = [f"{kind}: {name}" for kind in kinds for name in ("found", "AUROC")]
-    return table(["blame by", *headings], rows)
+    for claim in CLAIMS:
+        first = claim.contrasts[0]
+        number = first.estimate(claim.experiment, runs)
+        words = shown(first, number) if number else ""
+        link = f"[{claim.says}](#{claim.name})"
+        rows.append([claim.paper, link, words, together(verdicts(claim, runs))])
+    return table(("paper", "claim", "first number, 95 % interval", "verdict"), rows)
 
 
-def discovery_lines(discovery: dict[str, Any]) -> list[str]:
-    """Return the share of hard questions that are solved after each number of attempts."""
-    headings = [f"{discovery['num_questions']} hard questions", *map(str, discovery["attempts"])]
-    ways = ("best of k", "self-distillation")
-    return table(headings, [[way, *map(_percent, discovery[way]["probability"])] for way in ways])
+def shown(contrast: Contrast, estimate: Estimate) -> str:
+    """Return an estimate with its interval, in the unit of its metric."""
+    values = (estimate.mean, estimate.low, estimate.high)
+    sign = "+" if contrast.is_difference else ""
+    unit = IN_UNITS.get(contrast.metric)
+    if unit == "times":
+        mean, low, high = (f"{math.exp(value):.2f}" for value in values)
+    elif unit is not None:
+        mean, low, high = (f"{value:{sign}.2f}" for value in values)
+    else:
+        unit = "points" if sign else "%"
+        mean, low, high = (f"{100 * value:{sign}.1f}" for value in values)
+    return f"{mean} {unit} ({low} to {high})"
 
 
-def setting_line(results: dict[str, Any]) -> str:
-    scale, seeds = results["scale"], results["seeds"]
-    last = next(iter(results["methods"].values()))["curve"][-1]
+def claim_lines(claim: Claim, runs: Mapping[str, Runs]) -> list[str]:
+    """Return a claim's table and its picture."""
+    rows = []
+    for contrast, verdict in zip(claim.contrasts, verdicts(claim, runs)):
+        number = contrast.estimate(claim.experiment, runs)
+        words = [shown(contrast, number), f"{number.units}"] if number else ["", ""]
+        rows.append([described(contrast, EXPERIMENTS[claim.experiment]), *words, verdict])
+    lines = table(("measured (claimed)", "mean, 95 % interval", "units", "verdict"), rows)
+    if runs[claim.experiment] and claim.pictured:
+        lines += ["", f"![{claim.says}](images/claims/{claim.name}.png)"]
+    return lines
+
+
+def described(contrast: Contrast, experiment: Experiment) -> str:
+    """Return what a contrast measures and what the claim says of it."""
+    words = f"{experiment.arm(contrast.arm).label}: {contrast.metric}"
+    if contrast.against is not None:
+        words += f", against {experiment.arm(contrast.against).label}"
+    if contrast.beyond is not None:
+        words += f', more than in "{contrast.beyond}"'
+    side = "above" if contrast.sign > 0 else "below"
+    unit = IN_UNITS.get(contrast.metric)
+    margin = 1.0 if unit == "times" else contrast.margin * (1 if unit else 100)
+    return f"{words} ({side} {margin:.3g})"
+
+
+def arm_lines(experiment: Experiment, runs: Mapping[str, Runs], records: Records) -> list[str]:
+    """Return the table of an experiment's arms, its size and its power."""
+    found = runs[experiment.name]
+    if not found:
+        return ["Not run yet."]
+    chosen = {name: best_rate(rates) for name, rates in selected(experiment, records).items()}
+    if isinstance(experiment.scale, Search):
+        metrics = [f"found in {count}" for count in experiment.scale.counts]
+    else:
+        metrics = ["accuracy", "sampled accuracy", "length", "entropy", "leaks"]
+    rows = []
+    for arm in experiment.arms:
+        rate = f"{chosen[arm.name]:g}" if arm.name in chosen else ""
+        numbers = [
+            shown(Contrast(metric, arm.name), number)
+            for metric in metrics
+            if (number := Contrast(metric, arm.name).estimate(experiment.name, runs))
+        ]
+        rows.append([arm.label, rate, *numbers])
+    return [*table(("method", "rate", *metrics), rows), "", setting_line(experiment, found)]
+
+
+def setting_line(experiment: Experiment, runs: Runs) -> str:
+    """Return the size of an experiment and what it can see."""
+    units = next(iter(runs.values()))
+    num_runs = sum(map(len, units.values()))
+    size = f"{len(units)} units, {num_runs} runs of each method; "
+    scale = experiment.scale
+    if isinstance(scale, Search):
+        return f"{size}at most {scale.num_questions} questions a unit."
+    group = scale.generations // scale.prompts
+    size += f"{scale.steps} steps of {scale.prompts} questions x {group} generations."
+    return f"{size}  {power_words(experiment, runs)}"
+
+
+def power_words(experiment: Experiment, runs: Runs) -> str:
+    """Return how many units would see a difference of two points from GRPO, by the arms' spread."""
+    reference = by_unit(runs, "grpo", "accuracy")
+    needed = []
+    for arm in experiment.arms:
+        values = by_unit(runs, arm.name, "accuracy")
+        spread = stdev(values[unit] - reference[unit] for unit in values)
+        if spread > 0:
+            needed.append(units_needed(spread, DIFFERENCE))
     return (
-        f"Model {results['model']}, {_count(seeds, 'seed')}; "
-        f"{scale['prompts']} questions x {scale['generations_per_question']} generations a step, "
-        f"{last['generations']} generations in all; greedy accuracy on {results['num_questions']} "
-        f"held-out questions.  {environment_line(results['environment'])}."
+        f"To see a difference of 2 points from GRPO with 80 % power takes {min(needed)} to "
+        f"{max(needed)} units, by method."
     )
-
-
-def _count(things: Sequence[Any], name: str) -> str:
-    return f"{len(things)} {name}{'s' if len(things) > 1 else ''}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"

@@ -1,4 +1,4 @@
-"""The parts of an experiment, and making the missing ones in one process or several."""
+"""The runs of an experiment, and making the missing ones in one process or several."""
 
 import dataclasses
 import os
@@ -8,119 +8,148 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from benchmarks.methods import settings
-from benchmarks.methods.settings import Scale
-from benchmarks.methods.task import Task
+from benchmarks.methods.arms import Arm
+from benchmarks.methods.experiments import Experiment, Scale, Search, Unit
+from benchmarks.methods.records import Records
+from benchmarks.methods.tasks import make_task, version
 from benchmarks.running import say
-from benchmarks.storage import Parts
-
-PLANTED, DISCOVERY = "planted", "discovery"
 
 
 @dataclass(frozen=True)
-class Part:
-    """One measurement: a method's training with one seed, planted errors, or discovery.
+class Run:
+    """One training or search: an arm with a learning rate on a unit.
 
     Attributes:
-        task: "tiny" or "smollm2".
-        method: A key of ``settings.METHODS``, ``PLANTED`` or ``DISCOVERY``.
-        rate: The learning rate.
-        seed: The seed of the training and of the tiny base model.
-        scale: The size of the training.
-        questions: The part of the task's questions that is evaluated.
+        task: The task's name.
+        arm: The method.
+        rate: The learning rate; None: the model is not trained.
+        unit: The base model and the seed.
+        scale: The size of the training or search.
+        part: The part of the questions that is evaluated or searched.
     """
 
     task: str
-    method: str
-    rate: float
-    seed: int
-    scale: Scale
-    questions: str = "held_out"
-
-    @property
-    def name(self) -> str:
-        """The name of the part's file."""
-        words = (self.task, self.method, self.seed, self.scale.steps)
-        return "-".join(map(str, (*words, f"{self.rate:g}", self.questions)))
+    arm: Arm
+    rate: float | None
+    unit: Unit
+    scale: Scale | Search
+    part: str = "held_out"
 
     @property
     def decided_by(self) -> dict[str, Any]:
-        """Every setting that decides the part's values."""
-        method = settings.METHODS.get(self.method)
-        if method is None:
-            return {**dataclasses.asdict(self), "settings": dataclasses.asdict(self.search)}
-        return {
-            **dataclasses.asdict(self),
-            "trainer": method.trainer,
-            "settings": settings.method_settings(self.task, self.method),
-        }
+        """Every setting that decides the run's values.
 
-    @property
-    def search(self) -> settings.Discovery:
-        """The size of the discovery experiment."""
-        return settings.QUICK_DISCOVERY if self.scale == settings.QUICK else settings.Discovery()
+        Labels do not.  Settings that an arm does without are left out, so that a new kind of
+        setting does not make all older runs count as missing.
+        """
+        values = dataclasses.asdict(self) | {"version": version(self.task)}
+        values["arm"] = {name: value for name, value in values["arm"].items() if value}
+        del values["arm"]["label"]
+        return values
 
 
-def make_task(name: str) -> Task:
-    """Return the task that a model is trained on."""
-    if name == "tiny":
-        from benchmarks.methods.arithmetic import addition
+def measure(run: Run, cache: Path) -> dict[str, Any]:
+    """Make one run and return its values."""
+    from benchmarks.methods import discovery, revision, train
 
-        return addition()
-    from benchmarks.methods.plurals import plurals
-
-    return plurals()
-
-
-def measure(part: Part, cache: Path) -> Any:
-    """Make one part and return its values."""
-    task = make_task(part.task)
-    if part.method == PLANTED:
-        from benchmarks.methods.planted import NUM_QUESTIONS, score
-
-        return score(task, part.seed, cache, part.scale.num_questions or NUM_QUESTIONS)
-    if part.method == DISCOVERY:
-        from benchmarks.methods.discovery import compare
-
-        return compare(task, part.rate, part.seed, part.search, cache)
-    from benchmarks.methods.train import run
-
-    return run(task, part.method, part.rate, part.seed, part.scale, cache, part=part.questions)
+    task = make_task(run.task, run.unit.base)
+    if isinstance(run.scale, Search):
+        how = discovery.run
+    else:
+        how = train.run if run.arm.phase_one is None else revision.run
+    return how(task, run.arm, run.rate, run.unit.seed, run.scale, cache, part=run.part)
 
 
-def make(
-    parts: Sequence[Part], kept: Parts, cache: Path, *, jobs: int, resume: bool
-) -> dict[Part, Any]:
-    """Make the missing parts; return the values of all parts in the order of ``parts``.
+def selecting(experiment: Experiment) -> list[Run]:
+    """Return the runs that choose the learning rates."""
+    return [
+        Run(experiment.task, arm, rate, unit, experiment.selection_scale, "validation")
+        for unit in experiment.selection
+        for arm in experiment.arms
+        if arm.trainer is not None
+        for rate in experiment.rates
+    ]
+
+
+def score(values: dict[str, Any]) -> float:
+    """Return what chooses a rate: the last accuracy, or the mean of a search's probabilities."""
+    if "probability" in values:
+        return fmean(values["probability"].values())
+    return values["curve"][-1]["accuracy"]
+
+
+def selected(experiment: Experiment, records: Records) -> dict[str, dict[float, float]]:
+    """Return each trained arm's mean validation scores, by rate, from the finished runs.
+
+    Raises:
+        ValueError: A run is missing.
+    """
+    table: dict[str, dict[float, list[float]]] = {}
+    for run in selecting(experiment):
+        record = records.find(run.decided_by)
+        if record is None:
+            raise ValueError(
+                f"every learning rate must be measured before the final runs, got none of "
+                f"{run.arm.name} at {run.rate:g}; run `python -m benchmarks.methods select "
+                f"{experiment.name}`"
+            )
+        by_rate = table.setdefault(run.arm.name, {})
+        by_rate.setdefault(run.rate, []).append(score(record.values))
+    return {
+        name: {rate: fmean(found) for rate, found in rates.items()} for name, rates in table.items()
+    }
+
+
+def best_rate(measured: dict[float, float]) -> float:
+    """Return the best of the measured rates; the smallest of equally good ones."""
+    return min(measured, key=lambda rate: (-measured[rate], rate))
+
+
+def final(experiment: Experiment, records: Records) -> list[Run]:
+    """Return the final runs, unit by unit: after each unit all arms have equally many."""
+    rates = {name: best_rate(found) for name, found in selected(experiment, records).items()}
+    return [
+        Run(experiment.task, arm, rates.get(arm.name), unit, experiment.scale)
+        for unit in experiment.units
+        for arm in experiment.arms
+    ]
+
+
+def make(runs: Sequence[Run], records: Records, cache: Path, *, jobs: int, stamp: Any) -> None:
+    """Make the runs that are not recorded.
 
     Args:
-        parts: The parts.
-        kept: The folder of finished parts.
+        runs: The runs.
+        records: The file of finished runs.
         cache: The folder of the base models.
         jobs: The number of processes, with one thread each.
-        resume: Take finished parts from ``kept``; otherwise every part is made anew.
+        stamp: The machine, versions and commit that each record names.
     """
-    done = {part: kept.load(part.name, part.decided_by) for part in parts} if resume else {}
-    missing = [part for part in parts if done.get(part) is None]
-    if resume and len(missing) < len(parts):
-        say(f"{len(parts) - len(missing)} of {len(parts)} parts are there already")
-    for number, (part, values) in enumerate(_made(missing, cache, jobs), 1):
-        kept.save(part.name, part.decided_by, values)
-        done[part] = values
-        say(f"{number}/{len(missing)}  {part.method}, seed {part.seed}: {summary(values)}")
-    return {part: done[part] for part in parts}
+    missing = [run for run in runs if records.find(run.decided_by) is None]
+    say(f"{len(runs) - len(missing)} of {len(runs)} runs are there already")
+    for task, base in dict.fromkeys((run.task, run.unit.base) for run in missing):
+        # two processes must not make the same model
+        make_task(task, base).load(cache)
+    for number, (run, values) in enumerate(_made(missing, cache, jobs), 1):
+        records.add(run.decided_by, values, stamp)
+        rate = "" if run.rate is None else f" {run.rate:g}"
+        say(
+            f"{number}/{len(missing)}  {run.arm.name}{rate}, base {run.unit.base}: "
+            f"{summary(values)}"
+        )
 
 
-def _made(parts: Sequence[Part], cache: Path, jobs: int) -> Iterator[tuple[Part, Any]]:
-    """Yield each part with its values as soon as it is finished."""
-    if jobs == 1 or len(parts) < 2:
-        for part in parts:
-            yield part, measure(part, cache)
+def _made(runs: Sequence[Run], cache: Path, jobs: int) -> Iterator[tuple[Run, Any]]:
+    """Yield each run with its values as soon as it is finished."""
+    if jobs == 1 or len(runs) < 2:
+        for run in runs:
+            yield run, measure(run, cache)
         return
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_one_thread) as pool:
-        running = {pool.submit(measure, part, cache): part for part in parts}
+        running = {pool.submit(measure, run, cache): run for run in runs}
         for future in as_completed(running):
             yield running[future], future.result()
 
@@ -137,17 +166,9 @@ def _one_thread() -> None:
 
 
 def summary(values: dict[str, Any]) -> str:
-    """Return a part's values in a few words."""
-    if "questions" in values:
-        return f"{len(values['questions'])} hard questions"
-    if "curve" not in values:
-        return "scored"
+    """Return a run's values in a few words."""
+    if "probability" in values:
+        shown = ", ".join(f"{count}: {share:.0%}" for count, share in values["probability"].items())
+        return f"{shown} in {values['seconds']:.0f} s"
     first, last = values["curve"][0], values["curve"][-1]
     return f"{first['accuracy']:.1%} -> {last['accuracy']:.1%} in {values['seconds']:.0f} s"
-
-
-def prepare(task: str, seeds: Sequence[int], cache: Path) -> None:
-    """Make the base models before the parts: two processes must not make the same one."""
-    base = make_task(task).base_model
-    for seed in seeds:
-        say(f"base model of seed {seed}: {base(seed, cache)}")

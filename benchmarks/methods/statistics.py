@@ -1,65 +1,80 @@
-"""Confidence intervals of accuracies."""
+"""Intervals, verdicts and power of means over units; the arithmetic is scipy's.
 
-import math
-import random
+A unit is one base model with its own questions, habits and seeds.  Within an experiment a value is
+the mean over a unit's runs, a difference is taken within each unit, and Student's t over the units
+gives the interval: it covers whatever a unit draws.
+"""
+
 from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
 
-Z = 1.959963984540054  # two-sided 95 %
-NUM_RESAMPLES = 1000
+from scipy import stats
+
+CONFIDENCE = 0.95
+POWER = 0.8
+SHOWN, NOT_SHOWN, CONTRADICTED = "shown", "not shown", "contradicted"
 
 
-def wilson(right: int, total: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share (Wilson 1927), for one run's questions.
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over units with its 95 % interval.
+
+    Attributes:
+        mean: The mean.
+        low: The interval's lower end.
+        high: The interval's upper end.
+        units: The number of units.
+    """
+
+    mean: float
+    low: float
+    high: float
+    units: int
+
+    def verdict(self, sign: int, margin: float = 0.0) -> str:
+        """Say whether the interval lies wholly on one side of a claim's margin.
+
+        Args:
+            sign: 1 if the claim is that the mean is above the margin, -1 if it is below.
+            margin: What the claim compares with.
+        """
+        low, high = sorted((sign * (self.low - margin), sign * (self.high - margin)))
+        return SHOWN if low > 0 else CONTRADICTED if high < 0 else NOT_SHOWN
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return the mean of one value for each unit, with Student's interval.
 
     Raises:
-        ValueError: ``total`` is 0, or ``right`` is not between 0 and ``total``.
+        ValueError: There are fewer than two values.
     """
-    if not 0 <= right <= total or total == 0:
-        raise ValueError(f"right must be between 0 and total, total above 0, got {right}, {total}")
-    share, square = right / total, Z * Z / total
-    centre = (share + square / 2) / (1 + square)
-    half = Z * math.sqrt(share * (1 - share) / total + square / total / 4) / (1 + square)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    if len(values) < 2:
+        raise ValueError(f"an interval needs at least 2 units, got {len(values)}; make more runs")
+    mean = fmean(values)
+    if stdev(values) < 1e-9:  # equal but for rounding
+        return Estimate(mean, mean, mean, len(values))
+    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(CONFIDENCE)
+    return Estimate(mean, float(low), float(high), len(values))
 
 
-def bootstrap(
-    runs: Sequence[str], against: Sequence[str] | None = None, *, seed: int = 0
-) -> tuple[float, float]:
-    """Return the percentile 95 % interval of the mean accuracy; seeds and questions are resampled.
+def power(units: int, deviation: float, difference: float) -> float:
+    """Return how probably the interval of so many units leaves out 0, given a true difference.
 
     Args:
-        runs: For each seed a string with "1" for each question answered rightly and "0" for any
-            other, the questions in the same order.  A resample draws one set of questions for all
-            of its seeds.
-        against: Another method's runs with the same seeds.  The interval is then that of the mean
-            difference, paired by seed and question.
-        seed: The seed of the resampling.
-
-    Raises:
-        ValueError: There is no run, or the runs differ in their numbers of questions.
+        units: The number of units.
+        deviation: The standard deviation of the paired differences between units.
+        difference: The true mean difference.
     """
-    others = ["0" * len(run) for run in runs] if against is None else against
-    lengths = {len(run) for run in (*runs, *others)}
-    if len(lengths) != 1 or 0 in lengths or len(others) != len(runs):
-        raise ValueError(
-            f"runs must be equally many, equally long and not empty, got {sorted(lengths)}"
-        )
-    rng = random.Random(seed)
-    (length,) = lengths
-    gains = [
-        [(mark == "1") - (other == "1") for mark, other in zip(*pair)] for pair in zip(runs, others)
-    ]
-    means = []
-    for _ in range(NUM_RESAMPLES):
-        chosen = rng.choices(gains, k=len(gains))
-        sums = [sum(marks) for marks in zip(*chosen)]
-        means.append(sum(rng.choices(sums, k=length)) / (length * len(gains)))
-    means.sort()
-    return means[int(0.025 * NUM_RESAMPLES)], means[int(0.975 * NUM_RESAMPLES) - 1]
+    freedom = units - 1
+    limit = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
+    shift = difference * units**0.5 / deviation
+    return float(stats.nct.sf(limit, freedom, shift) + stats.nct.cdf(-limit, freedom, shift))
 
 
-def interval(runs: Sequence[str]) -> tuple[float, float]:
-    """Return Wilson's interval for one run, the bootstrap's for several."""
-    if len(runs) == 1:
-        return wilson(runs[0].count("1"), len(runs[0]))
-    return bootstrap(runs)
+def units_needed(deviation: float, difference: float) -> int:
+    """Return the fewest units that see a difference with 80 % power."""
+    units = 2
+    while power(units, deviation, difference) < POWER:
+        units += 1
+    return units

@@ -1,4 +1,4 @@
-"""Training of one method with one seed, by the trainer's public interface, with evaluations."""
+"""Training of one arm on one unit, by the trainer's public interface, with evaluations."""
 
 import tempfile
 import time
@@ -8,23 +8,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
+from benchmarks.methods.arms import GROUP, Arm
 from benchmarks.methods.evaluate import look
-from benchmarks.methods.settings import GROUP, LORA_RANK, METHODS, Scale, method_settings
-from benchmarks.methods.task import Task
+from benchmarks.methods.experiments import Scale
+from benchmarks.methods.tasks import Task
 from fused_sd.integrations import trl
-
-
-def load(task: Task, seed: int, cache: Path) -> tuple[Any, Any]:
-    """Return the base model in fp32 and its tokenizer."""
-    folder = task.base_model(seed, cache)
-    if task.name == "smollm2":
-        from fused_sd.demo import model as demo
-
-        return demo.load(folder, device())
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.to(device()), AutoTokenizer.from_pretrained(folder)
 
 
 def device() -> str:
@@ -32,19 +22,36 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def load(task: Task, cache: Path) -> tuple[Any, Any]:
+    """Return the base model in fp32 on the device, and its tokenizer or processor."""
+    model, processor = task.load(cache)
+    return model.to(device()), processor
+
+
+def common_settings(seed: int, output: str) -> dict[str, Any]:
+    """Return the settings that every trainer of the experiments has."""
+    return {
+        "output_dir": output,
+        "weight_decay": 0.0,
+        "activation_checkpointing": False,
+        "use_cpu": device() == "cpu",
+        "bf16": False,
+        "seed": seed,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
 def build(
-    task: Task, method: str, rate: float, seed: int, scale: Scale, cache: Path, output: str
+    task: Task, arm: Arm, model: Any, processor: Any, *, rate: float, scale: Scale, **common: Any
 ) -> Any:
-    """Build the method's trainer as a user would."""
-    settings = METHODS[method]
-    model, tokenizer = load(task, seed, cache)
-    config = getattr(trl, settings.config)(
-        output_dir=output,
+    """Build the arm's trainer as a user would; ``common`` is that of ``common_settings``."""
+    config = getattr(trl, arm.config)(
         max_steps=scale.steps,
         learning_rate=rate,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=5,
-        weight_decay=0.0,
         per_device_train_batch_size=scale.generations,
         num_generations=GROUP,
         max_completion_length=task.max_response,
@@ -52,85 +59,108 @@ def build(
         top_p=1.0,
         top_k=0,
         observe=False,
-        activation_checkpointing=False,
-        use_cpu=device() == "cpu",
-        bf16=False,
-        seed=seed,
         logging_steps=10,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **(task.templates[settings.template] if settings.template else {}),
-        **method_settings(task.name, method),
+        **common,
+        **(task.templates[arm.template] if arm.template else {}),
+        **arm.settings,
     )
-    adapter = None
-    if task.name == "smollm2":
-        from peft import LoraConfig
-
-        adapter = LoraConfig(
-            r=LORA_RANK,
-            lora_alpha=2 * LORA_RANK,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-    return getattr(trl, settings.trainer)(
+    return getattr(trl, arm.trainer)(
         model=model,
         reward_funcs=task.reward,
         args=config,
-        train_dataset=Dataset.from_list(task.rows(settings.hint)),
-        processing_class=tokenizer,
-        peft_config=adapter,
+        train_dataset=Dataset.from_list(task.rows(arm.hint)),
+        processing_class=processor,
+        peft_config=adapter(task),
+        **({"feedback_func": task.said} if arm.hears else {}),
     )
 
 
-class Looks(TrainerCallback):
-    """Evaluates the student every few steps."""
+def adapter(task: Task) -> Any:
+    """Return the adapter that is trained; None: the whole model is trained."""
+    if task.lora_rank is None:
+        return None
+    from peft import LoraConfig
 
-    def __init__(self, every: int, take: Callable[[int], dict[str, Any]]) -> None:
-        self.every, self.take = every, take
-        self.curve: list[dict[str, Any]] = []
+    return LoraConfig(
+        r=task.lora_rank,
+        lora_alpha=2 * task.lora_rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+class Curve(TrainerCallback):
+    """Evaluates the student every few steps, and measures the time without the evaluations.
+
+    Args:
+        take: Evaluates the student.
+        every: The steps between two evaluations.
+        generations_per_step: The generations of a step.
+        before: The generations that were spent before the training.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[], dict[str, Any]],
+        *,
+        every: int,
+        generations_per_step: int,
+        before: int = 0,
+    ) -> None:
+        self.take, self.every = take, every
+        self.per_step, self.before = generations_per_step, before
+        self.looks: list[dict[str, Any]] = []
+        self.looking = 0.0
+
+    def look(self, step: int) -> None:
+        """Evaluate after a step."""
+        started = time.perf_counter()
+        generations = self.before + step * self.per_step
+        self.looks.append({"step": step, "generations": generations, **self.take()})
+        self.looking += time.perf_counter() - started
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
-            self.curve.append(self.take(state.global_step))
+            self.look(state.global_step)
 
 
-def run(
-    task: Task,
-    method: str,
-    rate: float,
-    seed: int,
-    scale: Scale,
-    cache: Path,
-    *,
-    part: str = "held_out",
-) -> dict[str, Any]:
+def train(trainer: Any, task: Task, part: str, scale: Scale, *, before: int = 0) -> dict[str, Any]:
     """Train once, and evaluate before, during and after.
 
     Args:
-        part: The part of the task's questions that is evaluated.
+        trainer: The arm's trainer.
+        task: The task.
+        part: The part of its questions that is evaluated.
+        scale: The size of the training.
+        before: Generations that were spent before.
 
     Returns:
         ``curve``: evaluations, each with its step and the number of generations so far;
         ``seconds``: the time of training without the evaluations.
     """
     questions = task.questions[part][: scale.num_questions]
-    started, looking = time.perf_counter(), 0.0
+    curve = Curve(
+        lambda: look(trainer.model, trainer.processing_class, task, questions),
+        every=scale.look_every,
+        generations_per_step=scale.generations,
+        before=before,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(curve)
+    curve.look(0)
+    curve.looking, started = 0.0, time.perf_counter()
+    trainer.train()
+    if trainer.state.global_step % scale.look_every:
+        curve.look(trainer.state.global_step)
+    return {"curve": curve.looks, "seconds": time.perf_counter() - started - curve.looking}
 
+
+def run(
+    task: Task, arm: Arm, rate: float, seed: int, scale: Scale, cache: Path, *, part: str
+) -> dict[str, Any]:
+    """Train an arm from the base model; see ``train`` for what is returned."""
+    model, processor = load(task, cache)
     with tempfile.TemporaryDirectory() as output:
-        trainer = build(task, method, rate, seed, scale, cache, output)
-
-        def take(step: int) -> dict[str, Any]:
-            nonlocal looking
-            begun = time.perf_counter()
-            taken = look(trainer.model, trainer.processing_class, task, questions)
-            looking += time.perf_counter() - begun
-            return {"step": step, "generations": step * scale.generations, **taken}
-
-        trainer.remove_callback(PrinterCallback)
-        looks = Looks(scale.look_every, take)
-        trainer.add_callback(looks)
-        looks.curve.append(take(0))
-        started, looking = time.perf_counter(), 0.0
-        trainer.train()
-    return {"curve": looks.curve, "seconds": time.perf_counter() - started - looking}
+        common = common_settings(seed, output)
+        trainer = build(task, arm, model, processor, rate=rate, scale=scale, **common)
+        return train(trainer, task, part, scale)

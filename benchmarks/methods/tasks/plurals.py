@@ -8,14 +8,17 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.methods.task import Question, Task
+from benchmarks.methods.tasks.task import Question, Task
 from fused_sd.demo import task as demo
-from fused_sd.demo.model import model_directory
+from fused_sd.demo.model import load, model_directory
 from fused_sd.demo.words import plural
 
 NUM_HELD_OUT, NUM_VALIDATION = 60, 20
 MAX_RESPONSE = 5
+VERSION = 1
+LORA_RANK = 16
 PROMPT = 'The plural of "{word}" is "'
 HINT_MARKS = re.compile(r"->|reference|solution|correct|wrong|rephrase", re.IGNORECASE)
 TEMPLATES = {
@@ -40,8 +43,11 @@ def _examples(word: str, others: Sequence[str], rng: random.Random) -> str:
     return "".join(f'{PROMPT.format(word=other)}{plural(other)}".\n' for other in shown)
 
 
-def plurals() -> Task:
-    """Return the demo's words as a task; some of its training words are the validation part."""
+def make(base: int = 0) -> Task:
+    """Return the demo's words as a task; some of its training words are the validation part.
+
+    There is one base model and one split, whatever ``base`` is.
+    """
     split = demo.split_words(NUM_HELD_OUT)
     rng = random.Random(demo.SPLIT_SEED)
 
@@ -56,15 +62,17 @@ def plurals() -> Task:
         "held_out": split.held_out,
     }
     return Task(
-        name="smollm2",
+        name="plurals",
+        base=base,
         questions={name: [make_question(word) for word in words] for name, words in parts.items()},
-        base_model=_base_model,
+        load=_load,
         is_right=is_right,
         is_leaking=lambda response: HINT_MARKS.search(response) is not None,
         max_response=MAX_RESPONSE,
         templates=TEMPLATES,
+        lora_rank=LORA_RANK,
     )
 
 
-def _base_model(seed: int, cache: Path) -> Path:
-    return model_directory(cache)
+def _load(cache: Path) -> tuple[Any, Any]:
+    return load(model_directory(cache), "cpu")
