@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -130,10 +130,12 @@ def make(runs: Sequence[Run], records: Records, cache: Path, *, jobs: int, stamp
     """
     missing = [run for run in runs if records.find(run.decided_by) is None]
     say(f"{len(runs) - len(missing)} of {len(runs)} runs are there already")
-    for task, base in dict.fromkeys((run.task, run.unit.base) for run in missing):
-        # two processes must not make the same model
-        make_task(task, base).load(cache)
-    for number, (run, values) in enumerate(_made(missing, cache, jobs), 1):
+    # two processes must not make the same model
+    models = dict.fromkeys((run.task, run.unit.base, cache) for run in missing)
+    for _ in _each(_prepare, list(models), jobs):
+        pass
+    made = _each(measure, [(run, cache) for run in missing], jobs)
+    for number, ((run, _), values) in enumerate(made, 1):
         records.add(run.decided_by, values, stamp)
         rate = "" if run.rate is None else f" {run.rate:g}"
         say(
@@ -142,14 +144,21 @@ def make(runs: Sequence[Run], records: Records, cache: Path, *, jobs: int, stamp
         )
 
 
-def _made(runs: Sequence[Run], cache: Path, jobs: int) -> Iterator[tuple[Run, Any]]:
-    """Yield each run with its values as soon as it is finished."""
-    if jobs == 1 or len(runs) < 2:
-        for run in runs:
-            yield run, measure(run, cache)
+def _prepare(task: str, base: int, cache: Path) -> None:
+    """Make a base model that is not there yet."""
+    make_task(task, base).load(cache)
+
+
+def _each(
+    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], jobs: int
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield the arguments of each call and what it returns, as soon as it has."""
+    if jobs == 1:
+        for call in calls:
+            yield call, function(*call)
         return
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_one_thread) as pool:
-        running = {pool.submit(measure, run, cache): run for run in runs}
+        running = {pool.submit(function, *call): call for call in calls}
         for future in as_completed(running):
             yield running[future], future.result()
 
