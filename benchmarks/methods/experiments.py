@@ -94,7 +94,7 @@ class Experiment:
     units: tuple[Unit, ...]
     rates: tuple[float, ...]
     selection: tuple[Unit, ...] = (Unit(100, 100), Unit(101, 101))
-    selection_steps: int = 60
+    selection_steps: int = 120
 
     @property
     def file(self) -> str:
