@@ -8,7 +8,7 @@ PYTHON_VERL := $(VENV_VERL)/bin/python
 VENV_VLLM := .venv-vllm
 PYTHON_VLLM := $(VENV_VLLM)/bin/python
 
-.PHONY: venv venv-verl venv-vllm test test-full test-gpu test-portable test-verl test-vllm check demo bench clean
+.PHONY: venv venv-verl venv-vllm test test-full test-gpu test-portable test-verl test-vllm check demo bench docs clean
 
 venv: $(VENV)/.ready
 
@@ -89,6 +89,11 @@ demo: venv
 bench: venv
 	$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]'
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest benchmarks $(BENCH)
+
+# The manual, into build/site.  Links, names and references that lead nowhere are errors.
+docs: venv
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q --strict
 
 clean:
 	rm -rf $(VENV) $(VENV_VERL) $(VENV_VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
