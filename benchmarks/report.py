@@ -1,10 +1,11 @@
 """``python -m benchmarks.report``: tables and plots from the stored results.
 
-python -m benchmarks.report                    prints the tables
-python -m benchmarks.report --update-readme    writes them into README.md, plots into docs/images
+python -m benchmarks.report             prints the tables
+python -m benchmarks.report --update    writes them into docs/reference/measurements.md, and plots
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,12 +17,13 @@ from benchmarks.markdown import environment_line, table
 from benchmarks.step.report import markdown as step_markdown
 from benchmarks.storage import RESULTS, ROOT, step_documents, suite_documents
 from fused_sd.bench.table import US, is_ours, memory, number, percent
-from fused_sd.measuring.readme import Block
+from fused_sd.measuring.markdown_block import Block
 
-BLOCK = "speed"  # the README's block
+BLOCK = "speed"  # the page's block
+PAGE = ROOT / "docs" / "reference" / "measurements.md"
 TO_COME = (
     "**GPU figures are still to be measured**: by `python -m benchmarks.run --suite gpu`, which "
-    "ends within nine minutes; `python -m benchmarks.report --update-readme` then puts them here."
+    "ends within nine minutes; `python -m benchmarks.report --update` then puts them here."
 )
 WHOLE_TABLES = ("main", "compiled")  # the parts whose cells are shown with every provider
 PLOT_TITLES = {
@@ -57,27 +59,29 @@ SUMMARY_COLUMNS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the tables or write them into the README; return the exit status."""
+    """Print the tables or write them into the page; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument(
         "--docs", type=Path, default=ROOT / "docs" / "images", help="folder of the plots"
     )
-    parser.add_argument(
-        "--update-readme", nargs="?", const=ROOT / "README.md", type=Path, metavar="PATH"
-    )
+    parser.add_argument("--update", nargs="?", const=PAGE, type=Path, metavar="PAGE")
     options = parser.parse_args(arguments)
     documents, steps = suite_documents(options.results), step_documents(options.results)
-    if options.update_readme is None:
+    if options.update is None:
         print(*markdown_lines(documents, {}), *map(step_markdown, steps), sep="\n")
         return 0
     try:
-        block = Block(options.update_readme, BLOCK)
+        block = Block(options.update, BLOCK)
     except ValueError as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2
-    plots = {index: figures.plots(one, options.docs) for index, one in enumerate(documents)}
-    # the block stands in a section of the README: headings go one level down
+    to_plots = os.path.relpath(options.docs, options.update.parent)
+    plots = {
+        index: [f"{to_plots}/{name}" for name in figures.plots(one, options.docs)]
+        for index, one in enumerate(documents)
+    }
+    # the block stands in a section of the page: headings go one level down
     inside = [re.sub("^#", "##", step_markdown(step), flags=re.MULTILINE) for step in steps]
     block.fill([*markdown_lines(documents, plots), *inside])
     return 0
@@ -90,14 +94,14 @@ def markdown_lines(
 
     Args:
         documents: The suites' results.
-        plots: File names of the plots, by the place in ``documents``.
+        plots: Paths of the plots from the page, by the place in ``documents``.
     """
     if not any(document["suite"].startswith("gpu") for document in documents):
         yield from (TO_COME, "")
     for index, document in enumerate(documents):
         yield from (f"{environment_line(document['environment'])}:", "")
         for name in plots.get(index, []):
-            yield from (f"![{PLOT_TITLES[name.rpartition('_')[2]]}](docs/images/{name})", "")
+            yield from (f"![{PLOT_TITLES[name.rpartition('_')[2]]}]({name})", "")
         for part in WHOLE_TABLES:
             for cell in document["parts"].get(part, {}).values():
                 yield from cell_lines(cell)

@@ -155,11 +155,11 @@ def test_markdown_is_a_table(capsys):
 
 
 def test_a_readme_gets_its_table_again_and_again(capsys, tmp_path):
-    path = tmp_path / "README.md"
-    marker = "<!-- measured: python -m fused_sd verify --update-readme -->"
+    path = tmp_path / "page.md"
+    marker = "<!-- measured: python -m fused_sd verify --update -->"
     path.write_text(f"before\n\n{marker}\n<!-- end -->\n\nafter\n")
     for _ in range(2):
-        status, out = verify(capsys, "--losses", "sdft", "--update-readme", str(path))
+        status, out = verify(capsys, "--losses", "sdft", "--update", str(path))
         assert (status, out) == (0, "")
         text = path.read_text()
         assert text.startswith(f"before\n\n{marker}\n\nCPU")
@@ -189,7 +189,7 @@ def test_env_prints_versions(capsys):
         (["--backend", "cuda"], r"--backend must be one of .*, got 'cuda'; choose"),
         (["--tokens", "1"], r"--tokens must be at least 2, got 1; leave"),
         (["--model", "qwen3-8b"], r"model must come without hidden_size.*, got 'qwen3-8b'; leave"),
-        (["--update-readme", "no_such.md"], r"--update-readme must name a file.*; add the two"),
+        (["--update", "no_such.md"], r"--update must name a file.*; add the two"),
         (["--backend", "triton", "--dtype", "fp64"], r"backend must be 'torch' for float64"),
     ],
 )

@@ -17,7 +17,7 @@ from benchmarks.methods.outcomes import Contrast, Runs, by_unit, finished
 from benchmarks.methods.records import Records
 from benchmarks.methods.runs import best_rate, selected
 from benchmarks.methods.statistics import CONTRADICTED, NOT_SHOWN, SHOWN, Estimate, units_needed
-from fused_sd.measuring.readme import Block
+from fused_sd.measuring.markdown_block import Block
 
 PAGE = "claims.md"
 PARTLY, NOT_RUN = "partly shown", "not run"

@@ -13,14 +13,14 @@ from typing import Any
 from fused_sd.measuring.arguments import add_head_size
 from fused_sd.measuring.dtypes import DTYPES
 from fused_sd.measuring.environment import environment
-from fused_sd.measuring.readme import Block
+from fused_sd.measuring.markdown_block import Block
 from fused_sd.verify import report
 from fused_sd.verify.cases import CASES
 from fused_sd.verify.choices import DEFAULT_SIZES, Choices, resolve
 from fused_sd.verify.promises import Measured
 from fused_sd.verify.run import Verifier, verify
 
-BLOCK = "measured"  # the README's block that ``--update-readme`` fills
+BLOCK = "measured"  # the block that ``--update`` fills
 
 
 def add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -54,12 +54,10 @@ def add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     output.add_argument("--json", action="store_true", help="print JSON, with all digits")
     output.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     output.add_argument(
-        "--update-readme",
-        nargs="?",
-        const=Path("README.md"),
+        "--update",
         type=Path,
-        metavar="PATH",
-        help="write the table below its marker in a file (default README.md)",
+        metavar="PAGE",
+        help="write the table below its marker in a Markdown file",
     )
     command.set_defaults(run=run_verify)
 
@@ -69,8 +67,8 @@ def run_verify(arguments: argparse.Namespace) -> int:
     block = None
     try:
         choices = resolve(arguments)
-        if arguments.update_readme is not None:
-            block = Block(arguments.update_readme, BLOCK)
+        if arguments.update is not None:
+            block = Block(arguments.update, BLOCK)
     except ValueError as error:
         print(f"fused_sd verify: {error}", file=sys.stderr)
         return 2

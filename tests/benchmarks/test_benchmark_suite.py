@@ -13,7 +13,7 @@ from fused_sd.bench import cell as bench_cell
 from fused_sd.bench.measure import Effort
 from fused_sd.bench.problem import OBJECTIVES, SHAPES
 from fused_sd.bench.providers import PROVIDERS
-from fused_sd.measuring.readme import END
+from fused_sd.measuring.markdown_block import END
 
 PAIR = ("fused_sd", "eager")
 MARKER = "<!-- speed: a command -->"
@@ -220,7 +220,7 @@ def test_results_become_tables_and_plots_again_and_again(tiny, tmp_path, capsys)
     assert measure(tiny) == 0
     readme, docs = tmp_path / "README.md", tmp_path / "docs"
     readme.write_text(f"before\n\n{MARKER}\n{END}\n\nafter\n")
-    arguments = ["--results", str(tiny), "--docs", str(docs), "--update-readme", str(readme)]
+    arguments = ["--results", str(tiny), "--docs", str(docs), "--update", str(readme)]
     assert report.main(arguments) == 0
     text = readme.read_text()
     assert report.main(arguments) == 0
@@ -292,7 +292,7 @@ def test_the_whole_step_stands_below_the_readmes_section(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "suite_documents", lambda folder: [])
     monkeypatch.setattr(report, "step_documents", lambda folder: [{}])
     monkeypatch.setattr(report, "step_markdown", lambda step: "## One step\n\n### small\n")
-    assert report.main(["--update-readme", str(readme)]) == 0
+    assert report.main(["--update", str(readme)]) == 0
     headings = [line for line in readme.read_text().splitlines() if line.startswith("#")]
     assert headings == ["## Speed", "### One step", "#### small", "## Next"]
     assert "old" not in readme.read_text()

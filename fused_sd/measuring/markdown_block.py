@@ -27,7 +27,7 @@ class Block:
         match = re.search(pattern, text, re.DOTALL)
         if match is None:
             checks.fail(
-                "--update-readme",
+                "--update",
                 f"name a file with a line '<!-- {name}: ... -->' and a line {END!r} below it",
                 repr(str(path)),
                 "add the two lines where the table belongs",
