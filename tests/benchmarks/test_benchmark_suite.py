@@ -233,7 +233,7 @@ def test_results_become_tables_and_plots_again_and_again(tiny, tmp_path, capsys)
     assert "| reverse_kl | tiny | 80 | trained |" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in tables} == {11, 12, 13}
-    pictures = re.findall(r"\(docs/images/(\S+\.png)\)", text)
+    pictures = re.findall(r"\(docs/(\S+\.png)\)", text)
     assert sorted(pictures) == sorted(path.name for path in docs.iterdir())
     assert len(pictures) == 3
     capsys.readouterr()
