@@ -36,6 +36,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fused_sd.checks.extras import require
+
+require("trl", "transformers")
+
 from transformers import PreTrainedModel
 
 from fused_sd.checks import fail

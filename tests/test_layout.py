@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "planning": MEASURED,
     "bench": (*MEASURED, "verify", "reference"),
     "integrations": ("checks", "credit", "teaching", "terms"),  # and public names
-    "demo": ("credit", "integrations", "measuring"),
+    "demo": ("checks", "credit", "integrations", "measuring"),
     "cli": ("credit", "measuring", "verify", "planning", "bench"),  # and public names
     "__main__": ("cli",),
     "__init__": (*LOSSES, "teaching", "planning"),  # planning on first use

@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Any
 
 from fused_sd.checks import check_one_of
+from fused_sd.checks.extras import require
 from fused_sd.credit.scale import EXPLANATIONS, nats, rgb, visible
 from fused_sd.credit.tokens import VALUES, CreditMap, TokenCredit
 
@@ -28,14 +29,13 @@ def credit_figure(
         columns: number of characters on a line.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ModuleNotFoundError: matplotlib is not installed.
         ValueError: ``value`` or ``full_at`` is not legal.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib; pip install matplotlib") from error
+    require("credit", "matplotlib")
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
     check_one_of("value", value, VALUES)
     placed, num_lines = _layout(credit, value, columns)
     figure = Figure(figsize=((columns + 2) * COLUMN, (num_lines + 1) * LINE))
@@ -81,7 +81,7 @@ def save_png(
         path: the file to write.
 
     Raises:
-        ImportError, ValueError: as in ``credit_figure``.
+        ModuleNotFoundError, ValueError: as in ``credit_figure``.
     """
     figure = credit_figure(credit, value=value, full_at=full_at, columns=columns)
     with warnings.catch_warnings():

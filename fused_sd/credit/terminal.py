@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from fused_sd.checks import check_one_of
+from fused_sd.checks.extras import require
 from fused_sd.credit.scale import EXPLANATIONS, SIDES, nats, rgb, strength, visible
 from fused_sd.credit.tokens import VALUES, CreditMap, TokenCredit
 
@@ -31,14 +32,13 @@ def print_map(
         console: a ``rich.console.Console``.  None: standard output.
 
     Raises:
-        ImportError: rich is not installed.
+        ModuleNotFoundError: rich is not installed.
         ValueError: ``value`` or ``full_at`` is not legal.
     """
-    try:
-        from rich.console import Console
-        from rich.text import Text
-    except ImportError as error:
-        raise ImportError("the terminal's colours need rich; pip install rich") from error
+    require("credit", "rich")
+    from rich.console import Console
+    from rich.text import Text
+
     check_one_of("value", value, VALUES)
     console = Console() if console is None else console
     # no_color keeps bold and dim text, yet drops the colours that carry the judgement

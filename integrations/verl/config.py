@@ -8,6 +8,10 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
+from fused_sd.checks.extras import require
+
+require("verl", "verl")
+
 from verl.workers.config import DistillationLossConfig
 
 from fused_sd import Comparison, Evidence, EvidenceSchedule, Options, checks

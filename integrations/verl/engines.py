@@ -11,6 +11,10 @@ vendor: they stay as they are for every model that does not import this module.
 import importlib.util
 import os
 
+from fused_sd.checks.extras import require
+
+require("verl", "verl")
+
 from verl.utils.device import get_device_name, get_vendor
 
 from fused_sd.integrations.verl import plugin

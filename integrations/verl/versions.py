@@ -20,7 +20,7 @@ def installed(name: str) -> str | None:
 def unsupported_reason(verl_version: str | None) -> str | None:
     """Say why this version of verl is not supported; return None if it is."""
     if verl_version is None:
-        return f"verl is not installed; pip install 'verl{SUPPORTED_VERL}'"
+        return f"verl is not installed; pip install 'fused-sd[verl]' ({SUPPORTED_VERL})"
     if _is_within(SUPPORTED_VERL, verl_version) or is_development(verl_version):
         return None
     return (
@@ -65,7 +65,7 @@ def commit_of(package: ModuleType) -> str | None:
 
 
 def _is_within(specifiers: str, verl_version: str) -> bool:
-    # imported late: where verl is missing, packaging may be, and the doctor still reports
+    # imported late: without the extra packaging may be missing, and the doctor still reports
     from packaging.specifiers import SpecifierSet
     from packaging.version import InvalidVersion
 
