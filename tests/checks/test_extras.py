@@ -72,8 +72,8 @@ def test_every_extra_that_is_named_exists():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
                 named.add(node.args[0].value)
-    for text in ("README.md", "integrations/verl/versions.py"):
-        for found in re.findall(r"fused-sd\[([a-z,-]+)\]", (ROOT / text).read_text()):
+    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        for found in re.findall(r"(?:fused-sd|'\.)\[([a-z,-]+)\]", path.read_text()):
             named |= set(found.split(","))
     assert named >= {"trl", "verl", "demo", "verdicts", "credit"}
     assert named <= set(extras)
