@@ -1,9 +1,10 @@
 """The output projection as a caller describes it: ``LMHead``, accepted wherever a weight is."""
 
 import dataclasses
+import importlib
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,28 @@ class LMHead:
     def __post_init__(self) -> None:
         tensor_checks.check_head(self.weight, self.bias)
         tensor_checks.check_shaping(self.num_rows, self.logit_scale, self.softcap, self.valid_vocab)
+
+    @classmethod
+    def of(cls, model: Any) -> "LMHead":
+        """Return the head of a transformers causal language model, for its ``last_hidden_state``.
+
+        Scale, soft-cap, bias and rows without a logit are the model's.  The first call for a model
+        compares logits of a few tokens, made with the head, with the model's own.  The head holds
+        the model's parameters, so that it may be kept while they are trained.  Where PEFT has put
+        LoRA on the head, its weight is a new (V, D) tensor, which each step has to make anew; a
+        16-bit head with fp32 adapters becomes fp32, and wants its states in fp32.
+
+        Args:
+            model: a PreTrainedModel, or one inside PEFT, DDP or torch.compile.
+
+        Raises:
+            ValueError: the model does something else to its logits or to the states before its
+                head, the head is quantised, or parameters are sharded or offloaded.
+        """
+        # by name, because nothing below the integrations imports transformers
+        integration = importlib.import_module("fused_sd.integrations.shared.model_head")
+        head: LMHead = integration.model_head(model)
+        return head
 
     @property
     def num_rows(self) -> int:

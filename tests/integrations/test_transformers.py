@@ -15,6 +15,7 @@ peft = pytest.importorskip("peft")
 
 import transformers
 from last_log_probs import NUM_TOKENS, POSITIONS, fused_log_probs, own_log_probs
+from tiny_adapters import ADAPTERS, adapted
 from tiny_models import FAMILIES, VOCAB, random_ids, tiny_model
 
 from fused_sd import TeacherTopK, divergence_loss
@@ -165,27 +166,6 @@ def test_models_without_a_plain_head_are_refused():
         attach(transformers.T5ForConditionalGeneration(transformers.T5Config(**settings)))
 
 
-def adapted(family="Llama", **settings):
-    """A model with LoRA whose update is not 0."""
-    config = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **settings})
-    model = peft.get_peft_model(tiny_model(family), config).double()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
-ADAPTERS = {
-    "layers": {},
-    "head": {"target_modules": ["q_proj", "lm_head"]},
-    "head with bias": {"family": "Phi", "target_modules": ["lm_head"]},
-    "scaled head": {"family": "Cohere", "target_modules": ["lm_head"], "lora_alpha": 32},
-    "saved head": {"modules_to_save": ["lm_head"]},
-}
-
-
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
 @pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
 def test_adapters_train_as_through_logits(settings):
@@ -270,7 +250,9 @@ def test_a_gradient_of_few_entries_is_that_of_the_models_logits(made):
 
     def compute(hidden, head):
         support = {"support": TeacherTopK(6), "remainder": "renormalize"}
-        return divergence_loss(hidden, head, teacher, head, **support, gradient="sparse")
+        return divergence_loss(
+            hidden, head, teacher, head, **support, gradient="sparse", reduction="sum"
+        )
 
     output = model(input_ids=ids, fused_sd=Request(compute, POSITIONS)).result
     output.loss.backward()

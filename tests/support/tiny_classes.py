@@ -33,6 +33,27 @@ INKLING = {
     "num_experts_per_tok": 1,
 }
 
+MLA = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+GEMMA3N = {
+    **TEXT,
+    "num_hidden_layers": 3,
+    "num_kv_shared_layers": 1,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 97,
+    "laurel_rank": 4,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "activation_sparsity_pattern": [0.0] * 3,
+    "final_logit_softcapping": 3.0,
+}
+
 # what each does that a head and its config do not say
 CLASSES = {
     # layers between the backbone and the head
@@ -56,6 +77,12 @@ CLASSES = {
     "MptForCausalLM": {**MPT, "logit_scale": 0.5},
     # the logits times logits_scaling, by which Granite divides
     "HyperCLOVAXForCausalLM": {**TEXT, "logits_scaling": 0.25},
+    # a factor before the head
+    "MiniCPM3ForCausalLM": {**MLA, "dim_model_base": 8},
+    # a soft-cap behind layers of another kind
+    "Gemma3nForCausalLM": GEMMA3N,
+    # a bias, and a backbone of another name
+    "GPTJForCausalLM": {"rotary_dim": 4},
     # a factor before the head, and fewer logits than the head has rows
     "InklingForCausalLM": INKLING,
 }
