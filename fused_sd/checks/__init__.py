@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Collection, Iterable, Sequence
 from typing import NoReturn
 
+import torch
+
 
 def fail(argument: str, rule: str, got: object, remedy: str) -> NoReturn:
     """Raise the one kind of error that a caller sees."""
@@ -18,10 +20,27 @@ def fail(argument: str, rule: str, got: object, remedy: str) -> NoReturn:
 
 def deprecated(message: str) -> None:
     """Warn of an old name, at the line outside the library that used it."""
-    frame, level = sys._getframe(1), 2
+    warnings.warn(message, DeprecationWarning, stacklevel=_level_outside())
+
+
+def warn_once(message: str) -> None:
+    """Warn at the line outside the library that is the first to meet this in the process."""
+    # torch.compile traces no frames
+    if torch.compiler.is_compiling() or message in _said:
+        return
+    _said.add(message)
+    warnings.warn(message, UserWarning, stacklevel=_level_outside())
+
+
+_said: set[str] = set()
+
+
+def _level_outside() -> int:
+    """Stack level, for the caller of the function that asks, of the first line outside."""
+    frame, level = sys._getframe(2), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fused_sd."):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, DeprecationWarning, stacklevel=level)
+    return level
 
 
 def check_number(argument: str, value: object, rule: str, ok: bool, remedy: str) -> None:
@@ -58,6 +77,18 @@ def check_open_interval(argument: str, value: object, remedy: str) -> None:
 def check_positive_int(argument: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         fail(argument, "be an integer of at least 1", repr(value), "pass a whole number")
+
+
+def check_bool(argument: str, value: object) -> None:
+    if not isinstance(value, bool):
+        fail(argument, "be True or False", repr(value), "pass one of them")
+
+
+def check_instance(argument: str, value: object, kind: type) -> None:
+    """Refuse a value where an object of the library is needed, such as the number it holds."""
+    if not isinstance(value, kind):
+        name = kind.__name__
+        fail(argument, f"be a fused_sd.{name}", repr(value), f"pass fused_sd.{name}(...)")
 
 
 def check_one_of(argument: str, value: object, legal: Collection[str]) -> None:

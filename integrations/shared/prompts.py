@@ -91,6 +91,9 @@ def _with_content(prompt: Any, text: str) -> Any:
 
 def check_template(name: str, template: str, *needed: str) -> None:
     """Refuse a template that lacks a placeholder, or has one that nothing fills."""
+    if not isinstance(template, str):
+        got, remedy = type(template).__name__, f"write one with {_braced(needed)}"
+        fail(name, "be a text", got, remedy)
     try:
         template.format(**dict.fromkeys(needed, ""))
     except (KeyError, IndexError, ValueError) as error:

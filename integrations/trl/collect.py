@@ -14,8 +14,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fused_sd.checks import check_positive_int
+from fused_sd.checks import check_positive_int, fail
 from fused_sd.integrations.shared.revision_phrases import phrases_for
+from fused_sd.integrations.trl.data_checks import check_columns
 from fused_sd.integrations.trl.generators import Generate
 from fused_sd.integrations.trl.revise import Reviser, RewardFunction, TraceConfig
 from fused_sd.integrations.trl.traces import (
@@ -68,6 +69,15 @@ def collect_traces(
             returned something else than one answer for each completion.
     """
     config = TraceConfig() if config is None else config
+    if not isinstance(config, TraceConfig):
+        fail("config", "be a TraceConfig", type(config).__name__, "pass config=TraceConfig(...)")
+    if not hasattr(dataset, "__getitem__"):
+        got = f"a {type(dataset).__name__}"
+        fail(
+            "dataset", "be a list of rows", got, "pass generate, dataset, reward_func in this order"
+        )
+    if len(dataset):
+        check_columns("collect_traces", "dataset", dataset[0])
     check_positive_int("questions_per_batch", questions_per_batch)
     # The file says which phrases it holds, also those that the model's family has chosen.
     phrases = phrases_for(processing_class.name_or_path, config.correct_phrase, config.wrong_phrase)

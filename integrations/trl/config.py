@@ -11,7 +11,14 @@ from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
-from fused_sd.checks import check_one_of, check_positive_int, fail
+from fused_sd.checks import (
+    check_non_negative,
+    check_one_of,
+    check_positive,
+    check_positive_int,
+    check_unit_interval,
+    fail,
+)
 from fused_sd.integrations.trl.sparse_gradients import GradientSettings
 
 LOSS_TYPES = ("bnpo", "dapo", "grpo", "dr_grpo")
@@ -202,12 +209,22 @@ class TeacherSettings:
         super().__post_init__()  # of the configuration that this stands before
         check_one_of("teacher_model_kind", self.teacher_model_kind, self.teachers)
         check_positive_int("max_reprompt_len", self.max_reprompt_len)
+        check_unit_interval("teacher_update_rate", self.teacher_update_rate)
+        check_positive_int("teacher_sync_steps", self.teacher_sync_steps)
+        check_non_negative("credit_map_steps", self.credit_map_steps, "0 writes none")
 
 
 def check_pair(name: str, values: Sequence[float]) -> None:
     """Refuse a pair of bounds that is not two numbers; a command line gives a list."""
-    if len(values) != 2:
-        fail(name, "hold two numbers, the lower and the upper", values, "give both")
+    if not isinstance(values, Sequence) or len(values) != 2:
+        fail(name, "hold two numbers, the lower and the upper", repr(values), "give both")
+
+
+def check_bounds(config: Any, *names: str) -> None:
+    """Refuse a bound of a configuration that is neither None nor above 0."""
+    for name in names:
+        if getattr(config, name) is not None:
+            check_positive(name, getattr(config, name), "pass None for no bound")
 
 
 def _check_generation(settings: Any) -> None:

@@ -14,6 +14,15 @@ PROMPT, PRIVILEGED = "prompt", "privileged_context"
 BATCH = 1000  # rows that are read together
 
 
+def check_config(trainer: str, args: Any, wanted: type) -> None:
+    """Refuse arguments that are not a trainer's configuration, such as TRL's of the same name."""
+    if isinstance(args, wanted):
+        return
+    needed, got = (f"{kind.__module__}.{kind.__qualname__}" for kind in (wanted, type(args)))
+    remedy = f"pass args={wanted.__name__}(...), imported from there"
+    fail("args", f"be a {needed} for {trainer}", got, remedy)
+
+
 class DataChecks:
     """Mixin before ``GRPOTrainer`` that says what is wrong with data before a step is made.
 
@@ -76,7 +85,7 @@ class DataChecks:
             remedy = "make it a multiple, or set num_generations_eval"
             fail("per_device_eval_batch_size", rule, f"a batch of {len(inputs)}", remedy)
         columns = sorted({name for row in inputs for name in row})
-        self._check_columns("the dataset", columns)
+        check_columns(type(self).__name__, "the dataset", columns, self._needed)
         if PROMPT in self._needed:
             for n, row in enumerate(inputs):
                 _check_prompt("the dataset", row.get(PROMPT), f"row {n} of a batch")
@@ -93,7 +102,7 @@ class DataChecks:
             fail(role, "be one dataset", got, 'choose one of them, such as dataset["train"]')
         columns = getattr(dataset, "column_names", None)
         if columns is not None:
-            self._check_columns(role, columns)
+            check_columns(type(self).__name__, role, columns, self._needed)
         if hasattr(dataset, "__len__") and not len(dataset):
             fail(role, "have a row", "an empty dataset", "look at what filtered it")
         # A dataset with a transform makes its rows when they are read.
@@ -109,16 +118,6 @@ class DataChecks:
             if not has_any and role != "train_dataset" and needs_signal:
                 rule = f"have a row with a {PRIVILEGED}: else its loss is 0, the best there is"
                 fail(role, rule, "missing values alone", "evaluate on rows with a context")
-
-    def _check_columns(self, role: str, columns: Iterable[str]) -> None:
-        for column in self._needed:
-            if column not in columns:
-                fail(
-                    role,
-                    f"have a column {column} for {type(self).__name__}, {_MEANING[column][0]}",
-                    f"columns {', '.join(columns)}",
-                    _MEANING[column][1],
-                )
 
     def _refuse_size(self, got: str) -> None:
         needed = self.args.generation_batch_size // self.num_generations
@@ -138,6 +137,17 @@ _MEANING = {
         "add the reference answer, solution or demonstration under that name",
     ),
 }
+
+
+def check_columns(
+    trainer: str, role: str, columns: Iterable[str], needed: Iterable[str] = (PROMPT,)
+) -> None:
+    """Refuse a dataset without a column that a trainer reads."""
+    for column in needed:
+        if column not in columns:
+            meaning, remedy = _MEANING[column]
+            rule = f"have a column {column} for {trainer}, {meaning}"
+            fail(role, rule, f"columns {', '.join(columns)}", remedy)
 
 
 def _check_prompt(role: str, prompt: Any, row: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, trust_region_states
-from fused_sd.checks import fail
+from fused_sd.checks import check_positive_int, check_unit_interval, fail, warn_once
 from fused_sd.integrations.trl.config import (
     POLICY_SETTINGS,
     TEACHERS,
@@ -52,7 +52,17 @@ class DivergenceChoice(TeacherSettings):
         if self.divergence is None and self.divergence_parameter is not None:
             rule, remedy = "come with divergence", "name the divergence that it belongs to"
             fail("divergence_parameter", rule, self.divergence_parameter, remedy)
+        check_unit_interval("distillation_alpha", self.distillation_alpha)
         self.to_divergence()
+        entries = self.distillation_topk
+        if entries is not None:
+            check_positive_int("distillation_topk", entries)
+        is_default = entries is not None and entries == type(self).distillation_topk
+        if is_default and self.top_k != type(self).top_k:
+            warn_once(
+                f"top_k={self.top_k} is TRL's, of the sampling; the loss still compares {entries} "
+                "entries, which distillation_topk sets"
+            )
 
     def to_divergence(self) -> float | Divergence:
         """Return the divergence that is named, else alpha, which names one of the JSD's family."""

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from trl.experimental.sdft import SDFTTrainer
 from trl.experimental.sdpo import SDPOTrainer
 
+from fused_sd.checks import fail
 from fused_sd.integrations.shared.completion_scores import CompletionForward
+from fused_sd.integrations.trl.config import SelfDistillationConfig
 from fused_sd.integrations.trl.objectives import DistillationObjectives
 from fused_sd.integrations.trl.scores import (
     Scores,
@@ -32,7 +34,7 @@ from fused_sd.integrations.trl.scores import (
     masked_means,
     sequence_mean_weights,
 )
-from fused_sd.integrations.trl.swaps import attach_or_warn
+from fused_sd.integrations.trl.swaps import attach_or_warn, check_prompts
 from fused_sd.integrations.trl.teacher_server import TeacherServerLoss
 
 
@@ -46,7 +48,13 @@ class FusedSelfDistillationMixin(TeacherServerLoss, DistillationObjectives):
     _fused = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        for config in (*args, *kwargs.values()):
+            if isinstance(config, SelfDistillationConfig):
+                kind = f"{type(config).__module__}.{type(config).__qualname__}"
+                remedy = "pass TRL's, or train with fused_sd's trainer of that name"
+                fail("args", f"be TRL's configuration for {type(self).__name__}", kind, remedy)
         super().__init__(*args, **kwargs)
+        check_prompts(self)
         # Trainer applies Liger when training starts.  Its fused head would replace the forward that
         # ``attach`` installs below; its kernels for the layers may stay.
         if self.args.use_liger_kernel:

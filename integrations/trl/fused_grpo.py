@@ -21,7 +21,7 @@ from fused_sd import LMHead, TokenLogProbs, token_log_probs
 from fused_sd.integrations.shared.completion_scores import CompletionForward
 from fused_sd.integrations.shared.padding import TOKEN_TYPES, check_padding_behind
 from fused_sd.integrations.transformers import attach, unwrap
-from fused_sd.integrations.trl.swaps import attach_or_warn
+from fused_sd.integrations.trl.swaps import attach_or_warn, check_prompts
 
 # The model's arguments beside ids and mask that TRL's batches hold, where a model has them.
 IMAGE_INPUTS = (
@@ -53,6 +53,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         # After TRL's __init__, which may have prepared the reference model.
         models = [model] if self.ref_model is None else [model, self.ref_model]
         if self.is_swap:
+            check_prompts(self)
             self._fused = attach_or_warn(self, models)
             return
         # TRL's loss head, which no method reads, keeps the model's forward in a closure: a deep

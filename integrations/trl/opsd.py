@@ -6,6 +6,7 @@ from fused_sd import LossOutput, opsd_loss
 from fused_sd.checks import fail
 from fused_sd.integrations.shared import templates
 from fused_sd.integrations.shared.prompts import check_template
+from fused_sd.integrations.trl.config import check_bounds
 from fused_sd.integrations.trl.contexts import PrivilegedPrompt
 from fused_sd.integrations.trl.divergence_trainer import (
     DivergenceConfig,
@@ -62,6 +63,7 @@ class OPSDConfig(DivergenceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_template("reprompt_template", self.reprompt_template, "prompt", "privileged")
+        check_bounds(self, "entry_clip")
         if self.distillation_add_tail and self.distillation_topk is None:
             fail(
                 "distillation_add_tail",

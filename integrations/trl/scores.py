@@ -134,6 +134,7 @@ def full_divergence(
             token_ids=token_ids,
             importance=cap,
             temperature=temperature,
+            reduction="sum",
             metrics=metrics,
         )
         if policy_mask is None:

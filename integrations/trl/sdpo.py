@@ -4,13 +4,13 @@ Dimension key:  B sequences, T completion tokens, D hidden size
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 from trl.experimental.sdpo import SDPOTrainer as StockSDPOTrainer
 
 from fused_sd import ImportanceCap, LMHead, LossOutput, grpo_loss, sampled_kl_loss, sdpo_loss
-from fused_sd.checks import fail
+from fused_sd.checks import check_one_of, check_unit_interval, fail
 from fused_sd.integrations.shared import templates
 from fused_sd.integrations.shared.prompts import (
     check_sibling_settings,
@@ -18,7 +18,7 @@ from fused_sd.integrations.shared.prompts import (
     sibling_prompt,
 )
 from fused_sd.integrations.shared.rollouts import Rollout
-from fused_sd.integrations.trl.config import SelfDistillationConfig, TokenCorrection
+from fused_sd.integrations.trl.config import SelfDistillationConfig, TokenCorrection, check_bounds
 from fused_sd.integrations.trl.divergence_trainer import (
     DivergenceChoice,
     DivergenceTrainer,
@@ -26,6 +26,8 @@ from fused_sd.integrations.trl.divergence_trainer import (
 )
 from fused_sd.integrations.trl.sparse_gradients import mixed_certificate
 from fused_sd.integrations.trl.trainer import Inputs, Options
+
+Mode = Literal["sampled_token", "full_logits", "topk_logits"]
 
 
 @dataclass
@@ -46,7 +48,7 @@ class SDPOConfig(TokenCorrection, DivergenceChoice, SelfDistillationConfig):
         default_factory=lambda: {"enable_thinking": False},
         metadata={"help": "For the chat template; one without thinking does not read it."},
     )
-    distillation_mode: Literal["sampled_token", "full_logits", "topk_logits"] = field(
+    distillation_mode: Mode = field(
         default="topk_logits",
         metadata={"help": "`topk_logits`, `full_logits` or `sampled_token` (alpha 1)."},
     )
@@ -118,6 +120,9 @@ class SDPOConfig(TokenCorrection, DivergenceChoice, SelfDistillationConfig):
     )
 
     def __post_init__(self) -> None:
+        check_one_of("distillation_mode", self.distillation_mode, get_args(Mode))
+        check_unit_interval("distillation_weight", self.distillation_weight)
+        check_bounds(self, "distillation_is_clip", "tail_floor")
         if self.distillation_mode != "topk_logits":
             if self.distillation_topk not in (None, type(self).distillation_topk):
                 mode = repr(self.distillation_mode)

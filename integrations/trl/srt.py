@@ -24,6 +24,7 @@ from fused_sd import LMHead, LossOutput, cross_entropy_loss
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.chat_format import record_chat_format
 from fused_sd.integrations.transformers import Request, attach
+from fused_sd.integrations.trl.data_checks import check_config
 from fused_sd.integrations.trl.sparse_gradients import certificate_means, certificate_sums
 from fused_sd.integrations.trl.srt_config import SRTConfig
 from fused_sd.integrations.trl.srt_data import (
@@ -78,6 +79,7 @@ class SRTTrainer(SFTTrainer):
         for name in ("data_collator", "compute_loss_func", "compute_metrics", "formatting_func"):
             if kwargs.get(name) is not None:
                 fail(name, "be left out", type(kwargs[name]).__name__, "traces have one loss")
+        check_config(type(self).__name__, args, SRTConfig)
         multiple: Any = args.pad_to_multiple_of  # a number, once the configuration is made
         super().__init__(
             model,
@@ -165,6 +167,7 @@ class SRTTrainer(SFTTrainer):
                 head,
                 token_ids,
                 token_weights=weights.to(dtype),
+                reduction="sum",
                 **self.args.gradient_options,
             )
 

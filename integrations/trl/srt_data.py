@@ -4,7 +4,7 @@ Dimension key:  B traces, L positions
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,13 @@ def trace_dataset(traces: Sequence[Trace], max_length: int | None = None) -> Dat
     Raises:
         ValueError: no trace is left.
     """
+    remedy = "pass load_traces(path).traces"
+    if not isinstance(traces, Iterable) or isinstance(traces, str):
+        fail("traces", "be a list of Trace", f"a {type(traces).__name__}", remedy)
+    for n, trace in enumerate(traces):
+        if not isinstance(trace, Trace):
+            got = f"a {type(trace).__name__} in place {n} of a {type(traces).__name__}"
+            fail("traces", "be a list of Trace", got, remedy)
     kept = [t for t in traces if max_length is None or len(t.input_ids) <= max_length]
     if len(kept) < len(traces):
         warnings.warn(

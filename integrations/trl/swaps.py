@@ -13,6 +13,15 @@ from torch import nn
 from fused_sd.integrations.shared.padding import shift_by_padding
 from fused_sd.integrations.shared.self_check import is_whole
 from fused_sd.integrations.transformers import attach, unwrap
+from fused_sd.integrations.trl.data_checks import check_columns
+
+
+def check_prompts(trainer: Any) -> None:
+    """Refuse a dataset without prompts before the step in which TRL's trainer looks for them."""
+    columns = getattr(trainer.train_dataset, "column_names", None)
+    # an environment may write the prompts itself
+    if columns is not None and not getattr(trainer, "environment_factories", None):
+        check_columns(type(trainer).__name__, "train_dataset", columns)
 
 
 def attach_or_warn(trainer: Any, models: Sequence[nn.Module]) -> bool:

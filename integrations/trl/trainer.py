@@ -33,7 +33,7 @@ from fused_sd.integrations.trl import observe
 from fused_sd.integrations.trl.batches import FEEDBACK_METHOD, FeedbackFunction, RolloutBatches
 from fused_sd.integrations.trl.config import SelfDistillationConfig
 from fused_sd.integrations.trl.credit_maps import CreditMapCallback
-from fused_sd.integrations.trl.data_checks import DataChecks
+from fused_sd.integrations.trl.data_checks import DataChecks, check_config
 from fused_sd.integrations.trl.fused_grpo import FusedGRPOTrainer, model_inputs
 from fused_sd.integrations.trl.reduction import loss_type_weights
 from fused_sd.integrations.trl.reward_functions import check_weights, function_list
@@ -91,9 +91,7 @@ class SelfDistillationTrainer(DataChecks, RolloutBatches, TeacherOwner, FusedGRP
         name = type(self).__name__
         if args is None:
             args = self.config_cls(f"{name}-output")
-        if not isinstance(args, self.config_cls):
-            wanted = self.config_cls.__name__
-            fail("args", f"be a {wanted} for {name}", type(args).__name__, f"pass {wanted}(...)")
+        check_config(name, args, self.config_cls)
         functions = function_list(reward_funcs)
         check_weights(args.reward_weights, len(functions))
         if self.needs_rewards and not (functions or kwargs.get("environment_factory")):
@@ -108,8 +106,8 @@ class SelfDistillationTrainer(DataChecks, RolloutBatches, TeacherOwner, FusedGRP
         self._drop_absent_rewards()
         self._hide_feedback_from_tools()
         self._make_teacher()
-        if self.has_teacher and args.credit_map_steps:
-            self.add_callback(CreditMapCallback(self, every=args.credit_map_steps))
+        if self.has_teacher and self.args.credit_map_steps:
+            self.add_callback(CreditMapCallback(self, every=self.args.credit_map_steps))
         self.teacher_contexts = TeacherContexts(self)
 
     # What a method chooses

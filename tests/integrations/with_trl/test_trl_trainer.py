@@ -686,7 +686,7 @@ REFUSED = {
         lambda f: ours.OPSDTrainer(
             model(), args=ours.SDFTConfig(str(f), use_cpu=True, bf16=False), train_dataset=DATA
         ),
-        "args must be a OPSDConfig for OPSDTrainer",
+        "args must be a .*OPSDConfig for OPSDTrainer",
     ),
     "a setting that is not read": (
         lambda f: make("RLSD", f, top_entropy_quantile=0.5),
