@@ -174,7 +174,7 @@ def logits(probe: Probe) -> None:
 
 def _divergence(problem: Problem, **settings: object) -> torch.Tensor:
     sides = problem.hidden, problem.weight, problem.teacher_hidden, problem.weight.detach()
-    return fused_sd.divergence_loss(*sides, **settings).loss  # type: ignore[arg-type]
+    return fused_sd.divergence_loss(*sides, **{"reduction": "sum", **settings}).loss  # type: ignore[arg-type]
 
 
 def _cross_entropy(problem: Problem) -> torch.Tensor:

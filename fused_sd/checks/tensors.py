@@ -3,21 +3,26 @@
 Values are read on the CPU alone, where reading does not wait for a device.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from fused_sd import checks
 
 LARGEST_LOG_PROB = 1e-3  # of a server's; what is above 0 by more than its rounding is an error
+LEAVE_OUT = "give a token that does not count the value 0"
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(argument: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        checks.fail(argument, "be a tensor", type(value).__name__, "convert it")
+        got, remedy = type(value).__name__, "convert it with torch.as_tensor"
+        if isinstance(value, nn.Module):
+            got, remedy = f"the module {got}", "pass LMHead.of(model), or its weight"
+        checks.fail(argument, "be a tensor", got, remedy)
     if type(value).__name__ == "DTensor":
         checks.fail(
             argument,
@@ -26,6 +31,11 @@ def check_tensor(argument: str, value: object) -> None:
             "call the loss inside the forward of the module that owns it, where FSDP2 has gathered "
             "it, or pass full_tensor(); of a head that ranks share, to_local() and process_group",
         )
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether values can be checked: reading them waits for no device and is not traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_head(weight: object, bias: object) -> None:
@@ -101,11 +111,17 @@ def check_hidden(hidden: object, name: str, weight: Tensor, head_name: str) -> N
     check_tensor(name, hidden)
     assert isinstance(hidden, Tensor)
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        remedy = "pass the states that enter lm_head"
+        if hidden.dim() and hidden.shape[-1] == weight.shape[0]:  # a vocabulary is the larger side
+            is_turned = weight.shape[0] < weight.shape[1]
+            remedy += (
+                f", and {head_name} as (V, D), not its transpose" if is_turned else ", not logits"
+            )
         checks.fail(
             name,
             f"be (..., D) with D = {weight.shape[1]} as {head_name} {tuple(weight.shape)}",
             tuple(hidden.shape),
-            "pass the states that enter lm_head, not logits",
+            remedy,
         )
     if hidden.dtype not in FLOATING:
         checks.fail(name, "be float64, float32, bfloat16 or float16", hidden.dtype, "convert it")
@@ -178,6 +194,54 @@ def check_per_token(
         )
 
 
+def check_token_weights(
+    weights: Tensor | None, shape: Sequence[int], device: torch.device, owner: str, reduction: str
+) -> None:
+    """Check the weight of each token; on the CPU also the values."""
+    check_per_token("token_weights", weights, shape, device, owner)
+    if weights is None or not is_readable(weights):
+        return
+    _check_values("token_weights", weights, weights.isfinite(), "be finite", LEAVE_OUT)
+    if reduction == "mean":
+        rule = 'be at least 0 with reduction="mean", which divides by their sum'
+        _check_values("token_weights", weights, weights >= 0, rule, 'pass reduction="sum"')
+
+
+def check_token_values(name: str, values: Tensor, weights: Tensor | None) -> None:
+    """On the CPU, refuse NaN of a token that counts, and probabilities in place of logarithms.
+
+    Args:
+        name: of the argument; one that ends in "log_probs" holds natural logarithms.
+        values: (...) one for each token.
+        weights: (...) of the tokens; None: all count.
+    """
+    if not is_readable(values):
+        return
+    largest, rule = math.inf, "not be NaN wherever the token has a weight"
+    remedy = "give positions that carry no token the weight 0"
+    if name.endswith("log_probs"):
+        largest, rule = LARGEST_LOG_PROB, "be natural logarithms of probabilities, at most 0"
+        remedy = "take the log of probabilities, the log_softmax of logits"
+    is_legal = values.detach() <= largest
+    if weights is not None:
+        is_legal |= weights == 0
+    _check_values(name, values, is_legal, rule, remedy)
+
+
+def check_mask(argument: str, mask: object) -> None:
+    """Check a mask; on the CPU also that its values are finite and at least 0."""
+    check_tensor(argument, mask)
+    assert isinstance(mask, Tensor)
+    if is_readable(mask):
+        is_legal = mask.isfinite() & (mask >= 0)
+        _check_values(argument, mask, is_legal, "be finite and at least 0", LEAVE_OUT)
+
+
+def _check_values(argument: str, values: Tensor, is_legal: Tensor, rule: str, remedy: str) -> None:
+    if not is_legal.all():
+        checks.fail(argument, rule, values[~is_legal][0].item(), remedy)
+
+
 def check_ids(
     argument: str,
     ids: object,
@@ -194,7 +258,7 @@ def check_ids(
         checks.fail(argument, "be integer token ids", ids.dtype, "pass int64 ids")
     if ids.device != device:
         checks.fail(argument, f"be on {device} as {owner}", ids.device, f"move it to {device}")
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_readable(ids):
         outside = (ids < 0) | (ids >= vocab)
         if weights is not None:
             outside &= weights != 0
@@ -228,8 +292,7 @@ def check_entry_ids(
         )
     if ids.device != device:
         checks.fail("token ids", f"be on {device}", ids.device, f"move them to {device}")
-    on_cpu = ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and ids.numel() and int(ids.max()) >= vocab:
+    if is_readable(ids) and ids.numel() and int(ids.max()) >= vocab:
         checks.fail("token ids", f"lie below V = {vocab}", int(ids.max()), remedy)
 
 
@@ -252,7 +315,7 @@ def check_teacher_entries(ids: Tensor, log_probs: object, weights: Tensor | None
             "teacher_log_probs", "be floating point", log_probs.dtype, "pass natural logarithms"
         )
     check_teacher("teacher_log_probs", log_probs)
-    if log_probs.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_readable(log_probs):
         wrong = ~(log_probs.detach() <= LARGEST_LOG_PROB) & (ids >= 0)  # NaN is wrong, too
         if weights is not None:
             wrong &= (weights != 0)[..., None]
@@ -267,7 +330,7 @@ def check_teacher_entries(ids: Tensor, log_probs: object, weights: Tensor | None
 
 def check_distinct(argument: str, ids: Tensor, weights: Tensor | None) -> None:
     """Check that ids (..., K) do not repeat and are not padding; read on the CPU only."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_readable(ids):
         return
     ordered = ids.sort(-1).values
     wrong = (ordered[..., 1:] == ordered[..., :-1]).any(-1) | (ids < 0).any(-1)

@@ -166,6 +166,7 @@ def credit_measures(
         divergence=Jsd(0.5),
         token_weights=weights,
         temperature=temperature,
+        reduction="sum",
         metrics=("forward_kl", "reverse_kl"),
     ).metrics
     sides = []

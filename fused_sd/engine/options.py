@@ -34,6 +34,32 @@ class LossOptions(TypedDict, total=False):
     reduce_dhidden: bool
 
 
+# losses whose reduction was a sum where the caller named none
+ONCE_SUMMED = {
+    "cross_entropy_loss",
+    "divergence_loss",
+    "policy_loss",
+    "sampled_kl_loss",
+    "topk_divergence_loss",
+}
+
+
+def check_keywords(call: str, passed: Mapping[str, Any], legal: type) -> None:
+    """Refuse a keyword that a public function does not know, by that function's name."""
+    for name in passed:
+        if name not in legal.__annotations__:
+            options = ", ".join(legal.__annotations__)
+            raise TypeError(
+                f"{call}() got an unknown keyword {name!r}: beside its own it takes {options}"
+            )
+
+
+def passed_on(call: str, passed: Mapping[str, Any], legal: type) -> Any:
+    """The keywords that a named loss passes on, checked, with its reduction among them."""
+    check_keywords(call, passed, legal)
+    return {"reduction": Options.reduction, **passed}
+
+
 @dataclass(frozen=True, eq=False)
 class Options:
     """How a loss is weighted, reduced, observed and run, whatever it compares.
@@ -43,8 +69,8 @@ class Options:
             exactly 0 and costs nothing, whatever its states hold.  None: ones.
         temperature: divides the logits of both sides; there is no temperature-squared factor.
         teacher_temperature: divides the teacher's logits instead, where given.
-        reduction: ``"sum"``; ``"mean"``, the sum divided by the sum of the weights, which must then
-            be at least 0; ``"none"``.
+        reduction: ``"mean"``, the sum divided by the sum of the weights, which must then be at
+            least 0: the mean over the tokens that count, as in PyTorch; ``"sum"``; ``"none"``.
         metrics: names of what to return per token beside the loss.
         gradient: ``"dense"``; ``"sparse"``: of each token's logit gradient the largest entries
             are kept, the rest is put on the head's mean row, and a token whose gradient is not
@@ -76,7 +102,7 @@ class Options:
     token_weights: Tensor | None = None
     temperature: float = 1.0
     teacher_temperature: float | None = None
-    reduction: Reduction = "sum"
+    reduction: Reduction = "mean"
     metrics: Sequence[str] = ()
     gradient: GradientKind = "dense"
     tolerance: float | None = None
@@ -95,12 +121,15 @@ class Options:
         if self.chunk_size is not None:
             checks.check_positive_int("chunk_size", self.chunk_size)
         checked_tolerance(self.gradient, self.tolerance)
+        checks.check_bool("compact", self.compact)
+        checks.check_bool("reduce_dhidden", self.reduce_dhidden)
 
     @classmethod
-    def of(cls, passed: Mapping[str, Any], legal: type = LossOptions) -> "Options":
+    def of(cls, call: str, passed: Mapping[str, Any], legal: type = LossOptions) -> "Options":
         """The options of a call, of the keywords that it does not name itself.
 
         Args:
+            call: the name of the public function.
             passed: names and values, as the caller wrote them.
             legal: the typed dict of the options that mean something there.
 
@@ -108,10 +137,12 @@ class Options:
             TypeError: when a name is not one of them.
             ValueError: when a value is out of range.
         """
-        for name in passed:
-            if name not in legal.__annotations__:
-                options = ", ".join(legal.__annotations__)
-                raise TypeError(f"unknown keyword {name!r}: the options of this call are {options}")
+        check_keywords(call, passed, legal)
+        if call in ONCE_SUMMED and "reduction" not in passed:
+            checks.warn_once(
+                f"{call} returns the mean over the tokens that count, where it was their sum "
+                'before: pass reduction="mean" or reduction="sum" to say which you want'
+            )
         return cls(**passed)
 
     @property

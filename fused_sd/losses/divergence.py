@@ -10,7 +10,7 @@ Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies, K en
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -107,7 +107,7 @@ def divergence_loss(
         ValueError: shapes, dtypes or devices disagree, a number is out of range, the teacher
             requires a gradient, or settings do not go together; the message says what to do.
     """
-    chosen = Options.of(options)
+    chosen = Options.of("divergence_loss", options)
     student = placed_head(student_head, chosen.process_group)
     teacher = placed_head(teacher_head, chosen.process_group)
     tensor_checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
@@ -118,7 +118,8 @@ def divergence_loss(
     comparison.check_vocabularies(student.num_tokens, teacher.num_tokens)
     inputs: dict[str, Tensor] = {}
     if isinstance(support, TokenIds):
-        vocab, shape = max(student.num_tokens, teacher.num_tokens), student_hidden.shape[:-1]
+        shape = student_hidden.shape[:-1]
+        vocab = comparison.num_given(student.num_tokens, teacher.num_tokens)
         tensor_checks.check_entry_ids(support.ids, shape, student_hidden.device, vocab)
         inputs["entry_ids"] = support.ids
     sides = (student_hidden, student), (teacher_hidden, teacher)
@@ -171,7 +172,7 @@ def topk_divergence_loss(
     Raises:
         ValueError: as ``divergence_loss``.
     """
-    chosen = Options.of(options)
+    chosen = Options.of("topk_divergence_loss", options)
     student = placed_head(student_head, chosen.process_group)
     tensor_checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
     shape, device = student_hidden.shape[:-1], student_hidden.device
@@ -181,11 +182,6 @@ def topk_divergence_loss(
     inputs = {"entry_ids": teacher_token_ids, "teacher_log_probs": teacher_log_probs}
     sampled = Sampled(token_ids, importance, with_grad)
     return _compare((student_hidden, student), None, inputs, comparison, sampled, chosen)
-
-
-def mean_by_default(options: Any) -> Any:
-    """The caller's keywords, with the mean as reduction where the caller names none."""
-    return {"reduction": "mean", **options}
 
 
 def _compare(
@@ -199,7 +195,7 @@ def _compare(
     """Check what both kinds of teacher have in common, and apply the objective."""
     shape, device = student[0].shape[:-1], student[0].device
     owner = shape, device, "student_hidden"
-    tensor_checks.check_per_token("token_weights", options.token_weights, *owner)
+    tensor_checks.check_token_weights(options.token_weights, *owner, options.reduction)
     if "teacher_log_probs" in inputs:
         served = inputs["entry_ids"], inputs["teacher_log_probs"]
         tensor_checks.check_teacher_entries(*served, options.token_weights)
@@ -222,10 +218,12 @@ def _compare(
         tensor_checks.check_ids(*ids, vocab, options.token_weights, "student_hidden")
         inputs["token_ids"] = sampled.token_ids
     if sampled.importance is not None:
+        checks.check_instance("importance", sampled.importance, ImportanceCap)
         if sampled.token_ids is None:
             checks.fail("importance", "come with token_ids", "none", "pass the sampled tokens")
         old = sampled.importance.old_log_probs
         tensor_checks.check_per_token("old_log_probs", old, *owner)
+        tensor_checks.check_token_values("old_log_probs", old, options.token_weights)
         inputs["old_log_probs"] = old
     objective = DivergenceObjective(
         comparison.without_tensors(),

@@ -6,8 +6,9 @@ Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies
 from torch import Tensor
 from typing_extensions import Unpack
 
+from fused_sd.engine.options import passed_on
 from fused_sd.head.lm_head import Head
-from fused_sd.losses.divergence import DivergenceOptions, divergence_loss, mean_by_default
+from fused_sd.losses.divergence import DivergenceOptions, divergence_loss
 from fused_sd.losses.output import LossOutput
 from fused_sd.terms.divergence import Divergence
 from fused_sd.terms.divergence_term import generalized_jsd
@@ -28,8 +29,7 @@ def gkd_loss(
         beta: the teacher's weight in the JSD's mixture, SDPO's and SDFT's alpha: 0 is KL(t||s), 1
             is KL(s||t), between them ``Jsd(beta)``; or a divergence in the JSD's place, such as
             ``SkewKl(0.9)``.
-        **options: as in ``divergence_loss``, token_ids and importance among them; the reduction is
-            ``"mean"`` unless given.
+        **options: as in ``divergence_loss``, token_ids and importance among them.
 
     Raises:
         ValueError: as ``divergence_loss``.
@@ -44,5 +44,5 @@ def gkd_loss(
         teacher_hidden,
         teacher_head,
         divergence=generalized_jsd(beta),
-        **mean_by_default(options),
+        **passed_on("gkd_loss", options, DivergenceOptions),
     )

@@ -6,9 +6,8 @@ Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fused_sd.engine.options import LossOptions
+from fused_sd.engine.options import LossOptions, passed_on
 from fused_sd.head.lm_head import Head
-from fused_sd.losses.divergence import mean_by_default
 from fused_sd.losses.output import LossOutput
 from fused_sd.losses.policy import policy_loss
 
@@ -31,7 +30,7 @@ def grpo_loss(
     Args:
         hidden, head, token_ids, advantages, old_log_probs, ratio_clip, dual_clip,
             reference_log_probs, kl_coefficient: as in ``policy_loss``.
-        **options: as in ``policy_loss``; the reduction is ``"mean"`` unless given.
+        **options: as in ``policy_loss``.
 
     Raises:
         ValueError: as ``policy_loss``.
@@ -51,5 +50,5 @@ def grpo_loss(
         dual_clip=dual_clip,
         reference_log_probs=reference_log_probs,
         kl_coefficient=kl_coefficient,
-        **mean_by_default(options),
+        **passed_on("grpo_loss", options, LossOptions),
     )

@@ -74,9 +74,9 @@ def token_log_probs(
     Raises:
         ValueError: shapes, dtypes or devices disagree, or an id is not in the vocabulary (CPU).
     """
-    chosen = _options(options)
+    chosen = _options("token_log_probs", options)
     lm_head = placed_head(head, chosen.process_group)
-    shape = check_tokens(hidden, lm_head, token_ids, chosen.token_weights)
+    shape = check_tokens(hidden, lm_head, token_ids, chosen)
     objective = LogProbObjective(k=1, is_top_k=False, tail=False, entropy=bool(entropy))
     side, inputs = (hidden, lm_head), [token_ids[..., None]]
     applied = apply_objective(objective, side, None, inputs, chosen.token_weights, chosen)
@@ -111,12 +111,13 @@ def entry_log_probs(
     Raises:
         ValueError: as ``token_log_probs``, or K exceeds the vocabulary, or ids repeat (CPU).
     """
-    chosen = _options(options)
+    chosen = _options("entry_log_probs", options)
     token_weights = chosen.token_weights
     lm_head = placed_head(head, chosen.process_group)
     tensor_checks.check_hidden(hidden, "hidden", lm_head.weight, "head")
     shape = hidden.shape[:-1]
-    tensor_checks.check_per_token("token_weights", token_weights, shape, hidden.device, "hidden")
+    owner = shape, hidden.device, "hidden"
+    tensor_checks.check_token_weights(token_weights, *owner, chosen.reduction)
     inputs = []
     if isinstance(entries, Tensor):
         given = shape, hidden.device, lm_head.num_tokens
@@ -141,6 +142,6 @@ def entry_log_probs(
     )
 
 
-def _options(options: LogProbOptions) -> Options:
+def _options(call: str, options: LogProbOptions) -> Options:
     """The options of a call whose values are returned per token."""
-    return dataclasses.replace(Options.of(options, LogProbOptions), reduction="none")
+    return dataclasses.replace(Options.of(call, options, LogProbOptions), reduction="none")

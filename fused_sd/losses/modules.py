@@ -31,8 +31,11 @@ class LossModule(nn.Module):
 
     function: ClassVar[Callable[..., LossOutput]]
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *positional: Any, **settings: Any) -> None:
         super().__init__()
+        if positional:
+            name = type(self).__name__
+            raise TypeError(f"{name} takes settings by keyword, got {positional!r}; name each")
         legal = _keywords(type(self).function)
         for name in settings:
             checks.check_one_of(f"setting of {type(self).__name__}", name, legal)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
+from fused_sd.engine.options import passed_on
 from fused_sd.head.lm_head import Head
-from fused_sd.losses.divergence import DivergenceOptions, divergence_loss, mean_by_default
+from fused_sd.losses.divergence import DivergenceOptions, divergence_loss
 from fused_sd.losses.output import LossOutput
 from fused_sd.terms.divergence import Divergence
 from fused_sd.terms.divergence_term import generalized_jsd
@@ -40,8 +41,7 @@ def opsd_loss(
         top_k: entries of the teacher's support; None: the full vocabulary.
         remainder: of that support; RLCSD's opsd takes "tail" with top_k=100.
         tail_floor: as in ``sdpo_loss``.
-        **options: as in ``divergence_loss``, token_ids and importance among them; the reduction is
-            ``"mean"`` unless given.
+        **options: as in ``divergence_loss``, token_ids and importance among them.
 
     Raises:
         ValueError: as ``divergence_loss``.
@@ -64,5 +64,5 @@ def opsd_loss(
         entry_clip=entry_clip,
         tail_floor=tail_floor,
         **settings,
-        **mean_by_default(options),
+        **passed_on("opsd_loss", options, DivergenceOptions),
     )

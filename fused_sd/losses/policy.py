@@ -98,8 +98,11 @@ def policy_loss(
     tensor_checks.check_tensor("hidden", hidden)
     tensor_checks.check_tensor("token_ids", token_ids)
     tensor_checks.check_tensor("advantages", advantages)
-    teacher, chosen = _teacher_and_options(teacher_hidden, teacher_head, options)
+    teacher, chosen = _teacher_and_options("policy_loss", teacher_hidden, teacher_head, options)
+    if evidence is not None:
+        checks.check_instance("evidence", evidence, Evidence)
     check_teacher_of_tokens(evidence is not None, teacher, teacher_log_probs)
+    checks.check_non_negative("kl_coefficient", kl_coefficient, "pass 0 for no KL")
     settings = Surrogate(
         ratio_clip=ratio_clip,
         dual_clip=dual_clip,
@@ -174,7 +177,7 @@ def sampled_kl_loss(
     """
     tensor_checks.check_tensor("hidden", hidden)
     tensor_checks.check_tensor("token_ids", token_ids)
-    teacher, chosen = _teacher_and_options(teacher_hidden, teacher_head, options)
+    teacher, chosen = _teacher_and_options("sampled_kl_loss", teacher_hidden, teacher_head, options)
     if teacher is None and teacher_log_probs is None:
         remedy = "pass teacher_hidden and teacher_head, or teacher_log_probs"
         checks.fail("teacher_hidden", "be given, or teacher_log_probs", "neither", remedy)
@@ -183,6 +186,7 @@ def sampled_kl_loss(
     no_advantages = hidden.new_zeros(hidden.shape[:-1], dtype=torch.float32)
     inputs = {"token_ids": token_ids, "advantages": no_advantages}
     if importance is not None:
+        checks.check_instance("importance", importance, ImportanceCap)
         inputs["old_log_probs"] = importance.old_log_probs
     if teacher_log_probs is not None:
         inputs["teacher_log_probs"] = teacher_log_probs
@@ -216,11 +220,11 @@ def check_teacher_of_tokens(
 
 
 def _teacher_and_options(
-    hidden: Tensor | None, head: Head | None, options: Any
+    call: str, hidden: Tensor | None, head: Head | None, options: Any
 ) -> tuple[TokenTeacher, Options]:
     """The teacher's states and head, in whichever form the caller gave them, and the options."""
     old: TokenTeacher = options.pop("teacher", None)
-    chosen = Options.of(options)
+    chosen = Options.of(call, options)
     if old is not None:
         checks.deprecated(
             "teacher=(hidden, head) is now teacher_hidden=hidden, teacher_head=head, as in "

@@ -74,7 +74,7 @@ def rlcsd_loss(
         weights = weights + scale * counted / (counted != 0).sum().clamp(min=1)
     if correction is not None:
         weights = weights * correction
-    weighted: Any = {**options, "token_weights": weights}
+    weighted: Any = {**options, "token_weights": weights, "reduction": "sum"}
     return policy_loss(
         hidden,
         head,

@@ -6,8 +6,8 @@ Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies
 from torch import Tensor
 from typing_extensions import Unpack
 
+from fused_sd.engine.options import passed_on
 from fused_sd.head.lm_head import Head
-from fused_sd.losses.divergence import mean_by_default
 from fused_sd.losses.output import LossOutput
 from fused_sd.losses.policy import PolicyOptions, policy_loss
 from fused_sd.terms.evidence import Evidence
@@ -39,7 +39,7 @@ def rlsd_loss(
         teacher_hidden, teacher_head: the teacher's states at the same tokens, and its head; or
         teacher_log_probs: the teacher's log-probabilities of the tokens, nats.
         evidence: clip, mix (lambda) and whether P_S is the current or the old policy.
-        **options: as in ``policy_loss``; the reduction is ``"mean"`` unless given.
+        **options: as in ``policy_loss``.
 
     Raises:
         ValueError: as ``policy_loss``.
@@ -61,5 +61,5 @@ def rlsd_loss(
         evidence=evidence,
         ratio_clip=ratio_clip,
         dual_clip=dual_clip,
-        **mean_by_default(options),
+        **passed_on("rlsd_loss", options, PolicyOptions),
     )

@@ -9,8 +9,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_sd import checks
+from fused_sd.engine.options import passed_on
 from fused_sd.head.lm_head import Head
-from fused_sd.losses.divergence import DivergenceOptions, divergence_loss, mean_by_default
+from fused_sd.losses.divergence import DivergenceOptions, divergence_loss
 from fused_sd.losses.output import LossOutput
 from fused_sd.terms.divergence import MixedKl
 from fused_sd.terms.support import TeacherTopK
@@ -37,8 +38,7 @@ def sd_zero_loss(
             teacher's top-k, both sides renormalised.  ``"paper"``: KL(s||t), full vocabulary.
         top_k: entries of the teacher's support, in the code's variant.
         forward_weight: share of KL(t||s), in the code's variant.
-        **options: as in ``divergence_loss``, token_ids and importance among them; the reduction is
-            ``"mean"`` unless given.
+        **options: as in ``divergence_loss``, token_ids and importance among them.
 
     Raises:
         ValueError: as ``divergence_loss``.
@@ -62,5 +62,5 @@ def sd_zero_loss(
         teacher_hidden,
         teacher_head,
         **settings,
-        **mean_by_default(options),
+        **passed_on("sd_zero_loss", options, DivergenceOptions),
     )

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
+from fused_sd.engine.options import passed_on
 from fused_sd.head.lm_head import Head
-from fused_sd.losses.divergence import DivergenceOptions, divergence_loss, mean_by_default
+from fused_sd.losses.divergence import DivergenceOptions, divergence_loss
 from fused_sd.losses.output import LossOutput
 from fused_sd.terms.divergence import Divergence
 from fused_sd.terms.divergence_term import generalized_jsd
@@ -36,8 +37,7 @@ def sdft_loss(
             KL(s||t), between them ``Jsd(alpha)``; or a divergence in the JSD's place.
         top_k: None: the full vocabulary; else the student's top-k, renormalised, as in TRL (whose
             defaults are alpha=0.5, top_k=100, and ``importance`` with a cap of 2).
-        **options: as in ``divergence_loss``, token_ids and importance among them; the reduction is
-            ``"mean"`` unless given.
+        **options: as in ``divergence_loss``, token_ids and importance among them.
 
     Raises:
         ValueError: as ``divergence_loss``.
@@ -54,7 +54,7 @@ def sdft_loss(
         student_head,
         teacher_hidden,
         teacher_head,
-        divergence=generalized_jsd(alpha),
+        divergence=generalized_jsd(alpha, "alpha"),
         **settings,
-        **mean_by_default(options),
+        **passed_on("sdft_loss", options, DivergenceOptions),
     )

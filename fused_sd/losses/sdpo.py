@@ -11,9 +11,9 @@ Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fused_sd.engine.options import LossOptions
+from fused_sd.engine.options import LossOptions, passed_on
 from fused_sd.head.lm_head import Head
-from fused_sd.losses.divergence import divergence_loss, mean_by_default
+from fused_sd.losses.divergence import divergence_loss
 from fused_sd.losses.output import LossOutput
 from fused_sd.terms.divergence import Divergence
 from fused_sd.terms.divergence_term import generalized_jsd
@@ -52,7 +52,7 @@ def sdpo_loss(
         token_ids, old_log_probs: of the sampled tokens, for the importance ratio; without
             old_log_probs (a single update on fresh samples) the ratio is 1.
         importance_cap: largest ratio; None: no ratio.
-        **options: as in ``divergence_loss``; the reduction is ``"mean"`` unless given.
+        **options: as in ``divergence_loss``.
 
     Raises:
         ValueError: as ``divergence_loss``.
@@ -75,11 +75,11 @@ def sdpo_loss(
         student_head,
         teacher_hidden,
         teacher_head,
-        divergence=generalized_jsd(alpha),
+        divergence=generalized_jsd(alpha, "alpha"),
         support=support,
         remainder=remainder,
         tail_floor=tail_floor,
         token_ids=token_ids,
         importance=importance,
-        **mean_by_default(options),
+        **passed_on("sdpo_loss", options, LossOptions),
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from fused_sd import checks
 from fused_sd.checks import tensors as tensor_checks
 from fused_sd.engine.apply import States, apply_objective
 from fused_sd.engine.options import LossOptions, Options
@@ -58,8 +59,10 @@ def cross_entropy_loss(
         the revision only, L_gen with weights on the whole assistant turn.
     """
     tensor_checks.check_tensor("token_ids", token_ids)
+    if not isinstance(ignore_index, int):
+        checks.fail("ignore_index", "be an integer", repr(ignore_index), "-100 is the usual one")
     counted = token_ids != ignore_index
-    chosen = Options.of(options)
+    chosen = Options.of("cross_entropy_loss", options)
     token_weights = chosen.token_weights
     if token_weights is None:
         tensor_checks.check_tensor("hidden", hidden)
@@ -81,10 +84,11 @@ def apply_token_loss(
 ) -> LossOutput:
     """Check what the losses of the sampled token have in common, and apply the objective."""
     lm_head = placed_head(head, options.process_group)
-    shape = check_tokens(hidden, lm_head, loss.inputs["token_ids"], options.token_weights)
+    shape = check_tokens(hidden, lm_head, loss.inputs["token_ids"], options)
     for name, tensor in loss.inputs.items():
         if name != "token_ids":
             tensor_checks.check_per_token(name, tensor, shape, hidden.device, "hidden")
+            tensor_checks.check_token_values(name, tensor, options.token_weights)
     metrics = current_names("metrics", options.metrics, loss.metrics)
     side: States | None = None
     if teacher is not None:
@@ -117,14 +121,12 @@ def _run_weights(loss: TokenLoss, options: Options) -> Tensor | None:
     return torch.where(has_advantage, token_weights, 0)
 
 
-def check_tokens(
-    hidden: Any, head: LMHead, token_ids: Any, token_weights: Tensor | None
-) -> torch.Size:
+def check_tokens(hidden: Any, head: LMHead, token_ids: Any, options: Options) -> torch.Size:
     """Check that hidden states, ids and weights are of the same tokens; returns their shape."""
     tensor_checks.check_hidden(hidden, "hidden", head.weight, "head")
-    shape, device = hidden.shape[:-1], hidden.device
-    tensor_checks.check_per_token("token_weights", token_weights, shape, device, "hidden")
+    shape, device, weights = hidden.shape[:-1], hidden.device, options.token_weights
+    tensor_checks.check_token_weights(weights, shape, device, "hidden", options.reduction)
     tensor_checks.check_ids(
-        "token_ids", token_ids, shape, device, head.num_tokens, token_weights, "hidden"
+        "token_ids", token_ids, shape, device, head.num_tokens, weights, "hidden"
     )
     return shape

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_sd.checks import fail
+from fused_sd.checks.tensors import check_mask, check_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +28,19 @@ class Sequences:
     @classmethod
     def of(cls, name: str, ids: Tensor, mask: Tensor, sequence_ids: Tensor | None) -> "Sequences":
         """Flatten a batch (B, L); without ``sequence_ids`` each row is one sequence."""
+        check_tensor(f"{name}_ids", ids)
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            fail(f"{name}_ids", "be integer token ids", ids.dtype, "pass int64 ids")
         if ids.dim() != 2:
             fail(f"{name}_ids", "be (B, L)", tuple(ids.shape), "give one row for one sequence")
         if sequence_ids is None:
             sequence_ids = torch.arange(ids.shape[0], device=ids.device)[:, None].expand_as(ids)
         for what, value in (("mask", mask), ("sequence_ids", sequence_ids)):
+            check_tensor(f"{name}_{what}", value)
             if value.shape != ids.shape:
                 rule = f"be {tuple(ids.shape)} as {name}_ids"
                 fail(f"{name}_{what}", rule, tuple(value.shape), "pass one value for each id")
+        check_mask(f"{name}_mask", mask)
         places = mask.flatten().nonzero()[:, 0]
         numbers = sequence_ids.flatten()[places].long()
         if (numbers.diff() < 0).any():
@@ -51,6 +57,7 @@ class Sequences:
 
     def response(self, mask: Tensor) -> Tensor:
         """Return the tokens that a response mask (B, L) marks."""
+        check_mask(f"{self.name}_response_mask", mask)
         if mask.shape != self.shape:
             got = tuple(mask.shape)
             fail(f"{self.name}_response_mask", f"be {self.shape} as ids", got, "mark each id")

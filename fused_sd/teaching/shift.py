@@ -72,6 +72,9 @@ def detect_shift(
     Raises:
         ValueError: shapes, dtypes or devices of states and head disagree.
     """
+    if not isinstance(alignment, Alignment):
+        got, remedy = type(alignment).__name__, "pass what align_responses returned"
+        fail("alignment", "be an Alignment", got, remedy)
     adjacent = alignment.student_positions.diff() == 1
     # compare the three on the same tokens: those with a response token on either side
     middle = (adjacent[:-1] & adjacent[1:]).nonzero()[:, 0] + 1

@@ -62,10 +62,16 @@ def rlcsd_advantages(
         *RLCSD*, arXiv 2606.11709.
     """
     checks.check_positive("temperature", temperature)
+    if not isinstance(clip, tuple | list) or len(clip) != 2:
+        checks.fail("clip", "be (lowest, highest)", repr(clip), "pass the residual's two bounds")
+    tensor_checks.check_tensor("advantages", advantages)
     shape = advantages.shape
     tensor_checks.check_leading("correct_log_probs", correct_log_probs, shape, "advantages")
     for name, tensor in (("wrong_log_probs", wrong_log_probs), ("wrong_mask", wrong_mask)):
-        if tensor is not None and (tensor.dim() != len(shape) + 1 or tensor.shape[:-1] != shape):
+        if tensor is None:
+            continue
+        tensor_checks.check_tensor(name, tensor)
+        if tensor.dim() != len(shape) + 1 or tensor.shape[:-1] != shape:
             rule, got = f"be (..., K) with the tokens {tuple(shape)}", tuple(tensor.shape)
             checks.fail(name, rule, got, "give K values for each token of advantages")
     if wrong_mask is None:
@@ -110,10 +116,12 @@ def iw_opd_advantages(
         *IW-OPD*, arXiv 2606.22600.
     """
     checks.check_non_negative("gamma", gamma, "0.5 is the paper's")
+    tensor_checks.check_mask("mask", mask)
+    for name, tensor in (("teacher", teacher_log_probs), ("rollout", rollout_log_probs)):
+        tensor_checks.check_leading(f"{name}_log_probs", tensor, mask.shape, "mask")
     counted = mask.to(torch.bool)
     gap = torch.where(counted, teacher_log_probs.detach() - rollout_log_probs.detach(), 0)
-    is_readable = gap.device.type == "cpu" and not torch.compiler.is_compiling()
-    if is_readable and not bool(torch.isfinite(gap).all()):
+    if tensor_checks.is_readable(gap) and not bool(torch.isfinite(gap).all()):
         checks.fail(
             "teacher_log_probs",
             "be finite wherever the mask is set",

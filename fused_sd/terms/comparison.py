@@ -12,7 +12,7 @@ from fused_sd import checks
 from fused_sd.settings import setting
 from fused_sd.terms.divergence import Divergence
 from fused_sd.terms.divergence_term import DivergenceTerm, divergence_term
-from fused_sd.terms.support import FULL_VOCABULARY, LEGAL_SUPPORTS, Remainder, Support
+from fused_sd.terms.support import FULL_VOCABULARY, LEGAL_SUPPORTS, Remainder, SideName, Support
 
 TokenClip = float | tuple[float | None, float | None] | None
 
@@ -138,26 +138,29 @@ class Comparison:
     def check_vocabularies(self, student: int, teacher: int) -> None:
         """Refuse two vocabularies between which the divergence is infinite, or too large a support.
 
-        A KL over the whole vocabulary is infinite where only its first argument has mass.
+        A KL is infinite where only its first argument has mass: on entries that one side lacks, if
+        all are compared or the other side chooses them.
         """
-        if self.support.is_truncated:
-            self.support.check_size(min(student, teacher))
-            return
-        infinite_without = self.term.definition.infinite_without
-        if student < teacher and "student" in infinite_without:
-            checks.fail(
-                "teacher_head",
-                f"have no tokens beyond the student's {student} for a KL from the teacher",
-                teacher,
-                f"the KL is infinite on them: pass LMHead(weight, valid_vocab={student}) there",
-            )
-        if teacher < student and "teacher" in infinite_without:
-            checks.fail(
-                "student_head",
-                f"have no tokens beyond the teacher's {teacher} for a KL from the student",
-                student,
-                f"the KL is infinite on them: pass LMHead(weight, valid_vocab={teacher}) there",
-            )
+        support = self.support
+        if support.is_truncated:
+            support.check_size(min(student, teacher))
+        sides: tuple[tuple[SideName, int, SideName, int], ...]
+        sides = ("student", student, "teacher", teacher), ("teacher", teacher, "student", student)
+        for lacking, size, other, larger in sides:
+            is_compared = not support.is_truncated or support.chooses(other)
+            if size < larger and is_compared and lacking in self.term.definition.infinite_without:
+                checks.fail(
+                    f"{other}_head",
+                    f"have no tokens beyond the {lacking}'s {size} for a KL from the {other}",
+                    larger,
+                    f"the KL is infinite on them: pass LMHead(weight, valid_vocab={size}) there",
+                )
+
+    def num_given(self, student: int, teacher: int) -> int:
+        """Size of the vocabulary of given ids, beyond which the divergence is infinite."""
+        sizes = {"student": student, "teacher": teacher}
+        needed = [sizes[side] for side in self.term.definition.infinite_without]
+        return min(needed, default=max(sizes.values()))
 
 
 def _check_bounds(token_clip: TokenClip) -> None:

@@ -57,8 +57,8 @@ class DivergenceTerm(NamedTuple):
         return torch.where(cut, clip - shift, term), dlog_s, cut
 
 
-def divergence_term(divergence: Divergence) -> DivergenceTerm:
-    """The term of a divergence as a caller gives it.
+def divergence_term(divergence: Divergence, argument: str = "divergence") -> DivergenceTerm:
+    """The term of a divergence as a caller gives it, in the argument that is named.
 
     Raises:
         ValueError: when it is neither a name without a parameter nor one of the table's classes.
@@ -77,7 +77,7 @@ def divergence_term(divergence: Divergence) -> DivergenceTerm:
         repr(name) if known.setting is None else _call(known) for name, known in DIVERGENCES.items()
     ]
     rule = f"be {', '.join(legal[:-1])} or {legal[-1]}"
-    checks.fail("divergence", rule, repr(divergence), remedy)
+    checks.fail(argument, rule, repr(divergence), remedy)
 
 
 def _call(definition: Definition) -> str:
@@ -106,7 +106,7 @@ def named_divergence(name: str, parameter: float | None = None) -> Divergence:
     return made
 
 
-def generalized_jsd(beta: float | Divergence) -> Divergence:
+def generalized_jsd(beta: float | Divergence, argument: str = "beta") -> Divergence:
     """The divergence that trainers mean by ``beta``: ``Jsd(beta)``, and a KL at either end.
 
     GKD calls the number beta, SDPO and SDFT call it alpha: it is one number, the teacher's weight
@@ -116,9 +116,15 @@ def generalized_jsd(beta: float | Divergence) -> Divergence:
     Args:
         beta: in [0, 1]; a divergence is returned as it is, for methods that let a caller choose
             another one in the JSD's place.
+        argument: what the caller's function calls the number, for messages.
+
+    Raises:
+        ValueError: when it is neither a number of [0, 1] nor a divergence.
     """
     if not isinstance(beta, int | float):
+        divergence_term(beta, argument)
         return beta
+    checks.check_unit_interval(argument, beta)
     if beta == 0:
         return "forward_kl"
     return "reverse_kl" if beta == 1 else Jsd(beta)

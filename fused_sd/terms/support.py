@@ -82,11 +82,12 @@ class Support:
     def check_size(self, vocab: int) -> None:
         """Refuse to look for more entries than both vocabularies have."""
         if self.top_k > vocab:
+            remedy = "compare every entry with FULL_VOCABULARY, or top_k=None"
             checks.fail(
-                f"{type(self).__name__}.k",
+                f"top_k, the k of {type(self).__name__},",
                 f"be at most the vocabulary's {vocab}",
                 self.top_k,
-                "use FULL_VOCABULARY to compare every entry",
+                remedy,
             )
 
 
@@ -111,7 +112,7 @@ class _TopK(Support):
     k: int
 
     def __post_init__(self) -> None:
-        checks.check_positive_int("k", self.k)
+        checks.check_positive_int(f"top_k, the k of {type(self).__name__},", self.k)
 
     @property
     def top_k(self) -> int:  # type: ignore[override]

@@ -49,9 +49,12 @@ class Surrogate:
     def __post_init__(self) -> None:
         if self.ratio_clip is not None:
             checks.check_clip_pair("ratio_clip", self.ratio_clip)
-        if self.dual_clip is not None and not self.dual_clip > 1:
+        if self.dual_clip is not None:
             remedy = "verl and RLSD use 3.0; None is no clip"
-            checks.fail("dual_clip", "be above 1", self.dual_clip, remedy)
+            checks.check_finite("dual_clip", self.dual_clip, remedy)
+            checks.check_number(
+                "dual_clip", self.dual_clip, "be above 1", self.dual_clip > 1, remedy
+            )
         checks.check_non_negative("kl_coefficient", self.kl_coefficient, "pass 0 for no KL")
         check_estimator("kl_estimator", self.kl_estimator)
 

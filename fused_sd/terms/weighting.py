@@ -95,7 +95,7 @@ def aggregation_weights(
     Raises:
         ValueError: when the mask is not (B, T), or the mode or its length is missing.
     """
-    tensor_checks.check_tensor("mask", mask)
+    tensor_checks.check_mask("mask", mask)
     if mask.dim() != 2:
         checks.fail("mask", "be (B, T)", tuple(mask.shape), "give one row for each sequence")
     weights = mask.to(dtype)
@@ -106,6 +106,10 @@ def aggregation_weights(
     if mode == "token_mean":
         if num_tokens is None:
             return weights / weights.sum().clamp(min=1)
+        if not isinstance(num_tokens, Tensor):
+            checks.check_positive(
+                "num_tokens", num_tokens, "pass the number of tokens to divide by"
+            )
         return weights / num_tokens
     if mode == "sequence_mean_token_sum":
         return weights / num_nonempty
@@ -124,6 +128,9 @@ def aggregation_weights(
 
 def skip_first_tokens(mask: Tensor, num_tokens: int) -> Tensor:
     """The mask (B, T) without each sequence's first counted tokens (SDFT's code skips 3)."""
-    checks.check_non_negative("num_tokens", num_tokens, "pass 0 to skip none")
+    tensor_checks.check_mask("mask", mask)
+    remedy = "pass a whole number; 0 skips none"
+    is_whole = isinstance(num_tokens, int) and num_tokens >= 0
+    checks.check_number("num_tokens", num_tokens, "be an integer of at least 0", is_whole, remedy)
     counted = mask != 0
     return torch.where(counted & (counted.cumsum(-1) > num_tokens), mask, 0)

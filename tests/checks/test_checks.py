@@ -16,21 +16,31 @@ def distill(case, **changes):
         "student_head": case.weight,
         "teacher_hidden": case.teacher_hidden,
         "teacher_head": case.teacher_weight.detach(),
+        "reduction": "sum",
         **changes,
     }
     return fused_sd.divergence_loss(**arguments)
 
 
+def sides(case, rows=V):
+    teacher_head = torch.randn(rows, D, dtype=torch.float64)
+    return case.hidden, case.weight, case.teacher_hidden, teacher_head
+
+
 def served(case, ids=None, log_probs=None, **changes):
     ids = torch.randint(V, (N, 3)) if ids is None else ids
     log_probs = torch.full((N, 3), -2.0) if log_probs is None else log_probs
-    return fused_sd.topk_divergence_loss(case.hidden, case.weight, ids, log_probs, **changes)
+    return fused_sd.topk_divergence_loss(
+        case.hidden, case.weight, ids, log_probs, **{"reduction": "sum", **changes}
+    )
 
 
 def policy(case, **changes):
     advantages = changes.pop("advantages", torch.ones(N))
     ids = changes.pop("token_ids", case.token_ids)
-    return fused_sd.policy_loss(case.hidden, case.weight, ids, advantages, **changes)
+    return fused_sd.policy_loss(
+        case.hidden, case.weight, ids, advantages, **{"reduction": "sum", **changes}
+    )
 
 
 def grad(*shape):
@@ -46,12 +56,18 @@ BAD = {
     "beta 1": (lambda c: Jsd(1), r'beta must lie in the open interval.*"reverse_kl"'),
     "beta 2": (lambda c: Jsd(2.0), "beta must lie in the open interval.*got 2.0"),
     "forward weight": (lambda c: MixedKl(1.5), r"forward_weight must lie in \[0, 1\], got 1.5"),
-    "k 0": (lambda c: fused_sd.StudentTopK(0), "k must be an integer of at least 1, got 0"),
-    "k float": (lambda c: fused_sd.UnionTopK(2.5), "k must be an integer of at least 1, got 2.5"),
-    "k True": (lambda c: fused_sd.TeacherTopK(True), "k must be an integer"),
+    "k 0": (
+        lambda c: fused_sd.StudentTopK(0),
+        "top_k, the k of StudentTopK, must be an integer of at least 1, got 0",
+    ),
+    "k float": (
+        lambda c: fused_sd.UnionTopK(2.5),
+        "k of UnionTopK, must be an integer of at least 1, got 2.5",
+    ),
+    "k True": (lambda c: fused_sd.TeacherTopK(True), "k of TeacherTopK, must be an integer"),
     "k > V": (
         lambda c: distill(c, support=fused_sd.StudentTopK(68)),
-        "StudentTopK.k must be at most the vocabulary's 67, got 68; use FULL_VOCABULARY",
+        "top_k, the k of StudentTopK, must be at most .* 67, got 68; .*FULL_VOCABULARY",
     ),
     "divergence name": (
         lambda c: distill(c, divergence="kl"),
@@ -306,12 +322,17 @@ BAD = {
         "kl_coefficient must be .*least 0",
     ),
     "sampled without teacher": (
-        lambda c: fused_sd.sampled_kl_loss(c.hidden, c.weight, c.token_ids),
+        lambda c: fused_sd.sampled_kl_loss(c.hidden, c.weight, c.token_ids, reduction="sum"),
         "teacher_hidden must be given, or teacher_log_probs",
     ),
     "sampled with an estimator that sees no teacher": (
         lambda c: fused_sd.sampled_kl_loss(
-            c.hidden, c.weight, c.token_ids, teacher_log_probs=c.old_log_probs, estimator="direct"
+            c.hidden,
+            c.weight,
+            c.token_ids,
+            teacher_log_probs=c.old_log_probs,
+            estimator="direct",
+            reduction="sum",
         ),
         "estimator must not differentiate log_prob - reference directly",
     ),
@@ -364,6 +385,141 @@ BAD = {
     "length": (
         lambda c: fused_sd.aggregation_weights(torch.ones(2, 3), "constant_length"),
         "length must be .*above 0, got None",
+    ),
+    "alpha above 1": (
+        lambda c: fused_sd.sdpo_loss(*sides(c), alpha=2.0, top_k=5),
+        r"alpha must lie in \[0, 1\], got 2.0",
+    ),
+    "beta below 0": (
+        lambda c: fused_sd.gkd_loss(*sides(c), beta=-1),
+        r"beta must lie in \[0, 1\], got -1",
+    ),
+    "alpha None": (
+        lambda c: fused_sd.sdft_loss(*sides(c), alpha=None),
+        "alpha must be 'forward_kl', .*got None",
+    ),
+    "a layer as head": (
+        lambda c: distill(c, student_head=torch.nn.Linear(D, V)),
+        r"weight must be a tensor, got the module Linear; pass LMHead.of\(model\), or its weight",
+    ),
+    "a layer in a head": (
+        lambda c: LMHead(torch.nn.Linear(D, V)),
+        r"weight must be a tensor, got the module Linear; pass LMHead.of\(model\), or its weight",
+    ),
+    "a head's transpose": (
+        lambda c: distill(c, student_head=c.weight.t()),
+        r"student_hidden must be \(..., D\) .*student_head as \(V, D\), not its transpose",
+    ),
+    "logits as states": (
+        lambda c: distill(c, student_hidden=grad(N, V)),
+        "pass the states that enter lm_head, not logits",
+    ),
+    "a list of ids": (
+        lambda c: fused_sd.cross_entropy_loss(c.hidden, c.weight, [1] * N, reduction="sum"),
+        "token_ids must be a tensor, got list; convert it with torch.as_tensor",
+    ),
+    "lists to align": (
+        lambda c: fused_sd.align_responses([[1]], [[1]], [[1]], [[1]], student_response_mask=[[1]]),
+        "student_ids must be a tensor, got list; convert it",
+    ),
+    "a float for evidence": (
+        lambda c: policy(c, evidence=0.5),
+        r"evidence must be a fused_sd.Evidence, got 0.5; pass fused_sd.Evidence\(...\)",
+    ),
+    "a float for importance": (
+        lambda c: distill(c, token_ids=c.token_ids, importance=2.0),
+        "importance must be a fused_sd.ImportanceCap, got 2.0",
+    ),
+    "a text for dual_clip": (lambda c: policy(c, dual_clip="3"), "dual_clip must be .*got '3'"),
+    "a text for kl_coefficient": (
+        lambda c: policy(c, kl_coefficient="a"),
+        "kl_coefficient must be .* got 'a'",
+    ),
+    "a text for compact": (lambda c: distill(c, compact="no"), "compact must be True or False"),
+    "ignore_index None": (
+        lambda c: fused_sd.cross_entropy_loss(
+            c.hidden, c.weight, c.token_ids, ignore_index=None, reduction="sum"
+        ),
+        "ignore_index must be an integer, got None",
+    ),
+    "half a token to skip": (
+        lambda c: fused_sd.skip_first_tokens(torch.ones(2, 3), 1.5),
+        "num_tokens must be an integer of at least 0, got 1.5",
+    ),
+    "a mean over no tokens": (
+        lambda c: fused_sd.aggregation_weights(torch.ones(2, 3), "token_mean", num_tokens=0),
+        "num_tokens must be a finite number above 0, got 0",
+    ),
+    "a shift of no alignment": (
+        lambda c: fused_sd.detect_shift(c.hidden, c.weight, c.teacher_hidden, c.weight, [1]),
+        "alignment must be an Alignment, got list",
+    ),
+    "ids of floats to align": (
+        lambda c: fused_sd.align_responses(
+            torch.ones(1, 3), *[torch.ones(1, 3).long()] * 3, student_response_mask=torch.ones(1, 3)
+        ),
+        "student_ids must be integer token ids, got torch.float32",
+    ),
+    "one clip of a contrast": (
+        lambda c: fused_sd.rlcsd_advantages(
+            c.old_log_probs, c.old_log_probs, c.old_log_probs[:, None], clip=2.0
+        ),
+        r"clip must be \(lowest, highest\), got 2.0",
+    ),
+    "a mask of other tokens": (
+        lambda c: fused_sd.iw_opd_advantages(-torch.ones(2, 3), -torch.ones(2, 3), torch.ones(3)),
+        r"teacher_log_probs must be \(3,\), one value for each token of mask",
+    ),
+    "NaN as weight": (
+        lambda c: distill(c, token_weights=torch.full((N,), torch.nan)),
+        "token_weights must be finite, got nan; give a token that does not count the value 0",
+    ),
+    "an infinite weight": (
+        lambda c: policy(c, token_weights=torch.full((N,), torch.inf)),
+        "token_weights must be finite, got inf",
+    ),
+    "a negative weight of a mean": (
+        lambda c: distill(c, token_weights=-torch.ones(N), reduction="mean"),
+        'token_weights must be at least 0 with reduction="mean".*got -1.0; pass reduction="sum"',
+    ),
+    "a negative mask": (
+        lambda c: fused_sd.aggregation_weights(-torch.ones(2, 3), "token_mean"),
+        "mask must be finite and at least 0, got -1.0",
+    ),
+    "NaN in a mask": (
+        lambda c: fused_sd.skip_first_tokens(torch.full((2, 3), torch.nan), 1),
+        "mask must be finite and at least 0, got nan",
+    ),
+    "NaN as advantage": (
+        lambda c: policy(c, advantages=torch.full((N,), torch.nan)),
+        "advantages must not be NaN wherever the token has a weight, got nan",
+    ),
+    "old probabilities": (
+        lambda c: policy(c, old_log_probs=torch.full((N,), 0.5)),
+        "old_log_probs must be natural logarithms of probabilities, at most 0, got 0.5; take",
+    ),
+    "old probabilities of a divergence": (
+        lambda c: distill(
+            c, token_ids=c.token_ids, importance=ImportanceCap(torch.full((N,), 0.5))
+        ),
+        "old_log_probs must be natural logarithms of probabilities",
+    ),
+    "a teacher's top-k beyond the student's vocabulary": (
+        lambda c: fused_sd.sd_zero_loss(*sides(c, rows=70), top_k=4),
+        r"teacher_head must have no tokens beyond the student's 67.*got 70.*valid_vocab=67",
+    ),
+    "a student's top-k beyond the teacher's vocabulary": (
+        lambda c: fused_sd.sdpo_loss(*sides(c, rows=60), top_k=4, alpha=1.0),
+        r"student_head must have no tokens beyond the teacher's 60.*valid_vocab=60",
+    ),
+    "an entry that the student lacks": (
+        lambda c: distill(
+            c,
+            teacher_head=sides(c, rows=70)[3],
+            divergence="forward_kl",
+            support=fused_sd.TokenIds(torch.full((N, 1), 68)),
+        ),
+        "token ids must lie below V = 67, got 68",
     ),
 }
 

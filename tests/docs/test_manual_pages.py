@@ -99,6 +99,7 @@ def policy_metrics():
             teacher_log_probs=token,
             reference_log_probs=token,
             kl_coefficient=1.0,
+            reduction="sum",
             metrics=("nonsense",),
         )
     rule = str(refusal.value).partition(", got")[0]

@@ -234,7 +234,9 @@ def test_a_captured_graph_has_the_dense_gradient():
     teacher = case.teacher_hidden.cuda(), case.teacher_weight.cuda()
 
     def step(gradient):
-        loss = fused_sd.divergence_loss(*inputs, *teacher, gradient=gradient, compact=False).loss
+        loss = fused_sd.divergence_loss(
+            *inputs, *teacher, gradient=gradient, compact=False, reduction="sum"
+        ).loss
         return torch.autograd.grad(loss, inputs)
 
     expected = step("dense")

@@ -44,7 +44,9 @@ def case_of(*sizes, dtype):
 
 def loss_of(hidden, head, teacher, teacher_head, **settings):
     return fused_sd.divergence_loss(
-        *(hidden, head, teacher, teacher_head), divergence=fused_sd.Jsd(0.3), **settings
+        *(hidden, head, teacher, teacher_head),
+        divergence=fused_sd.Jsd(0.3),
+        **{"reduction": "sum", **settings},
     )
 
 

@@ -11,7 +11,12 @@ from fused_sd.engine.workspace import Workspace
 
 
 def loss_of(case, **settings):
-    settings = {"token_weights": case.token_weights, "chunk_size": 3, **settings}
+    settings = {
+        "reduction": "sum",
+        "token_weights": case.token_weights,
+        "chunk_size": 3,
+        **settings,
+    }
     sides = case.hidden, case.head, case.teacher_hidden, case.teacher_head
     return fused_sd.divergence_loss(*sides, **settings)
 
@@ -95,6 +100,7 @@ def test_gradient_accumulation_over_micro_batches_is_the_whole_batchs_gradient()
             case.teacher_hidden[rows],
             case.teacher_head,
             token_weights=case.token_weights[rows],
+            reduction="sum",
         ).loss.backward()
     for tensor, gradient in zip(case.inputs, whole, strict=True):
         assert_close(tensor.grad, gradient, torch.float64)
@@ -182,7 +188,7 @@ def test_a_single_token_and_leading_shapes():
     assert shaped.loss.shape == shaped.token_loss.shape == shaped.metrics["jsd"].shape == (2, 3)
     assert_close(shaped.loss.flatten(), flat, torch.float64)
     one = fused_sd.divergence_loss(
-        case.hidden[0], case.head, case.teacher_hidden[0], case.teacher_head
+        case.hidden[0], case.head, case.teacher_hidden[0], case.teacher_head, reduction="sum"
     )
     assert_close(one.loss * case.token_weights[0], flat[0], torch.float64)
 
@@ -274,7 +280,13 @@ def test_unequal_vocabularies_have_no_mass_on_the_missing_side(teacher_vocab, di
 def test_a_teacher_equal_to_the_student_gives_exactly_zero(dtype, support, divergence):
     case = make_case(dtype=dtype, vocab=1009)
     output = fused_sd.divergence_loss(
-        case.hidden, case.weight, case.hidden, case.weight, divergence=divergence, support=support
+        case.hidden,
+        case.weight,
+        case.hidden,
+        case.weight,
+        divergence=divergence,
+        support=support,
+        reduction="sum",
     )
     assert output.loss == 0
     for gradient in torch.autograd.grad(output.loss, (case.hidden, case.weight)):
@@ -299,6 +311,7 @@ def test_an_equal_teacher_gives_exactly_zero_where_one_sides_logits_are_made(sup
             support=support,
             remainder="renormalize",
             metrics=metrics,
+            reduction="sum",
         )
         assert output.loss == 0
         for gradient in torch.autograd.grad(output.loss, (case.hidden, case.weight)):
@@ -311,7 +324,9 @@ def test_non_contiguous_inputs():
     weight = case.weight.t().contiguous().t()
     assert not hidden.is_contiguous()
     assert not weight.is_contiguous()
-    output = fused_sd.divergence_loss(hidden, weight, case.teacher_hidden[:], weight.detach())
+    output = fused_sd.divergence_loss(
+        hidden, weight, case.teacher_hidden[:], weight.detach(), reduction="sum"
+    )
     assert_close(output.loss, reference_of(case).sum(), torch.float64)
     pairs = (
         torch.autograd.grad(loss, (case.hidden, case.weight))
@@ -345,6 +360,7 @@ def test_tokens_may_be_permuted_and_concatenated():
         case.teacher_hidden[order],
         case.teacher_head,
         token_weights=case.token_weights[order],
+        reduction="sum",
     )
     assert_close(moved.loss, loss_of(case).loss, torch.float64)
 
@@ -457,7 +473,9 @@ def test_a_shared_head_is_cast_once_under_autocast(valid_vocab, monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for weight in (case.weight.detach(), case.weight.detach().clone()):
             head = LMHead(weight, valid_vocab=valid_vocab)
-            fused_sd.divergence_loss(case.hidden, case.head, case.teacher_hidden, head)
+            fused_sd.divergence_loss(
+                case.hidden, case.head, case.teacher_hidden, head, reduction="sum"
+            )
     (student, teacher), (_, apart) = made
     assert student.given[0].dtype == torch.bfloat16
     assert teacher.weight is student.weight
@@ -468,7 +486,11 @@ def test_mixed_hidden_and_head_under_autocast():
     case = make_case(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = fused_sd.divergence_loss(
-            case.hidden.bfloat16(), case.weight, case.teacher_hidden.bfloat16(), case.weight
+            case.hidden.bfloat16(),
+            case.weight,
+            case.teacher_hidden.bfloat16(),
+            case.weight,
+            reduction="sum",
         )
     output.loss.backward()
     assert case.weight.grad.dtype == torch.float32
@@ -494,7 +516,7 @@ def test_gradcheck_in_float64():
             case.teacher_weight,
             token_weights=weights,
             temperature=0.8,
-            **settings,
+            **{"reduction": "sum", **settings},
         ).loss
 
     for settings in (
@@ -542,7 +564,9 @@ def test_a_token_clip_saves_a_token_whose_derivative_is_infinite():
     bias = torch.zeros(67, dtype=torch.float64)
     bias[3] = -torch.inf
     sides = case.hidden, case.head, case.teacher_hidden, fused_sd.LMHead(case.teacher_weight, bias)
-    output = fused_sd.divergence_loss(*sides, divergence="reverse_kl", token_clip=5.0)
+    output = fused_sd.divergence_loss(
+        *sides, divergence="reverse_kl", token_clip=5.0, reduction="sum"
+    )
     assert output.loss == 7 * 5.0
     for gradient in torch.autograd.grad(output.loss, (case.hidden, case.weight)):
         assert (gradient == 0).all()

@@ -52,7 +52,7 @@ def test_memory_is_asked_for_before_the_device_is_waited_for(monkeypatch):
     monkeypatch.setattr(operator, "KeptTokens", lambda *a: asked.append("tokens") or keep(*a))
     case = make_case()
     fused_sd.cross_entropy_loss(
-        case.hidden, case.head, case.token_ids, token_weights=case.token_weights
+        case.hidden, case.head, case.token_ids, token_weights=case.token_weights, reduction="sum"
     )
     assert asked == ["memory", "tokens"]
 

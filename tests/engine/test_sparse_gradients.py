@@ -29,7 +29,7 @@ TOLERANCE = 2.0**-5
 def divergence(**how):
     def loss(case, hidden, head, **run):
         sides = hidden, head, case.teacher_hidden, case.teacher_head
-        return fused_sd.divergence_loss(*sides, **how, **run)
+        return fused_sd.divergence_loss(*sides, **{"reduction": "sum", **how, **run})
 
     return loss
 
@@ -40,7 +40,7 @@ def importance(case, hidden, head, **run):
 
 
 def cross_entropy(case, hidden, head, **run):
-    return fused_sd.cross_entropy_loss(hidden, head, case.token_ids, **run)
+    return fused_sd.cross_entropy_loss(hidden, head, case.token_ids, **{"reduction": "sum", **run})
 
 
 def mixed_case(num_tokens=24, vocab=211, **head):
@@ -461,7 +461,7 @@ def test_shapes_follow_the_tokens():
     case = make_case(12, 16, 67)
     hidden, teacher = (tensor.unflatten(0, (3, 4)) for tensor in (case.hidden, case.teacher_hidden))
     output = fused_sd.divergence_loss(
-        *(hidden, case.head, teacher, case.teacher_head), gradient="sparse"
+        *(hidden, case.head, teacher, case.teacher_head), gradient="sparse", reduction="sum"
     )
     assert all(tensor.shape == (3, 4) for tensor in output.certificate)
     assert output.certificate.hidden_bound(case.head).shape == (3, 4)

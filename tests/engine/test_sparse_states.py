@@ -30,7 +30,7 @@ VOCAB = 49152
 
 def divergence(kind):
     return lambda side, **run: fused_sd.divergence_loss(
-        *side.student, *side.teacher, divergence=kind, **run
+        *side.student, *side.teacher, divergence=kind, **{"reduction": "sum", **run}
     )
 
 
@@ -39,7 +39,7 @@ LOSSES = {
     "forward KL": divergence("forward_kl"),
     "SDPO": lambda side, **run: fused_sd.sdpo_loss(*side.student, *side.teacher, **run),
     "cross entropy": lambda side, **run: fused_sd.cross_entropy_loss(
-        *side.student, side.ids, **run
+        *side.student, side.ids, **{"reduction": "sum", **run}
     ),
     "RLSD": lambda side, **run: fused_sd.rlsd_loss(
         *side.student,

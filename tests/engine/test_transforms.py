@@ -20,7 +20,9 @@ LOG_PROBS = torch.randn(NUM_TOKENS, VOCAB, generator=GENERATOR).log_softmax(-1).
 
 
 def divergence(hidden, head, **options):
-    return fused_sd.divergence_loss(hidden, head, TEACHER, HEAD, **options).loss.sum()
+    return fused_sd.divergence_loss(
+        hidden, head, TEACHER, HEAD, **{"reduction": "sum", **options}
+    ).loss.sum()
 
 
 LOSSES = {
@@ -31,8 +33,12 @@ LOSSES = {
     "entries": lambda h, w: divergence(
         h, w, support=fused_sd.StudentTopK(3), remainder="renormalize"
     ),
-    "served": lambda h, w: fused_sd.topk_divergence_loss(h, w, IDS, LOG_PROBS).loss,
-    "cross entropy": lambda h, w: fused_sd.cross_entropy_loss(h, w, IDS[:, 0]).loss,
+    "served": lambda h, w: (
+        fused_sd.topk_divergence_loss(h, w, IDS, LOG_PROBS, reduction="sum").loss
+    ),
+    "cross entropy": lambda h, w: (
+        fused_sd.cross_entropy_loss(h, w, IDS[:, 0], reduction="sum").loss
+    ),
     "log-probs": lambda h, w: fused_sd.token_log_probs(h, w, IDS[:, 0]).log_probs.sum(),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -83,7 +89,7 @@ def test_forward_mode_of_a_constant_is_refused():
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(TEACHER, TEACHER)
         with pytest.raises(ValueError, match="a tensor with a forward-mode tangent"):
-            fused_sd.divergence_loss(HIDDEN, HEAD, dual, HEAD)
+            fused_sd.divergence_loss(HIDDEN, HEAD, dual, HEAD, reduction="sum")
         weights = forward_ad.make_dual(torch.ones(NUM_TOKENS), torch.ones(NUM_TOKENS))
         with pytest.raises(ValueError, match="a tensor with a forward-mode tangent"):
             divergence(HIDDEN, HEAD, token_weights=weights)

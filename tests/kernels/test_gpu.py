@@ -29,7 +29,9 @@ def on_gpu(dtype, vocab=32_003, num_tokens=300, **settings):
 def loss_of(case, shared=False, **settings):
     teacher_head = case.head if shared else case.teacher_head
     sides = case.hidden, case.head, case.teacher_hidden, teacher_head
-    return fused_sd.divergence_loss(*sides, token_weights=case.token_weights, **settings)
+    return fused_sd.divergence_loss(
+        *sides, token_weights=case.token_weights, **{"reduction": "sum", **settings}
+    )
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -78,7 +80,7 @@ def test_policy_losses_do_not_synchronise_either():
         teacher = {"teacher_hidden": case.teacher_hidden, "teacher_head": case.teacher_head}
         evidence = fused_sd.Evidence()
         policy = fused_sd.policy_loss(
-            *given, old, old_log_probs=old, evidence=evidence, **teacher, **common
+            *given, old, old_log_probs=old, evidence=evidence, reduction="sum", **teacher, **common
         ).loss
         log_probs = fused_sd.token_log_probs(*given, entropy=True, **common)
         (policy + log_probs.log_probs.sum() + log_probs.entropy.sum()).backward()
@@ -114,7 +116,7 @@ def test_a_teacher_equal_to_the_student_gives_exactly_zero():
     case = on_gpu(torch.bfloat16)
     for settings in DIVERGENCES.values():
         loss = fused_sd.divergence_loss(
-            case.hidden, case.head, case.hidden, case.head, **settings
+            case.hidden, case.head, case.hidden, case.head, reduction="sum", **settings
         ).loss
         assert loss == 0
         assert all((g == 0).all() for g in torch.autograd.grad(loss, case.inputs))

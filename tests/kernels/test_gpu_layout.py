@@ -49,7 +49,7 @@ def losses(case, backend, shared=False, **settings):
         teacher = one.head if shared else one.teacher_head
         sides = one.hidden, one.head, one.teacher_hidden, teacher
         output = fused_sd.divergence_loss(
-            *sides, token_weights=one.token_weights, **settings, **how
+            *sides, token_weights=one.token_weights, **{"reduction": "sum", **settings}, **how
         )
         yield output.loss, torch.autograd.grad(output.loss.sum(), one.inputs)
 
@@ -100,7 +100,11 @@ def run(case, shared=False, **settings):
     sides = case.hidden, case.head, case.teacher_hidden, teacher
     weights = case.token_weights
     return fused_sd.divergence_loss(
-        *sides, token_weights=weights, chunk_size=CHUNK, backend="torch", **settings
+        *sides,
+        token_weights=weights,
+        chunk_size=CHUNK,
+        backend="torch",
+        **{"reduction": "sum", **settings},
     ).loss
 
 
@@ -132,7 +136,9 @@ def test_what_is_not_asked_for_is_not_multiplied(gemms):
     assert (case.hidden.grad == 0).sum() >= 8 * 32  # the masked of the run before, attached now
     gemms.clear()
     advantages = torch.zeros_like(case.token_weights)
-    fused_sd.policy_loss(case.hidden, case.head, case.token_ids, advantages).loss.backward()
+    fused_sd.policy_loss(
+        case.hidden, case.head, case.token_ids, advantages, reduction="sum"
+    ).loss.backward()
     assert not gemms
 
 
@@ -168,7 +174,7 @@ def test_a_teacher_server_needs_no_gemm(gemms):
     case = sixteen_bit_case()
     log_probs = torch.full(GIVEN.shape, -2.0)
     output = fused_sd.topk_divergence_loss(
-        case.hidden, case.head, GIVEN, log_probs, remainder="renormalize"
+        case.hidden, case.head, GIVEN, log_probs, remainder="renormalize", reduction="sum"
     )
     output.loss.backward()
     assert not gemms
@@ -232,7 +238,9 @@ def test_workspaces_take_the_bytes_that_are_planned(
 def test_a_gradient_of_zero_is_sparse_and_needs_no_gemm(gemms):
     case = sixteen_bit_case()
     output = fused_sd.divergence_loss(
-        *(case.hidden, case.head, case.hidden.detach(), case.head), gradient="sparse"
+        *(case.hidden, case.head, case.hidden.detach(), case.head),
+        gradient="sparse",
+        reduction="sum",
     )
     output.loss.backward()
     assert set(gemms) == {"logits"}
@@ -251,7 +259,7 @@ def test_kernels_compare_whole_rows_with_their_padding(gemms, monkeypatch):
     monkeypatch.setattr(kernels, "normalizers", normalizers)
     case = sixteen_bit_case(num_tokens=3)
     sides = case.hidden, case.head, case.teacher_hidden, case.teacher_head
-    fused_sd.divergence_loss(*sides, backend="triton")
+    fused_sd.divergence_loss(*sides, backend="triton", reduction="sum")
     assert widths == {512}
 
 

@@ -260,7 +260,7 @@ def test_losses_through_triton_equal_the_reference(dtype, settings, poisoned_mem
         "union": {"support": fused_sd.UnionTopK(2), "divergence": "forward_kl"},
     }[settings]
     sides = case.hidden, case.head, case.teacher_hidden, case.teacher_head
-    weights = {"token_weights": case.token_weights, "chunk_size": 3}
+    weights = {"token_weights": case.token_weights, "chunk_size": 3, "reduction": "sum"}
     output = fused_sd.divergence_loss(*sides, backend="triton", **chosen, **weights)
     found = torch.autograd.grad(output.loss, case.inputs)
     double = case.to(torch.float64)

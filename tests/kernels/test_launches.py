@@ -5,6 +5,7 @@ import torch
 from cases import make_case
 
 import fused_sd
+from fused_sd.checks import tensors
 
 pytest.importorskip("triton")
 from launches import Launches
@@ -21,10 +22,11 @@ def count(gemms, monkeypatch):
     def count(num_chunks, weighted=False, backward=False, **settings):
         case = make_case(num_chunks * CHUNK, 32, 509).to(torch.bfloat16)
         weights = torch.ones(num_chunks * CHUNK) if weighted else None
-        how = {"chunk_size": CHUNK, "backend": "triton", **settings}
+        how = {"chunk_size": CHUNK, "backend": "triton", "reduction": "sum", **settings}
         if "student_log_prob" in settings.get("metrics", ()):
             how["token_ids"] = case.token_ids
         with pytest.MonkeyPatch.context() as patch, Launches(patch) as launches:
+            patch.setattr(tensors, "is_readable", lambda tensor: False)  # as on a GPU
             output = fused_sd.divergence_loss(
                 *(case.hidden, case.head, case.teacher_hidden, case.head),
                 token_weights=weights,

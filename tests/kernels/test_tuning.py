@@ -108,8 +108,10 @@ def test_the_measured_rows_are_those_of_a_run(monkeypatch):
     hidden, weight = torch.randn(4, 16).bfloat16(), torch.randn(vocab, 16).bfloat16()
     sides = hidden.requires_grad_(), weight.requires_grad_(), hidden.detach(), weight.detach()
     for divergence in ("reverse_kl", fused_sd.Jsd(0.5)):
-        fused_sd.divergence_loss(*sides, divergence=divergence, backend="triton").loss.backward()
-    support = {"support": fused_sd.StudentTopK(3), "metrics": ("forward_kl",)}
+        fused_sd.divergence_loss(
+            *sides, divergence=divergence, backend="triton", reduction="sum"
+        ).loss.backward()
+    support = {"support": fused_sd.StudentTopK(3), "metrics": ("forward_kl",), "reduction": "sum"}
     fused_sd.divergence_loss(*sides, backend="triton", **support)  # its metrics have a pass
     names = {"normalizers", "divergence", "divergence_gradient", "row_metrics"}
     assert {name: seen[name] for name in names} == {name: measured[name] for name in names}

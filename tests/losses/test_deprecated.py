@@ -10,7 +10,9 @@ import fused_sd
 def policy(case, **settings):
     advantages = torch.linspace(-1, 1, 7, dtype=torch.float64)
     given = case.hidden, case.head, case.token_ids, advantages
-    return fused_sd.policy_loss(*given, old_log_probs=case.old_log_probs, **settings)
+    return fused_sd.policy_loss(
+        *given, old_log_probs=case.old_log_probs, reduction="sum", **settings
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_a_teacher_as_a_pair(loss):
     advantages = torch.linspace(-1, 1, 7, dtype=torch.float64)
     given = case.hidden, case.head, case.token_ids, advantages
     teacher = case.teacher_hidden, case.teacher_weight.detach()
-    evidence = {"evidence": fused_sd.Evidence()}
+    evidence = {"evidence": fused_sd.Evidence(), "reduction": "sum"}
     with pytest.warns(DeprecationWarning, match="teacher_hidden=hidden, teacher_head=head"):
         found = loss(*given, teacher=teacher, **evidence).loss
     states = dict(zip(("teacher_hidden", "teacher_head"), teacher, strict=True))
@@ -82,7 +84,7 @@ def test_a_teachers_temperature_needs_a_teachers_logits():
     ids = torch.zeros(7, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match="teacher_temperature must be left out"):
         fused_sd.topk_divergence_loss(
-            case.hidden, case.head, ids, -torch.ones(7, 2), teacher_temperature=0.5
+            case.hidden, case.head, ids, -torch.ones(7, 2), teacher_temperature=0.5, reduction="sum"
         )
 
 

@@ -143,7 +143,7 @@ def test_a_servers_teacher_gives_the_same_loss_as_its_states():
     ids = torch.cat([ids, torch.zeros(7, 1, dtype=torch.int64)], -1)  # padding as servers send it
     log_probs = torch.cat([log_probs, torch.full((7, 1), -torch.inf).double()], -1)
     for remainder in ("tail", "renormalize", "drop", "teacher_renormalize"):
-        settings = {"divergence": "forward_kl", "remainder": remainder}
+        settings = {"divergence": "forward_kl", "remainder": remainder, "reduction": "sum"}
         served = fused_sd.topk_divergence_loss(
             case.hidden, case.head, ids, log_probs, metrics=("teacher_mass",), **settings
         )

@@ -79,6 +79,7 @@ def test_trls_sampled_token_loss():
         teacher_hidden=case.teacher_hidden,
         teacher_head=case.teacher_weight.detach(),
         temperature=0.9,
+        reduction="sum",
     )
     assert_same(case, output, exact)
 

@@ -170,6 +170,7 @@ def grpo_with_correction(batch: Batch, beta: float) -> Tensor:
         teacher_log_probs=batch.reference,
         estimator="k3",
         token_weights=mean(batch),
+        reduction="sum",
     )
     return surrogate.loss + beta * distance.loss
 

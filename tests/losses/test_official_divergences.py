@@ -49,6 +49,7 @@ def sdpo_sampled(batch: Batch) -> LossOutput:
         teacher_head=batch.teacher_head,
         importance=ImportanceCap(batch.old, 2.0),
         token_weights=average(batch.mask * batch.taught[:, None]),
+        reduction="sum",
     )
 
 
@@ -70,7 +71,7 @@ def sd_zero(batch: Batch, **settings: object) -> LossOutput:
 
 def self_revision_training(batch: Batch) -> LossOutput:
     weights = average(second_half(batch)) + average(batch.mask)
-    return fused_sd.cross_entropy_loss(*batch.sampled, token_weights=weights)
+    return fused_sd.cross_entropy_loss(*batch.sampled, token_weights=weights, reduction="sum")
 
 
 def second_half(batch: Batch) -> Tensor:

@@ -86,7 +86,9 @@ def iw_opd(batch: Batch) -> LossOutput:
         ).log_probs
     advantages = fused_sd.iw_opd_advantages(teacher, batch.rollout, batch.mask)
     weights = fused_sd.aggregation_weights(batch.mask, "token_mean", dtype=FLOAT)
-    return fused_sd.cross_entropy_loss(*batch.sampled, token_weights=advantages * weights)
+    return fused_sd.cross_entropy_loss(
+        *batch.sampled, token_weights=advantages * weights, reduction="sum"
+    )
 
 
 METHODS = {

@@ -34,7 +34,7 @@ def sides(draw, max_tokens=5):
 
 
 def token_loss(pair, **choices):
-    return fused_sd.divergence_loss(*pair, **choices).token_loss
+    return fused_sd.divergence_loss(*pair, reduction="sum", **choices).token_loss
 
 
 common = settings(max_examples=60, deadline=None)
@@ -69,9 +69,15 @@ def test_jsd_is_symmetric_and_bounded_by_both_mixtures(pair, beta):
 @given(sides(), DIVERGENCES, st.floats(-3, 3), st.integers(1, 6))
 def test_weights_are_linear_and_chunks_invisible(pair, divergence, scale, chunk_size):
     weights = torch.linspace(-1, 2, pair[0].shape[0], dtype=torch.float64)
-    one = fused_sd.divergence_loss(*pair, divergence=divergence, token_weights=weights).loss
+    one = fused_sd.divergence_loss(
+        *pair, divergence=divergence, token_weights=weights, reduction="sum"
+    ).loss
     other = fused_sd.divergence_loss(
-        *pair, divergence=divergence, token_weights=scale * weights, chunk_size=chunk_size
+        *pair,
+        divergence=divergence,
+        token_weights=scale * weights,
+        chunk_size=chunk_size,
+        reduction="sum",
     ).loss
     assert torch.allclose(other, scale * one, rtol=1e-8, atol=SLACK)
 
@@ -79,9 +85,11 @@ def test_weights_are_linear_and_chunks_invisible(pair, divergence, scale, chunk_
 @common
 @given(sides(), DIVERGENCES, st.integers(0, 5))
 def test_concatenated_batches_add(pair, divergence, cut):
-    whole = fused_sd.divergence_loss(*pair, divergence=divergence).loss
+    whole = fused_sd.divergence_loss(*pair, divergence=divergence, reduction="sum").loss
     parts = [
-        fused_sd.divergence_loss(pair[0][at], pair[1], pair[2][at], pair[3], divergence=divergence)
+        fused_sd.divergence_loss(
+            pair[0][at], pair[1], pair[2][at], pair[3], divergence=divergence, reduction="sum"
+        )
         for at in (slice(None, cut), slice(cut, None))
     ]
     assert torch.allclose(whole, sum(part.loss for part in parts), rtol=1e-9, atol=SLACK)
@@ -95,7 +103,7 @@ def test_the_gradient_by_a_renormalised_support_is_sparse(pair, k):
     head = head.clone().requires_grad_(True)
     chosen = fused_sd.StudentTopK(k)
     fused_sd.divergence_loss(
-        hidden, head, *teacher, support=chosen, remainder="renormalize"
+        hidden, head, *teacher, support=chosen, remainder="renormalize", reduction="sum"
     ).loss.backward()
     ids = (hidden @ head.T).topk(k).indices.flatten().tolist()
     untouched = [row for row in range(head.shape[0]) if row not in ids]
@@ -112,6 +120,7 @@ def test_a_token_that_names_no_entry_has_no_loss(remainder, divergence):
     output = fused_sd.divergence_loss(
         *(case.hidden, case.head, case.teacher_hidden, case.teacher_head),
         **{"support": support, "remainder": remainder, "divergence": divergence},
+        reduction="sum",
     )
     output.loss.backward()
     assert output.token_loss[1].abs() <= 1e-12

@@ -35,7 +35,7 @@ def student(num_tokens, dtype=torch.float64, seed=0):
 
 
 def loss_and_gradient(side, ids, log_probs, **choices):
-    output = fused_sd.topk_divergence_loss(*side, ids, log_probs, **choices)
+    output = fused_sd.topk_divergence_loss(*side, ids, log_probs, **{"reduction": "sum", **choices})
     output.loss.sum().backward()
     return output.token_loss, side[0].grad
 

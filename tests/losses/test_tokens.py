@@ -149,6 +149,7 @@ def test_policy_loss_equals_the_reference(old_given, ratio_clip, dual_clip, kl):
         reference_log_probs=b if kl else None,
         token_weights=case.token_weights,
         chunk_size=3,
+        reduction="sum",
         **settings,
     )
     log_prob = reference.token_log_prob(logits_of(case), case.token_ids)
@@ -259,6 +260,7 @@ def test_sampled_kl_equals_the_reference(estimator, capped):
             estimator=estimator,
             importance=importance,
             token_weights=case.token_weights,
+            reduction="sum",
             **given,
         )
         for given in (states, {"teacher_log_probs": b})
@@ -305,7 +307,13 @@ def test_a_policy_gradient_that_overflows_is_clamped():
     case, _, _ = policy_inputs()
     old = torch.full((7,), -500.0, dtype=torch.float64)
     output = fused_sd.policy_loss(
-        case.hidden, case.head, case.token_ids, ADVANTAGES, old_log_probs=old, ratio_clip=None
+        case.hidden,
+        case.head,
+        case.token_ids,
+        ADVANTAGES,
+        old_log_probs=old,
+        ratio_clip=None,
+        reduction="sum",
     )
     gradients = torch.autograd.grad(output.loss, case.inputs)
     assert output.loss.isfinite()

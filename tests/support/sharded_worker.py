@@ -109,8 +109,8 @@ def sparse(model: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
 
     def compute(hidden, head):
         sides = hidden * flat, head, teacher.to(hidden.dtype) * flat, head
-        run = {"temperature": 0.3, "token_weights": weights}
-        return [divergence_loss(*sides, **run, **kind) for kind in kinds]
+        run = {"temperature": 0.3, "token_weights": weights, "reduction": "sum"}
+        return [divergence_loss(*sides, **{**run, **kind}) for kind in kinds]
 
     with mock.patch.object(gradients, "MOST", 20):
         summed, each, exact = model(input_ids=ids, fused_sd=Request(compute, POSITIONS)).result

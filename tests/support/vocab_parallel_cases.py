@@ -228,7 +228,7 @@ def divergence(
     top = {"student": (k,), "teacher": (k,), "union": (k,), "teacher_nucleus": (k, MASS)}
 
     def fused(case: Case, student: LMHead, teacher: LMHead, **run: Any) -> LossOutput:
-        settings = {"divergence": choice, "metrics": metrics, **clips, **run}
+        settings = {"divergence": choice, "metrics": metrics, "reduction": "sum", **clips, **run}
         if importance or any("log_prob" in metric for metric in metrics):
             settings["token_ids"] = case.token_ids
         if importance:
@@ -359,7 +359,7 @@ def sampled(
         if teacher_states:
             given |= {"teacher_hidden": case.teacher_hidden, "teacher_head": teacher}
         sampled = (advantages(case),) if has_advantages else ()
-        return function(case.hidden, student, case.token_ids, *sampled, **given, **run)
+        return function(case.hidden, student, case.token_ids, *sampled, **{**given, **run})
 
     def exact(student: Tensor, teacher: Tensor, case: Case) -> Tensor:
         pair = (reference.token_log_prob(side, case.token_ids) for side in (student, teacher))

@@ -65,7 +65,9 @@ def _matrix() -> dict[str, Check]:
 
 def _sampled_tokens() -> dict[str, Check]:
     cases: dict[str, tuple[Fused, Definition]] = {
-        "cross entropy": sampled("cross_entropy", lambda a, b, c: -a, has_advantages=False),
+        "cross entropy": sampled(
+            "cross_entropy", lambda a, b, c: -a, has_advantages=False, reduction="sum"
+        ),
         "log-probs": log_probs(),
         "log-probs and entropy": log_probs(entropy=True),
         "top-k log-probs": log_probs(entries="top-k"),
@@ -103,6 +105,7 @@ def _sampled_tokens() -> dict[str, Check]:
             evidence=fused_sd.Evidence(mix=0.3),
             ratio_clip=(0.1, 0.3),
             dual_clip=2.0,
+            reduction="sum",
         ),
     }
     cases |= {f"sampled {estimator}": _sampled_kl(estimator) for estimator in ("k1", "k2", "k3")}
@@ -132,6 +135,7 @@ def _sampled_kl(estimator: str) -> tuple[Fused, Definition]:
         has_advantages=False,
         estimator=estimator,
         importance=lambda case: fused_sd.ImportanceCap(old(case), CAP),
+        reduction="sum",
     )
 
 

@@ -349,7 +349,7 @@ def refusals(place: Place) -> dict[str, str]:
 
     def call(head: Any = right, other: Any = teacher, group: Any = place.group, **settings: Any):
         sides = hidden, head, case.teacher_hidden, other
-        return fused_sd.divergence_loss(*sides, process_group=group, **settings)
+        return fused_sd.divergence_loss(*sides, process_group=group, reduction="sum", **settings)
 
     def uneven_beside_even() -> None:
         call(even, even)
@@ -383,12 +383,17 @@ def refusals(place: Place) -> dict[str, str]:
             hidden, right, 42, process_group=place.group
         ),
         "an id behind the last": lambda: fused_sd.cross_entropy_loss(
-            hidden, right, case.token_ids + 41, process_group=place.group
+            hidden, right, case.token_ids + 41, process_group=place.group, reduction="sum"
         ),
         "more tokens than rows": lambda: LMHead(weight, valid_vocab=42, shard_sizes=sizes),
         "more tokens than rows here": lambda: LMHead(weight, valid_vocab=41),
         "a tail of a served id behind the last": lambda: fused_sd.topk_divergence_loss(
-            hidden, right, served(case)[0] + 2, served(case)[1], process_group=place.group
+            hidden,
+            right,
+            served(case)[0] + 2,
+            served(case)[1],
+            process_group=place.group,
+            reduction="sum",
         ),
     }
     return {name: message(call) for name, call in calls.items()}

@@ -49,7 +49,7 @@ def reference_support(kind, student, teacher, entries):
 
 
 def fused(case, kind, entries, **settings):
-    common = {"token_weights": case.token_weights, "chunk_size": 3, **settings}
+    common = {"token_weights": case.token_weights, "chunk_size": 3, "reduction": "sum", **settings}
     if kind != "served":
         return fused_sd.divergence_loss(
             case.hidden,
@@ -216,6 +216,7 @@ def test_a_nucleus_counts_what_the_teacher_needs():
         divergence="forward_kl",
         support=fused_sd.TeacherNucleus(10, 0.7),
         metrics=("teacher_mass",),
+        reduction="sum",
     )
     assert_close(output.metrics["teacher_mass"], torch.tensor([1.0, 10 / 64, 0.75]), torch.float32)
     (gradient,) = torch.autograd.grad(output.loss, student)
@@ -238,5 +239,6 @@ def test_a_clip_fraction_is_of_the_entries_that_are_compared():
         remainder="drop",
         entry_clip=0.9,  # the first entry's term is 0.73 * ln(0.73 * 64) = 2.8, the second's 0.77
         metrics=("entry_clip_fraction",),
+        reduction="sum",
     )
     assert output.metrics["entry_clip_fraction"].item() == 0.5
