@@ -233,7 +233,7 @@ def test_functions_have_few_parameters():
 
 
 def test_a_loss_goes_through_six_files():
-    """The stack from a named loss to the function on rows of logits, as the README tells it."""
+    """The stack from a named loss to the function on rows of logits, as the manual tells it."""
     script = (
         "import torch, traceback, fused_sd\n"
         "from fused_sd.torch_kernels import rows\n"

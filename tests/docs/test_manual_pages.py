@@ -16,6 +16,7 @@ LINK = re.compile(r"\[[^\]]*\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]*))?\)")
 DEFAULTS = re.compile(r"<!-- defaults: (\w+) -->\n\n((?:\|.*\n)+)")
 FOUR_WRITTEN_ELSEWHERE = ("claims.md", "choosing.md", "official_runs.md", "scale.md")
 VERL = ROOT / "integrations" / "verl"
+README = ROOT / "README.md"
 
 
 def anchors(path):
@@ -45,6 +46,16 @@ def test_pages_are_short_and_so_are_their_lines(page):
     lines = WRITTEN.sub("", page.read_text()).splitlines()
     assert len(lines) <= 150
     assert not [line for line in lines if len(line) > 120]
+
+
+def test_the_readme_is_a_first_page():
+    text = README.read_text()
+    lines = text.splitlines()
+    assert len(lines) <= 150
+    assert len(text.encode()) <= 10_000
+    assert not [line for line in lines if len(line) > 120]
+    for target in re.findall(r"\]\((?!https:)([^)#]+)(?:#[^)]*)?\)", text):
+        assert (ROOT / target).is_file(), target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

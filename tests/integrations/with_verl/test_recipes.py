@@ -217,14 +217,14 @@ def test_verl_loads_the_examples_reward_function():
     assert score["score"] == 1.0
 
 
-def test_verl_composes_the_readmes_commands_for_teacher_servers():
-    text = (Path(__file__).parents[3] / "README.md").read_text().replace("\\\n", " ")
+def test_verl_composes_the_manuals_commands_for_teacher_servers():
+    text = (Path(__file__).parents[3] / "docs" / "guides" / "verl.md").read_text().replace("\\\n", " ")
     (line,) = (line for line in text.splitlines() if "loss_mode=forward_kl_topk" in line)
     overrides = [word for word in line.split() if "=" in word]
     with initialize_config_module("verl.trainer.config", version_base=None):
         own = compose("ppo_trainer", overrides)
     assert own.distillation.distillation_loss.loss_mode == "forward_kl_topk"
-    assert "--config-name=server" in text
+    assert "| `server` |" in text
     for config in (own, composed("server")):
         assert config.actor_rollout_ref.model.use_fused_kernels
         assert config.actor_rollout_ref.model.fused_kernel_options.impl_backend == VENDOR
