@@ -21,6 +21,7 @@ class PhaseOne:
 
     Attributes:
         objective: That of ``SRTConfig``, or "sequential": the official code's two stages.
+        rate: The learning rate of phase 1; None: the arm's, which is phase 2's where there is one.
         share: The share of the arm's generations that the collection gets.
         num_initial: Responses to a question.
         num_revisions: Revisions of each response.
@@ -28,6 +29,7 @@ class PhaseOne:
     """
 
     objective: str = "joint"
+    rate: float | None = None
     share: float = 2 / 3
     num_initial: int = 1
     num_revisions: int = 3
@@ -103,8 +105,18 @@ SD_ZERO_TINY = Arm(
     template="verdict",
     settings={"distillation_topk": 16},
 )
+# phase 1 alone gets all generations
+SRT = Arm(
+    "srt", "SD-Zero, phase 1 alone", "SRTTrainer", template="verdict", phase_one=PhaseOne(share=1.0)
+)
+# Each phase has its own rate: phase 1 the best of the grid for phase 1 alone, phase 2 the arm's.
+# With one rate for both, the grid chose one at which phase 1 only unlearned.
+RATE_ONE = 8e-4
 SD_ZERO_JOINT = replace(
-    SD_ZERO_TINY, name="sd_zero_joint", label="SD-Zero", phase_one=PhaseOne("joint")
+    SD_ZERO_TINY,
+    name="sd_zero_joint",
+    label="SD-Zero",
+    phase_one=PhaseOne("joint", rate=RATE_ONE),
 )
 # phase 1's traces never show a response's end before the verdict; the official phase 2 does
 SD_ZERO_BARE = replace(
@@ -118,7 +130,9 @@ SD_ZERO_SEQUENTIAL = replace(
     SD_ZERO_TINY,
     name="sd_zero_sequential",
     label="SD-Zero, stages of the official code",
-    phase_one=PhaseOne("sequential", num_initial=3, num_revisions=3, revise_correct=False),
+    phase_one=PhaseOne(
+        "sequential", rate=RATE_ONE, num_initial=3, num_revisions=3, revise_correct=False
+    ),
 )
 # phase 2 renews its teacher after half of its steps
 SD_ZERO_SYNCED = replace(
@@ -126,10 +140,6 @@ SD_ZERO_SYNCED = replace(
     name="sd_zero_synced",
     label="SD-Zero, teacher renewed",
     settings={**SD_ZERO_BARE.settings, "teacher_model_kind": "synced"},
-)
-# phase 1 alone gets all generations
-SRT = Arm(
-    "srt", "SD-Zero, phase 1 alone", "SRTTrainer", template="verdict", phase_one=PhaseOne(share=1.0)
 )
 
 # the ways to search for the answer to one hard question

@@ -2,8 +2,8 @@
 
 All samples count: the arm gets as many generations as its rivals, responses and revisions of the
 collection among them, and phase 2 gets the steps that remain.  Phase 1 asks the first questions of
-the shuffled training part, and phase 2 the others, as in the paper.  One learning rate serves both
-phases, as in the official scripts, where it is 5e-6 in each.
+the shuffled training part, and phase 2 the others, as in the paper.  A phase 1 that phase 2 follows
+may have a learning rate of its own.
 """
 
 import dataclasses
@@ -66,7 +66,8 @@ def run(
         common = common_settings(seed, output)
         started = time.perf_counter()
         collected = collect(asked, phase_one, model, tokenizer, Path(output, "traces.jsonl"))
-        steps = train_phase_one(collected.traces, phase_one, model, tokenizer, rate, common)
+        first_rate = rate if phase_one.rate is None else phase_one.rate
+        steps = train_phase_one(collected.traces, phase_one, model, tokenizer, first_rate, common)
         seconds = time.perf_counter() - started
         used = sampled(collected)
         states["phase one"] = judge(model, tokenizer, task, questions, seed)

@@ -48,6 +48,8 @@ class Run:
         values = dataclasses.asdict(self) | {"version": version(self.task)}
         values["arm"] = {name: value for name, value in values["arm"].items() if value}
         del values["arm"]["label"]
+        if phase := values["arm"].get("phase_one"):
+            values["arm"]["phase_one"] = {n: v for n, v in phase.items() if v is not None}
         return values
 
 
