@@ -5,8 +5,9 @@ arms of an experiment run on the same units, with the same seeds, so that differ
 unit, and a result's interval covers everything that a unit draws: habits, questions, weights,
 generations, rounding.
 
-In trials, paired differences of two methods had a standard deviation of 2.6 points between units:
-16 units see a difference of 2 points with 82 % power, and 12 with 68 %.
+Trials suggested that paired differences of two methods have a standard deviation of 2.6 points
+between units, so that 16 units see a difference of 2 points with 82 % power.  The final runs spread
+more; the page says how many units each experiment would need.
 
 The learning rate of every arm is chosen by one rule: the best mean accuracy over the selection
 units, on validation questions, from one grid; the smaller of equally good rates.  No final run uses
