@@ -14,6 +14,8 @@ from typing import Any
 from benchmarks.running import quiet, say
 
 WORK = Path("~/.cache/fused_sd/methods")
+# what a record says of its run beside the settings
+STAMPED = ("device", "commit", "fused_sd", "python", "torch", "transformers", "trl", "peft")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -88,7 +90,8 @@ def make(experiment: Any, options: argparse.Namespace, path: Path) -> None:
     if options.arms:
         wanted = [run for run in wanted if run.arm.name in options.arms]
     say(f"{options.command} {experiment.name}: {path}")
-    where = stamp(default_device())
+    facts = stamp(default_device())
+    where = {name: facts[name] for name in STAMPED}
     runs.make(wanted, records, options.work, jobs=options.jobs, stamp=where)
     if selecting and not options.arms:
         for name, measured in runs.selected(experiment, records).items():

@@ -17,6 +17,15 @@ def plain(values: Any) -> Any:
     return json.loads(json.dumps(values, sort_keys=True, default=str))
 
 
+def rounded(values: Any) -> Any:
+    """Return plain values with five digits behind the point, which is more than a run tells."""
+    if isinstance(values, dict):
+        return {name: rounded(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [rounded(value) for value in values]
+    return round(values, 5) if isinstance(values, float) else values
+
+
 @dataclass(frozen=True)
 class Record:
     """A finished run: what decided it, what was measured, and where."""
@@ -56,7 +65,7 @@ class Records:
 
     def add(self, decided_by: dict[str, Any], values: Any, stamp: dict[str, str]) -> None:
         """Append a run."""
-        record = Record(plain(decided_by), plain(values), stamp)
+        record = Record(plain(decided_by), rounded(plain(values)), stamp)
         self.all.append(record)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
