@@ -218,7 +218,8 @@ def test_verl_loads_the_examples_reward_function():
 
 
 def test_verl_composes_the_manuals_commands_for_teacher_servers():
-    text = (Path(__file__).parents[3] / "docs" / "guides" / "verl.md").read_text().replace("\\\n", " ")
+    page = Path(__file__).parents[3] / "docs" / "guides" / "verl.md"
+    text = page.read_text().replace("\\\n", " ")
     (line,) = (line for line in text.splitlines() if "loss_mode=forward_kl_topk" in line)
     overrides = [word for word in line.split() if "=" in word]
     with initialize_config_module("verl.trainer.config", version_base=None):
