@@ -1,6 +1,8 @@
 """One picture for each claim: the curves of its arms with their intervals."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.methods.claims import Claim
@@ -50,9 +52,10 @@ def picture(claim: Claim, runs: Runs, path: Path) -> None:
 def name_ends(axis: Any, ends: list[tuple[float, str, str]]) -> None:
     """Write the curves' names at their ends, moved apart where they would touch."""
     low, high = axis.get_ylim()
-    gap, place = 0.075 * (high - low), float("-inf")
-    for value, label, colour in sorted(ends):
-        place = max(value, place + gap)
+    ends = sorted(ends)
+    for place, (_, label, colour) in zip(
+        apart([end[0] for end in ends], 0.075 * (high - low)), ends
+    ):
         axis.annotate(
             label,
             (1.01, place),
@@ -62,3 +65,26 @@ def name_ends(axis: Any, ends: list[tuple[float, str, str]]) -> None:
             va="center",
             annotation_clip=False,
         )
+
+
+def apart(values: Sequence[float], gap: float) -> list[float]:
+    """Return places at least ``gap`` apart for rising values, each group centred on its values."""
+    groups: list[list[float]] = []
+    for value in values:
+        groups.append([value])
+        while len(groups) > 1:
+            bottom = 2 * fmean(groups[-1]) - top(groups[-1], gap)
+            if top(groups[-2], gap) + gap <= bottom:
+                break
+            last = groups.pop()
+            groups[-1] += last
+    return [
+        fmean(group) + gap * (number - (len(group) - 1) / 2)
+        for group in groups
+        for number in range(len(group))
+    ]
+
+
+def top(group: Sequence[float], gap: float) -> float:
+    """Return the highest place of a group that is centred on its values."""
+    return fmean(group) + gap * (len(group) - 1) / 2

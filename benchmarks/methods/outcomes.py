@@ -190,5 +190,5 @@ def searched(runs: Runs, arm: str) -> list[tuple[float, Estimate]]:
     counts = units[0][0]["probability"]
     return [
         (float(count), estimate([fmean(run["probability"][count] for run in u) for u in units]))
-        for count in counts
+        for count in sorted(counts, key=int)
     ]

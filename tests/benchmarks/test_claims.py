@@ -15,6 +15,7 @@ from benchmarks.methods import report, runs
 from benchmarks.methods.__main__ import main
 from benchmarks.methods.claims import CLAIMS
 from benchmarks.methods.experiments import EXPERIMENTS, Unit, quick
+from benchmarks.methods.figures import apart
 from benchmarks.methods.outcomes import METRICS, Contrast, by_unit, curve, finished, searched
 from benchmarks.methods.records import Records
 from benchmarks.methods.statistics import (
@@ -136,7 +137,7 @@ def test_a_difference_beyond_another_experiment_is_paired_by_base():
 
 
 def test_searches_and_blame_are_metrics():
-    search = {"probability": {"16": 0.2, "64": 0.5, "512": 1.0}}
+    search = {"probability": {"16": 0.2, "512": 1.0, "64": 0.5}}  # as a file sorts them
     assert METRICS["found in 64"](search) == 0.5
     assert searched({"a": {0: [search], 1: [search]}}, "a") == [
         (count, Estimate(share, share, share, 2))
@@ -169,6 +170,13 @@ def test_numbers_are_said_in_their_units():
     assert report.shown(Contrast("entropy", "a", "b"), found) == "+0.05 nat (+0.01 to +0.09)"
     half = Estimate(math.log(0.5), math.log(0.25), 0.0, 8)
     assert report.shown(Contrast("generations", "a", "b"), half) == "0.50 times (0.25 to 1.00)"
+
+
+def test_names_of_curves_are_apart_and_near_their_ends():
+    assert apart([1.0, 5.0, 9.0], 2.0) == [1.0, 5.0, 9.0]
+    assert apart([4.0, 4.0, 4.0], 1.0) == [3.0, 4.0, 5.0]
+    assert apart([0.0, 0.5, 9.0], 1.0) == [-0.25, 0.75, 9.0]
+    assert apart([0.0, 0.0, 1.0], 1.0) == pytest.approx([-2 / 3, 1 / 3, 4 / 3])
 
 
 def test_every_claim_names_arms_and_metrics_that_exist():
