@@ -14,21 +14,10 @@ from benchmarks.methods.evaluate import Responses
 from benchmarks.methods.experiments import EXPERIMENTS, Experiment, Search, Unit, bases, quick
 from benchmarks.methods.records import Records
 from benchmarks.methods.tasks import addition, make_task
-from benchmarks.methods.tasks.addition import SCHEDULES, World
-from benchmarks.methods.tasks.pretrain import Schedule
+from benchmarks.methods.tasks.addition import World
 from fused_sd.integrations import trl
 from fused_sd.integrations.shared.prompts import sibling_prompt
 from fused_sd.integrations.shared.rollouts import Rollout
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A working folder whose base models have learned nothing."""
-    folder = tmp_path_factory.mktemp("work")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SCHEDULES, "0.1M", Schedule(steps=1))
-        make_task("addition", 0).load(folder)
-    return folder
 
 
 @pytest.fixture

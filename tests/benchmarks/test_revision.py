@@ -14,23 +14,12 @@ from benchmarks.methods.evaluate import Responses
 from benchmarks.methods.experiments import EXPERIMENTS, Scale, Unit
 from benchmarks.methods.records import Records
 from benchmarks.methods.tasks import Task, make_task
-from benchmarks.methods.tasks.addition import END, SCHEDULES, World, is_leaking, is_right
-from benchmarks.methods.tasks.pretrain import Schedule
+from benchmarks.methods.tasks.addition import END, World, is_leaking, is_right
 from fused_sd.credit import CreditMap, CreditRow, TokenCredit
 from fused_sd.integrations.trl import Trace
 
 SMALL = Scale(steps=3, prompts=2, look_every=1, num_questions=10)
 WHOLE = (arms.SRT, arms.SD_ZERO_SEQUENTIAL, arms.SD_ZERO_SYNCED)
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A working folder whose base model has learned nothing."""
-    folder = tmp_path_factory.mktemp("work")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SCHEDULES, "0.1M", Schedule(steps=1))
-        make_task("addition", 0).load(folder)
-    return folder
 
 
 @pytest.fixture
