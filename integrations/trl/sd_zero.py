@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import LossOutput, sd_zero_loss
-from fused_sd.checks import check_one_of, check_unit_interval, fail
+from fused_sd.checks import check_bool, check_one_of, check_unit_interval, fail
 from fused_sd.integrations.shared.chat_format import check_chat_format, recorded_chat_format
 from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for, without_end
 from fused_sd.integrations.shared.rollouts import Rollout
@@ -110,6 +110,7 @@ class SDZeroConfig(DivergenceConfig):
             self.distillation_topk = None
         super().__post_init__()
         check_one_of("variant", self.variant, ("code", "paper"))
+        check_bool("keep_response_end", self.keep_response_end)
         check_unit_interval("forward_weight", self.forward_weight)
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 from verl.utils.tokenizer import normalize_token_ids
 
-from fused_sd.checks import check_finite, check_positive_int
+from fused_sd.checks import check_bool, check_finite, check_positive_int
 from fused_sd.integrations.shared import templates
 from fused_sd.integrations.shared.chat_format import check_chat_format
 from fused_sd.integrations.shared.prompts import (
@@ -193,6 +193,7 @@ class AttemptContext:
 
     def __post_init__(self) -> None:
         check_finite("success_reward_threshold", self.success_reward_threshold, "0.5 is usual")
+        check_bool("keep_response_end", self.keep_response_end)
         check_positive_int("max_length", self.max_length)
 
     def teacher_prompt(self, rollout: Rollout, tokenizer: PromptTokenizer) -> list[int] | None:

@@ -80,6 +80,11 @@ def test_the_first_copy_can_be_shown_without_its_end(tmp_path):
     assert inputs["loss_mask"].sum(1).tolist() == [len(tokens) for tokens in said]
 
 
+def test_whether_the_end_is_shown_is_true_or_false(tmp_path):
+    with pytest.raises(ValueError, match="keep_response_end must be True or False, got 'no'"):
+        SDZeroConfig(str(tmp_path), use_cpu=True, bf16=False, keep_response_end="no")
+
+
 @pytest.mark.parametrize("spare, kept", [(7, 3), (8, 4), (9, 4), (14, 7), (15, 7)])
 def test_prompt_phrase_and_two_copies_have_the_limit_together(tmp_path, spare, kept):
     """The official rule: allowed = (limit - |x| - |phrase|) // 2, for student and teacher."""

@@ -212,6 +212,8 @@ def test_sd_zero_shows_ones_own_response_and_the_verdict():
     assert context.teacher_prompt(right, WORDS) == [*prompt, *ids("3<|im_end|>\n\nRight.\n\n")]
     bare = AttemptContext(wrong_phrase="Wrong.", keep_response_end=False)
     assert bare.teacher_prompt(whole, WORDS) == [*prompt, *ids("3\n\nWrong.\n\n")]
+    with pytest.raises(ValueError, match="keep_response_end must be True or False, got 'no'"):
+        AttemptContext(keep_response_end="no")
     cut = rollout(completion_ids=ids("3 or"))
     assert context.teacher_prompt(cut, WORDS) == [*prompt, *ids("3 or\n\nWrong.\n\n")]
     # the prompt, the attempt, the phrase between its delimiters, and the response again
