@@ -9,6 +9,7 @@ Dimension key:  R rows that are computed, D hidden size
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -61,6 +62,7 @@ class TeachingEngine(FusedSDEngine):
     scaler: Any  # verl's gradient scaler, for fp16
     _teacher: Teacher | None = None
     _loaded: dict[str, Any] | None = None  # a checkpoint's teacher, until the teacher is built
+    _bereft: str | None = None  # a loaded checkpoint without a teacher, until one is built
     _start: dict[str, Any] | None = None  # the initial adapter, until the teacher is built
     _num_modes = 0  # train modes that are entered and not left
     _group: GroupTeacher | None = None
@@ -162,9 +164,20 @@ class TeachingEngine(FusedSDEngine):
         if state is not None:
             teacher.load_state_dict(sharded_state(state, teacher))
         elif kind != "frozen":
-            teacher.sync()  # the student may have been loaded from a checkpoint
+            self._start_as_student(teacher)
         self._loaded = self._start = None
         return teacher
+
+    def _start_as_student(self, teacher: Teacher) -> None:
+        """Give a teacher that follows the student the student's weights, loaded ones too."""
+        if self._bereft is not None:
+            warnings.warn(
+                f"the checkpoint {self._bereft} holds no teacher: the teacher starts as its "
+                "student is, and not where the saved run's teacher was",
+                stacklevel=2,
+            )
+        self._bereft = None
+        teacher.sync()
 
     def _copy_model(self, **settings: Any) -> Teacher:
         """Build the second module."""
@@ -240,10 +253,14 @@ class TeachingEngine(FusedSDEngine):
         found = None
         if os.path.exists(teacher_file(local_path)):
             found = torch.load(teacher_file(local_path), map_location="cpu", weights_only=True)
+        # a teacher that was built before has other weights than the checkpoint's student
+        self._bereft = local_path if found is None else None
         if self._teacher is None:
             self._loaded = found
         elif found is not None:
             self._teacher.load_state_dict(sharded_state(found, self._teacher))
+        elif self._teacher.kind != "frozen":
+            self._start_as_student(self._teacher)
 
 
 class _HeadKeeper(nn.Module):

@@ -4,6 +4,7 @@ import functools
 import os
 import pathlib
 import traceback
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -163,10 +164,21 @@ def teach(name: str) -> dict[str, Any]:
             os.remove(file)  # as if another teacher had taught: the weights at the start are known
         engine = make_engine(lesson)
         engine.load_checkpoint(checkpoint, del_local_after_load=False)
-        left["resumed"] = [
-            take_step(engine, batch, loss) for _ in range(lesson.steps - lesson.saved_after)
-        ]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            left["resumed"] = [
+                take_step(engine, batch, loss) for _ in range(lesson.steps - lesson.saved_after)
+            ]
+        left["resumed said"] = [str(warning.message) for warning in said]
         left["after resumed"] = weights_of(engine)
+        if os.path.exists(file):
+            os.remove(file)
+            bereft = make_engine(lesson)
+            bereft.load_checkpoint(checkpoint, del_local_after_load=False)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                left["bereft"] = take_step(bereft, batch, loss)
+            left["said"] = [str(warning.message) for warning in said]
     if lesson.lora:
         left["sent"] = [dict(engine.get_per_tensor_param(base_sync_done=True)[0])]
         if "lora_adapter_path" not in lesson.lora:  # PEFT cannot read modules_to_save by layers

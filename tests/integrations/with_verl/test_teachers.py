@@ -135,6 +135,14 @@ def test_a_teacher_is_saved_and_loaded_with_the_checkpoint():
     for name in ("before", "teacher"):
         assert_weights(again[name], last[name], atol=0)
     assert_weights(left["after resumed"], left["after"], atol=1e-7)
+    assert not any("holds no teacher" in said for said in left["resumed said"])
+
+
+def test_a_checkpoint_without_a_teacher_says_where_the_teacher_starts():
+    left = left_of("ema")
+    assert any("holds no teacher: the teacher starts as its student is" in s for s in left["said"])
+    assert_weights(left["bereft"]["before"], left["steps"][2]["before"], atol=0)
+    assert left["bereft"]["loss"] != left["steps"][2]["loss"], "the saved teacher lags behind"
 
 
 def test_a_trust_region_lies_between_the_start_and_the_student():
