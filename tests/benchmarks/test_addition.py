@@ -124,6 +124,18 @@ def test_a_token_is_a_character():
     ids = TOKENIZER(text)["input_ids"]
     assert len(ids) == len(text)
     assert TOKENIZER.decode(ids) == text
+    with pytest.raises(Exception, match="UNK"):  # what the tokenizers library raises
+        TOKENIZER("12;132x")
+
+
+def test_sdpo_is_given_no_reference_that_it_would_read_as_feedback():
+    task = make_task("addition", 0)
+    for experiment in EXPERIMENTS.values():
+        for arm in experiment.arms:
+            if arm.trainer in ("SDPOTrainer", "DiscoveryTrainer"):
+                assert arm.hint is None
+    assert all(set(row) == {"prompt"} for row in task.rows(None))
+    assert task.rows("answer")[0]["privileged_context"] == task.questions["train"][0].answer
 
 
 @pytest.mark.parametrize("arm", EXPERIMENTS["addition"].arms, ids=lambda arm: arm.name)
