@@ -1,15 +1,14 @@
 """Two processes: gradients of a wrapped model are those of one process."""
 
 import importlib.util
-import socket
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import sharded_worker
+from ranks import free_port, spawn
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +16,7 @@ def worst(tmp_path_factory):
     """The largest difference on either rank, for each layout."""
     folder = tmp_path_factory.mktemp("ranks")
     layouts = tuple(sharded_worker.LAYOUTS)
-    torch.multiprocessing.spawn(sharded_worker.main, (str(folder), layouts), nprocs=2)
+    spawn(sharded_worker.main, str(folder), layouts)
     found = {}
     for rank in range(2):
         lines = (folder / f"worst{rank}").read_text().splitlines()
@@ -32,16 +31,10 @@ def test_gradients_are_those_of_one_process(worst, name):
     assert worst[name] < sharded_worker.LAYOUTS[name].tolerance
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 # a look at the package: importing it warns, and would start its logging here
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
 @pytest.mark.parametrize("loss", ["mixed", "sparse"])
 def test_gradients_under_zero3_are_those_of_one_process(loss, tmp_path):
-    torch.multiprocessing.spawn(sharded_worker.zero3, (str(tmp_path), free_port(), loss), nprocs=2)
+    spawn(sharded_worker.zero3, str(tmp_path), free_port(), loss)
     for rank in range(2):
         assert float((tmp_path / f"zero{rank}").read_text()) < 2e-6

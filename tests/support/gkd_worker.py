@@ -63,4 +63,3 @@ def main(rank: int, port: int, folder: str) -> None:
             except Exception:
                 found = {"error": traceback.format_exc()}
             torch.save(found, f"{folder}/{number}-{cls.__name__}-{rank}.pt")
-    torch.distributed.destroy_process_group()

@@ -312,7 +312,6 @@ def main(rank: int, folder: str, layouts: tuple[str, ...]) -> None:
         worst = largest_difference(LAYOUTS[name], rank)
         with open(f"{folder}/worst{rank}", "a") as file:
             file.write(f"{name}={worst}\n")
-    dist.destroy_process_group()
 
 
 def zero3(rank: int, folder: str, port: int, name: str = "mixed") -> None:
@@ -352,4 +351,3 @@ def zero3(rank: int, folder: str, port: int, name: str = "mixed") -> None:
         worst = max(worst, float(difference))
     with open(f"{folder}/zero{rank}", "w") as file:
         file.write(str(worst))
-    dist.destroy_process_group()

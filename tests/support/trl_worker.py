@@ -270,4 +270,3 @@ def main(rank: int, port: int, folder: str, names: tuple[str, ...]) -> None:
         except Exception:
             found = {"error": traceback.format_exc()}
         torch.save(found, f"{folder}/{number}-{rank}.pt")
-    torch.distributed.destroy_process_group()

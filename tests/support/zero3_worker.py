@@ -70,5 +70,3 @@ def main(rank: int, port: int, folder: str, names: tuple[str, ...]) -> None:
         except Exception:
             left = {"error": traceback.format_exc()}
         torch.save(left, f"{folder}/{number}-{rank}.pt")
-    torch.distributed.barrier()  # a process that leaves early breaks the other's collectives
-    torch.distributed.destroy_process_group()

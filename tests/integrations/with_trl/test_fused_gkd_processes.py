@@ -5,7 +5,7 @@ import pytest
 import torch
 from gkd_pairs import build
 from gkd_worker import RUNS
-from two_processes import free_port
+from ranks import free_port, spawn
 
 NAMES = tuple(RUNS)
 
@@ -14,7 +14,7 @@ NAMES = tuple(RUNS)
 def folder(tmp_path_factory):
     """Where each process saved what it had at the end of each run."""
     made = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(gkd_worker.main, (free_port(), str(made)), nprocs=2)
+    spawn(gkd_worker.main, free_port(), str(made))
     return made
 
 

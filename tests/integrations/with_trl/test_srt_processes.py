@@ -2,11 +2,11 @@
 
 import os
 import pathlib
-import socket
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import torch
+from ranks import free_port, spawn
 from test_srt import assert_one_step, train_once
 
 
@@ -18,12 +18,8 @@ def train(rank, port, folder):
     if rank == 0:
         weights = {name.removeprefix("module."): value.data for name, value in weights.items()}
         torch.save((weights, logged), f"{folder}/step.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_a_step_is_the_same_in_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(train, (port, str(tmp_path)), nprocs=2)
+    spawn(train, free_port(), str(tmp_path))
     assert_one_step(*torch.load(tmp_path / "step.pt"))

@@ -7,8 +7,8 @@ import pytest
 import torch
 import trl_worker
 from method_pairs import weights
+from ranks import remains_of
 from trl_worker import RUNS, rewards, train
-from two_processes import remains_of
 
 NAMES = tuple(RUNS)
 BROKEN = [name for name in NAMES if RUNS[name].broken is not None]

@@ -12,8 +12,8 @@ if not importlib.util.find_spec("deepspeed"):
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
 import zero3_worker
+from ranks import remains_of
 from trl_worker import train
-from two_processes import remains_of
 from zero3_worker import RUNS
 
 NAMES = tuple(RUNS)

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-import socket
 import tempfile
 from typing import Any
 
 import engine_worker
 import torch
 from engine_batches import NO_RESPONSE, VOCAB, Run
+from ranks import free_port, spawn
 
 EAGER = {"library": False, "backend": None}
 # the runs with a policy loss also clamp log-probabilities
@@ -73,14 +73,11 @@ def save_model(folder: pathlib.Path, *, tied: bool) -> pathlib.Path:
 @functools.cache
 def remains() -> dict[str, list[dict[str, Any]]]:
     """The results of each run in each of the two processes, which are started once."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         for tied in (False, True):
             save_model(folder, tied=tied)
-        torch.multiprocessing.spawn(engine_worker.main, (port, name, RUNS), nprocs=2)
+        spawn(engine_worker.main, free_port(), name, RUNS)
         return {
             run: [torch.load(folder / f"{run}-{rank}.pt", weights_only=False) for rank in range(2)]
             for run in RUNS

@@ -22,7 +22,6 @@ def main(rank: int, port: int, folder: str, runs: dict[str, Run]) -> None:
     dist.all_to_all = cpu_platform.all_to_all_by_gloo
     for name, run in runs.items():
         torch.save(train(run, pathlib.Path(folder)), f"{folder}/{name}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 def train(run: Run, folder: pathlib.Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -60,7 +61,7 @@ LAYOUTS = {
 def results() -> dict[str, list[Any]]:
     """The results of each check on both ranks; the processes start once for all test files."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(main, (folder,), nprocs=2)
+        ranks.spawn(main, folder)
         found = [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(2)]
     return {name: [one.get(name, "not reached") for one in found] for name in found[0]}
 
@@ -100,7 +101,6 @@ def main(rank: int, folder: str) -> None:
             left[name] = traceback.format_exc()
             break  # end, so that the other process's collectives fail instead of waiting
     torch.save(left, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def lay_out(layout: Layout) -> None:

@@ -138,7 +138,6 @@ def main(rank: int, port: int, folder: str) -> None:
         except Exception:
             left = {"error": traceback.format_exc()}
         torch.save(left, f"{name}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 def teach(name: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import copy
 import functools
 import pathlib
-import socket
 import tempfile
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ from chat_tokenizer import text, tokenizer
 from corrections import CASES
 from engine_batches import TEMPERATURE
 from engine_runs import save_model
+from ranks import free_port, spawn
 from teacher_worker import CAP, EVERY, LESSONS, MIX, RANK, RATE, RECIPE, K
 
 from fused_sd import Evidence, rlsd_loss
@@ -26,9 +26,6 @@ def remains():
     """What each process has at the end of each lesson, and the untrained model."""
     from transformers import Qwen3ForCausalLM
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         model = Qwen3ForCausalLM.from_pretrained(
@@ -37,7 +34,7 @@ def remains():
         tokenizer().save_pretrained(folder / "untied")
         save_model(folder, tied=True)
         save_adapter(model, folder / "adapter")
-        torch.multiprocessing.spawn(teacher_worker.main, (port, name), nprocs=2)
+        spawn(teacher_worker.main, free_port(), name)
         found = {
             lesson: [
                 torch.load(folder / f"{lesson}-{rank}.pt", weights_only=False) for rank in range(2)

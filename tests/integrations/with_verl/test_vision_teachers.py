@@ -2,13 +2,13 @@
 
 import functools
 import pathlib
-import socket
 import tempfile
 
 import pytest
 import torch
 import vision_worker
 from engine_batches import TEMPERATURE
+from ranks import free_port, spawn
 from tiny_vlm import tiny_vlm
 from vision_samples import FAMILIES
 from vision_worker import LESSONS
@@ -24,14 +24,11 @@ def model_of(family):
 @functools.cache
 def remains():
     """What each process has at the end of each lesson."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         for family in FAMILIES:
             tiny_vlm(family, torch.float32)[0].save_pretrained(folder / family)
-        torch.multiprocessing.spawn(vision_worker.main, (port, name), nprocs=2)
+        spawn(vision_worker.main, free_port(), name)
         return {
             lesson: [
                 torch.load(folder / f"{lesson}-{rank}.pt", weights_only=False) for rank in range(2)

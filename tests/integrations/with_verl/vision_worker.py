@@ -82,7 +82,6 @@ def main(rank: int, port: int, folder: str) -> None:
         except Exception:
             left = {"error": traceback.format_exc()}
         torch.save(left, pathlib.Path(folder) / f"{name}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 def learn(lesson: VisionLesson, folder: pathlib.Path) -> dict[str, Any]:
