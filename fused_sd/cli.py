@@ -6,11 +6,13 @@
 ``fused_sd plan``     memory, chunk size and time of a loss, without running it
 ``fused_sd credit``   what a teacher says of each token
 
-Exit status: 0; 1 if a promise is broken; 2 for wrong use, with a message that says what to do.
+Exit status: 0; 1 if a promise is broken; 2 for wrong use, with a message that says what to do; 141
+if who reads the output, such as ``head``, has closed it.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +25,21 @@ from fused_sd.planning.command import add_plan
 from fused_sd.verify.command import add_verify
 
 
+CLOSED_PIPE = 128 + 13  # what a shell reports of a command that SIGPIPE ended
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    arguments = build_parser().parse_args(argv)
-    status: int = arguments.run(arguments)
+    try:
+        try:
+            arguments = build_parser().parse_args(argv)
+            status: int = arguments.run(arguments)
+        finally:
+            sys.stdout.flush()  # also what ``--help`` printed, so that a closed pipe is met here
+    except BrokenPipeError:
+        # what is still buffered is written when Python ends, to where nobody is missing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
     return status
 
 

@@ -43,6 +43,7 @@ class Case:
             at several KLs.  "nothing": no teacher, so that the loss is measured once.
         chooser: the side whose top-k is the support; None: the whole vocabulary.
         k: number of entries of the support.
+        has_sparse: whether the loss takes ``gradient="sparse"``.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Case:
     against: Literal["distribution", "evidence", "nothing"] = "distribution"
     chooser: Literal["student", "teacher"] | None = None
     k: int = 0
+    has_sparse: bool = True
 
     def entries(self, vocab: int) -> int:
         """Number of entries of the support: k, or half of a small vocabulary."""
@@ -87,12 +89,12 @@ def _sampled(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     return operands.hidden, operands.weight, operands.token_ids
 
 
-def _generic(name: str, divergence: Divergence, definition: str, beta: float = 0.5) -> Case:
+def _generic(name: str, divergence: Divergence, definition: str) -> Case:
     """Return the case of a divergence over the whole vocabulary, without a method's settings."""
     return Case(
         name,
         lambda o, run: fused_sd.divergence_loss(*_sides(o), divergence=divergence, **run),
-        lambda z, o: reference.divergence(z.student, z.teacher, divergence=definition, beta=beta),
+        lambda z, o: reference.divergence(z.student, z.teacher, divergence=definition, beta=0.5),
     )
 
 
@@ -180,6 +182,14 @@ def _cross_entropy(operands: Operands, run: LossOptions) -> LossOutput:
     )
 
 
+def _token_log_probs(operands: Operands, run: LossOptions) -> LossOutput:
+    choices: Any = {name: run[name] for name in ("token_weights", "compact", "backend")}
+    log_probs = fused_sd.token_log_probs(*_sampled(operands), **choices).log_probs
+    weights = operands.token_weights
+    loss = -(weights * log_probs).sum() / weights.sum()
+    return LossOutput(loss, -log_probs.detach(), {})
+
+
 _ALL = (
     Case("sdpo", _sdpo, _sdpo_definition, chooser="student", k=100),
     Case("sd_zero", _sd_zero, _sd_zero_definition, chooser="teacher", k=64),
@@ -212,8 +222,15 @@ _ALL = (
         lambda z, o: reference.cross_entropy(z.student, o.token_ids),
         against="nothing",
     ),
+    Case(
+        "token_log_probs",
+        _token_log_probs,
+        lambda z, o: reference.cross_entropy(z.student, o.token_ids),
+        against="nothing",
+        has_sparse=False,
+    ),
     _generic("forward_kl", "forward_kl", "forward_kl"),
     _generic("reverse_kl", "reverse_kl", "reverse_kl"),
-    _generic("jsd", fused_sd.Jsd(0.1), "jsd", beta=0.1),
+    _generic("jsd", fused_sd.Jsd(0.5), "jsd"),
 )
 CASES = {case.name: case for case in _ALL}

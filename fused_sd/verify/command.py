@@ -13,10 +13,10 @@ from typing import Any
 from fused_sd.measuring.arguments import add_head_size
 from fused_sd.measuring.dtypes import DTYPES
 from fused_sd.measuring.environment import environment
+from fused_sd.measuring.losses import add_losses
 from fused_sd.measuring.markdown_block import Block
 from fused_sd.verify import report
-from fused_sd.verify.cases import CASES
-from fused_sd.verify.choices import DEFAULT_SIZES, Choices, resolve
+from fused_sd.verify.choices import DEFAULT_SIZES, QUICK_SIZES, Choices, resolve
 from fused_sd.verify.promises import Measured
 from fused_sd.verify.run import Verifier, verify
 
@@ -32,11 +32,12 @@ def add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "16-bit logits, and check what the library promises.  Exit status 1: a promise is broken.",
     )
     add = command.add_argument
+    add_losses(command, "all")
+    hidden, vocab = DEFAULT_SIZES
     add(
-        "--losses",
-        default="all",
-        metavar="A,B",
-        help=f"all, or of {', '.join(CASES)} (default all)",
+        "--quick",
+        action="store_true",
+        help="a look in seconds: one KL, and a head of {} x {}".format(*QUICK_SIZES),
     )
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
     add("--dtype", default="bf16", help=f"operands' dtype: {', '.join(DTYPES)} (default bf16)")
@@ -46,7 +47,6 @@ def add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default=32,
         help="number of tokens (default 32); errors do not depend on it",
     )
-    hidden, vocab = DEFAULT_SIZES
     add_head_size(command, f"hidden size (default {hidden})", f"vocabulary (default {vocab})")
     add("--backend", default="auto", help="auto, triton or torch (default auto)")
     add("--seed", type=int, default=0, help="seed of the operands (default 0)")
@@ -109,6 +109,7 @@ def as_json(
         "broken": list(broken),
         "settings": {
             "losses": list(choices.losses),
+            "kls": list(choices.kls),
             "device": str(choices.device),
             "dtype": choices.dtype_name,
             "backend": choices.backend,

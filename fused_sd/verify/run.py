@@ -33,7 +33,6 @@ from fused_sd.verify.promises import (
 )
 from fused_sd.verify.truth import Distance, Exact
 
-KLS = (1e-5, 1e-3, 1e-1)
 FP16_SCALE = 1024.0  # the loss's factor before backward, as GradScaler's: fp16 underflows
 
 
@@ -45,7 +44,7 @@ def verify(verifier: "Verifier") -> Iterator[tuple[Measured | None, list[str]]]:
         found = verifier.measure(case)
         return found, broken_accuracy(found, verifier.dtype, verifier.on_gpu)
 
-    for kl in KLS:
+    for kl in verifier.choices.kls:
         verifier.at_kl(kl)
         for case in cases:
             if case.against != "nothing":
@@ -54,6 +53,8 @@ def verify(verifier: "Verifier") -> Iterator[tuple[Measured | None, list[str]]]:
         if case.against == "nothing":
             yield measured(case)
         yield None, broken_invariants(verifier.run, case, verifier.operands)
+        if not case.has_sparse:
+            continue
         yield verifier.measure_sparse(sparse(case))
         yield None, broken_invariants(verifier.run, sparse(case), verifier.operands)
 
