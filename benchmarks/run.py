@@ -23,10 +23,11 @@ import torch
 from benchmarks.storage import RESULTS, SuiteResults, file_slug, stamp
 from benchmarks.suites import SUITES, CellRequest, Suite, expected_seconds
 from fused_sd import checks
-from fused_sd.bench.cell import Cell, measure_cell
+from fused_sd.bench.cell import Cell
 from fused_sd.bench.limits import DeviceLost
 from fused_sd.bench.problem import SHAPES, Problem, make_problem, variant
 from fused_sd.bench.providers import PROVIDERS, Provider
+from fused_sd.bench.rounds import measure_cell
 from fused_sd.bench.table import report_lines
 from fused_sd.measuring.environment import device_name
 

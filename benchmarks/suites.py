@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_sd.bench.floor import FLOOR_RUNS, products
+from fused_sd.bench.floor import products
 from fused_sd.bench.measure import Effort
 from fused_sd.bench.problem import MEAN_KL, OBJECTIVES, SHAPES
 from fused_sd.bench.providers import PROVIDERS
@@ -188,7 +188,7 @@ def expected_seconds(request: CellRequest, suite: str) -> float:
         kinds = (
             1 if request.dtype == "float32" else 2
         )  # fp32 logits, and 16-bit ones: the floor runs both
-        total += SUITES[suite].floor_warm_seconds + kinds * min(effort.runs, FLOOR_RUNS) * once
+        total += SUITES[suite].floor_warm_seconds + kinds * effort.runs * once
     for provider in PROVIDERS:
         if provider.name not in request.providers or request.objective not in provider.objectives:
             continue

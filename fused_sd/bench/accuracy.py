@@ -70,6 +70,7 @@ DEFINITIONS: dict[str, Definition] = {
     "forward_kl": lambda s, t, _: reference.gkd(s, t, beta=0.0),
     "reverse_kl": lambda s, t, _: reference.gkd(s, t, beta=1.0),
     "jsd": lambda s, t, _: reference.gkd(s, t, beta=0.5),
+    "opsd": lambda s, t, _: reference.opsd(s, t),
     "topk_tail": lambda s, t, _: reference.sdpo(s, t),
     "topk_renormalized": lambda s, t, _: reference.sd_zero(s, t),
     "cross_entropy": _cross_entropy,

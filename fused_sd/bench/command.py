@@ -7,7 +7,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,24 +16,34 @@ import torch
 
 import fused_sd
 from fused_sd import checks
-from fused_sd.bench.cell import Cell, measure_cell
+from fused_sd.bench.cell import Cell
 from fused_sd.bench.measure import Effort, is_out_of_memory
-from fused_sd.bench.problem import MEAN_KL, OBJECTIVES, Shape, make_problem, variant
+from fused_sd.bench.problem import MEAN_KL, OBJECTIVE_OF, Shape, make_problem, variant
+from fused_sd.bench.progress import (
+    Progress,
+    Work,
+    duration,
+    expected_seconds,
+    gemm_rate,
+    runs_here,
+)
 from fused_sd.bench.providers import PROVIDERS
-from fused_sd.bench.table import LEGEND, US, report_lines
+from fused_sd.bench.rounds import measure_cell
+from fused_sd.bench.table import LEGEND, LINE, US, report_lines
 from fused_sd.measuring.arguments import add_head_size, chosen_device, chosen_head_size
 from fused_sd.measuring.dtypes import DTYPES
 from fused_sd.measuring.environment import device_name, environment
 from fused_sd.measuring.head_sizes import head_size
+from fused_sd.measuring.losses import LOSSES, add_losses, loss_names
 
-DEFAULT_OBJECTIVES = ("reverse_kl", "jsd")
+DEFAULT_LOSSES = "sdpo,gkd"
 LEAST_TOKENS, LEAST_HIDDEN, LEAST_VOCAB = 2, 4, 128  # SDPO compares 100 entries
 BENCH_DTYPES = ("bf16", "fp32")  # an fp16 gradient needs a scaled loss, which no provider has here
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """Defaults with which a kind of device measures in about a minute."""
+    """Defaults with which a kind of device measures in a few minutes."""
 
     sizes: tuple[int, int]
     tokens: int
@@ -49,7 +60,7 @@ ON_CPU = Defaults((256, 32000), 256, "fp32", Effort(0.2, 5, 10.0, 2), 0.0)
 class Choices:
     """What is measured, and how long."""
 
-    objectives: tuple[str, ...]
+    titles: dict[str, str]  # of each objective: the losses that it times
     shape: Shape
     tokens: int
     dtype: str
@@ -79,13 +90,7 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "vocabulary (default: Qwen3-8B's on a GPU, 32000 on a CPU)",
     )
     add("--tokens", type=int, help="tokens of a batch (default 4096 on a GPU, 256 on a CPU)")
-    add(
-        "--objectives",
-        "--objective",
-        default=",".join(DEFAULT_OBJECTIVES),
-        metavar="A,B",
-        help=f"all, or of {', '.join(OBJECTIVES)} (default {','.join(DEFAULT_OBJECTIVES)})",
-    )
+    add_losses(command, DEFAULT_LOSSES)
     add("--frozen", action="store_true", help="the head has no gradient")
     add("--mask", type=float, default=0.0, help="share of tokens that do not count (default 0)")
     add("--kl", type=float, default=MEAN_KL, help=f"mean KL(t||s) in nat (default {MEAN_KL})")
@@ -104,9 +109,7 @@ def resolve(arguments: argparse.Namespace) -> Choices:
     Raises:
         ValueError: an argument is out of range or unknown.
     """
-    objectives = tuple(name.strip() for name in arguments.objectives.split(","))
-    for name in objectives:
-        checks.check_one_of("--objectives", name, ("all", *OBJECTIVES))
+    losses = loss_names("--losses", arguments.losses)
     device = chosen_device(arguments.device)
     defaults = ON_GPU if device.type == "cuda" else ON_CPU
     hidden_size, vocab = chosen_head_size(arguments, defaults.sizes)
@@ -134,7 +137,7 @@ def resolve(arguments: argparse.Namespace) -> Choices:
     if arguments.runs is not None:
         effort = Effort(effort.warm_seconds, arguments.runs)
     return Choices(
-        OBJECTIVES if "all" in objectives else objectives,
+        titles_of(losses),
         Shape(arguments.model or "your head", hidden_size, vocab),
         tokens,
         dtype,
@@ -149,10 +152,33 @@ def resolve(arguments: argparse.Namespace) -> Choices:
     )
 
 
+def titles_of(losses: Sequence[str]) -> dict[str, str]:
+    """Return the objectives that time these losses, each with the names of its losses.
+
+    Losses whose arithmetic with the vocabulary is the same are timed once.
+    """
+    named: dict[str, list[str]] = {}
+    for loss in losses:
+        named.setdefault(OBJECTIVE_OF[loss], []).append(loss)
+    return {
+        objective: ", ".join(names)
+        + (f" (timed as {objective})" if objective in LOSSES and objective not in names else "")
+        for objective, names in named.items()
+    }
+
+
 def run_bench(arguments: argparse.Namespace) -> int:
-    """Measure each objective, print its results, and return the exit status."""
+    """Measure each loss, print its results, and return the exit status."""
     try:
         choices = resolve(arguments)
+    except ValueError as error:
+        print(f"fused_sd bench: {error}", file=sys.stderr)
+        return 2
+    expected = expected_by_title(choices)
+    # what will run, before anything that takes long; JSON is alone on the standard output
+    print(*plan_lines(choices, expected), sep="\n", file=sys.stderr if arguments.json else None)
+    sys.stdout.flush()
+    try:
         source = make_problem(
             choices.shape,
             choices.tokens,
@@ -162,9 +188,6 @@ def run_bench(arguments: argparse.Namespace) -> int:
             entropy=choices.entropy,
             seed=choices.seed,
         )
-    except ValueError as error:
-        print(f"fused_sd bench: {error}", file=sys.stderr)
-        return 2
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -176,30 +199,64 @@ def run_bench(arguments: argparse.Namespace) -> int:
         )
         return 2
     if not arguments.json:
-        where = f"{device_name(choices.device)}; fused_sd {fused_sd.__version__}"
-        print(f"{where}, torch {torch.__version__}", *LEGEND, sep="\n", flush=True)
-    cells = []
-    for objective in choices.objectives:
-        problem = variant(
-            source,
-            objective=objective,
-            trainable=choices.trainable,
-            mask_share=choices.mask_share,
-        )
+        print("", *LEGEND, sep="\n", flush=True)
+    cells, progress = [], Progress(sys.stderr, expected)
+    for objective, title in choices.titles.items():
+        progress.begin(title)
         cell = measure_cell(
-            problem,
+            variant(
+                source,
+                objective=objective,
+                trainable=choices.trainable,
+                mask_share=choices.mask_share,
+            ),
             source,
             PROVIDERS,
             choices.effort,
             floor_warm_seconds=choices.floor_warm_seconds,
             seed=choices.seed,
+            say=progress.say,
         )
+        progress.end()
         cells.append(cell)
         if not arguments.json:
-            print("", *report_lines(cell), sep="\n", flush=True)
+            print("", *report_lines(cell, title), sep="\n", flush=True)
     if arguments.json:
         print(json.dumps(as_json(cells), indent=2))
     return 0 if all(map(_is_ours_ok, cells)) else 1
+
+
+def expected_by_title(choices: Choices) -> dict[str, float]:
+    """Return about how many seconds each cell takes, by its title."""
+    counted = choices.tokens * (1 - choices.mask_share)
+    flop = 2.0 * counted * choices.shape.hidden_size * choices.shape.vocab
+    rate = gemm_rate(choices.shape.hidden_size, DTYPES[choices.dtype], choices.device)
+    here = [provider for provider in PROVIDERS if runs_here(provider, choices.device)]
+    return {
+        title: expected_seconds(
+            Work(objective, choices.trainable, flop, choices.effort), here, rate
+        )
+        for objective, title in choices.titles.items()
+    }
+
+
+def plan_lines(choices: Choices, expected: Mapping[str, float]) -> list[str]:
+    """Return the lines that say what will run, and about how long it takes."""
+    runs, absent = [], []
+    for provider in PROVIDERS:
+        if not provider.objectives.isdisjoint(choices.titles):
+            (runs if runs_here(provider, choices.device) else absent).append(provider.name)
+    shape = choices.shape
+    where = f"{device_name(choices.device)}; fused_sd {fused_sd.__version__}"
+    lines = [
+        f"{where}, torch {torch.__version__}",
+        f"{', '.join(choices.titles.values())}: {choices.tokens} tokens x {shape.hidden_size} x "
+        f"{shape.vocab}, {choices.dtype}; about {duration(sum(expected.values()))}",
+        *textwrap.wrap(f"compared: {'; '.join(runs)}", LINE),
+    ]
+    if absent:
+        lines += textwrap.wrap(f"not here: {'; '.join(absent)}", LINE)
+    return lines
 
 
 def as_json(cells: Sequence[Cell]) -> dict[str, Any]:

@@ -11,17 +11,26 @@ has them, and everything in the operands' dtype.
 Dimension key:  M tokens that count, C tokens in a chunk, D hidden size, V vocabulary
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_sd.bench.measure import Effort, time_runs
+from fused_sd.bench.measure import (
+    Effort,
+    Run,
+    affordable,
+    is_out_of_memory,
+    quantile,
+    timed,
+    warm_up,
+)
 from fused_sd.bench.problem import Problem
 from fused_sd.head.projection import accumulation_dtype, matmul, matmul_add_
 from fused_sd.measuring.realistic import slabs
 
-FLOOR_RUNS = 10  # at most
 CHUNK = 4096  # tokens: a longer chunk would not make a GEMM faster
 
 
@@ -33,13 +42,14 @@ class Needs(NamedTuple):
     row_reads: int  # how often fp32 logits of one side are read
 
 
-# Row reads: each side's logits once for its normaliser and once for the gradient, the JSD's once
-# more for a sum that its gradient needs, RLSD's teacher's for the normaliser only, and a
+# Row reads: each side's logits once for its normaliser and once for the gradient, the JSD's and
+# OPSD's once more for a sum that their gradients need, RLSD's teacher's for the normaliser only, and a
 # renormalised top-k's teacher's for choosing the entries.
 NEEDS = {
     "forward_kl": Needs(2, True, 4),
     "reverse_kl": Needs(2, True, 4),
     "jsd": Needs(2, True, 6),
+    "opsd": Needs(2, True, 6),
     "topk_tail": Needs(2, True, 4),
     "topk_renormalized": Needs(1, False, 1),
     "cross_entropy": Needs(1, True, 2),
@@ -83,33 +93,20 @@ class Floor(NamedTuple):
         return min(self.wide_ms, self.narrow_ms)
 
 
-def measure_floor(problem: Problem, effort: Effort) -> Floor:
-    """Time the GEMMs that a problem needs, on the tokens that count."""
+def gemms(problem: Problem, *, wide: bool) -> Run:
+    """Return a function that runs the GEMMs that a problem needs, on the tokens that count.
+
+    It holds their results, so that it should not live longer than it is timed.
+
+    Args:
+        problem: its objective, head and tokens.
+        wide: whether logits and dweight are fp32 where the operands have 16 bits.
+    """
     hidden, weight = problem.hidden.detach()[problem.mask], problem.weight.detach()
     needed = products(problem.objective, problem.trainable)
-    wide = accumulation_dtype(hidden.dtype)
-    effort = effort._replace(runs=min(effort.runs, FLOOR_RUNS))
-    narrow_ms = _median(hidden, weight, hidden.dtype, needed, effort)
-    wide_ms = narrow_ms
-    if hidden.dtype != wide:
-        if not hidden.is_cuda:  # a CPU has no GEMM of 16-bit operands with an fp32 result
-            hidden, weight = hidden.to(wide), weight.to(wide)
-        wide_ms = _median(hidden, weight, wide, needed, effort._replace(warm_seconds=0.0))
-    num_logits = len(hidden) * len(weight)
-    written = problem.hidden.element_size() if needed.dhidden else 0
-    return Floor(
-        needed.u,
-        wide_ms,
-        narrow_ms,
-        2 * needed.u * num_logits * hidden.shape[1],
-        (4 * NEEDS[problem.objective].row_reads + written) * num_logits,
-    )
-
-
-def _median(
-    hidden: Tensor, weight: Tensor, dtype: torch.dtype, needed: Products, effort: Effort
-) -> float:
-    """Median milliseconds of the GEMMs over all chunks, with logits and dweight in ``dtype``."""
+    dtype = accumulation_dtype(hidden.dtype) if wide else hidden.dtype
+    if not hidden.is_cuda:  # a CPU has no GEMM of 16-bit operands with an fp32 result
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
     size = min(CHUNK, len(hidden))
     logits = hidden.new_empty((size, len(weight)), dtype=dtype)
     # noise instead of zeros: zeros cost a GPU less power, so that its clock rises
@@ -127,4 +124,70 @@ def _median(
             for _ in range(needed.dweight):
                 matmul_add_(dlogits[:count].t(), hidden[rows], dweight)
 
-    return time_runs(run, hidden.device, effort).p50
+    return run
+
+
+def floor_of(problem: Problem, narrow_ms: float, wide_ms: float) -> Floor:
+    """Return a problem's floor, given the median milliseconds of both variants."""
+    needed = products(problem.objective, problem.trainable)
+    num_logits = int(problem.mask.sum()) * problem.vocab
+    written = problem.hidden.element_size() if needed.dhidden else 0
+    return Floor(
+        needed.u,
+        wide_ms,
+        narrow_ms,
+        2 * needed.u * num_logits * problem.hidden.shape[1],
+        (4 * NEEDS[problem.objective].row_reads + written) * num_logits,
+    )
+
+
+class BareGemms:
+    """The GEMMs of the floor, which take turns as a provider does.
+
+    Their results are allocated in each turn, not to take memory from the providers.
+    """
+
+    name = "bare GEMMs"
+
+    def __init__(self, problem: Problem, effort: Effort, warm_seconds: float) -> None:
+        self.problem, self.effort, self.warm_seconds = problem, effort, warm_seconds
+        is_wide = accumulation_dtype(problem.hidden.dtype) == problem.hidden.dtype
+        self.milliseconds: dict[bool, list[float]] = {wide: [] for wide in {False, not is_wide}}
+        self.once, self.left = 0.0, 0
+
+    def warm_up(self) -> None:
+        """Run until the clocks have settled, and decide how often the GEMMs are timed."""
+        device, seconds = self.problem.hidden.device, self.warm_seconds
+        for wide in self.milliseconds:
+            with self._memory():
+                run = gemms(self.problem, wide=wide)
+                self.once += warm_up(run, device, seconds)
+                self.left = affordable(self.effort, self.once)
+            seconds = 0.0
+
+    def take_turn(self, size: int) -> None:
+        """Time some runs of either variant, as many as are left at most."""
+        count = min(size, self.left)
+        self.left -= count
+        for wide in self.milliseconds if count else ():
+            with self._memory():
+                run = gemms(self.problem, wide=wide)
+                run()  # touches what was allocated
+                self.milliseconds[wide] += timed(run, self.problem.hidden.device, count)
+
+    def floor(self) -> Floor | None:
+        """Return the floor; None: out of memory."""
+        medians = {wide: quantile(ms, 0.5) for wide, ms in self.milliseconds.items() if ms}
+        if len(medians) < len(self.milliseconds):
+            return None
+        return floor_of(self.problem, medians[False], medians.get(True, medians[False]))
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Give up where there is no memory for the GEMMs' results."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.left = 0

@@ -55,36 +55,35 @@ def tiny_is_zero() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def time_runs(
-    run: Run,
-    device: torch.device,
-    effort: Effort,
-    check: Callable[[float], None] = lambda seconds: None,
-) -> Times:
-    """Warm up, then time runs one after another, without a pause between them.
-
-    Args:
-        run: what is timed.
-        device: where it computes.
-        effort: how long it is timed.
-        check: called with the seconds that the timed runs are expected to take; it may raise.
-    """
+def warm_up(run: Run, device: torch.device, warm_seconds: float) -> float:
+    """Run at least once, and return the seconds of a run."""
     synchronize(device)
-    started, warm_runs = time.perf_counter(), 0
-    while not warm_runs or time.perf_counter() - started < effort.warm_seconds:
+    started, count = time.perf_counter(), 0
+    while not count or time.perf_counter() - started < warm_seconds:
         run()
         synchronize(device)
-        warm_runs += 1
-    once = (time.perf_counter() - started) / warm_runs
-    affordable = int(min(effort.max_seconds / max(once, 1e-9), effort.runs))
-    count = max(effort.least_runs, affordable)
-    check(count * once)
-    milliseconds = _on_gpu(run, count) if device.type == "cuda" else _on_cpu(run, count)
+        count += 1
+    return (time.perf_counter() - started) / count
+
+
+def affordable(effort: Effort, once: float) -> int:
+    """Number of timed runs of a function that takes ``once`` seconds."""
+    return max(effort.least_runs, int(min(effort.max_seconds / max(once, 1e-9), effort.runs)))
+
+
+def timed(run: Run, device: torch.device, count: int) -> list[float]:
+    """Milliseconds of runs one after another, without a pause between them."""
+    return _on_gpu(run, count) if device.type == "cuda" else _on_cpu(run, count)
+
+
+def times_of(milliseconds: list[float]) -> Times:
+    """Summarise the milliseconds of all runs."""
     p20, p50, p80 = (quantile(milliseconds, share) for share in (0.2, 0.5, 0.8))
-    return Times(p20, p50, p80, count)
+    return Times(p20, p50, p80, len(milliseconds))
 
 
 def _on_gpu(run: Run, count: int) -> list[float]:
+    run()  # so that the first timed run is not waited for either
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     events[0].record()
     for event in events[1:]:

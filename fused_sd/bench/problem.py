@@ -12,11 +12,13 @@ from torch import Tensor
 
 from fused_sd.measuring import realistic
 from fused_sd.measuring.head_sizes import head_size
+from fused_sd.measuring.losses import LOSSES, STORED_NAMES
 
 OBJECTIVES = (  # means over the tokens that count, at temperature 1
-    "forward_kl",  # full vocabulary, as are the next two
+    "forward_kl",  # full vocabulary, as are the next three
     "reverse_kl",
     "jsd",  # beta 0.5
+    "opsd",  # the forward KL, each entry's term cut at 0.05
     "topk_tail",  # SDPO: the student's top-100 and one bucket for the rest, JSD 0.5
     "topk_renormalized",  # SD-Zero: the teacher's top-64, both sides renormalised, MixedKl(0.5)
     "cross_entropy",  # of token_ids
@@ -24,6 +26,16 @@ OBJECTIVES = (  # means over the tokens that count, at temperature 1
     "grpo",  # surrogate clipped at (0.2, 0.2)
     "rlsd",  # the defaults of rlsd_loss, the teacher by its hidden states
 )
+# the objective that times each loss of the table: its own or, where that is of another name, one
+# whose arithmetic with the vocabulary is the same
+OBJECTIVE_OF = {
+    **{name: name for name in LOSSES if name in OBJECTIVES},
+    **{loss: stored for stored, loss in STORED_NAMES.items()},
+    "sd_zero_paper": "reverse_kl",
+    "sdft": "forward_kl",
+    "gkd": "jsd",
+    "rlcsd": "grpo",  # the contrast is arithmetic on given log-probabilities
+}
 MEAN_KL = 0.05  # nat: KL(t||s)
 CALIBRATION_TOKENS = 32  # tokens on which the mean KL is set
 ENTROPY_TOKENS = 256  # tokens on which the mean entropy is set, if one is asked for

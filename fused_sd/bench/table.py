@@ -47,15 +47,15 @@ def _kept_text(kept: Sparsity) -> str:
     )
 
 
-def setting_line(cell: Cell) -> str:
-    """Return a line that says what was measured."""
+def setting_line(cell: Cell, title: str | None = None) -> str:
+    """Return a line that says what was measured; the title is the objective if none is given."""
     counted = "" if cell.counted == cell.tokens else f" ({cell.counted} count)"
     head = "head trained" if cell.trainable else "head frozen"
     floor = "no floor"
     if cell.floor is not None:
         floor = f"floor {cell.floor.u}u = {cell.floor.milliseconds:.4g} ms"
     return (
-        f"{cell.objective}: {cell.tokens} tokens{counted} x {cell.hidden_size} x {cell.vocab}, "
+        f"{title or cell.objective}: {cell.tokens} tokens{counted} x {cell.hidden_size} x {cell.vocab}, "
         f"{cell.dtype}, {head}, entropy {cell.entropy:.2f}; {floor}"
     )
 
@@ -66,7 +66,24 @@ def verdict_lines(cell: Cell) -> list[str]:
     if ours is None or ours.status not in RIGHT:
         why = "was not measured" if ours is None else f"was not measured: {ours.reason}"
         return [f"{US} {why}"]
-    return [_verdict(ours, row) for row in cell.rows if row is not ours and row.times is not None]
+    others = [row for row in cell.rows if row is not ours and row.times is not None]
+    return [_too_busy(cell, ours, row) or _verdict(ours, row) for row in others]
+
+
+def _too_busy(cell: Cell, ours: Row, theirs: Row) -> str | None:
+    """Refuse to compare times of which one is below its floor; None: they can be compared."""
+    for row in (ours, theirs):
+        least = cell.least_milliseconds(row)
+        assert row.times is not None
+        if least is not None and row.times.p50 < least:
+            both = [
+                f"{r.provider} took {number(r.times.p50)} ms" for r in (ours, theirs) if r.times
+            ]
+            return (
+                f"the machine was too busy to tell: {', '.join(both)}, and the GEMMs that "
+                f"{row.provider} needs {number(least)} ms"
+            )
+    return None
 
 
 def _verdict(ours: Row, theirs: Row) -> str:
@@ -133,6 +150,6 @@ def percent(error: float | None) -> str:
     return f"{100 * error:.2g}%" if abs(error) >= 1e-5 else "<.001%"
 
 
-def report_lines(cell: Cell) -> Sequence[str]:
+def report_lines(cell: Cell, title: str | None = None) -> Sequence[str]:
     """Return the setting, the table and the comparison of a cell."""
-    return [setting_line(cell), "", *table_lines(cell), "", *verdict_lines(cell)]
+    return [setting_line(cell, title), "", *table_lines(cell), "", *verdict_lines(cell)]

@@ -62,9 +62,8 @@ def compiled(problem: Problem) -> Loss:
     """Compile ``loss_of`` for this problem's shapes alone.
 
     The compiler keeps a few variants of a function; after that it silently runs the function
-    uncompiled.  The variants of earlier problems are therefore dropped first.
+    uncompiled.  ``measure_cell`` therefore drops the variants of earlier problems.
     """
-    torch.compiler.reset()
     function = torch.compile(loss_of, dynamic=False)
     return lambda: function(
         problem.objective, trainers_logits, kept(problem), problem.weight, problem.teacher_weight

@@ -15,7 +15,8 @@ from torch import Tensor
 
 TAIL_TOP_K = 100  # SDPO's support
 RENORMALIZED_TOP_K = 64  # SD-Zero's support
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "topk_tail", "topk_renormalized")
+ENTRY_CLIP = 0.05  # OPSD's
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "opsd", "topk_tail", "topk_renormalized")
 POLICIES = ("cross_entropy", "token_log_probs", "grpo", "rlsd")
 GKD_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # beta of GKD, TRL and Liger
 
@@ -29,6 +30,12 @@ def jsd(log_s: Tensor, log_t: Tensor) -> Tensor:
     """Half KL(t || m) and half KL(s || m)."""
     log_m = torch.logaddexp(log_s, log_t) - math.log(2.0)
     return (kl(log_t, log_m) + kl(log_s, log_m)) / 2
+
+
+def opsd(log_s: Tensor, log_t: Tensor) -> Tensor:
+    """OPSD: KL(t || s), each entry's term cut before the sum."""
+    terms = F.kl_div(log_s, log_t, reduction="none", log_target=True)
+    return terms.clamp(max=ENTRY_CLIP).sum(-1).mean()
 
 
 def with_tail(log_probs: Tensor) -> Tensor:
@@ -57,9 +64,7 @@ def divergence(objective: str, student: Tensor, teacher: Tensor) -> Tensor:
     if objective in TRUNCATED:
         return TRUNCATED[objective](student, teacher)
     log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
-    if objective == "forward_kl":
-        return kl(log_t, log_s)
-    return kl(log_s, log_t) if objective == "reverse_kl" else jsd(log_s, log_t)
+    return FULL[objective](log_s, log_t)
 
 
 def selected(logits: Tensor, token_ids: Tensor) -> Tensor:
@@ -89,6 +94,12 @@ def policy(
     return torch.where(advantages < 0, loss.minimum(-3.0 * advantages), loss).mean()
 
 
+FULL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward_kl": lambda log_s, log_t: kl(log_t, log_s),
+    "reverse_kl": kl,
+    "jsd": jsd,
+    "opsd": opsd,
+}
 TRUNCATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "topk_tail": topk_tail,
     "topk_renormalized": topk_renormalized,

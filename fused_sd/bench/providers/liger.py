@@ -31,7 +31,6 @@ def chunked_jsd(compiled: bool) -> Build:
     def build(problem: Problem) -> Loss:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        torch.compiler.reset()  # as in eager.compiled: the compiler keeps only a few variants
         loss = LigerFusedLinearJSDLoss(
             weight_hard_loss=0.0,
             weight_soft_loss=1.0,
@@ -73,7 +72,6 @@ def grpo(problem: Problem) -> Loss:
     """Build GRPO with one token a sequence, because its advantages are one a sequence."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    torch.compiler.reset()
     loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, chunk_size=GRPO_ROWS)
     token_ids, mask = problem.token_ids.unsqueeze(1), problem.mask.unsqueeze(1)
     old_log_probs = problem.old_log_probs.unsqueeze(1)

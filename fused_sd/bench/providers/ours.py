@@ -32,6 +32,11 @@ def divergence(problem: Problem, **run: Any) -> Compute:
     )
 
 
+def opsd(problem: Problem, **run: Any) -> Compute:
+    both, weights = sides(problem)
+    return lambda: fused_sd.opsd_loss(*both, token_weights=weights, **run)
+
+
 def topk_tail(problem: Problem, **run: Any) -> Compute:
     both, weights = sides(problem)
     return lambda: fused_sd.sdpo_loss(*both, top_k=TAIL_TOP_K, token_weights=weights, **run)
@@ -92,6 +97,7 @@ WIDE: dict[str, Measurable] = {
     "forward_kl": divergence,
     "reverse_kl": divergence,
     "jsd": divergence,
+    "opsd": opsd,
     "topk_tail": topk_tail,
     "cross_entropy": cross_entropy,
     "grpo": grpo,

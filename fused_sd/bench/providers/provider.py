@@ -3,6 +3,7 @@
 Dimension key:  N tokens, D hidden size, V vocabulary
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -114,7 +115,9 @@ def why_absent(package: str) -> str | None:
 def why_broken(module: str) -> str | None:
     """Why an installed module cannot be imported here; None: it can."""
     try:
-        import_module(module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peers warn of what they import
+            import_module(module)
     except Exception as error:  # a broken package may raise anything
         return f"{module} cannot be imported: {type(error).__name__}: {error}"
     return None
