@@ -24,7 +24,6 @@ from fused_sd.measuring.environment import environment, environment_text
 from fused_sd.planning.command import add_plan
 from fused_sd.verify.command import add_verify
 
-
 CLOSED_PIPE = 128 + 13  # what a shell reports of a command that SIGPIPE ended
 
 

@@ -2,13 +2,18 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import fused_sd
+from fused_sd.bench.problem import OBJECTIVE_OF, OBJECTIVES
 from fused_sd.cli import main
 from fused_sd.head import projection as heads
+from fused_sd.measuring.losses import LOSSES, STORED_NAMES, loss_names
+from fused_sd.planning import objectives
 from fused_sd.verify.cases import CASES
 
 TINY = ["verify", "--device", "cpu", "--tokens", "8", "--hidden", "16", "--vocab", "96"]
@@ -27,7 +32,59 @@ def test_every_loss_keeps_every_promise(capsys, name):
     assert status == 0, out
     assert "OK.  The loss keeps every promise" in out
     assert len(re.findall(rf"^{name} +[\d-]", out, re.MULTILINE)) in (1, 3)
-    assert len(re.findall(rf"^{name} sparse +[\d-]", out, re.MULTILINE)) == 1
+    assert len(re.findall(rf"^{name} sparse +[\d-]", out, re.MULTILINE)) == CASES[name].has_sparse
+
+
+def test_all_commands_have_one_table_of_losses():
+    assert set(CASES) == set(OBJECTIVE_OF) == set(LOSSES)
+    assert set(OBJECTIVE_OF.values()) == set(OBJECTIVES)
+    assert set(objectives.OBJECTIVES) == {*LOSSES, *objectives.GENERIC}
+    assert set(STORED_NAMES) == set(OBJECTIVES) - set(LOSSES)
+    assert {"sdpo", "sd_zero", "rlsd", "rlcsd", "opsd", "sdft", "gkd", "grpo"} <= set(LOSSES)
+
+
+def test_a_loss_is_named_as_people_write_it():
+    assert loss_names("--losses", "all") == tuple(LOSSES)
+    assert loss_names("--losses", "SD-Zero, sdpo,topk_tail") == ("sd_zero", "sdpo")
+
+
+@pytest.mark.parametrize("command", [["verify"], ["bench"], ["plan", "--tokens", "8"]])
+def test_an_unknown_loss_is_answered_with_the_known_ones_in_a_line(capsys, command):
+    for option in ("--losses", "--loss"):
+        assert main([*command, option, "sdpo,kd"]) == 2
+        shown = capsys.readouterr()
+        (line,) = shown.err.splitlines()
+        assert f"--losses must be a loss ({', '.join(LOSSES)}" in line
+        assert line.endswith("got 'kd'; write one of these")
+        assert shown.out == ""
+
+
+def test_a_quick_verification_measures_every_loss_at_one_kl(capsys):
+    status, out = verify(capsys, "--quick", "--losses", "sdft,grpo,token_log_probs", "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["settings"]["kls"] == [1e-3]
+    names = ["sdft", "sdft sparse", "grpo", "grpo sparse", "token_log_probs"]
+    assert [m["loss"] for m in found["measurements"]] == names
+    assert main(["verify", "--device", "cpu", "--quick", "--losses", "grpo"]) == 0
+    assert "32 tokens x 64 x 8192" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, status",
+    [
+        (["env"], 141),
+        (["plan", "--model", "qwen3-8b", "--tokens", "64", "--losses", "all"], 141),
+        (["bench", "--help"], 0),  # argparse meets the closed pipe itself
+    ],
+)
+def test_a_reader_that_has_enough_ends_a_command_quietly(arguments, status):
+    """As in ``fused_sd env | head -1``: the pipe is closed before the command writes."""
+    command = [sys.executable, "-m", "fused_sd", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ran:
+        ran.stdout.close()
+        assert ran.stderr.read() == b""
+    assert ran.returncode == status
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32", "fp64"])
@@ -183,7 +240,6 @@ def test_env_prints_versions(capsys):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--losses", "sdpo,kd"], r"--losses must be one of .*, got 'kd'; choose"),
         (["--dtype", "int8"], r"--dtype must be one of 'bf16'.*, got 'int8'; choose"),
         (["--device", "tpu"], r"--device must be one of .*, got 'tpu'; choose"),
         (["--backend", "cuda"], r"--backend must be one of .*, got 'cuda'; choose"),
@@ -202,7 +258,7 @@ def test_wrong_use_says_rule_value_and_remedy(capsys, arguments, says):
 
 def test_an_unknown_model_is_refused(capsys):
     assert main(["verify", "--model", "gpt-9"]) == 2
-    assert "model must be a known name or a path to a config.json" in capsys.readouterr().err
+    assert "model must be a config.json, a model in transformers' cache" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fused_sd.bench.measure import (
     Effort,
@@ -43,8 +42,8 @@ class Needs(NamedTuple):
 
 
 # Row reads: each side's logits once for its normaliser and once for the gradient, the JSD's and
-# OPSD's once more for a sum that their gradients need, RLSD's teacher's for the normaliser only, and a
-# renormalised top-k's teacher's for choosing the entries.
+# OPSD's once more for a sum that their gradients need, RLSD's teacher's for the normaliser only,
+# and a renormalised top-k's teacher's for choosing the entries.
 NEEDS = {
     "forward_kl": Needs(2, True, 4),
     "reverse_kl": Needs(2, True, 4),

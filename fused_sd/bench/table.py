@@ -54,8 +54,9 @@ def setting_line(cell: Cell, title: str | None = None) -> str:
     floor = "no floor"
     if cell.floor is not None:
         floor = f"floor {cell.floor.u}u = {cell.floor.milliseconds:.4g} ms"
+    sizes = f"{cell.tokens} tokens{counted} x {cell.hidden_size} x {cell.vocab}"
     return (
-        f"{title or cell.objective}: {cell.tokens} tokens{counted} x {cell.hidden_size} x {cell.vocab}, "
+        f"{title or cell.objective}: {sizes}, "
         f"{cell.dtype}, {head}, entropy {cell.entropy:.2f}; {floor}"
     )
 
@@ -72,16 +73,14 @@ def verdict_lines(cell: Cell) -> list[str]:
 
 def _too_busy(cell: Cell, ours: Row, theirs: Row) -> str | None:
     """Refuse to compare times of which one is below its floor; None: they can be compared."""
+    took = {row.provider: row.times.p50 for row in (ours, theirs) if row.times is not None}
     for row in (ours, theirs):
         least = cell.least_milliseconds(row)
-        assert row.times is not None
-        if least is not None and row.times.p50 < least:
-            both = [
-                f"{r.provider} took {number(r.times.p50)} ms" for r in (ours, theirs) if r.times
-            ]
+        if least is not None and took[row.provider] < least:
+            both = ", ".join(f"{name} took {number(ms)} ms" for name, ms in took.items())
             return (
-                f"the machine was too busy to tell: {', '.join(both)}, and the GEMMs that "
-                f"{row.provider} needs {number(least)} ms"
+                f"the machine was too busy to tell: {both}, and the GEMMs alone that "
+                f"{row.provider} needs took {number(least)} ms"
             )
     return None
 

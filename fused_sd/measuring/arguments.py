@@ -15,8 +15,11 @@ def add_head_size(
     vocab: str = "vocabulary, instead of a model",
 ) -> None:
     """Add ``--model``, and ``--hidden`` and ``--vocab`` with the given help."""
-    known = ", ".join(MODELS)
-    command.add_argument("--model", help=f"a config.json, its folder, or one of {known}")
+    command.add_argument(
+        "--model",
+        help="a config.json or its folder, or a model in transformers' cache or on the hub; known "
+        f"without either: {', '.join(MODELS)}",
+    )
     command.add_argument("--hidden", type=int, help=hidden)
     command.add_argument("--vocab", type=int, help=vocab)
 

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fused_sd import checks
+
+HUB_SECONDS = 5.0  # that the hub may take to answer at all
 
 
 class HeadSize(NamedTuple):
@@ -52,8 +55,9 @@ def head_size(
 
     Args:
         model: a name of ``MODELS`` (with or without its owner, in any case), a path to a
-            ``config.json`` or to the folder that holds one, a transformers configuration, or its
-            dict; None: the sizes are given.
+            ``config.json`` or to the folder that holds one, any model that transformers finds in
+            its cache or on the hub, a transformers configuration, or its dict; None: the sizes are
+            given.
         hidden_size, vocab: the sizes, instead of a model.
 
     Raises:
@@ -91,16 +95,64 @@ def _by_text(text: str) -> HeadSize:
             return size
     path = Path(text)
     path = path / "config.json" if path.is_dir() else path
+    config: object = None
+    if path.is_file():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            checks.fail(
+                "model",
+                "be a readable config.json",
+                f"{text!r} ({error})",
+                "check the name, or pass hidden_size and vocab",
+            )
+        if None not in _sizes(config):
+            return _by_config(config)
+    # what a config.json leaves out has a default in transformers
+    return _by_config(_by_transformers(text))
+
+
+def _by_transformers(text: str) -> object:
+    """The configuration that transformers has of a model: in its cache, or on the hub."""
+    why = "transformers is not installed"
+    if find_spec("transformers") is not None:
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(text, local_files_only=True)
+        except Exception as error:
+            why = f"transformers: {_first_line(error)}"
+        if not Path(text).exists():
+            why = _why_no_hub(text)
+            if not why:
+                try:
+                    return AutoConfig.from_pretrained(text)
+                except Exception as error:  # no such model, no access, code of its own
+                    why = f"the hub: {_first_line(error)}"
+    checks.fail(
+        "model",
+        "be a config.json, a model in transformers' cache or on the hub, or one that --help lists",
+        f"{text!r} ({why})",
+        "check the name, or pass hidden_size and vocab",
+    )
+
+
+def _why_no_hub(text: str) -> str:
+    """Why the hub cannot be asked for a model; "": it can.
+
+    One request finds out, because transformers repeats its own for half a minute.
+    """
+    from huggingface_hub import get_session, hf_hub_url
+
     try:
-        return _by_config(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError) as error:
-        checks.fail(
-            "model",
-            "be a known name or a path to a config.json",
-            f"{text!r} ({error})",
-            f"known are {', '.join(MODELS)}; or pass hidden_size and vocab",
-        )
-        raise
+        get_session().head(hf_hub_url(text, "config.json"), timeout=HUB_SECONDS)
+    except Exception as error:
+        return f"not in the cache, and no hub: {_first_line(error)}"
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _strip(name: str) -> str:
@@ -115,10 +167,7 @@ def _strip(name: str) -> str:
 
 def _by_config(config: object) -> HeadSize:
     """The size in a configuration, or in the text model's inside a multimodal one."""
-    inner = _entry(config, "text_config")
-    if inner is not None:
-        config = inner
-    found = [_entry(config, name) for name in ("hidden_size", "vocab_size")]
+    found = _sizes(config)
     if None in found:
         checks.fail(
             "model",
@@ -127,6 +176,11 @@ def _by_config(config: object) -> HeadSize:
             "pass hidden_size and vocab themselves",
         )
     return _checked(*found)
+
+
+def _sizes(config: object) -> list[Any]:
+    inner = _entry(config, "text_config")
+    return [_entry(inner or config, name) for name in ("hidden_size", "vocab_size")]
 
 
 def _entry(config: object, name: str) -> Any:

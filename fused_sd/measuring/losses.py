@@ -41,7 +41,7 @@ def loss_name(option: str, text: str, more: Iterable[str] = ()) -> str:
     Raises:
         ValueError: no loss has the name; the message lists all that are known.
     """
-    name = text.strip().lower().replace("-", "_")
+    name = str(text).strip().lower().replace("-", "_")
     name = STORED_NAMES.get(name, name)
     known = (*LOSSES, *more)
     if name not in known:

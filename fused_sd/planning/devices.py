@@ -9,26 +9,52 @@ from fused_sd import checks
 from fused_sd.engine import layout as chunking
 from fused_sd.measuring.environment import default_device, device_name
 
+# Shares of a data sheet's numbers that are assumed where nobody's measurement is known: the H200
+# reaches 0.70 of its sheet's FLOP/s at a head's shapes, and others copied on an H100 at 0.9 of its
+# sheet's bandwidth.
+ASSUMED_PEAK, ASSUMED_BANDWIDTH = 0.7, 0.9
+
 
 class Card(NamedTuple):
-    """Memory and rates of a GPU; None: unknown."""
+    """A GPU by its data sheet, and what others measured on it; None: unknown."""
 
     memory: float  # bytes, nominal
-    rate: float | None  # FLOP/s of cuBLAS in 16 bits, at the shapes of an output head
-    bandwidth: float | None = None  # bytes/s of a copy: reads and writes both count
+    peak: float  # FLOP/s, dense bf16 with fp32 sums
+    peak_bandwidth: float  # bytes/s, reads and writes both counted
+    measured_rate: float | None = None  # FLOP/s of cuBLAS in 16 bits, at the shapes of a head
     link: float | None = None  # bytes/s that NCCL sends from one GPU to the next
 
+    @property
+    def rate(self) -> float:
+        """FLOP/s of GEMMs, measured or assumed."""
+        return self.measured_rate or ASSUMED_PEAK * self.peak
 
-# Published rates and estimates, none of them measured by us.  GEMMs: the H200's from Liger's pull
-# request 1356, (4096, 4096) x (4096, 128256) in bf16; the H100's is an estimate for such shapes,
-# since others measured 798e12 at 8192 cubed; the others are round estimates.  Copies: nine tenths
-# of the 4.8 TB/s in the H200's data sheet, and what others measured on an H100.  Link: NVLink 4
-# without sums in the switches, according to an author of NCCL (nccl-tests, issue 212).
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s of a copy, assumed."""
+        return ASSUMED_BANDWIDTH * self.peak_bandwidth
+
+    @property
+    def source(self) -> str:
+        """Where the rate of the GEMMs comes from, in words."""
+        if self.measured_rate is not None:
+            return "as others measured"
+        return f"assumed: {ASSUMED_PEAK:.0%} of the data sheet's {self.peak / 1e12:.4g}"
+
+
+# Memory, dense bf16 FLOP/s and bandwidth are the data sheets'; where one prints FLOP/s with
+# sparsity, half of them.  Nothing was measured by us.  Link: NVLink 4 without sums in the switches,
+# according to an author of NCCL (nccl-tests, issue 212).
 CARDS: dict[str, Card] = {
-    "H200": Card(141e9, 690e12, 4.3e12, 370e9),
-    "H100": Card(80e9, 650e12, 3.0e12, 370e9),
-    "A100": Card(80e9, 250e12),
-    "RTX 4090": Card(24e9, 160e12),
+    # NVIDIA H200 data sheet, SXM.  GEMMs: Liger's pull request 1356, (4096, 4096) x (4096, 128256)
+    "H200": Card(141e9, 989e12, 4.8e12, measured_rate=690e12, link=370e9),
+    "H100": Card(80e9, 989e12, 3.35e12, link=370e9),  # NVIDIA H100 data sheet, SXM
+    "B200": Card(180e9, 2250e12, 8.0e12),  # NVIDIA DGX B200 data sheet, an eighth of the system
+    "A100": Card(80e9, 312e12, 2.039e12),  # NVIDIA A100 data sheet, 80 GB SXM
+    "L40S": Card(48e9, 362e12, 0.864e12),  # NVIDIA L40S data sheet
+    "RTX 4090": Card(24e9, 165e12, 1.008e12),  # NVIDIA Ada architecture white paper
+    "RTX 5090": Card(32e9, 209.5e12, 1.792e12),  # NVIDIA RTX Blackwell architecture white paper
+    "MI300X": Card(192e9, 1307e12, 5.3e12),  # AMD Instinct MI300X data sheet
 }
 # seconds of a collective of any size: 8 H20 on NVLink 4 needed 12 to 17 us for 4 B to 4 KB
 # (nccl-tests' output in DeepEP's issue 303); the rest is a guess at what starting one costs
@@ -42,6 +68,7 @@ class Rates(NamedTuple):
     copies: float | None  # bytes/s
     link: float | None  # bytes/s
     latency: float = LATENCY  # seconds a collective
+    source: str = ""  # where the GEMMs' rate comes from, in words
 
 
 class Device(NamedTuple):
@@ -100,9 +127,10 @@ def find_device(
 
 
 def _rates(card: Card | None, rate: float | None, link: float | None) -> Rates:
+    source = "given" if rate is not None else card.source if card is not None else ""
     if card is None:
-        return Rates(rate, None, link)
-    return Rates(rate or card.rate, card.bandwidth, link or card.link)
+        return Rates(rate, None, link, source=source)
+    return Rates(rate or card.rate, card.bandwidth, link or card.link, source=source)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from fused_sd import checks
+from fused_sd.measuring.losses import LOSSES, loss_name
 from fused_sd.terms.comparison import Comparison
 from fused_sd.terms.divergence import DIVERGENCES, Divergence, Jsd, MixedKl
 from fused_sd.terms.divergence_term import named_divergence
@@ -37,7 +38,8 @@ class PlannedObjective(NamedTuple):
             return ""
         chosen = self.comparison
         remainder = f", remainder {chosen.remainder}" if chosen.support.is_truncated else ""
-        return f"{chosen.divergence} on {chosen.support}{remainder}"
+        cut = "" if chosen.entry_clip is None else f", each entry cut at {chosen.entry_clip}"
+        return f"{chosen.divergence} on {chosen.support}{remainder}{cut}"
 
     @property
     def truncated(self) -> Support | None:
@@ -48,11 +50,10 @@ class PlannedObjective(NamedTuple):
 
 
 def _comparisons() -> dict[str, Comparison]:
-    sdpo = Comparison(Jsd(0.5), StudentTopK(100), "tail")
-    sd_zero = Comparison(MixedKl(0.5), TeacherTopK(64), "renormalize")
     return {
-        "sdpo": sdpo,
-        "sd_zero": sd_zero,
+        "sdpo": Comparison(Jsd(0.5), StudentTopK(100), "tail"),
+        "sd_zero": Comparison(MixedKl(0.5), TeacherTopK(64), "renormalize"),
+        "sd_zero_paper": Comparison("reverse_kl"),
         "opsd": Comparison("forward_kl", entry_clip=0.05),
         "sdft": Comparison("forward_kl"),
         "gkd": Comparison(Jsd(0.5)),
@@ -60,12 +61,10 @@ def _comparisons() -> dict[str, Comparison]:
         "reverse_kl": Comparison("reverse_kl"),
         "jsd": Comparison(Jsd(0.5)),
         "divergence": Comparison("reverse_kl"),
-        "topk_tail": sdpo,
-        "topk_renormalized": sd_zero,
     }
 
 
-# the losses with their defaults, and the objectives of ``fused_sd bench``
+# the losses with their defaults
 OBJECTIVES: dict[str, PlannedObjective] = {
     **{name: PlannedObjective(name, comparison) for name, comparison in _comparisons().items()},
     "topk_divergence": PlannedObjective(  # a server's entries, as many as verl's default
@@ -77,6 +76,10 @@ OBJECTIVES: dict[str, PlannedObjective] = {
     "cross_entropy": PlannedObjective("cross_entropy", has_teacher=False),
     "token_log_probs": PlannedObjective("token_log_probs", has_teacher=False, is_per_token=True),
 }
+
+
+# the two that are planned beside the table's: any divergence, and entries that a server returned
+GENERIC = tuple(name for name in OBJECTIVES if name not in LOSSES)
 
 
 def choose(
@@ -91,8 +94,7 @@ def choose(
         ValueError: the name is unknown, the loss has no such setting, or settings do not go
             together.
     """
-    checks.check_one_of("objective", name, OBJECTIVES)
-    chosen = OBJECTIVES[name]
+    chosen = OBJECTIVES[loss_name("objective", name, GENERIC)]
     given = {"divergence": divergence, "support": support, "remainder": remainder}
     changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if chosen.comparison is None:

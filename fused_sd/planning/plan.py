@@ -66,15 +66,16 @@ def plan(
 
     Args:
         model: a known name (``fused_sd.measuring.head_sizes.MODELS``), a path to a ``config.json``
-            or to its folder, or a transformers configuration or its dict.  Alternatively pass
-            ``hidden_size`` and ``vocab``.
+            or to its folder, a model that transformers finds in its cache or on the hub, or a
+            transformers configuration or its dict.  Alternatively pass ``hidden_size`` and
+            ``vocab``.
         tokens: N of the whole batch, over all ranks.
         hidden_size, vocab: sizes of the head, instead of a model.
         teacher: a model with another head; None: the student's sizes.
         shared_head: whether student and teacher have one head tensor; None: yes, unless a teacher
             is given.
-        objective: a loss by its name (``fused_sd.planning.objectives.OBJECTIVES``), or
-            "divergence".
+        objective: a loss by its name (``fused_sd.measuring.losses.LOSSES``), or one of
+            "divergence" and "topk_divergence".
         divergence, support, remainder: replace the objective's own, if it is a divergence.
         dtype: of hidden states and head: bf16, fp16 or fp32.
         train_head: whether the head has a gradient.
@@ -94,7 +95,8 @@ def plan(
             whose whole memory counts as free; None: the GPU if there is one, else the CPU.
         free_bytes: free bytes on the device before the hidden states are allocated; None: see
             ``device``.
-        rate: FLOP/s of the device's GEMMs, for times; None: the known card's.
+        rate: FLOP/s of the device's GEMMs, for times; None: the known card's, assumed from its
+            data sheet where nobody's measurement is known.
         link: bytes/s that collectives send from one device to the next, for the prediction; None:
             the known card's.
         chunk_size: the loss's argument of that name.
@@ -149,7 +151,7 @@ def plan(
     runs = certified.runs(work) if is_sparse else fused.runs(work)
     return Plan(
         model=_name(model),
-        objective=objective,
+        objective=work.objective.name,
         compared=work.objective.compared,
         hidden_size=head.hidden_size,
         vocab=head.vocab,
@@ -170,6 +172,8 @@ def plan(
         chunked_runs=len(runs),
         kept=kept if is_sparse else None,
         dense_share=work.dense_share,
+        rate=found.rates.gemms,
+        rate_source=found.rates.source,
         traffic=sends,
         prediction=None if is_sparse else predict(work, sends, found.rates),
         estimates=tuple(

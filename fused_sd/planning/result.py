@@ -21,7 +21,8 @@ class Estimate:
         peak_bytes: bytes beyond the inputs, gradients included.
         parts: bytes held at the peak, by name.
         fits: whether inputs and peak fit the free memory.
-        longest_tokens: largest number of tokens, over all ranks, whose inputs and peak would fit.
+        longest_tokens: largest number of tokens, over all ranks, whose inputs and peak would fit
+            beside nothing else: no body's weights, activations or optimizer states.
         seconds: time of forward and backward; None: unknown.
         seconds_source: "floor": what the GEMMs alone take at the device's rate, a lower bound; "":
             unknown.
@@ -56,6 +57,8 @@ class Plan:
         chunked_runs: 2 if backward computes the logits again, else 1; ``walks`` is its old name.
         kept, dense_share: what the plan assumes of a sparse gradient: entries a token, and the
             share of dense tokens.  None and 0 for a dense gradient.
+        rate, rate_source: FLOP/s that times are computed from, and where they come from; None and
+            "": unknown.
         traffic: what a rank sends to the ranks that share its head; None: no rank shares it.
         prediction: this library's time, from rates; None: a rate is unknown, or the gradient is
             sparse.
@@ -84,6 +87,8 @@ class Plan:
     chunked_runs: int
     kept: int | None
     dense_share: float
+    rate: float | None
+    rate_source: str
     traffic: Traffic | None
     prediction: Prediction | None
     estimates: tuple[Estimate, ...]
@@ -181,11 +186,17 @@ class Plan:
         over = " over all ranks" if self.num_groups > 1 else ""
         lines = [
             "peak: on each rank, beyond hidden states and head, gradients included;",
-            f"longest: tokens{over} whose hidden states and peak fit the free memory.",
+            f"longest: tokens{over} whose hidden states and peak fit {self._memory()};",
+            "not counted are weights, the body's activations and gradients, and optimizer states:",
+            "plan with the free memory that these leave.",
         ]
-        if any(estimate.seconds_source == FLOOR for estimate in self.estimates):
-            lines.append(f"time {FLOOR_MARK}: what the GEMMs alone take at the device's rate.")
+        if self.rate is not None:
+            rate = f"{self.rate / 1e12:.0f} TFLOP/s, {self.rate_source}"
+            lines.append(f"time {FLOOR_MARK}: what the GEMMs alone take at {rate}.")
         return lines
+
+    def _memory(self) -> str:
+        return "the whole card" if self.is_whole_card else "what is free"
 
 
 def _time_text(estimate: Estimate) -> str:

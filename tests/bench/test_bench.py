@@ -1,5 +1,6 @@
 """Measuring: realistic problems, the truth about gradients, time, memory, floors and verdicts."""
 
+import io
 import json
 import signal
 import threading
@@ -10,17 +11,28 @@ import pytest
 import torch
 
 from fused_sd import reference
-from fused_sd.bench import cell as cells
-from fused_sd.bench import command
+from fused_sd.bench import command, progress, rounds
 from fused_sd.bench.accuracy import DEFINITIONS, errors, find_truth
-from fused_sd.bench.cell import Cell, Row, measure_cell
-from fused_sd.bench.floor import Floor, measure_floor, products
-from fused_sd.bench.limits import TimeUp, time_limit
-from fused_sd.bench.measure import Effort, Times, is_out_of_memory, peak_bytes, quantile, time_runs
+from fused_sd.bench.cell import Cell, Row
+from fused_sd.bench.floor import BareGemms, Floor, products
+from fused_sd.bench.limits import DeviceLost, TimeLimit, TimeUp
+from fused_sd.bench.measure import (
+    Effort,
+    Times,
+    affordable,
+    is_out_of_memory,
+    peak_bytes,
+    quantile,
+    timed,
+    times_of,
+    warm_up,
+)
 from fused_sd.bench.problem import OBJECTIVES, SHAPES, Problem, make_problem, refill_, variant
 from fused_sd.bench.providers import PROVIDERS, Provider
+from fused_sd.bench.rounds import measure_cell
 from fused_sd.bench.table import report_lines, table_lines, verdict_lines
 from fused_sd.cli import main
+from fused_sd.verify.promises import Sparsity
 
 CPU = torch.device("cpu")
 QUICK = Effort(0.0, 2)
@@ -189,14 +201,20 @@ def test_a_nan_is_within_no_bound(source):
 def test_every_objective_has_its_definition_and_its_products():
     assert set(DEFINITIONS) == set(OBJECTIVES)
     u = {o: (products(o, True).u, products(o, False).u) for o in OBJECTIVES}
-    assert u["jsd"] == u["reverse_kl"] == u["topk_tail"] == u["rlsd"] == (4, 3)
+    assert u["jsd"] == u["opsd"] == u["reverse_kl"] == u["topk_tail"] == u["rlsd"] == (4, 3)
     assert u["cross_entropy"] == u["token_log_probs"] == u["grpo"] == (3, 2)
     assert u["topk_renormalized"] == (1, 1)
 
 
 def test_the_floor_counts_the_tokens_that_count(source):
     problem = variant(source, objective="jsd", mask_share=0.5)
-    floor = measure_floor(problem, QUICK)
+    bare = BareGemms(problem, QUICK, 0.0)
+    assert bare.floor() is None
+    bare.warm_up()
+    while bare.left:
+        bare.take_turn(1)
+    floor = bare.floor()
+    assert [len(taken) for taken in bare.milliseconds.values()] == [2, 2]  # bf16, and fp32
     counted = int(problem.mask.sum())
     assert floor.u == 4
     assert floor.flop == 4 * 2 * counted * 64 * 1024
@@ -236,11 +254,14 @@ def test_peak_memory_is_exact_on_a_cpu():
 
 def test_time_is_taken_as_often_as_asked_and_affordable():
     calls = []
-    times = time_runs(lambda: calls.append(None), CPU, Effort(0.0, 7))
+    run = lambda: calls.append(None)  # noqa: E731
+    assert warm_up(run, CPU, 0.0) > 0
+    times = times_of(timed(run, CPU, 7))
     assert (times.runs, len(calls)) == (7, 8)
     assert 0 <= times.p20 <= times.p50 <= times.p80
-    slow = time_runs(lambda: torch.randn(2000, 2000).mean(), CPU, Effort(0.0, 50, 1e-9, 3))
-    assert slow.runs == 3
+    assert affordable(Effort(0.0, 50, 10.0, 3), 1.0) == 10
+    assert affordable(Effort(0.0, 50, 10.0, 3), 9.0) == 3
+    assert affordable(Effort(0.0, 50, 10.0, 3), 0.0) == 50
     assert [quantile([4.0, 1.0, 2.0, 3.0, 5.0], share) for share in (0.2, 0.5, 1.0)] == [
         pytest.approx(1.8),
         3.0,
@@ -273,7 +294,7 @@ def test_a_gpu_is_timed_by_its_events_and_weighed_by_its_allocator(monkeypatch):
     reset = lambda device: held.update(peak=7)  # noqa: E731
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
     gpu = torch.device("cuda")
-    assert time_runs(run, gpu, Effort(0.0, 4)) == Times(3.0, 3.0, 3.0, 4)
+    assert timed(run, gpu, 4) == [3.0] * 4
     held["peak"] = 100
     assert peak_bytes(run, gpu) == 5
 
@@ -327,11 +348,25 @@ def test_a_provider_has_so_much_time(source):
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
+def test_a_time_limit_holds_over_all_turns():
+    limit = TimeLimit(0.3)
+    for _ in range(2):
+        with limit.turn():
+            time.sleep(0.1)
+            limit.check()
+    time.sleep(0.2)  # between turns its clock stands
+    with pytest.raises(TimeUp, match=r"more than 0\.3 s"), limit.turn():
+        time.sleep(0.2)
+    with pytest.raises(TimeUp), limit.turn():
+        time.sleep(0.2)
+
+
 def test_a_time_limit_holds_in_other_threads_between_runs():
     found = []
 
     def work():
-        with time_limit(0.05) as limit:
+        limit = TimeLimit(0.05)
+        with limit.turn():
             limit.check()
             try:
                 limit.check(ahead=1.0)
@@ -385,7 +420,7 @@ def test_a_cell_holds_what_came_of_everybody(source):
     assert by_name["large"].reason.endswith("9 GiB")
     assert by_name["broken"].reason == "KeyError: 'a bug of theirs'"
     assert by_name["eager"].peak_bytes > 4 * cell.counted * cell.vocab
-    # copies of 64 tokens are checked; the tokens themselves are warmed up, timed and weighed
+    # copies of 64 tokens are checked; the tokens themselves are warmed up, weighed and timed
     assert len(seen) == 1 + 1 + QUICK.runs + 1
     assert len(seen[0][problem.mask].unique(dim=0)) == 64
     assert all(torch.equal(hidden, source.hidden) for hidden in seen[1:])
@@ -402,21 +437,54 @@ def test_a_cell_holds_what_came_of_everybody(source):
     assert all(len(line) <= 200 for line in text.splitlines())
 
 
-def test_providers_run_in_a_random_order_and_are_listed_in_theirs(source, monkeypatch):
-    ran = []
-    monkeypatch.setattr(cells, "_measure", lambda row, provider, *rest: ran.append(provider.name))
-    everybody = [stub(str(number), FUSED.build) for number in range(6)]
-    for seed in (0, 1):
-        cell = measure_cell(variant(source), source, everybody, QUICK, seed=seed)
-        assert [row.provider for row in cell.rows] == list("012345")
-    assert ran[:6] != ran[6:]
-    assert sorted(ran[:6]) == list("012345")
+def test_providers_take_turns_in_a_random_order_and_are_listed_in_theirs(source):
+    ran, said = [], []
+
+    def recorded(name):
+        def build(problem):
+            loss = FUSED.build(problem)
+            return lambda: (ran.append(name), loss())[1]
+
+        return stub(name, build)
+
+    everybody = [recorded(name) for name in "012345"]
+    cell = measure_cell(
+        variant(source), source, everybody, Effort(0.0, 3), say=lambda *line: said.append(line)
+    )
+    assert [row.provider for row in cell.rows] == list("012345")
+    assert [row.times.runs for row in cell.rows] == [3] * 6
+    turns = [ran[start : start + 6] for start in range(18, len(ran), 6)]  # after checks, weighing
+    assert [sorted(once) for once in turns] == [list("012345")] * 3
+    assert len({tuple(once) for once in turns}) > 1
+    left = [seconds for what, seconds in said if what.startswith("round")]
+    assert left == sorted(left, reverse=True)
+    assert len(left) == 3
+    assert all(seconds is None for what, seconds in said if not what.startswith("round"))
+
+
+def test_who_fails_in_a_turn_leaves_the_others_in_theirs(source):
+    calls = []
+
+    def build(problem):
+        def loss():
+            calls.append(None)
+            if len(calls) == 5:  # check, warm-up, memory, a turn, and the next one
+                raise RuntimeError("a bug of theirs")
+            return FUSED.build(problem)()
+
+        return loss
+
+    cell = measure_cell(variant(source), source, [FUSED, stub("late", build)], Effort(0.0, 4))
+    ours, theirs = cell.rows
+    assert (ours.status, ours.times.runs) == ("ok", 4)
+    assert (theirs.status, theirs.times, theirs.peak_bytes) == ("failed", None, None)
+    assert len(calls) == 5
 
 
 def test_a_lost_device_leaves_a_cell_with_the_reason(source, monkeypatch):
     problem = variant(source)
     truth = find_truth(problem)
-    monkeypatch.setattr(cells, "find_truth", lambda problem: truth)
+    monkeypatch.setattr(rounds, "find_truth", lambda problem: truth)
     lost = []
 
     def forget(device):
@@ -424,11 +492,19 @@ def test_a_lost_device_leaves_a_cell_with_the_reason(source, monkeypatch):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         lost.append(device)
 
-    monkeypatch.setattr(cells, "forget", forget)
+    monkeypatch.setattr(rounds, "forget", forget)
     cell = measure_cell(problem, source, [FUSED, EAGER], QUICK)
     assert [row.status for row in cell.rows] == ["failed"] * 2
     assert "illegal memory access" in cell.rows[1].reason
     assert json.dumps(cell.as_json())
+
+    def gone(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    lost.clear()
+    monkeypatch.setattr(rounds, "synchronize", gone)
+    with pytest.raises(DeviceLost, match="lost the device: CUDA error"):
+        measure_cell(problem, source, [FUSED], QUICK)
 
 
 def made_cell(**others) -> Cell:
@@ -443,17 +519,82 @@ def made_cell(**others) -> Cell:
 
 
 def test_the_verdict_says_where_the_library_loses():
-    cell = made_cell(slow=(18.0, 1200.0), quick=(5.0, 50.0), same=(10.1, 99.0))
+    cell = made_cell(slow=(18.0, 1200.0), quick=(8.0, 50.0), same=(10.1, 99.0))
     assert verdict_lines(cell) == [
         "fused_sd is 1.8 x faster than slow, with 1/12 of the memory",
-        "fused_sd is 2 x SLOWER than quick, with 2 x MORE memory",
+        "fused_sd is 1.2 x SLOWER than quick, with 2 x MORE memory",
         "fused_sd is as fast as same, with the same memory",
     ]
     first = table_lines(cell)[1]
     assert first.startswith("quick")
-    assert "0.62" in first
+    assert "1.00" in first
     absent = replace(cell, rows=[Row("fused_sd", None, "", "wrong", "dH is off by 50.0%")])
     assert verdict_lines(absent) == ["fused_sd was not measured: dH is off by 50.0%"]
+
+
+def test_a_time_below_the_bare_gemms_makes_no_verdict():
+    cell = made_cell(slow=(18.0, 100.0), quick=(5.0, 50.0))
+    assert verdict_lines(cell) == [
+        "fused_sd is 1.8 x faster than slow, with the same memory",
+        "the machine was too busy to tell: fused_sd took 10 ms, quick took 5 ms, and the GEMMs "
+        "alone that quick needs took 8 ms",
+    ]
+    busy = replace(cell, floor=Floor(4, 30.0, 20.0, 10**10, 10**6))
+    assert all(line.startswith("the machine was too busy to tell") for line in verdict_lines(busy))
+    assert verdict_lines(replace(cell, floor=None))[1].startswith("fused_sd is 2 x SLOWER")
+    # a sparse gradient needs the logits' half of the GEMMs
+    cell.rows[2].kept = Sparsity(10.0, 0.0, 0.0)
+    assert verdict_lines(cell)[1].startswith("fused_sd is 2 x SLOWER than quick")
+    cell.rows[2].times = Times(3.0, 3.0, 3.0, 20)
+    assert "that quick needs took 4 ms" in verdict_lines(cell)[1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_counts_down_and_learns(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    out = io.StringIO()
+    shown = progress.Progress(out, {"sdpo": 10.0, "gkd": 100.0})
+    shown.begin("sdpo")
+    clock[0] = 4.0
+    shown.say("checking eager", None)
+    shown.say("round 1", 3.0)
+    clock[0] = 20.0  # twice what was expected
+    shown.end()
+    shown.begin("gkd")
+    shown.say("checking eager", None)
+    clock[0] = 300.0
+    shown.say("checking more", None)
+    assert out.getvalue().splitlines() == [
+        "[1/2] sdpo: checking eager; about 106 s left",
+        "[1/2] sdpo: round 1; about 103 s left",
+        "[2/2] gkd: checking eager; about 3 min left",
+        "[2/2] gkd: checking more; about 0 s left",
+    ]
+    out = Terminal()
+    shown = progress.Progress(out, {"sdpo": 10.0})
+    shown.begin("sdpo")
+    shown.say("checking eager", None)
+    shown.end()
+    assert out.getvalue().startswith("\r\x1b[K[1/1] sdpo: checking eager")
+    assert out.getvalue().endswith("left\r\x1b[K")
+    assert "\n" not in out.getvalue()
+
+
+def test_an_estimate_grows_with_the_work():
+    work = progress.Work("jsd", True, 1e9, Effort(0.0, 5, 10.0, 2))
+    one = progress.expected_seconds(work, [FUSED], 1e10)
+    assert one < progress.expected_seconds(work, [FUSED, EAGER], 1e10)
+    assert one < progress.expected_seconds(work._replace(flop=1e10), [FUSED], 1e10)
+    assert one == progress.expected_seconds(work, [FUSED, SPARSE._replace(objectives=())], 1e10)
+    assert progress.gemm_rate(64, torch.float32, CPU) > 1e7
+    absent = FUSED._replace(package="no-such-package")
+    assert [progress.runs_here(p, CPU) for p in (FUSED, absent)] == [True, False]
+    assert not progress.runs_here(FUSED._replace(needs_gpu=True), CPU)
 
 
 TINY = ["bench", "--device", "cpu", "--tokens", "24", "--hidden", "16", "--vocab", "256"]
@@ -461,15 +602,23 @@ TINY = ["bench", "--device", "cpu", "--tokens", "24", "--hidden", "16", "--vocab
 
 def test_the_command_measures_the_users_shape(capsys, monkeypatch):
     monkeypatch.setattr(command, "PROVIDERS", (FUSED, EAGER))
-    assert main([*TINY, "--objective", "grpo", "--runs", "2", "--frozen", "--mask", "0.5"]) == 0
-    out = capsys.readouterr().out
+    assert main([*TINY, "--loss", "rlcsd,GRPO", "--runs", "2", "--frozen", "--mask", "0.5"]) == 0
+    printed = capsys.readouterr()
+    out = printed.out
+    said = out.split("\n\n")[0]
+    assert "rlcsd, grpo: 24 tokens x 16 x 256, fp32; about" in said
+    assert "compared: fused_sd; eager" in said
+    assert "[1/1] rlcsd, grpo: checking eager; about" in printed.err
     assert "grpo: 24 tokens (12 count) x 16 x 256, float32, head frozen, entropy" in out
     assert "; floor 2u" in out
     assert "fused_sd is" in out
-    given = ["--objectives", "all", "--runs", "1", "--json", "--dtype", "bf16", "--entropy", "0.5"]
+    given = ["--losses", "all", "--runs", "1", "--json", "--dtype", "bf16", "--entropy", "0.5"]
     assert main([*TINY, *given]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [cell["objective"] for cell in found["cells"]] == list(OBJECTIVES)
+    printed = capsys.readouterr()
+    assert "compared: fused_sd; eager" in printed.err
+    found = json.loads(printed.out)
+    assert {cell["objective"] for cell in found["cells"]} == set(OBJECTIVES)
+    assert len(found["cells"]) == len(OBJECTIVES)
     assert found["cells"][0]["rows"][0]["times"]["runs"] == 1
     assert 0.1 < found["cells"][0]["entropy"] < 1
     assert found["environment"]["torch"] == torch.__version__
@@ -478,14 +627,13 @@ def test_the_command_measures_the_users_shape(capsys, monkeypatch):
 def test_the_command_fails_where_this_library_is_wrong(capsys, monkeypatch):
     wrong = scaled(2.0)._replace(name="fused_sd")
     monkeypatch.setattr(command, "PROVIDERS", (wrong, EAGER))
-    assert main([*TINY, "--objectives", "jsd", "--runs", "1"]) == 1
+    assert main([*TINY, "--losses", "jsd", "--runs", "1"]) == 1
     assert "fused_sd was not measured: loss is off by" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--objectives", "kl"], "--objectives must be one of 'all', 'forward_kl'"),
         (["--model", "qwen3-8b"], "model must come without hidden_size and vocab"),
         (["--tokens", "1"], "--tokens must be at least 2, got 1"),
         (["--vocab", "64"], "--vocab must be at least 128, got 64"),
@@ -503,6 +651,15 @@ def test_wrong_use_says_what_to_do(capsys, arguments, says):
     assert says in printed.err
     assert not printed.out
     assert ";" in printed.err
+
+
+def test_losses_of_the_same_arithmetic_are_timed_once():
+    assert command.titles_of(("sdpo", "gkd", "jsd", "sdft", "rlcsd")) == {
+        "topk_tail": "sdpo",
+        "jsd": "gkd, jsd",
+        "forward_kl": "sdft (timed as forward_kl)",
+        "grpo": "rlcsd (timed as grpo)",
+    }
 
 
 def test_operands_that_do_not_fit_are_said(capsys, monkeypatch):

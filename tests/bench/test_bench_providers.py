@@ -59,6 +59,7 @@ def exact(problem: Problem) -> torch.Tensor:
         "forward_kl": lambda: reference.gkd(student, teacher, beta=0.0),
         "reverse_kl": lambda: reference.gkd(student, teacher, beta=1.0),
         "jsd": lambda: reference.gkd(student, teacher, beta=0.5),
+        "opsd": lambda: reference.opsd(student, teacher),
         "topk_tail": lambda: reference.sdpo(student, teacher),
         "topk_renormalized": lambda: reference.sd_zero(student, teacher),
         "cross_entropy": lambda: -a,

@@ -9,7 +9,7 @@ import torch
 from benchmarks import report, run, sparse_table, suites
 from benchmarks.storage import SuiteResults, file_slug, suite_documents
 from benchmarks.suites import SUITES, CellRequest, Suite, expected_seconds
-from fused_sd.bench import cell as bench_cell
+from fused_sd.bench import rounds
 from fused_sd.bench.measure import Effort
 from fused_sd.bench.problem import OBJECTIVES, SHAPES
 from fused_sd.bench.providers import PROVIDERS
@@ -178,7 +178,7 @@ def test_whoever_loses_the_device_is_named_and_left_out(tiny, capsys, monkeypatc
 
     others = [provider for provider in PROVIDERS if provider is not eager]
     monkeypatch.setattr(run, "PROVIDERS", [eager._replace(build=build), *others])
-    monkeypatch.setattr(bench_cell, "synchronize", synchronize)
+    monkeypatch.setattr(rounds, "synchronize", synchronize)
     assert measure(tiny, "--parts", "main") == 1
     assert "eager lost the device: CUDA error" in capsys.readouterr().err
     first = document(tiny)

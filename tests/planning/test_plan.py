@@ -15,7 +15,9 @@ from fused_sd.bench.providers import PROVIDERS
 from fused_sd.cli import main
 from fused_sd.engine import layout as chunking
 from fused_sd.engine import workspace
+from fused_sd.measuring import head_sizes
 from fused_sd.measuring.head_sizes import MODELS, head_size
+from fused_sd.planning.devices import CARDS
 from fused_sd.planning.objectives import OBJECTIVES
 
 CPU = torch.device("cpu")
@@ -24,7 +26,7 @@ LARGE = 2**40
 SHAPE = Shape("wide", 32, 12000)
 DEEP = Shape("deep", 256, 3000)  # the head's gradient is most of it
 EAGER_OBJECTIVES = (
-    *("forward_kl", "reverse_kl", "jsd", "topk_tail", "topk_renormalized"),
+    *("forward_kl", "reverse_kl", "jsd", "opsd", "topk_tail", "topk_renormalized"),
     *("rlsd", "grpo", "cross_entropy"),
 )
 PROVIDER = {provider.name: provider for provider in PROVIDERS}
@@ -468,16 +470,90 @@ def test_a_transformers_configuration_is_read():
     assert head_size(config, None, None) == (64, 999)
 
 
+def test_what_a_configuration_leaves_out_is_transformers_default(tmp_path):
+    pytest.importorskip("transformers")
+    for config, size in (
+        ({"model_type": "gpt2", "n_embd": 96, "vocab_size": 777}, (96, 777)),
+        ({"model_type": "gemma3", "text_config": {"hidden_size": 96}}, (96, 262208)),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert head_size(str(tmp_path)) == size
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model must be a readable config.json, got .*; check"):
+        head_size(str(tmp_path))
+
+
+def test_any_other_model_is_asked_of_the_cache_and_then_of_the_hub(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    asked, cached = [], {"someone/cached": 32}
+
+    def from_pretrained(name, local_files_only=False):
+        asked.append((name, local_files_only))
+        if local_files_only and name not in cached:
+            raise OSError("not cached\nmore")
+        if name == "someone/gone":
+            raise OSError("no such model\nmore")
+        return transformers.Qwen3Config(hidden_size=cached.get(name, 48), vocab_size=999)
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    with pytest.raises(
+        ValueError, match=r"got 'someone/new' \(not in the cache, and no hub: "
+    ) as no:
+        head_size("someone/new")
+    assert "\n" not in str(no.value)
+    assert asked == [("someone/new", True)]
+    monkeypatch.setattr(head_sizes, "_why_no_hub", lambda text: "")
+    assert head_size("someone/cached") == (32, 999)
+    assert asked[1:] == [("someone/cached", True)]
+    assert head_size("someone/new") == (48, 999)
+    assert asked[2:] == [("someone/new", True), ("someone/new", False)]
+    with pytest.raises(ValueError, match=r"got 'someone/gone' \(the hub: no such model\); check"):
+        head_size("someone/gone")
+
+
+def test_a_model_without_transformers_is_said_to_need_it(monkeypatch):
+    monkeypatch.setattr(head_sizes, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="transformers is not installed"):
+        head_size("someone/new")
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_every_card_has_rates_and_their_source(name):
+    planned = fused_sd.plan("qwen3-8b", tokens=1024, objective="sdft", device=name)
+    card = CARDS[name]
+    assert 24e9 <= card.memory == pytest.approx(planned.free_bytes)
+    assert 0.5 * card.peak < planned.rate == card.rate < card.peak
+    assert card.bandwidth == pytest.approx(0.9 * card.peak_bandwidth)
+    assert planned["fused_sd"].seconds == pytest.approx(8 * 1024 * 4096 * 151936 / card.rate)
+    assert planned.prediction.total > planned["fused_sd"].seconds
+    sheet = f"assumed: 70% of the data sheet's {card.peak / 1e12:.4g}"
+    assert planned.rate_source == ("as others measured" if name == "H200" else sheet)
+    assert f"TFLOP/s, {planned.rate_source}." in str(planned)
+
+
+def test_a_given_rate_is_called_given_and_an_unknown_one_makes_no_time():
+    sizes = {"hidden_size": 64, "vocab": 1000, "tokens": 8}
+    given = fused_sd.plan(**sizes, device="B200", rate=1e15)
+    assert "at 1000 TFLOP/s, given." in str(given)
+    unknown = fused_sd.plan(**sizes, device="cpu")
+    assert (unknown.rate, unknown.rate_source) == (None, "")
+    assert "TFLOP/s" not in str(unknown)
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
         ({"tokens": 0}, "tokens must be an integer"),
-        ({"model": "no-such-model"}, "model must be a known name"),
+        ({"model": "no-such-model"}, r"model must be a config.json, .*no-such-model.*no hub"),
         ({"hidden_size": 8}, "model must come without"),
         ({"model": None, "hidden_size": 8}, "model must be given"),
         ({"model": {"hidden_size": 8}}, "hidden_size and vocab_size"),
         ({"model": None, "hidden_size": 8, "vocab": 0}, "vocab must be an integer"),
-        ({"objective": "ppo"}, "objective must be one of"),
+        (
+            {"objective": "ppo"},
+            r"objective must be a loss \(sdpo, .*, jsd, .*\), got 'ppo'",
+        ),
+        ({"objective": None}, "objective must be a loss"),
         ({"objective": "grpo", "divergence": "forward_kl"}, "divergence must be left out"),
         ({"remainder": "rest"}, "remainder must be one of"),
         ({"support": 5}, "support must be FULL_VOCABULARY"),
@@ -524,7 +600,8 @@ def test_the_command_prints_a_table_that_fits_a_terminal(capsys):
     assert max(map(len, out.splitlines())) <= 100
     assert "on each of 4 ranks" in out
     assert ">=" in out
-    sparse = ["--objective", "jsd", "--gradient", "sparse", "--dense-share", "0.2"]
+    assert "fit the whole card;\nnot counted are weights, the body's activations" in out
+    sparse = ["--losses", "jsd", "--gradient", "sparse", "--dense-share", "0.2"]
     assert main([*COMMAND, *sparse]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100
@@ -533,6 +610,16 @@ def test_the_command_prints_a_table_that_fits_a_terminal(capsys):
     out = capsys.readouterr().out
     assert "OOM" in out
     assert "fp32 dW" in out
+
+
+def test_the_command_plans_several_losses(capsys):
+    assert main([*COMMAND, "--losses", "SD-Zero,topk_tail,opsd"]) == 0
+    out = capsys.readouterr().out
+    assert [out.index(f"{name}: qwen3-8b") for name in ("sd_zero", "sdpo", "opsd")]
+    assert "each entry cut at 0.05" in out
+    assert main([*COMMAND, "--losses", "sdpo,gkd", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [planned["objective"] for planned in printed] == ["sdpo", "gkd"]
 
 
 def test_the_command_prints_json(capsys):
@@ -556,6 +643,7 @@ def test_the_command_prints_json(capsys):
         ["--free", "much"],
         ["--divergence", "jsd:2"],
         ["--support", "best"],
+        ["--losses", "sdpo,kd"],
         ["--model", "unheard-of"],
         ["--mask", "1"],
     ],
