@@ -122,7 +122,8 @@ def test_third_parties_are_imported_where_they_belong(path):
     room = room_of(path)
     for name in {name.split(".")[0] for name in imports(path)}:
         if name in TRAINERS:
-            assert room in {"integrations", "demo", "bench"}, name
+            # measuring reads a model's configuration, which transformers knows
+            assert room in {"integrations", "demo", "bench", "measuring"}, name
         if name == "triton":
             assert room in {"kernels", "measuring"}, name
 

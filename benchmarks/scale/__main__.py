@@ -73,8 +73,6 @@ def page() -> str:
 def numbers(counts: Mapping[str, Any]) -> dict[str, str]:
     """Return the numbers in the page's sentences, by their names in the template."""
     card, head = CARDS[tables.CARD], head_size(tables.MODELS[0])
-    assert card.rate is not None
-    assert card.bandwidth is not None
     assert card.link is not None
     model, most = tables.MODELS[0], tables.RANKS[-1]
     again = tables.planned(model, "reverse_kl", most, reduction="none")

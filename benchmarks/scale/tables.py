@@ -179,7 +179,6 @@ def time_part_lines() -> Iterator[str]:
 def _sum_ms(plan: Plan) -> float:
     """Milliseconds to read and write the fp32 sum of dW once for each group of chunks."""
     copies = CARDS[CARD].bandwidth
-    assert copies is not None
     groups = -(-plan.active_per_rank // plan.group)
     return 1e3 * groups * 8 * plan.shard_rows * plan.hidden_size / copies
 

@@ -242,7 +242,8 @@ def expected_by_title(choices: Choices) -> dict[str, float]:
 
 def plan_lines(choices: Choices, expected: Mapping[str, float]) -> list[str]:
     """Return the lines that say what will run, and about how long it takes."""
-    runs, absent = [], []
+    runs: list[str] = []
+    absent: list[str] = []
     for provider in PROVIDERS:
         if not provider.objectives.isdisjoint(choices.titles):
             (runs if runs_here(provider, choices.device) else absent).append(provider.name)

@@ -30,6 +30,7 @@ from fused_sd.bench.problem import Problem
 from fused_sd.head.projection import accumulation_dtype, matmul, matmul_add_
 from fused_sd.measuring.realistic import slabs
 
+FLOOR_RUNS = 10  # at most
 CHUNK = 4096  # tokens: a longer chunk would not make a GEMM faster
 
 
@@ -146,10 +147,9 @@ class BareGemms:
     Their results are allocated in each turn, not to take memory from the providers.
     """
 
-    name = "bare GEMMs"
-
     def __init__(self, problem: Problem, effort: Effort, warm_seconds: float) -> None:
-        self.problem, self.effort, self.warm_seconds = problem, effort, warm_seconds
+        self.problem, self.warm_seconds = problem, warm_seconds
+        self.effort = effort._replace(runs=min(effort.runs, FLOOR_RUNS))
         is_wide = accumulation_dtype(problem.hidden.dtype) == problem.hidden.dtype
         self.milliseconds: dict[bool, list[float]] = {wide: [] for wide in {False, not is_wide}}
         self.once, self.left = 0.0, 0
@@ -164,9 +164,8 @@ class BareGemms:
                 self.left = affordable(self.effort, self.once)
             seconds = 0.0
 
-    def take_turn(self, size: int) -> None:
-        """Time some runs of either variant, as many as are left at most."""
-        count = min(size, self.left)
+    def take_turn(self, count: int) -> None:
+        """Time some of either variant's runs that are left."""
         self.left -= count
         for wide in self.milliseconds if count else ():
             with self._memory():

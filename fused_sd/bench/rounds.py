@@ -34,7 +34,8 @@ from fused_sd.measuring.environment import installed
 from fused_sd.verify.promises import Sparsity
 
 REASON = 200  # characters that are kept of a provider's error message
-# Runs that a provider makes in one turn.  On a GPU several, one after another, hide the launches.
+# Runs that a provider makes in one turn, at most.  Several, one after another, hide the launches
+# of a GPU.
 TURN = {"cuda": 5, "cpu": 1}
 # takes what is done now, and the seconds until the cell is done, None: unknown
 Say = Callable[[str, float | None], None]
@@ -135,6 +136,7 @@ def _turn(entrant: _Entrant, problem: Problem) -> Iterator[None]:
         if isinstance(error, TimeUp):
             row.status, row.reason = "too slow", said
         row.times = row.peak_bytes = row.kept = entrant.loss = None
+        entrant.left = 0
     finally:
         _drop_gradients(problem)
     try:
@@ -180,16 +182,14 @@ def _time(
         with _turn(entrant, problem):
             _weigh(entrant, problem, effort)
     bare.warm_up()
-    turns: dict[str, Callable[[int], None]] = {BareGemms.name: bare.take_turn}
-    for entrant in right:
-        turns[entrant.provider.name] = _turns(entrant, problem)
-    size, number = TURN[device.type], 0
-    while any(entrant.left for entrant in right) or bare.left:
-        left = sum(entrant.left * entrant.once for entrant in right) + bare.left * bare.once
-        number += 1
-        say(f"round {number} of all, in turns", left)
-        for name in draw.sample(list(turns), len(turns)):
-            turns[name](size)
+    turns: list[tuple[_Entrant | BareGemms, Callable[[int], None]]] = [(bare, bare.take_turn)]
+    turns += [(entrant, _turns(entrant, problem)) for entrant in right]
+    count = -(-max(each.left for each, _ in turns) // TURN[device.type])
+    for number in range(count):
+        left = sum(each.left * each.once for each, _ in turns)
+        say(f"round {number + 1} of {count}", left)
+        for each, take_turn in draw.sample(turns, len(turns)):
+            take_turn(-(-each.left // (count - number)))  # all have turns until the last round
     for entrant in right:
         if entrant.loss is not None:
             entrant.row.times, entrant.row.status = times_of(entrant.milliseconds), "ok"
@@ -221,14 +221,12 @@ def _weigh(entrant: _Entrant, problem: Problem, effort: Effort) -> None:
 
 
 def _turns(entrant: _Entrant, problem: Problem) -> Callable[[int], None]:
-    """Return a function that times some of a provider's runs, as many as are left at most."""
+    """Return a function that times some of the provider's runs that are left."""
 
-    def take_turn(size: int) -> None:
-        count = min(size, entrant.left)
-        entrant.left -= count
-        if not count or entrant.loss is None:
-            entrant.left = 0
+    def take_turn(count: int) -> None:
+        if not count:
             return
+        entrant.left -= count
         with _turn(entrant, problem):
             if problem.hidden.is_cuda:  # what others left is not to be freed while this is timed
                 torch.cuda.empty_cache()

@@ -211,7 +211,8 @@ def test_the_floor_counts_the_tokens_that_count(source):
     bare = BareGemms(problem, QUICK, 0.0)
     assert bare.floor() is None
     bare.warm_up()
-    while bare.left:
+    assert bare.left == 2
+    for _ in range(2):
         bare.take_turn(1)
     floor = bare.floor()
     assert [len(taken) for taken in bare.milliseconds.values()] == [2, 2]  # bf16, and fp32
