@@ -178,6 +178,9 @@ def run_bench(arguments: argparse.Namespace) -> int:
     # what will run, before anything that takes long; JSON is alone on the standard output
     print(*plan_lines(choices, expected), sep="\n", file=sys.stderr if arguments.json else None)
     sys.stdout.flush()
+    progress = Progress(sys.stderr, expected)
+    progress.begin(next(iter(expected)))
+    progress.say("drawing the operands", None)
     try:
         source = make_problem(
             choices.shape,
@@ -200,7 +203,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
         return 2
     if not arguments.json:
         print("", *LEGEND, sep="\n", flush=True)
-    cells, progress = [], Progress(sys.stderr, expected)
+    cells = []
     for objective, title in choices.titles.items():
         progress.begin(title)
         cell = measure_cell(
@@ -222,7 +225,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             print("", *report_lines(cell, title), sep="\n", flush=True)
     if arguments.json:
-        print(json.dumps(as_json(cells), indent=2))
+        print(json.dumps(as_json(choices, cells), indent=2))
     return 0 if all(map(_is_ours_ok, cells)) else 1
 
 
@@ -260,9 +263,10 @@ def plan_lines(choices: Choices, expected: Mapping[str, float]) -> list[str]:
     return lines
 
 
-def as_json(cells: Sequence[Cell]) -> dict[str, Any]:
-    """Return the results and the environment as plain values."""
-    return {"cells": [cell.as_json() for cell in cells], "environment": environment()}
+def as_json(choices: Choices, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Return the results, with the losses that each times, and the environment as plain values."""
+    named = [{"losses": choices.titles[cell.objective]} | cell.as_json() for cell in cells]
+    return {"cells": named, "environment": environment()}
 
 
 def _is_ours_ok(cell: Cell) -> bool:

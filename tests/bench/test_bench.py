@@ -620,6 +620,7 @@ def test_the_command_measures_the_users_shape(capsys, monkeypatch):
     found = json.loads(printed.out)
     assert {cell["objective"] for cell in found["cells"]} == set(OBJECTIVES)
     assert len(found["cells"]) == len(OBJECTIVES)
+    assert found["cells"][0]["losses"] == "sdpo"
     assert found["cells"][0]["rows"][0]["times"]["runs"] == 1
     assert 0.1 < found["cells"][0]["entropy"] < 1
     assert found["environment"]["torch"] == torch.__version__
