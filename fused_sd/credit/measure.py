@@ -110,6 +110,18 @@ def credit_map(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or a number is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from fused_sd.credit import credit_map
+        >>> _ = torch.manual_seed(0)
+        >>> (student, teacher), head = torch.randn(2, 1, 4, 16), torch.randn(100, 16)
+        >>> found = credit_map(student, head, teacher, head, torch.tensor([[3, 5, 8, 13]]))
+        >>> [token.text for token in found.rows[0].tokens]  # or words, with decode=
+        ['#3', '#5', '#8', '#13']
+        >>> same = credit_map(student, head, student, head, torch.tensor([[3, 5, 8, 13]]))
+        >>> [token.delta for token in same.rows[0].tokens]  # a teacher that knows no more
+        [0.0, 0.0, 0.0, 0.0]
     """
     measures = credit_measures(
         student_hidden,

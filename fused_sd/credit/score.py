@@ -56,6 +56,15 @@ def planted_error_scores(
 
     Raises:
         ValueError: lengths disagree, a value is NaN, or no response has both kinds of token.
+
+    Examples:
+        >>> from fused_sd.credit import CreditRow, TokenCredit, planted_error_scores
+        >>> def token(teacher_log_prob):
+        ...     return TokenCredit(7, "x", -1.0, teacher_log_prob, 0.0, 0.0, 1.0, 1.0)
+        >>> row = CreditRow((token(-1.0), token(-6.0), token(-0.5), token(-2.0)))
+        >>> scores = planted_error_scores([row], [[False, True, False, False]])
+        >>> scores.precision, scores.auroc  # the planted error is the token that is blamed most
+        (1.0, 1.0)
     """
     check_one_of("value", value, VALUES)
     if k is not None:

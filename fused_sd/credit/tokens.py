@@ -91,6 +91,15 @@ class CreditMap:
     """Hold responses with the teacher's judgement of each token.
 
     A notebook shows a map as its HTML page.
+
+    Examples:
+        >>> from fused_sd.credit import CreditMap, CreditRow, TokenCredit
+        >>> token = TokenCredit(7, "fox", -2.0, -0.5, 0.1, 0.2, 1.0, 0.8)  # wanted by the teacher
+        >>> found = CreditMap((CreditRow((token,), caption="step 10"),), title="Foxes")
+        >>> CreditMap.from_json(found.to_json()) == found
+        True
+        >>> found.rows[0].tokens[0].delta
+        1.5
     """
 
     rows: tuple[CreditRow, ...]
