@@ -45,6 +45,17 @@ class GradientCertificate(NamedTuple):
         dense: (...) bool, whether the token's gradient is dense.
         dropped: (...) norm of what is left out; 0 for a dense token.
         norm: (...) norm of the whole gradient.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> _ = torch.manual_seed(0)
+        >>> hidden, head = torch.randn(8, 16, requires_grad=True), torch.randn(300, 16)
+        >>> teacher = hidden.detach() + 0.1 * torch.randn(8, 16)
+        >>> output = fused_sd.gkd_loss(hidden, head, teacher, head, gradient="auto")
+        >>> bool(output.certificate.dropped_share <= 2**-8)
+        True
+        >>> output.certificate.hidden_bound(head).shape
+        torch.Size([8])
     """
 
     kept: Tensor

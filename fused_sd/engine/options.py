@@ -18,7 +18,17 @@ Reduction = Literal["sum", "mean", "none"]
 
 
 class LossOptions(TypedDict, total=False):
-    """Keywords that every loss takes; ``Options`` says what they mean."""
+    """Keywords that every loss takes; ``Options`` says what they mean.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> hidden, head = torch.zeros(2, 16), torch.randn(100, 16)
+        >>> options: fused_sd.LossOptions = {"temperature": 0.9, "reduction": "sum"}
+        >>> imitation = fused_sd.cross_entropy_loss(hidden, head, torch.tensor([3, 5]), **options)
+        >>> distillation = fused_sd.sdft_loss(hidden, head, hidden, head, **options)
+        >>> distillation.loss.item() < imitation.loss.item()
+        True
+    """
 
     token_weights: Tensor | None
     temperature: float
@@ -97,6 +107,14 @@ class Options:
 
     Raises:
         ValueError: when a value is out of range.
+
+    Examples:
+        >>> import fused_sd
+        >>> fused_sd.Options().reduction, fused_sd.Options().chunk_size
+        ('mean', None)
+        >>> fused_sd.Options(temperature=0)  # checked before anything is computed
+        Traceback (most recent call last):
+        ValueError: temperature must be ...
     """
 
     token_weights: Tensor | None = None

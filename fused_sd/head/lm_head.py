@@ -37,6 +37,15 @@ class LMHead:
 
     Raises:
         ValueError: when a shape, a dtype or a number is out of range.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> hidden, weight, token_ids = torch.randn(3, 16), torch.randn(104, 16), torch.arange(3)
+        >>> head = fused_sd.LMHead(weight, softcap=30.0, valid_vocab=100)  # and 4 rows of padding
+        >>> found = fused_sd.token_log_probs(hidden, head, token_ids)
+        >>> logits = 30 * torch.tanh(hidden @ weight[:100].T / 30)
+        >>> torch.allclose(found.log_probs, logits.log_softmax(-1)[range(3), token_ids], atol=1e-4)
+        True
     """
 
     weight: Tensor

@@ -106,6 +106,16 @@ def divergence_loss(
     Raises:
         ValueError: shapes, dtypes or devices disagree, a number is out of range, the teacher
             requires a gradient, or settings do not go together; the message says what to do.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> _ = torch.manual_seed(0)
+        >>> (student, teacher), head = torch.randn(2, 5, 16), torch.randn(100, 16)
+        >>> output = fused_sd.divergence_loss(student, head, teacher, head, reduction="mean")
+        >>> log_s, log_t = ((hidden @ head.T).log_softmax(-1) for hidden in (student, teacher))
+        >>> eager = (log_s.exp() * (log_s - log_t)).sum(-1).mean()
+        >>> torch.allclose(output.loss, eager, rtol=1e-4)
+        True
     """
     chosen = Options.of("divergence_loss", options)
     student = placed_head(student_head, chosen.process_group)
@@ -171,6 +181,16 @@ def topk_divergence_loss(
 
     Raises:
         ValueError: as ``divergence_loss``.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> _ = torch.manual_seed(0)
+        >>> (student, teacher), head = torch.randn(2, 5, 16), torch.randn(100, 16)
+        >>> ids, log_probs, _ = fused_sd.entry_log_probs(teacher, head, 8)  # or a server's answer
+        >>> known = fused_sd.topk_divergence_loss(student, head, ids, log_probs, reduction="mean")
+        >>> whole = fused_sd.gkd_loss(student, head, teacher, head, beta=0)  # over all entries
+        >>> 0 < known.loss.item() < whole.loss.item()  # the rest is one bucket
+        True
     """
     chosen = Options.of("topk_divergence_loss", options)
     student = placed_head(student_head, chosen.process_group)

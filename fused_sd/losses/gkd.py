@@ -37,6 +37,14 @@ def gkd_loss(
     Reference:
         Agarwal et al., arXiv 2306.13649, eq. 1.  TRL samples at temperature 0.9 and takes its loss
         at temperature 1.
+
+    Examples:
+        >>> import math, torch, fused_sd
+        >>> student, student_head = torch.randn(5, 16), torch.randn(100, 16)
+        >>> teacher, teacher_head = torch.randn(5, 32), torch.randn(100, 32)  # a wider model
+        >>> output = fused_sd.gkd_loss(student, student_head, teacher, teacher_head, beta=0.5)
+        >>> bool((output.token_loss <= math.log(2)).all())  # however far the teacher is
+        True
     """
     return divergence_loss(
         student_hidden,

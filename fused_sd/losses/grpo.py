@@ -39,6 +39,14 @@ def grpo_loss(
         Shao et al., *DeepSeekMath*, arXiv 2402.03300, eq. 3.  SDPO's baseline clips (0.2, 0.28)
         without a KL.  "Token mean" is the micro-batch's in verl, the global batch's in TRL's dapo,
         each sequence's in TRL's "grpo": see ``aggregation_weights``.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> hidden, head = torch.randn(4, 16), torch.randn(100, 16)
+        >>> token_ids, advantages = torch.randint(100, (4,)), torch.tensor([1.0, 1.0, -0.5, -0.5])
+        >>> output = fused_sd.grpo_loss(hidden, head, token_ids, advantages)
+        >>> round(output.loss.item(), 3)  # fresh samples have the ratio 1: minus the mean advantage
+        -0.25
     """
     return policy_loss(
         hidden,

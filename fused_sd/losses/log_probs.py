@@ -32,14 +32,37 @@ class LogProbOptions(TypedDict, total=False):
 
 
 class TokenLogProbs(NamedTuple):
-    """Log-probabilities in nats, differentiable; 0 for a token of weight 0."""
+    """Log-probabilities in nats, differentiable; 0 for a token of weight 0.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> hidden, head = torch.randn(2, 3, 16), torch.randn(100, 16)
+        >>> token_ids = torch.tensor([[3, 5, 8], [4, 6, 9]])
+        >>> log_probs, entropy = fused_sd.token_log_probs(hidden, head, token_ids)
+        >>> log_probs.sum(-1).shape  # the log-probability of each of two completions
+        torch.Size([2])
+        >>> entropy is None
+        True
+    """
 
     log_probs: Tensor  # (...)
     entropy: Tensor | None  # (...), where asked for
 
 
 class EntryLogProbs(NamedTuple):
-    """Log-probabilities of K entries of each token's distribution, differentiable."""
+    """Log-probabilities of K entries of each token's distribution, differentiable.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> _ = torch.manual_seed(0)
+        >>> (student, teacher), head = torch.randn(2, 5, 16), torch.randn(100, 16)
+        >>> ids, log_s, _ = fused_sd.entry_log_probs(student, head, 3)  # the student's own top 3
+        >>> _, log_t, tail = fused_sd.entry_log_probs(teacher, head, ids, tail=True)
+        >>> log_t.shape, tail.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+        >>> bool((log_s[:, :-1] >= log_s[:, 1:]).all())  # likeliest first
+        True
+    """
 
     token_ids: Tensor  # (..., K) int64
     log_probs: Tensor  # (..., K) nats
@@ -73,6 +96,15 @@ def token_log_probs(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or an id is not in the vocabulary (CPU).
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> hidden, head = torch.zeros(2, 16), torch.randn(100, 16)  # states that know nothing
+        >>> found = fused_sd.token_log_probs(hidden, head, torch.tensor([3, 5]), entropy=True)
+        >>> found.log_probs.exp()
+        tensor([0.0100, 0.0100])
+        >>> found.entropy.exp().round()  # as undecided as between 100 tokens
+        tensor([100., 100.])
     """
     chosen = _options("token_log_probs", options)
     lm_head = placed_head(head, chosen.process_group)
@@ -110,6 +142,14 @@ def entry_log_probs(
 
     Raises:
         ValueError: as ``token_log_probs``, or K exceeds the vocabulary, or ids repeat (CPU).
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> hidden, head = torch.randn(5, 16), torch.randn(100, 16)
+        >>> found = fused_sd.entry_log_probs(hidden, head, 3, tail=True)
+        >>> total = found.log_probs.exp().sum(-1) + found.tail.exp()
+        >>> torch.allclose(total, torch.ones(5))
+        True
     """
     chosen = _options("entry_log_probs", options)
     token_weights = chosen.token_weights

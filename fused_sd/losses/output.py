@@ -21,6 +21,17 @@ class LossOutput(NamedTuple):
             gradient is from the dense one.
         with_grad: the values asked for beside the divergence, each (...), differentiable and not
             weighted; 0 for a token of weight 0.  None: nothing was asked for.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> _ = torch.manual_seed(0)
+        >>> hidden, head = torch.randn(2, 3, 16, requires_grad=True), torch.randn(100, 16)
+        >>> teacher = torch.randn(2, 3, 16)
+        >>> output = fused_sd.gkd_loss(hidden, head, teacher, head, metrics=("student_entropy",))
+        >>> output.loss.requires_grad, output.token_loss.requires_grad
+        (True, False)
+        >>> {name: values.shape for name, values in output.metrics.items()}
+        {'student_entropy': torch.Size([2, 3])}
     """
 
     loss: Tensor

@@ -86,6 +86,18 @@ def policy_loss(
     Reference:
         Shao et al., *DeepSeekMath* (GRPO), arXiv 2402.03300, eq. 3; Ye et al. (dual clip), arXiv
         1912.09729; RLSD, arXiv 2604.03128, eq. 13-15.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> hidden, head = torch.randn(3, 16, requires_grad=True), torch.randn(100, 16)
+        >>> token_ids, advantages = torch.tensor([3, 5, 8]), torch.ones(3)
+        >>> old = fused_sd.token_log_probs(hidden, head, token_ids).log_probs.detach() - 1
+        >>> output = fused_sd.policy_loss(
+        ...     hidden, head, token_ids, advantages, old_log_probs=old, reduction="mean"
+        ... )
+        >>> output.loss.backward()
+        >>> round(output.loss.item(), 3), hidden.grad.count_nonzero().item()  # clipped
+        (-1.2, 0)
     """
     if isinstance(advantages, LossOutput):
         checks.fail(
@@ -174,6 +186,16 @@ def sampled_kl_loss(
     Reference:
         SDPO, arXiv 2601.20802, its official code without full-logit distillation; Schulman,
         *Approximating KL Divergence*, 2020.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> hidden, head, token_ids = torch.randn(3, 16), torch.randn(100, 16), torch.arange(3)
+        >>> given = {"hidden": hidden, "head": head, "token_ids": token_ids}
+        >>> teacher = fused_sd.token_log_probs(**given).log_probs - 1  # d is 1
+        >>> given |= {"teacher_log_probs": teacher, "reduction": "mean"}
+        >>> k2, k3 = (fused_sd.sampled_kl_loss(**given, estimator=k).loss for k in ("k2", "k3"))
+        >>> round(k2.item(), 3), round(k3.item(), 3)
+        (0.5, 0.368)
     """
     tensor_checks.check_tensor("hidden", hidden)
     tensor_checks.check_tensor("token_ids", token_ids)

@@ -58,6 +58,17 @@ def rlcsd_loss(
     Reference:
         *RLCSD*, arXiv 2606.11709; official configuration: tau_c 0.02, beta 1, lambda 0.5, delta
         0.02, eta 1, residual in [-2, 2], symmetric ratio clip 0.2, no dual clip.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> hidden, head, token_ids = torch.randn(4, 16), torch.randn(100, 16), torch.arange(4)
+        >>> advantages, hinted = torch.tensor([1.0, 1.0, -1.0, -1.0]), -torch.rand(4)
+        >>> contrast = fused_sd.rlcsd_loss(
+        ...     hidden, head, token_ids, advantages, hinted, hinted[:, None].expand(4, 3)
+        ... )
+        >>> plain = fused_sd.grpo_loss(hidden, head, token_ids, advantages)
+        >>> torch.allclose(contrast.loss, plain.loss)  # hints that agree contrast nothing
+        True
     """
     if options.get("reduction", "sum") != "sum":
         rule, got = "be left out: the loss is the sum of two means", repr(options["reduction"])

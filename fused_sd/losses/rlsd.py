@@ -48,6 +48,17 @@ def rlsd_loss(
         *RLSD*, arXiv 2604.03128, eq. 13-15; eq. 16 as printed has no gradient (see ``Evidence``).
         The official code: current log-probabilities, mix 0.5, evidence clip 0.2, ratio clip
         (0.2, 0.28), dual clip 3, teacher copied every 10 (paper) or 20 (script) steps.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> hidden, head, token_ids = torch.randn(2, 16), torch.randn(100, 16), torch.tensor([3, 5])
+        >>> own = fused_sd.token_log_probs(hidden, head, token_ids).log_probs
+        >>> output = fused_sd.rlsd_loss(
+        ...     hidden, head, token_ids, torch.tensor([1.0, -1.0]), teacher_log_probs=own + 1,
+        ...     metrics=("evidence_weight",),
+        ... )
+        >>> output.metrics["evidence_weight"]  # the better liked are praised more, and blamed less
+        tensor([1.2000, 0.8000])
     """
     return policy_loss(
         hidden,

@@ -47,6 +47,14 @@ def sd_zero_loss(
         *SD-Zero*, arXiv 2604.12002, the objective of phase 2.  Paper and code differ: the paper
         writes KL(s||t) (and calls it forward), the official configuration is the mixture with
         weight 0.5 on the teacher's top 64, averaged over all tokens of the global batch.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> (generator, reviser), head = torch.randn(2, 5, 16), torch.randn(100, 16)
+        >>> paper = fused_sd.sd_zero_loss(generator, head, reviser, head, variant="paper")
+        >>> reverse = fused_sd.gkd_loss(generator, head, reviser, head, beta=1)  # KL(s||t)
+        >>> torch.equal(paper.loss, reverse.loss)
+        True
     """
     checks.check_one_of("variant", variant, ("code", "paper"))
     settings: dict[str, Any] = {"divergence": "reverse_kl"}

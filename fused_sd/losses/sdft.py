@@ -45,6 +45,16 @@ def sdft_loss(
     Reference:
         *SDFT*, arXiv 2601.19897: its first version writes KL(s||t), while its code and all its
         results are KL(t||s), as its second version says.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> _ = torch.manual_seed(0)
+        >>> (student, teacher), head = torch.randn(2, 1, 6, 16), torch.randn(100, 16)
+        >>> mask = torch.tensor([[1, 1, 1, 1, 1, 0]])  # a response of 5 tokens, and padding
+        >>> weights = fused_sd.skip_first_tokens(mask, 3).float()
+        >>> output = fused_sd.sdft_loss(student, head, teacher, head, token_weights=weights)
+        >>> output.token_loss != 0
+        tensor([[False, False, False,  True,  True, False]])
     """
     settings: dict[str, Any] = {}
     if top_k is not None:

@@ -64,6 +64,17 @@ def sdpo_loss(
         factor, the ratio of pi_old to the sampling engine's, is a factor on the weights:
         ``aggregation_weights(mask, "token_mean") * ratio`` with ``reduction="sum"``.  TRL's default
         is the sampled token instead, its top-k is renormalised.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> _ = torch.manual_seed(0)
+        >>> head = torch.randn(200, 16)  # (vocabulary, hidden size)
+        >>> hidden = torch.randn(6, 16, requires_grad=True)  # of 6 response tokens
+        >>> informed = hidden.detach() + 0.1 * torch.randn(6, 16)  # behind a longer prompt
+        >>> output = fused_sd.sdpo_loss(hidden, head, informed, head, alpha=0.5, top_k=20)
+        >>> output.loss.backward()
+        >>> output.token_loss.shape, hidden.grad.shape
+        (torch.Size([6]), torch.Size([6, 16]))
     """
     support: Support = FULL_VOCABULARY if top_k is None else StudentTopK(top_k)
     remainder: Remainder = "tail" if add_tail or top_k is None else "renormalize"

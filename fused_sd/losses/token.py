@@ -57,6 +57,15 @@ def cross_entropy_loss(
     Reference:
         SD-Zero's phase 1 (arXiv 2604.12002) is the sum of two of these: L_rev with the weights on
         the revision only, L_gen with weights on the whole assistant turn.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> hidden, head = torch.randn(4, 16), torch.randn(100, 16)
+        >>> labels = torch.tensor([-100, 7, 42, 7])  # no target for the prompt's token
+        >>> output = fused_sd.cross_entropy_loss(hidden, head, labels, reduction="mean")
+        >>> eager = torch.nn.functional.cross_entropy(hidden @ head.T, labels)
+        >>> torch.allclose(output.loss, eager)
+        True
     """
     tensor_checks.check_tensor("token_ids", token_ids)
     if not isinstance(ignore_index, int):

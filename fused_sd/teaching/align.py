@@ -31,6 +31,18 @@ class Alignment:
         teacher_positions: (N,) int64, rows of the teacher's ``hidden.flatten(0, 1)``.
         token_ids: (N,) int64, the token that both states predict.
         weights: (N,) float32, the student's response mask at the token.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> places = fused_sd.Alignment(  # of tokens 7 and 8, behind 2 and behind 4 others
+        ...     student_positions=torch.tensor([1, 2]),
+        ...     teacher_positions=torch.tensor([3, 4]),
+        ...     token_ids=torch.tensor([7, 8]),
+        ...     weights=torch.ones(2),
+        ... )
+        >>> teacher_hidden = torch.randn(1, 6, 16).flatten(0, 1)[places.teacher_positions]
+        >>> teacher_hidden.shape
+        torch.Size([2, 16])
     """
 
     student_positions: Tensor
@@ -71,6 +83,16 @@ def align_responses(
     Raises:
         ValueError: shapes differ, a response has no token before it, or the responses differ; the
             message names the first such token.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> student, teacher = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 9, 9, 5, 6, 7, 8]])
+        >>> places = fused_sd.align_responses(
+        ...     student, torch.ones_like(student), teacher, (teacher != 0).long(),  # 0 is padding
+        ...     student_response_mask=torch.tensor([[0, 0, 1, 1]]),
+        ... )
+        >>> places.token_ids, places.student_positions, places.teacher_positions
+        (tensor([7, 8]), tensor([1, 2]), tensor([4, 5]))
     """
     student = Sequences.of("student", student_ids, student_mask, student_sequence_ids)
     teacher = Sequences.of("teacher", teacher_ids, teacher_mask, teacher_sequence_ids)
@@ -113,6 +135,15 @@ def check_alignment(
         ValueError: a position is padding, is followed by another token than the alignment's, or
             lies in another sequence than the student's; the message names it.  Or the
             temperatures differ.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> ids = torch.tensor([[5, 6, 7, 8]])
+        >>> at, late = torch.tensor([1, 2]), torch.tensor([2, 3])  # late: of the tokens, not before
+        >>> places = fused_sd.Alignment(at, late, torch.tensor([7, 8]), torch.ones(2))
+        >>> fused_sd.check_alignment(places, ids, torch.ones_like(ids), ids, torch.ones_like(ids))
+        Traceback (most recent call last):
+        ValueError: ...
     """
     if teacher_temperature is not None and teacher_temperature != temperature:
         fail(

@@ -21,6 +21,13 @@ class ShiftEvidence(NamedTuple):
         shift: the assumption that fits best: -1 one position early, 0 right, +1 one position late.
         gaps: mean ``|log t - log s|`` in nats of the response tokens if the states are early,
             right or late, in this order.  NaN if no response has three tokens; ``shift`` is 0 then.
+
+    Examples:
+        >>> import fused_sd
+        >>> fused_sd.ShiftEvidence(0, (3.1, 0.2, 2.9)).require()  # right: nothing happens
+        >>> fused_sd.ShiftEvidence(1, (3.1, 2.9, 0.2)).require()
+        Traceback (most recent call last):
+        ValueError: teacher_hidden must be the states that predict the response's tokens, ...
     """
 
     shift: int
@@ -71,6 +78,16 @@ def detect_shift(
 
     Raises:
         ValueError: shapes, dtypes or devices of states and head disagree.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> _ = torch.manual_seed(0)
+        >>> hidden, head, ids = torch.randn(8, 16), torch.randn(100, 16), torch.randint(100, (7,))
+        >>> places = fused_sd.Alignment(torch.arange(7), torch.arange(7), ids, torch.ones(7))
+        >>> fused_sd.detect_shift(hidden[:7], head, hidden[:7], head, places).shift
+        0
+        >>> fused_sd.detect_shift(hidden[:7], head, hidden[1:], head, places).shift  # one too late
+        1
     """
     if not isinstance(alignment, Alignment):
         got, remedy = type(alignment).__name__, "pass what align_responses returned"

@@ -59,6 +59,18 @@ class Teacher:
     Reference:
         ``"ema"``: https://arxiv.org/abs/2601.20802 (SDPO) and https://arxiv.org/abs/2601.19897
         (SDFT).
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> student = torch.nn.Linear(2, 2)
+        >>> teacher = fused_sd.Teacher(student, kind="ema", rate=0.25)
+        >>> before = student.weight.detach().clone()
+        >>> with torch.no_grad():
+        ...     _ = student.weight.add_(1.0)  # an optimizer's step
+        >>> teacher.update()
+        True
+        >>> (teacher.module.weight - before).allclose(torch.tensor(0.25))
+        True
     """
 
     def __init__(

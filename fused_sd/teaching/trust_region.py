@@ -53,6 +53,17 @@ def trust_region_states(
 
     Reference:
         https://arxiv.org/abs/2601.20802, trust-region teacher.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> reference, reference_head = torch.randn(4, 8), torch.randn(100, 8)
+        >>> student, head = torch.randn(4, 16), torch.randn(100, 16)
+        >>> sides = reference, reference_head, student, head
+        >>> hidden, mixed = fused_sd.trust_region_states(*sides, rate=0.3)
+        >>> logits = mixed.logit_scale * hidden @ mixed.weight.T
+        >>> wanted = 0.7 * reference @ reference_head.T + 0.3 * student @ head.T
+        >>> torch.allclose(logits, wanted, atol=1e-4)
+        True
     """
     checks.check_unit_interval("rate", rate)
     sides = (reference_hidden, as_head(reference_head)), (student_hidden, as_head(student_head))

@@ -60,6 +60,16 @@ def rlcsd_advantages(
 
     Reference:
         *RLCSD*, arXiv 2606.11709.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> advantages, right = torch.tensor([1.0, 1.0, 0.2]), torch.tensor([-0.1, -1.0, -3.0])
+        >>> wrong = torch.tensor([[-2.0], [-1.0], [-0.1]])  # under one wrong hint
+        >>> found = fused_sd.rlcsd_advantages(advantages, right, wrong)
+        >>> found.advantages  # raised where the right hint fits better; never turned into blame
+        tensor([1.5000, 1.0000, 0.0000])
+        >>> found.selected
+        tensor([ True, False,  True])
     """
     checks.check_positive("temperature", temperature)
     if not isinstance(clip, tuple | list) or len(clip) != 2:
@@ -114,6 +124,13 @@ def iw_opd_advantages(
 
     Reference:
         *IW-OPD*, arXiv 2606.22600.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> rollout = torch.tensor([[-1.0, -1.0, -1.0, -1.0]])
+        >>> teacher = torch.tensor([[-1.0, -3.0, -3.0, -9.0]])  # disagrees from the second token on
+        >>> fused_sd.iw_opd_advantages(teacher, rollout, torch.tensor([[1, 1, 1, 0]]), gamma=1.0)
+        tensor([[ 0., -4., -3.,  0.]])
     """
     checks.check_non_negative("gamma", gamma, "0.5 is the paper's")
     tensor_checks.check_mask("mask", mask)

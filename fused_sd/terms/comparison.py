@@ -80,6 +80,15 @@ class Comparison:
 
     Raises:
         ValueError: when a number is out of range or settings do not go together.
+
+    Examples:
+        >>> import fused_sd
+        >>> found = fused_sd.Comparison("forward_kl", fused_sd.StudentTopK(100), tail_floor=1e-7)
+        >>> found.remainder
+        'tail'
+        >>> fused_sd.Comparison("reverse_kl", tail_floor=1e-7)  # the full vocabulary has no tail
+        Traceback (most recent call last):
+        ValueError: settings must go together ...
     """
 
     divergence: Divergence = "reverse_kl"

@@ -120,6 +120,13 @@ def generalized_jsd(beta: float | Divergence, argument: str = "beta") -> Diverge
 
     Raises:
         ValueError: when it is neither a number of [0, 1] nor a divergence.
+
+    Examples:
+        >>> import fused_sd
+        >>> [fused_sd.generalized_jsd(beta) for beta in (0, 0.5, 1)]
+        ['forward_kl', Jsd(beta=0.5), 'reverse_kl']
+        >>> fused_sd.generalized_jsd(fused_sd.SkewKl(0.9))
+        SkewKl(student_weight=0.9)
     """
     if not isinstance(beta, int | float):
         divergence_term(beta, argument)

@@ -34,6 +34,17 @@ class Evidence:
         Yang et al., *Self-Distilled RLVR* (RLSD), arXiv 2604.03128, eq. 13-15.  Equation 16 of
         the paper has no policy ratio and so, the weight being a constant, no gradient; the official
         code reweights the advantage of a clipped policy ratio, as here.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> hidden, head, token_ids = torch.randn(2, 16), torch.randn(100, 16), torch.tensor([3, 5])
+        >>> own = fused_sd.token_log_probs(hidden, head, token_ids).log_probs
+        >>> evidence = fused_sd.Evidence(clip=(0.2, 0.2), mix=torch.tensor([0.0, 1.0]))
+        >>> output = fused_sd.rlsd_loss(
+        ...     hidden, head, token_ids, torch.ones(2), teacher_log_probs=own + 1, evidence=evidence
+        ... )
+        >>> output.token_loss  # the first token keeps its advantage
+        tensor([-1.0000, -1.2000])
     """
 
     clip: tuple[float, float] = (0.2, 0.2)
@@ -79,6 +90,15 @@ class EvidenceSchedule:
         first_step: number of the first update: 1 as RLSD's official code counts, so that its
             warm-up begins above 0 and its decay below the peak; 0 as RLCSD's code counts, whose
             first update has the peak.
+
+    Examples:
+        >>> import fused_sd
+        >>> schedule, values = fused_sd.EvidenceSchedule(0.5, warmup_steps=2, decay_steps=5), []
+        >>> for _ in range(7):
+        ...     values.append(round(schedule.value, 2))  # for Evidence(mix=schedule.value)
+        ...     schedule.step()
+        >>> values
+        [0.25, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
     """
 
     def __init__(

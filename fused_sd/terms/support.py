@@ -94,7 +94,15 @@ class Support:
 @setting
 @dataclass(frozen=True)
 class FullVocabulary(Support):
-    """Every entry is compared; there is no remainder."""
+    """Every entry is compared; there is no remainder.
+
+    Examples:
+        >>> import fused_sd
+        >>> fused_sd.FULL_VOCABULARY.is_truncated
+        False
+        >>> fused_sd.Comparison().support == fused_sd.FULL_VOCABULARY  # the default
+        True
+    """
 
     name: ClassVar[str] = "full"
     is_truncated: ClassVar[bool] = False
@@ -130,6 +138,18 @@ class StudentTopK(_TopK):
 
     Args:
         k: number of entries, at least 1.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> _ = torch.manual_seed(0)
+        >>> (student, teacher), head = torch.randn(2, 4, 16), torch.randn(100, 16)
+        >>> output = fused_sd.divergence_loss(
+        ...     student, head, teacher, head, support=fused_sd.StudentTopK(10), reduction="mean",
+        ...     metrics=("student_mass", "teacher_mass"),
+        ... )
+        >>> mass = output.metrics
+        >>> bool((mass["student_mass"] > mass["teacher_mass"]).all())  # on its entries
+        True
     """
 
     name: ClassVar[str] = "student"
@@ -148,6 +168,19 @@ class TeacherTopK(_TopK):
 
     Args:
         k: number of entries, at least 1.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> _ = torch.manual_seed(0)
+        >>> (student, teacher), head = torch.randn(2, 4, 16), torch.randn(100, 16)
+        >>> sides = student, head, teacher, head
+        >>> supports = [fused_sd.TeacherTopK(k) for k in (4, 40, 100)]
+        >>> few, more, whole = (
+        ...     fused_sd.divergence_loss(*sides, support=support, reduction="mean").loss
+        ...     for support in supports
+        ... )
+        >>> bool(few < more < whole)  # with a tail, a truncated KL is a lower bound
+        True
     """
 
     name: ClassVar[str] = "teacher"
@@ -166,6 +199,18 @@ class UnionTopK(_TopK):
 
     Args:
         k: number of entries of each side, at least 1.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> fused_sd.UnionTopK(8).num_entries  # at most
+        16
+        >>> hidden, head = torch.randn(4, 16), torch.randn(100, 16)
+        >>> output = fused_sd.divergence_loss(
+        ...     hidden, head, hidden, head, support=fused_sd.UnionTopK(8), reduction="mean",
+        ...     metrics=("topk_overlap",),
+        ... )
+        >>> output.metrics["topk_overlap"]  # both sides name the same 8
+        tensor([1., 1., 1., 1.])
     """
 
     name: ClassVar[str] = "union"
@@ -196,6 +241,17 @@ class TeacherNucleus(_TopK):
 
     Reference:
         Holtzman et al., *The Curious Case of Neural Text Degeneration*, arXiv 1904.09751, eq. 2.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> _ = torch.manual_seed(0)
+        >>> (student, teacher), head = torch.randn(2, 4, 16), torch.randn(100, 16)
+        >>> output = fused_sd.divergence_loss(
+        ...     student, head, teacher, head, support=fused_sd.TeacherNucleus(50, mass=0.8),
+        ...     reduction="mean", metrics=("teacher_mass",),
+        ... )
+        >>> bool((output.metrics["teacher_mass"] >= 0.8).all())
+        True
     """
 
     mass: float = 0.95
@@ -224,6 +280,18 @@ class TokenIds(Support):
     Args:
         ids: (..., K) int64, one set for each token.  A repeated id counts once; a negative id is
             padding and does not count.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> _ = torch.manual_seed(0)
+        >>> (student, teacher), head = torch.randn(2, 4, 16), torch.randn(100, 16)
+        >>> yes_or_no = torch.tensor([3, 5]).expand(4, 2)  # the two tokens that a judge may answer
+        >>> output = fused_sd.divergence_loss(
+        ...     student, head, teacher, head, support=fused_sd.TokenIds(yes_or_no),
+        ...     remainder="renormalize", reduction="mean",
+        ... )
+        >>> output.token_loss.shape
+        torch.Size([4])
     """
 
     ids: Tensor

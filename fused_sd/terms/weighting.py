@@ -32,6 +32,16 @@ class ImportanceCap:
     Reference:
         Huebotter et al., *Reinforcement Learning via Self-Distillation* (SDPO), arXiv 2601.20802;
         the cap of 2 is that of the official code's configuration.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> (student, teacher), head = torch.randn(2, 2, 16), torch.randn(100, 16)
+        >>> given = {"token_ids": torch.tensor([3, 5]), "metrics": ("importance_ratio",)}
+        >>> own = fused_sd.token_log_probs(student, head, given["token_ids"]).log_probs
+        >>> importance = fused_sd.ImportanceCap(own - torch.tensor([0.0, 9.0]), cap=2.0)
+        >>> output = fused_sd.gkd_loss(student, head, teacher, head, importance=importance, **given)
+        >>> output.metrics["importance_ratio"]  # the second token has become e^9 times as likely
+        tensor([1., 2.])
     """
 
     old_log_probs: Tensor
@@ -94,6 +104,16 @@ def aggregation_weights(
 
     Raises:
         ValueError: when the mask is not (B, T), or the mode or its length is missing.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])  # responses of 4 tokens and of 1
+        >>> fused_sd.aggregation_weights(mask, "token_mean")
+        tensor([[0.2000, 0.2000, 0.2000, 0.2000],
+                [0.2000, 0.0000, 0.0000, 0.0000]])
+        >>> fused_sd.aggregation_weights(mask, "sequence_mean_token_mean")
+        tensor([[0.1250, 0.1250, 0.1250, 0.1250],
+                [0.5000, 0.0000, 0.0000, 0.0000]])
     """
     tensor_checks.check_mask("mask", mask)
     if mask.dim() != 2:
@@ -127,7 +147,15 @@ def aggregation_weights(
 
 
 def skip_first_tokens(mask: Tensor, num_tokens: int) -> Tensor:
-    """The mask (B, T) without each sequence's first counted tokens (SDFT's code skips 3)."""
+    """The mask (B, T) without each sequence's first counted tokens (SDFT's code skips 3).
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 0, 0, 1]])  # one with a tool's answer
+        >>> fused_sd.skip_first_tokens(mask, 2)
+        tensor([[0, 0, 0, 1, 1],
+                [0, 0, 0, 0, 1]])
+    """
     tensor_checks.check_mask("mask", mask)
     remedy = "pass a whole number; 0 skips none"
     is_whole = isinstance(num_tokens, int) and num_tokens >= 0
