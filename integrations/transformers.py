@@ -127,6 +127,19 @@ def attach(model: nn.Module, *, autocast: Autocast | None = None) -> nn.Module:
     Raises:
         ValueError: the head is missing, quantised or adapted in a way that cannot be reproduced, or
             rebuilt logits differ from the model's.
+
+    Examples:
+        >>> import torch, fused_sd
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+        >>> model = GPT2LMHeadModel(config).eval()
+        >>> from fused_sd.integrations.transformers import Request, attach, completion_positions
+        >>> ids = torch.randint(64, (2, 7))  # the last 3 of each row are the response
+        >>> def score(hidden, head):
+        ...     return fused_sd.token_log_probs(hidden, head, ids[:, -3:])
+        >>> found = attach(model)(ids, fused_sd=Request(score, completion_positions(3))).result
+        >>> found.log_probs.shape
+        torch.Size([2, 3])
     """
     inner = unwrap(model)
     if is_attached(model):
@@ -169,6 +182,14 @@ def detach(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: something else has wrapped the forward since.
+
+    Examples:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+        >>> model = GPT2LMHeadModel(config).eval()
+        >>> from fused_sd.integrations.transformers import attach, detach, is_attached
+        >>> is_attached(detach(attach(model)))
+        False
     """
     inner = unwrap(model)
     state = inner.__dict__.get(ATTACHMENT)
@@ -193,7 +214,16 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Return whether a model answers requests."""
+    """Return whether a model answers requests.
+
+    Examples:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+        >>> model = GPT2LMHeadModel(config).eval()
+        >>> from fused_sd.integrations.transformers import attach, is_attached
+        >>> is_attached(model), is_attached(attach(model))
+        (False, True)
+    """
     return unwrap(model).__dict__.get(ATTACHMENT) is not None
 
 

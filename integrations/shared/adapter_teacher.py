@@ -47,6 +47,19 @@ class AdapterTeacher(Teacher):
     Raises:
         ValueError: the adapter is not all that is trained, is merged or sharded, or a setting is
             out of range; later, the student's or the teacher's adapter was switched or deleted.
+
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+        >>> model = GPT2LMHeadModel(config).eval()
+        >>> from fused_sd.integrations.adapter_teacher import AdapterTeacher
+        >>> lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        >>> student = get_peft_model(model, lora)
+        >>> teacher = AdapterTeacher(student, kind="ema", rate=0.05)
+        >>> with teacher.acting() as module:  # the student's model, with another adapter
+        ...     print(module is student, module.active_adapter)
+        True teacher
     """
 
     def __init__(
@@ -146,6 +159,18 @@ def make_teacher(
 
     Raises:
         ValueError: as both classes do.
+
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+        >>> model = GPT2LMHeadModel(config).eval()
+        >>> from fused_sd.integrations.adapter_teacher import make_teacher
+        >>> type(make_teacher(model)).__name__
+        'Teacher'
+        >>> lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        >>> type(make_teacher(get_peft_model(model, lora))).__name__
+        'AdapterTeacher'
     """
     peft_model = find_peft_model(student)
     if kind != "live" and weights is None and peft_model is not None and _is_lora(peft_model):

@@ -26,6 +26,17 @@ class Request:
             bool mask selects (N, D); an integer tensor of any shape holds places among the B * L
             positions and selects (*shape, D); a pair of integer tensors holds rows and columns,
             and selects (*shape, D); None selects all, (B, L, D).
+
+    Examples:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+        >>> model = GPT2LMHeadModel(config).eval()
+        >>> from fused_sd.integrations.transformers import Request, attach, hidden_states
+        >>> ids = torch.randint(64, (2, 3))
+        >>> mask = torch.tensor([[0, 1, 1], [1, 1, 0]]).bool()
+        >>> attach(model)(ids, fused_sd=Request(hidden_states, mask)).result.shape
+        torch.Size([4, 16])
     """
 
     # A closure hides the tensors that it uses from FSDP and DDP, which cast, move or scatter the
@@ -66,10 +77,30 @@ class FusedOutput(ModelOutput):
 
 
 def hidden_states(hidden: Tensor, head: LMHead) -> Tensor:
-    """Return the states that enter the head; a ``compute`` for ``Request``."""
+    """Return the states that enter the head; a ``compute`` for ``Request``.
+
+    Examples:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+        >>> model = GPT2LMHeadModel(config).eval()
+        >>> from fused_sd.integrations.transformers import Request, attach, hidden_states
+        >>> ids = torch.randint(64, (2, 5))
+        >>> states = attach(model)(ids, fused_sd=Request(hidden_states)).result
+        >>> torch.allclose(states @ model.lm_head.weight.T, model(ids).logits, atol=1e-5)
+        True
+    """
     return hidden
 
 
 def completion_positions(length: int) -> slice:
-    """Return the positions whose states predict the last ``length`` tokens."""
+    """Return the positions whose states predict the last ``length`` tokens.
+
+    Examples:
+        >>> import torch
+        >>> from fused_sd.integrations.transformers import completion_positions
+        >>> ids = torch.tensor([[5, 6, 7, 8, 9]])
+        >>> ids[:, completion_positions(2)]  # whose states predict the last two, 8 and 9
+        tensor([[7, 8]])
+    """
     return slice(-length - 1, -1)

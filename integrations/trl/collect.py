@@ -67,6 +67,17 @@ def collect_traces(
     Raises:
         ValueError: the file was made from another dataset, tokenizer or config; or a function
             returned something else than one answer for each completion.
+
+    Examples:
+        >>> from transformers import AutoTokenizer
+        >>> from fused_sd.integrations.examples.arithmetic import questions, reward
+        >>> from fused_sd.integrations.trl import collect_traces
+        >>> tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct")
+        >>> def generate(prompts):  # as transformers_generate and vllm_generate make one
+        ...     return [tokenizer("It is 7.").input_ids for _ in prompts]
+        >>> traces, counts = collect_traces(generate, questions(2), reward, tokenizer, "new.jsonl")
+        >>> counts.questions, counts.kept == len(traces)
+        (2, True)
     """
     config = TraceConfig() if config is None else config
     if not isinstance(config, TraceConfig):

@@ -50,8 +50,6 @@ class CreditMapCallback(TrainerCallback):
     the same for ``python -m fused_sd credit``.  Where the trainer reports to Weights & Biases or
     TensorBoard, the maps go there too.
 
-        trainer.add_callback(CreditMapCallback(trainer, every=20))
-
     Args:
         trainer: a self-distillation trainer of TRL or of ``fused_sd.integrations.trl``.
         every: steps from one map to the next; the first is made before any step.
@@ -62,6 +60,14 @@ class CreditMapCallback(TrainerCallback):
 
     Raises:
         ValueError: a value is out of its range.
+
+    Examples:
+        >>> from fused_sd.integrations.examples.arithmetic import questions
+        >>> from fused_sd.integrations.trl import CreditMapCallback, OPSDConfig, OPSDTrainer
+        >>> model = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> trainer = OPSDTrainer(model, args=OPSDConfig("out"), train_dataset=questions(64))
+        >>> trainer.add_callback(CreditMapCallback(trainer, every=20))
+        >>> trainer.train()  # doctest: +SKIP
     """
 
     def __init__(

@@ -27,6 +27,12 @@ class DiscoveryConfig(SDPOConfig):
 
     There is no official code of it; the learning rate is that of SDPO's runs with feedback.
     ``max_steps`` is computed from ``max_attempts``.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import DiscoveryConfig
+        >>> args = DiscoveryConfig("out", max_attempts=64)
+        >>> args.distillation_topk, args.teacher_update_rate
+        (20, 0.01)
     """
 
     max_attempts: int = field(
@@ -64,6 +70,16 @@ class DiscoveryTrainer(SDPOTrainer):
         rewards: the rewards of all attempts, in the order of sampling; NaN without a verdict.
         first_success: the number of the first attempt that passed, counted from 1, or None.
         solution: the text of that attempt, or None.
+
+    Examples:
+        >>> from fused_sd.integrations.examples.arithmetic import feedback, questions, reward
+        >>> from fused_sd.integrations.trl import DiscoveryConfig, DiscoveryTrainer
+        >>> model = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> args, question = DiscoveryConfig("out", max_attempts=64), questions(1)
+        >>> trainer = DiscoveryTrainer(model, reward, args, question, feedback_func=feedback)
+        >>> trainer.train()  # doctest: +SKIP
+        >>> trainer.solution is None  # until an attempt passes
+        True
     """
 
     config_cls = DiscoveryConfig
@@ -138,6 +154,11 @@ def discovery_probability(first_successes: Sequence[int | None], num_attempts: i
 
     Raises:
         ValueError: there is no run.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import discovery_probability
+        >>> discovery_probability([3, None, 17, 2], num_attempts=16)  # of four runs, two by then
+        0.5
     """
     if not first_successes:
         fail("first_successes", "hold at least one run", "none", "run DiscoveryTrainer first")

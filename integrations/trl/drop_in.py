@@ -43,6 +43,14 @@ class FusedSelfDistillationMixin(TeacherServerLoss, DistillationObjectives):
 
     A model whose head cannot be reproduced is left to TRL's own loss, with a warning.  So is a loss
     that is called with logits, as subclasses of TRL's trainers may do.
+
+    Examples:
+        >>> from trl.experimental.sdpo import SDPOTrainer
+        >>> from fused_sd.integrations.trl import FusedSelfDistillationMixin
+        >>> class Own(SDPOTrainer):  # your subclass of TRL's
+        ...     pass
+        >>> class FusedOwn(FusedSelfDistillationMixin, Own):
+        ...     pass
     """
 
     _fused = False
@@ -176,8 +184,30 @@ class FusedSelfDistillationMixin(TeacherServerLoss, DistillationObjectives):
 
 
 class FusedSDPOTrainer(FusedSelfDistillationMixin, SDPOTrainer):
-    """TRL's SDPOTrainer, without logits."""
+    """TRL's SDPOTrainer, without logits.
+
+    Examples:
+        >>> from trl.experimental.sdpo import SDPOConfig
+        >>> from fused_sd.integrations.examples.arithmetic import questions, reward
+        >>> from fused_sd.integrations.trl import FusedSDPOTrainer
+        >>> model = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> args = SDPOConfig("out", distillation_mode="full_logits")  # TRL's, with TRL's defaults
+        >>> trainer = FusedSDPOTrainer(
+        ...     model=model, reward_funcs=reward, args=args, train_dataset=questions(64)
+        ... )
+        >>> trainer.train()  # doctest: +SKIP
+    """
 
 
 class FusedSDFTTrainer(FusedSelfDistillationMixin, SDFTTrainer):
-    """TRL's SDFTTrainer, without logits."""
+    """TRL's SDFTTrainer, without logits.
+
+    Examples:
+        >>> from trl.experimental.sdft import SDFTConfig
+        >>> from fused_sd.integrations.examples.arithmetic import questions
+        >>> from fused_sd.integrations.trl import FusedSDFTTrainer
+        >>> model = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> args = SDFTConfig("out", max_completion_length=256)
+        >>> trainer = FusedSDFTTrainer(model=model, args=args, train_dataset=questions(64))
+        >>> trainer.train()  # doctest: +SKIP
+    """

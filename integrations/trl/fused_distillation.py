@@ -22,7 +22,18 @@ from fused_sd.integrations.trl.model_teacher import ModelTeacherMixin
 
 
 class FusedDistillationTrainer(ModelTeacherMixin, DistillationTrainer):
-    """TRL's DistillationTrainer with the library's own divergence."""
+    """TRL's DistillationTrainer with the library's own divergence.
+
+    Examples:
+        >>> from trl import DistillationConfig
+        >>> from fused_sd.integrations.examples.arithmetic import questions
+        >>> from fused_sd.integrations.trl import FusedDistillationTrainer
+        >>> model = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> args, dataset = DistillationConfig("out"), questions(64).select_columns("prompt")
+        >>> teacher = model  # or a larger model with the same vocabulary
+        >>> trainer = FusedDistillationTrainer(model, teacher, args=args, train_dataset=dataset)
+        >>> trainer.train()  # doctest: +SKIP
+    """
 
     model: Any
 

@@ -21,6 +21,19 @@ class FusedGKDTrainer(ModelTeacherMixin, GKDTrainer):
     """TRL's GKDTrainer, without logits.
 
     An evaluation that asks for the student's logits, for ``compute_metrics``, runs TRL's own loss.
+
+    Examples:
+        >>> from datasets import Dataset
+        >>> from transformers import AutoTokenizer
+        >>> from trl.experimental.gkd import GKDConfig
+        >>> from fused_sd.integrations.trl import FusedGKDTrainer as GKDTrainer
+        >>> turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+        >>> dataset, args = Dataset.from_list([{"messages": turns}]), GKDConfig("out", beta=0.5)
+        >>> model = teacher = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> tokenizer = AutoTokenizer.from_pretrained(model)
+        >>> given = {"args": args, "train_dataset": dataset, "processing_class": tokenizer}
+        >>> trainer = GKDTrainer(model, teacher, **given)
+        >>> trainer.train()  # doctest: +SKIP
     """
 
     def compute_loss(

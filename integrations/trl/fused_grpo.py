@@ -40,6 +40,15 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     Two things are left to TRL's own computation: a model whose head cannot be reproduced, with a
     warning, and a loss with a router's auxiliary loss, which reads more than log-probabilities.
+
+    Examples:
+        >>> from trl import GRPOConfig
+        >>> from fused_sd.integrations.examples.arithmetic import questions, reward
+        >>> from fused_sd.integrations.trl import FusedGRPOTrainer
+        >>> model = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> args = GRPOConfig("out", loss_type="dr_grpo", num_generations=4)
+        >>> trainer = FusedGRPOTrainer(model, reward, args, questions(64))
+        >>> trainer.train()  # doctest: +SKIP
     """
 
     _fused = False

@@ -33,6 +33,18 @@ def transformers_generate(
 
     Raises:
         ValueError: a number is not positive.
+
+    Examples:
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> from fused_sd.integrations.trl import transformers_generate
+        >>> name = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> model, tokenizer = (
+        ...     kind.from_pretrained(name) for kind in (AutoModelForCausalLM, AutoTokenizer)
+        ... )
+        >>> generate = transformers_generate(model, tokenizer, max_new_tokens=4, temperature=0)
+        >>> completions = generate(tokenizer(["2 + 2 =", "3 + 4 ="]).input_ids)
+        >>> len(completions), max(map(len, completions)) <= 4
+        (2, True)
     """
     check_positive_int("max_new_tokens", max_new_tokens)
     check_positive_int("batch_size", batch_size)
@@ -99,6 +111,12 @@ def vllm_generate(llm: Any, sampling_params: Any) -> Generate:
 
     Raises:
         ValueError: n is not 1.
+
+    Examples:
+        >>> from vllm import LLM, SamplingParams
+        >>> from fused_sd.integrations.trl import vllm_generate
+        >>> llm = LLM("Qwen/Qwen2.5-0.5B-Instruct")
+        >>> generate = vllm_generate(llm, SamplingParams(top_p=0.9, max_tokens=4096))
     """
     if sampling_params.n != 1:
         fail("sampling_params.n", "be 1", sampling_params.n, "let num_initial repeat the prompts")

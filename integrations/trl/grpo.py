@@ -36,6 +36,12 @@ class GRPOConfig(PolicyConfig):
     For SDPO's baseline pass ``scale_rewards="none", max_completion_length=8192,
     vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=2.0``.
     ``FusedGRPOTrainer`` has all of TRL's settings and TRL's defaults.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import GRPOConfig
+        >>> args = GRPOConfig("out")
+        >>> args.epsilon, args.epsilon_high, args.delta, args.beta
+        (0.2, 0.28, 3.0, 0.0)
     """
 
     max_completion_length: int | None = field(
@@ -62,7 +68,16 @@ class PolicyTrainer(SelfDistillationTrainer):
 
 
 class GRPOTrainer(PolicyTrainer):
-    """GRPO (arXiv 2402.03300) from hidden states, on the rollouts of the other methods."""
+    """GRPO (arXiv 2402.03300) from hidden states, on the rollouts of the other methods.
+
+    Examples:
+        >>> from fused_sd.integrations.examples.arithmetic import questions, reward
+        >>> from fused_sd.integrations.trl import GRPOConfig, GRPOTrainer
+        >>> model = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> args = GRPOConfig("out", scale_rewards="none")
+        >>> trainer = GRPOTrainer(model, reward, args, questions(64))
+        >>> trainer.train()  # doctest: +SKIP
+    """
 
     config_cls = GRPOConfig
     _name = "GRPO"

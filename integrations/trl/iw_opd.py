@@ -29,6 +29,11 @@ class IWOPDConfig(TeacherSettings, SelfDistillationConfig):
 
     TRL's teacher is another model, which reads the student's prompt.  Here it is the model itself,
     which also reads ``privileged_context``.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import IWOPDConfig
+        >>> IWOPDConfig("out", iw_opd_gamma=0.5).teacher_model_kind
+        'base'
     """
 
     unread: ClassVar[tuple[str, ...]] = (
@@ -69,6 +74,14 @@ class IWOPDTrainer(PrivilegedPrompt, SelfDistillationTrainer):
     A token's advantage is the teacher's log-probability less that of the policy which sampled it:
     vLLM's where it samples, else the old policy's or, where a batch is trained on once, the current
     one's.  Rewards are not needed; where functions are given, their values are logged.
+
+    Examples:
+        >>> from fused_sd.integrations.examples.arithmetic import questions
+        >>> from fused_sd.integrations.trl import IWOPDConfig, IWOPDTrainer
+        >>> model = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> args = IWOPDConfig("out", max_completion_length=256)
+        >>> trainer = IWOPDTrainer(model, args=args, train_dataset=questions(64))
+        >>> trainer.train()  # doctest: +SKIP
     """
 
     config_cls = IWOPDConfig

@@ -22,6 +22,14 @@ class OPSDConfig(DivergenceConfig):
 
     For the official script of March 2026 pass ``distillation_alpha=0.5, entry_clip=None,
     learning_rate=2e-4`` and a ``peft_config`` of rank 64.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import OPSDConfig
+        >>> OPSDConfig("out").entry_clip
+        0.05
+        >>> march = OPSDConfig("out", distillation_alpha=0.5, entry_clip=None, learning_rate=2e-4)
+        >>> march.num_generations
+        1
     """
 
     learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate."})
@@ -77,6 +85,16 @@ class OPSDTrainer(PrivilegedPrompt, DivergenceTrainer):
     """OPSD (arXiv 2601.18734); the dataset's ``privileged_context`` is the reference solution.
 
     Rewards are not needed; where functions are given, their values are logged.
+
+    Examples:
+        >>> from peft import LoraConfig
+        >>> from fused_sd.integrations.examples.arithmetic import questions
+        >>> from fused_sd.integrations.trl import OPSDConfig, OPSDTrainer
+        >>> model = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> lora = LoraConfig(r=64, target_modules="all-linear")
+        >>> args, dataset = OPSDConfig("out"), questions(64)
+        >>> trainer = OPSDTrainer(model, args=args, train_dataset=dataset, peft_config=lora)
+        >>> trainer.train()  # doctest: +SKIP
     """
 
     config_cls = OPSDConfig

@@ -44,6 +44,12 @@ class TraceConfig:
 
     Raises:
         ValueError: a number is not positive.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import TraceConfig
+        >>> paper = TraceConfig(num_initial=1, num_revisions=1, revise_correct=True)
+        >>> paper.reward_threshold
+        0.5
     """
 
     num_initial: int = 3

@@ -16,6 +16,11 @@ class RFTConfig(SelfDistillationConfig):
     """RFT's settings.  Completions count whose reward reaches ``success_reward_threshold``.
 
     There is no official code; learning rate and lengths are TRL's.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import RFTConfig
+        >>> RFTConfig("out", success_reward_threshold=0.5).loss_type
+        'dapo'
     """
 
     unread: ClassVar[tuple[str, ...]] = (
@@ -30,7 +35,15 @@ class RFTConfig(SelfDistillationConfig):
 
 
 class RFTTrainer(SelfDistillationTrainer):
-    """Cross entropy on correct rollouts, which are sampled during training."""
+    """Cross entropy on correct rollouts, which are sampled during training.
+
+    Examples:
+        >>> from fused_sd.integrations.examples.arithmetic import questions, reward
+        >>> from fused_sd.integrations.trl import RFTConfig, RFTTrainer
+        >>> model = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> trainer = RFTTrainer(model, reward, RFTConfig("out"), questions(64))
+        >>> trainer.train()  # doctest: +SKIP
+    """
 
     config_cls = RFTConfig
     _name = "RFT"

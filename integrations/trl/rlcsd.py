@@ -29,7 +29,14 @@ from fused_sd.integrations.trl.trainer import Inputs, Options
 
 @dataclass
 class RLCSDConfig(TokenCorrection, TeacherSettings, PolicyConfig):
-    """RLCSD's settings; defaults are the official configuration's (arXiv 2606.11709)."""
+    """RLCSD's settings; defaults are the official configuration's (arXiv 2606.11709).
+
+    Examples:
+        >>> from fused_sd.integrations.trl import RLCSDConfig
+        >>> args = RLCSDConfig("out", max_wrong_hints=4)
+        >>> args.contrast_clip
+        [-2.0, 2.0]
+    """
 
     warmup_steps: float = field(default=50, metadata={"help": "Steps to the peak learning rate."})
     max_completion_length: int | None = field(
@@ -116,6 +123,16 @@ class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):
     final answer, and a failed sibling without one is no hint.  A rollout without a right hint or
     without a wrong one has weight 0, such as the only success of its group, and so has one without
     a verdict.
+
+    Examples:
+        >>> from fused_sd.integrations.examples.arithmetic import last_number, questions, reward
+        >>> from fused_sd.integrations.trl import RLCSDConfig, RLCSDTrainer
+        >>> class SumsTrainer(RLCSDTrainer):
+        ...     def final_answer(self, text):  # where answers are in no box
+        ...         return last_number(text)
+        >>> model = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> trainer = SumsTrainer(model, reward, RLCSDConfig("out"), questions(64))
+        >>> trainer.train()  # doctest: +SKIP
     """
 
     config_cls = RLCSDConfig

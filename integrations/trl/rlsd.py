@@ -30,6 +30,14 @@ class RLSDConfig(TeacherSettings, PolicyConfig):
     """RLSD's settings; defaults are the official script's (arXiv 2604.03128).
 
     ``privileged_context`` is the reference; the official script gives only the final answer.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import RLSDConfig
+        >>> RLSDConfig("out", evidence_mix=0.5).teacher_model_kind
+        'synced'
+        >>> RLSDConfig("out", beta=0.1)  # the method has no such term: refused, not ignored
+        Traceback (most recent call last):
+        ValueError: beta must be left as it is in RLSDConfig, ...
     """
 
     max_completion_length: int | None = field(
@@ -106,6 +114,14 @@ class RLSDTrainer(PrivilegedPrompt, PolicyTrainer):
 
     The dataset's ``privileged_context`` is the reference answer or solution; a row without one
     trains as in GRPO.
+
+    Examples:
+        >>> from fused_sd.integrations.examples.arithmetic import questions, reward
+        >>> from fused_sd.integrations.trl import RLSDConfig, RLSDTrainer
+        >>> model = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> dataset = questions(64).select_columns(["prompt", "privileged_context", "answer"])
+        >>> trainer = RLSDTrainer(model, reward, RLSDConfig("out"), dataset)
+        >>> trainer.train()  # doctest: +SKIP
     """
 
     config_cls = RLSDConfig

@@ -35,6 +35,12 @@ class SDZeroConfig(DivergenceConfig):
 
     For the paper's iterative self-evolution, which renews the teacher, pass
     ``teacher_model_kind="synced", teacher_sync_steps=400``.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import SDZeroConfig
+        >>> args = SDZeroConfig("out", teacher_model_kind="synced", teacher_sync_steps=400)
+        >>> args.variant, args.distillation_topk
+        ('code', 64)
     """
 
     unread: ClassVar[tuple[str, ...]] = (
@@ -126,6 +132,13 @@ class SDZeroTrainer(DivergenceTrainer):
 
     Raises:
         ValueError: ``chat_template_kwargs`` differ from those of phase 1.
+
+    Examples:
+        >>> from fused_sd.integrations.examples.arithmetic import questions, reward
+        >>> from fused_sd.integrations.trl import SDZeroConfig, SDZeroTrainer
+        >>> model = "Qwen/Qwen2.5-0.5B-Instruct"  # or what SRTTrainer saved
+        >>> trainer = SDZeroTrainer(model, reward, SDZeroConfig("out"), questions(64))
+        >>> trainer.train()  # doctest: +SKIP
     """
 
     config_cls = SDZeroConfig

@@ -28,6 +28,13 @@ class SDFTConfig(TokenCorrection, DivergenceConfig):
 
     For the loss of TRL's SDFTConfig pass ``distillation_alpha=0.5, distillation_topk=100,
     teacher_model_kind="base", num_loss_tokens_to_skip=0``.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import SDFTConfig
+        >>> SDFTConfig("out").num_loss_tokens_to_skip  # the first tokens of a response
+        3
+        >>> SDFTConfig("out", distillation_alpha=0.5, distillation_topk=100).teacher_update_rate
+        0.01
     """
 
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
@@ -73,7 +80,16 @@ class SDFTConfig(TokenCorrection, DivergenceConfig):
 
 
 class SDFTTrainer(PrivilegedPrompt, DivergenceTrainer):
-    """SDFT (arXiv 2601.19897); the dataset's ``privileged_context`` is the demonstration."""
+    """SDFT (arXiv 2601.19897); the dataset's ``privileged_context`` is the demonstration.
+
+    Examples:
+        >>> from datasets import Dataset
+        >>> from fused_sd.integrations.trl import SDFTConfig, SDFTTrainer
+        >>> row = {"prompt": "Name a tool call for rain.", "privileged_context": "weather(place)"}
+        >>> model, dataset = "Qwen/Qwen2.5-0.5B-Instruct", Dataset.from_list([row])
+        >>> trainer = SDFTTrainer(model, args=SDFTConfig("out"), train_dataset=dataset)
+        >>> trainer.train()  # doctest: +SKIP
+    """
 
     config_cls = SDFTConfig
     _name = "SDFT"

@@ -38,6 +38,12 @@ class SDPGConfig(TeacherSettings, PolicyConfig):
     Raises:
         ValueError: a value is out of its range, or a setting is given that the method does not
             read.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import SDPGConfig
+        >>> args = SDPGConfig("out", distillation_weight=0.001, beta=0.001)
+        >>> args.teacher_model_kind
+        'live'
     """
 
     # One run over the chunks returns divergence and log-probabilities, with dense gradients.
@@ -105,6 +111,14 @@ class SDPGTrainer(PrivilegedPrompt, PolicyTrainer):
     ``-min(rho A, clip(rho) A) + w KL(student||teacher) + beta f(log pi - log pi_ref)`` for each
     token.  The dataset's ``privileged_context`` is the answer; a row without one has no divergence.
     The reference is TRL's reference model.
+
+    Examples:
+        >>> from fused_sd.integrations.examples.arithmetic import questions, reward
+        >>> from fused_sd.integrations.trl import SDPGConfig, SDPGTrainer
+        >>> model = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> args = SDPGConfig("out", beta=0.0)  # without a reference model
+        >>> trainer = SDPGTrainer(model, reward, args, questions(64))
+        >>> trainer.train()  # doctest: +SKIP
     """
 
     config_cls = SDPGConfig

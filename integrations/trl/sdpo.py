@@ -37,6 +37,15 @@ class SDPOConfig(TokenCorrection, DivergenceChoice, SelfDistillationConfig):
     For the runs with feedback pass ``distillation_alpha=1, distillation_topk=20,
     teacher_update_rate=0.01, learning_rate=1e-6, warmup_steps=0``.  The names are those of TRL's
     SDPOConfig, whose defaults differ.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import SDPOConfig
+        >>> args = SDPOConfig("out", distillation_alpha=1, distillation_topk=20)
+        >>> args.distillation_add_tail, args.teacher_model_kind
+        (True, 'ema')
+        >>> SDPOConfig("out", distillation_mode="full_logits", distillation_topk=20)
+        Traceback (most recent call last):
+        ValueError: distillation_topk must be None, got 'full_logits'; ...
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
@@ -146,6 +155,16 @@ class SDPOTrainer(DivergenceTrainer):
     ``feedback_func`` or the environment's ``get_feedback`` returned; where neither is asked it
     is ``privileged_context``, as in TRL.  A rollout with neither has weight 0.  The loss is
     ``distillation_weight`` times the divergence plus the rest times GRPO's loss (eq. 3).
+
+    Examples:
+        >>> from fused_sd.integrations.examples.arithmetic import feedback, questions, reward
+        >>> from fused_sd.integrations.trl import SDPOConfig, SDPOTrainer
+        >>> model = "Qwen/Qwen2.5-0.5B-Instruct"
+        >>> args = SDPOConfig("out", max_completion_length=256)
+        >>> trainer = SDPOTrainer(model, reward, args, questions(64), feedback_func=feedback)
+        >>> trainer.hears_feedback
+        True
+        >>> trainer.train()  # doctest: +SKIP
     """
 
     config_cls: ClassVar[Any] = SDPOConfig

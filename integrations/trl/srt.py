@@ -45,9 +45,6 @@ class SRTTrainer(SFTTrainer):
     The tokenizer remembers the chat template's arguments of the traces, and saves them with the
     model; ``SDZeroTrainer`` then writes its prompts with the same.
 
-        traces, _ = collect_traces(generate, dataset, reward, tokenizer, "traces.jsonl")
-        SRTTrainer(model, SRTConfig("out"), traces, processing_class=tokenizer).train()
-
     Args:
         model: a causal language model or its name.
         args: the settings.
@@ -59,6 +56,20 @@ class SRTTrainer(SFTTrainer):
     Raises:
         ValueError: there is no trace, traces differ in the chat template's arguments, the model
             adds a router loss, or context or sequence parallelism cuts sequences.
+
+    Examples:
+        >>> from transformers import AutoTokenizer
+        >>> from fused_sd.integrations.trl import SRTConfig, SRTTrainer, Trace
+        >>> trace = Trace(
+        ...     question=0, prompt="2 + 2 =", prompt_ids=(5, 6), initial_ids=(7,), phrase="Wrong.",
+        ...     verdict_ids=(8,), revision_ids=(9, 10), initial_correct=False, initial_reward=0.0,
+        ...     revision_reward=1.0,
+        ... )
+        >>> tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct")
+        >>> trainer = SRTTrainer(
+        ...     "Qwen/Qwen2.5-0.5B-Instruct", SRTConfig("out"), [trace], processing_class=tokenizer
+        ... )
+        >>> trainer.train()  # doctest: +SKIP
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "srt"]

@@ -29,6 +29,12 @@ class SRTConfig(GradientSettings, SFTConfig):
     Raises:
         ValueError: a value is out of its range, or a setting of SFTConfig is given that has no
             meaning for traces.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import SRTConfig
+        >>> args = SRTConfig("out", objective="revision", num_train_epochs=1)
+        >>> args.max_length, args.objective
+        (32768, 'revision')
     """
 
     objective: str = field(

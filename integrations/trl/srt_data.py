@@ -117,6 +117,16 @@ def sft_dataset(traces: Sequence[Trace], objective: str = "joint") -> Dataset:
 
     Raises:
         ValueError: the objective is none of these.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import Trace, sft_dataset
+        >>> trace = Trace(
+        ...     question=0, prompt="2 + 2 =", prompt_ids=(5, 6), initial_ids=(7,), phrase="Wrong.",
+        ...     verdict_ids=(8,), revision_ids=(9, 10), initial_correct=False, initial_reward=0.0,
+        ...     revision_reward=1.0,
+        ... )
+        >>> sft_dataset([trace], "revision")[0]["labels"]
+        [-100, -100, -100, -100, 9, 10]
     """
     check_one_of("objective", objective, OBJECTIVES)
     rows = []

@@ -31,6 +31,19 @@ def split_traces(
 
     Raises:
         ValueError: a stage is left without traces.
+
+    Examples:
+        >>> import dataclasses
+        >>> from fused_sd.integrations.trl import Trace, split_traces
+        >>> trace = Trace(
+        ...     question=0, prompt="2 + 2 =", prompt_ids=(5, 6), initial_ids=(7,), phrase="Wrong.",
+        ...     verdict_ids=(8,), revision_ids=(9, 10), initial_correct=False, initial_reward=0.0,
+        ...     revision_reward=1.0,
+        ... )
+        >>> right = dataclasses.replace(trace, initial_correct=True)
+        >>> stages = split_traces([trace, right, trace], num_revision_traces=1)
+        >>> {name: len(traces) for name, traces in stages.items()}
+        {'generation': 2, 'revision': 1}
     """
     check_positive_int("num_revision_traces", num_revision_traces)
     rng = random.Random(seed)
@@ -81,6 +94,13 @@ def sequential_srt(
 
     Raises:
         ValueError: a stage has no traces, or parameters are sharded.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import SRTConfig, load_traces, sequential_srt
+        >>> args = SRTConfig("out", num_train_epochs=1)
+        >>> traces, _ = load_traces("traces.jsonl")  # doctest: +SKIP
+        >>> trainer = sequential_srt("Qwen/Qwen2.5-0.5B-Instruct", args, traces)  # doctest: +SKIP
+        >>> trainer.save_model("out")  # doctest: +SKIP
     """
     stages: Mapping[str, Sequence[Trace]] = (
         traces

@@ -42,6 +42,16 @@ class Trace:
 
     Raises:
         ValueError: prompt or revision has no token.
+
+    Examples:
+        >>> from fused_sd.integrations.trl import Trace
+        >>> trace = Trace(
+        ...     question=0, prompt="2 + 2 =", prompt_ids=(5, 6), initial_ids=(7,), phrase="Wrong.",
+        ...     verdict_ids=(8,), revision_ids=(9, 10), initial_correct=False, initial_reward=0.0,
+        ...     revision_reward=1.0,
+        ... )
+        >>> trace.input_ids, trace.revision_start
+        ((5, 6, 7, 8, 9, 10), 4)
     """
 
     question: int
@@ -125,6 +135,17 @@ def load_traces(path: str | os.PathLike[str]) -> Collected:
 
     Raises:
         ValueError: ``collect_traces`` did not write the file.
+
+    Examples:
+        >>> from transformers import AutoTokenizer
+        >>> from fused_sd.integrations.examples.arithmetic import questions, reward
+        >>> from fused_sd.integrations.trl import collect_traces, load_traces
+        >>> tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct")
+        >>> def generate(prompts):
+        ...     return [tokenizer("It is 7.").input_ids for _ in prompts]
+        >>> collected = collect_traces(generate, questions(2), reward, tokenizer, "kept.jsonl")
+        >>> load_traces("kept.jsonl") == collected
+        True
     """
     records = read_records(Path(path))
     chat_format = _header(Path(path))["config"]["chat_template_kwargs"]

@@ -63,6 +63,16 @@ class SelfDistillationTrainer(DataChecks, RolloutBatches, TeacherOwner, FusedGRP
 
     Raises:
         ValueError: rewards or data are missing or malformed, or the head cannot be reproduced.
+
+    Examples:
+        >>> import fused_sd
+        >>> from fused_sd.integrations.trl import RFTConfig, SelfDistillationTrainer
+        >>> class Imitation(SelfDistillationTrainer):
+        ...     config_cls, has_teacher, needs_rewards = RFTConfig, False, False
+        ...
+        ...     def method_loss(self, hidden, head, teacher, inputs, options):
+        ...         token_ids = inputs["completion_ids"]
+        ...         return fused_sd.cross_entropy_loss(hidden, head, token_ids, **options)
     """
 
     args: Any  # the method's configuration
