@@ -1,70 +1,12 @@
-"""The manual's Python runs: each page's blocks one after the other, on a tiny model.
+"""The manual's Python runs: each page's blocks one after the other, on a tiny model."""
 
-Longer runs are cut short: questions, completions, steps and batches are few, and a reward that a
-random model could never earn is drawn by lot.
-"""
-
-import random
 import sys
 import types
 
 import pytest
-from manual import PAGES, blocks, name_of
+from manual import MODEL, PAGES, blocks, name_of
 
-NAME = "Qwen/Qwen2.5-0.5B-Instruct"  # in the pages; here a folder with a tiny model
-SMALL = {
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": [],
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "max_steps": 1,
-    "per_device_train_batch_size": 4,
-}
-ROLLOUTS = {"max_completion_length": 6}
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """A folder to run in, with a tiny model and its tokenizer; sizes are cut down."""
-    for package in ("trl", "peft", "datasets"):
-        pytest.importorskip(package)
-    from method_pairs import model
-    from trl_pairs import TOKENIZER
-
-    from fused_sd.integrations.examples import arithmetic
-    from fused_sd.integrations.trl.config import SelfDistillationConfig
-    from fused_sd.integrations.trl.srt_config import SRTConfig
-
-    folder = tmp_path / "model"
-    model().float().save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    monkeypatch.chdir(tmp_path)
-
-    def cut(config, settings):
-        check = config.__post_init__
-
-        def smaller(self):
-            for name, value in settings.items():
-                setattr(self, name, value)
-            if getattr(self, "num_generations", 1) > 1:
-                self.num_generations = 4
-            check(self)
-
-        monkeypatch.setattr(config, "__post_init__", smaller)
-
-    cut(SelfDistillationConfig, {**SMALL, **ROLLOUTS})
-    cut(SRTConfig, SMALL)
-    lots, questions = random.Random(0), arithmetic.questions
-    monkeypatch.setattr(arithmetic, "questions", lambda num: questions(min(num, 8)))
-    monkeypatch.setattr(
-        arithmetic,
-        "reward",
-        lambda completions, **_: [float(lots.random() < 0.5) for _ in completions],
-    )
-    return folder
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
@@ -72,5 +14,5 @@ def test_the_code_of_a_page_runs(page, home, monkeypatch):
     module = types.ModuleType("page")  # dataclasses look up the module of a class
     monkeypatch.setitem(sys.modules, "page", module)
     for line, text in blocks(page, "python"):
-        text = text.replace(NAME, str(home)).replace("max_new_tokens=512", "max_new_tokens=6")
+        text = text.replace(MODEL, str(home)).replace("max_new_tokens=512", "max_new_tokens=6")
         exec(compile("\n" * line + text, str(page), "exec"), vars(module))
