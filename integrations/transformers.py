@@ -79,7 +79,16 @@ ATTACHMENT = "_fused_sd_attachment"
 
 @dataclass
 class Attachment:
-    """The state that ``attach`` keeps on a model."""
+    """The state that ``attach`` keeps on a model.
+
+    Examples:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+        >>> model = GPT2LMHeadModel(config).eval()
+        >>> from fused_sd.integrations.transformers import Attachment, attach
+        >>> any(isinstance(value, Attachment) for value in vars(attach(model)).values())
+        True
+    """
 
     original: Callable[..., Any] | None  # a forward set on the instance; None: the class's own
     installed: Callable[..., Any]  # the function that answers requests
@@ -228,7 +237,17 @@ def is_attached(model: nn.Module) -> bool:
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """Return the PreTrainedModel inside DDP, FSDP, torch.compile, DeepSpeed's engine and PEFT."""
+    """Return the PreTrainedModel inside DDP, FSDP, torch.compile, DeepSpeed's engine and PEFT.
+
+    Examples:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+        >>> model = GPT2LMHeadModel(config).eval()
+        >>> from fused_sd.integrations.transformers import unwrap
+        >>> unwrap(torch.compile(model)) is model
+        True
+    """
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
         # PeftModel.base_model is the tuner (LoraModel); PEFT's own method goes through it

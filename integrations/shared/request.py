@@ -63,6 +63,11 @@ class FusedOutput(ModelOutput):
     """Holds what ``compute`` returned.
 
     transformers registers every ModelOutput as a pytree node, so that wrappers find its tensors.
+
+    Examples:
+        >>> from fused_sd.integrations.transformers import FusedOutput
+        >>> FusedOutput(result=(1.0, 2.0)).result  # as compute returned it
+        (1.0, 2.0)
     """
 
     result: Any = None

@@ -46,6 +46,12 @@ class ChoiceVerifier(Verifier):
 
     Raises:
         ValueError: ``letters`` are not distinct capital letters.
+
+    Examples:
+        >>> from fused_sd.integrations.verdicts import ChoiceVerifier
+        >>> judge = ChoiceVerifier(letters="ABCD")
+        >>> judge(["The answer is B.", "The answer is C."], answer=["B", "(b)"])
+        [1.0, 0.0]
     """
 
     def __init__(self, column: str = "answer", *, letters: str = "ABCDEFGHIJ") -> None:

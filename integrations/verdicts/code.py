@@ -86,6 +86,13 @@ class CodeVerifier(Verifier):
         limits: of one run.
         partial_credit: reward the share of the tests that pass; else all must.
         workers: how many programs run at once; as many as there are processors where None.
+
+    Examples:
+        >>> from fused_sd.integrations.verdicts import CodeVerifier
+        >>> fence = "`" * 3
+        >>> response = f"{fence}python\\ndef double(x):\\n    return x + x\\n{fence}"
+        >>> CodeVerifier()([response], tests=[["assert double(4) == 8"]])
+        [1.0]
     """
 
     def __init__(

@@ -27,6 +27,14 @@ class MathsVerifier(Verifier):
     Raises:
         ModuleNotFoundError: math-verify is not installed.
         ValueError: a verdict is asked for outside the main thread, whose alarm keeps the time.
+
+    Examples:
+        >>> from fused_sd.integrations.verdicts import MathsVerifier
+        >>> judge = MathsVerifier()
+        >>> judge(["It is \\boxed{0.5}.", "It is \\boxed{2}."], answer=["1/2", "1/2"])
+        [1.0, 0.0]
+        >>> judge.feedback(["I do not know."], answer=["1/2"])
+        ['The response holds no result: end with it in \\boxed{}.']
     """
 
     def __init__(self, column: str = "answer", *, timeout_seconds: int = 5) -> None:

@@ -52,6 +52,12 @@ class Limits:
         wall_seconds: time on the clock; more than ``cpu_seconds``, since others compute too.
         memory_mib: address space.
         output_kib: what it prints, and the size of each file that it writes.
+
+    Examples:
+        >>> from fused_sd.integrations.verdicts import CodeVerifier, Limits
+        >>> judge = CodeVerifier(limits=Limits(cpu_seconds=1, wall_seconds=3.0))
+        >>> judge.limits.memory_mib
+        512
     """
 
     cpu_seconds: int = 4

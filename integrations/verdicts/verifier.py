@@ -19,6 +19,13 @@ class Verdict:
         reward: 1 for a right response, 0 for a wrong one; None where the reference is unusable,
             which TRL counts as no reward at all.
         feedback: what was wrong, in words for the model; None for a right response.
+
+    Examples:
+        >>> from fused_sd.integrations.verdicts import ChoiceVerifier, Verdict
+        >>> ChoiceVerifier().judge("The answer is B.", "B") == Verdict(1.0, None)
+        True
+        >>> ChoiceVerifier().judge("The answer is B.", None).reward is None  # no reference
+        True
     """
 
     reward: float | None
@@ -30,6 +37,16 @@ class Verifier(ABC):
 
     Both are called on the same rollouts, which are judged once: the verdicts of the latest call are
     kept, so that a reward and its feedback never differ.
+
+    Examples:
+        >>> from fused_sd.integrations.verdicts import Verdict, Verifier
+        >>> class Shorter(Verifier):
+        ...     def judge(self, response, reference):
+        ...         is_right = len(response) < reference
+        ...         return Verdict(float(is_right), None if is_right else "Say it in fewer words.")
+        >>> judge = Shorter("shorter", "limit")
+        >>> judge(["Yes."], limit=[10]), judge.feedback(["By no means."], limit=[10])
+        ([1.0], ['Say it in fewer words.'])
     """
 
     def __init__(self, name: str, column: str) -> None:
