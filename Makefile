@@ -95,7 +95,8 @@ bench: venv
 	$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]'
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest benchmarks $(BENCH)
 
-# The manual, into build/site.  Links, names and references that lead nowhere are errors.
+# The manual, into build/site.  Links, names and references that lead nowhere are errors, and so is
+# a cell of its notebook that fails.
 docs: venv
 	$(PYTHON) -m pip install -q -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q --strict

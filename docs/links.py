@@ -1,7 +1,8 @@
 """What the manual's builder does with links that leave ``docs/``.
 
 Pages are read in the repository as well as on the site, where only ``docs/`` exists.  A few texts
-of other folders become pages of the site; a link to any other file becomes that file's path.
+of other folders become pages of the site, as notebooks do; a link to any other file becomes that
+file's path.
 """
 
 import os
@@ -39,7 +40,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         if path in BROUGHT:
             path = f"docs/{BROUGHT[path]}"
         if path.startswith("docs/"):
-            to = os.path.relpath(path.removeprefix("docs/"), os.path.dirname(uri) or ".")
+            page = re.sub(r"\.ipynb$", ".md", path.removeprefix("docs/"))
+            to = os.path.relpath(page, os.path.dirname(uri) or ".")
             return f"[{text}]({to}{anchor})"
         return f"{text} (`{path}`)" if f"`{path}`" != text else text
 
