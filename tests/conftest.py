@@ -21,7 +21,7 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdi
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
-from interpreter import round_bf16_to_nearest
+from interpreter import compute_as_a_gpu
 
 # Drawn inputs are the same on every machine.  --hypothesis-profile=default draws others.
 with suppress(ImportError):
@@ -32,7 +32,7 @@ with suppress(ImportError):
 
 torch.set_num_threads(int(os.environ.get("FUSED_SD_TEST_THREADS", "1")))
 if not torch.cuda.is_available():
-    round_bf16_to_nearest()
+    compute_as_a_gpu()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

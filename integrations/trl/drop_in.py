@@ -63,11 +63,6 @@ class FusedSelfDistillationMixin(TeacherServerLoss, DistillationObjectives):
                 fail("args", f"be TRL's configuration for {type(self).__name__}", kind, remedy)
         super().__init__(*args, **kwargs)
         check_prompts(self)
-        # Trainer applies Liger when training starts.  Its fused head would replace the forward that
-        # ``attach`` installs below; its kernels for the layers may stay.
-        if self.args.use_liger_kernel:
-            layers = {**(self.args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
-            self.args.liger_kernel_config = layers
         # After TRL's __init__, which makes the teacher.
         self._fused = attach_or_warn(self, (self.model, self.teacher_model))
 

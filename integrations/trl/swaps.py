@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fused_sd.checks import fail
 from fused_sd.integrations.shared.padding import shift_by_padding
 from fused_sd.integrations.shared.self_check import is_whole
 from fused_sd.integrations.transformers import attach, unwrap
@@ -36,6 +37,9 @@ def attach_or_warn(trainer: Any, models: Sequence[nn.Module]) -> bool:
 
     Returns:
         False, with a warning, where a model's head cannot be reproduced: TRL's own loss has to run.
+
+    Raises:
+        ValueError: the trainer's arguments ask for Liger's fused head.
     """
     name = type(trainer).__name__
     try:
@@ -44,6 +48,8 @@ def attach_or_warn(trainer: Any, models: Sequence[nn.Module]) -> bool:
     except ValueError as error:
         warnings.warn(f"{name} runs TRL's own loss: {error}", stacklevel=3)
         return False
+    if trainer.args.use_liger_kernel:
+        _keep_ligers_head_out(trainer.args)
     for kind, model in {type(unwrap(model)).__name__: model for model in models}.items():
         shift = shift_by_padding(model) if is_whole(model) else 0.0  # a shard cannot run by itself
         if shift:
@@ -55,3 +61,20 @@ def attach_or_warn(trainer: Any, models: Sequence[nn.Module]) -> bool:
                 stacklevel=3,
             )
     return True
+
+
+def _keep_ligers_head_out(args: Any) -> None:
+    """Leave Liger its kernels for the layers, as TRL's GRPOTrainer does.
+
+    Trainer applies Liger when training starts.  Its fused head would replace the forward that
+    ``attach`` installed.
+    """
+    kernels = args.liger_kernel_config or {}
+    if kernels.get("fused_linear_cross_entropy"):
+        fail(
+            "liger_kernel_config",
+            "leave the model's head alone",
+            f"fused_linear_cross_entropy={kernels['fused_linear_cross_entropy']!r}",
+            "leave it out: the loss reads the head itself",
+        )
+    args.liger_kernel_config = {**kernels, "fused_linear_cross_entropy": False}

@@ -9,6 +9,7 @@ from closeness import assert_close
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+import flash_attention
 import tiny_models
 from tiny_models import VOCAB, random_ids, tiny_model
 
@@ -219,6 +220,78 @@ def test_flash_attention_is_given_the_boundaries(attention):
     inputs = packed.inputs(model)
     assert inputs["cu_seq_lens_q"] is inputs["cu_seq_lens_k"] is packed.boundaries
     assert inputs["max_length_q"] == inputs["max_length_k"] == packed.longest
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """The calls of a FlashAttention that runs here: transformers' path to it, and its contract."""
+    return flash_attention.stand_in(monkeypatch)
+
+
+def twins(family, dtype, **changes):
+    """A model with FlashAttention, and the same one with an attention of PyTorch."""
+    made = [attach(tiny_model(family, spread=0.1, **changes).to(dtype)) for _ in range(2)]
+    made[1].load_state_dict(made[0].state_dict())
+    return flash_attention.use(made[0]), made[1]
+
+
+def assert_packed_as_padded_by(fused, plain, dtype):
+    valid = weights_of(ragged()[1]).bool()
+    packed, padded = forward(fused, True)(hidden_states), forward(plain, False)(hidden_states)
+    assert_close(packed[valid], padded[valid], dtype)
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Llama", "Granite", "Phi"])
+def test_flash_attention_packs_to_what_padded_rows_have(flash, family):
+    """States, losses and gradients, beside its own padded rows; states beside SDPA's."""
+    fused, plain = twins(family, torch.float64)
+    assert_packed_is_padded(fused, torch.float64)
+    assert_packed_as_padded_by(fused, plain, torch.float64)
+
+
+def test_flash_attention_attends_inside_the_boundaries_alone(flash):
+    fused, _ = twins("Llama", torch.float64)
+    forward(fused, True)(hidden_states)
+    del flash[:]
+    forward(fused, True)(hidden_states)
+    assert flash == 2 * [[0, 11, 16, 18, 22, 31]]  # one call for each layer
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Gemma3"])
+def test_flash_attention_slides_in_each_sequence_alone(flash, family):
+    """With Gemma 2's soft cap inside attention, too, which SDPA leaves out."""
+    cap = {"attn_logit_softcapping": 2.0} if family == "Gemma2" else {}
+    fused, plain = twins(
+        family, torch.float32, sliding_window=3, attn_implementation="eager", **cap
+    )
+    assert_packed_is_padded(fused, torch.float32)  # these families' norms are fp32 in any dtype
+    assert_packed_as_padded_by(fused, plain, torch.float32)
+
+
+def test_flash_attention_packs_a_checkpointed_model_with_adapters(flash):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    inner = flash_attention.use(tiny_model("Llama", spread=0.1))
+    # renamed in transformers 5.2x
+    enable = getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    model = peft.get_peft_model(inner, config).double()
+    model.enable_input_require_grads()
+    assert_packed_is_padded(attach(model.train()), torch.float64)
+
+
+def test_flash_attention_without_boundaries_is_refused(flash, monkeypatch):
+    """It reads no positions where it is given boundaries: one long sequence mixes the tokens."""
+    fused, _ = twins("Llama", torch.float64)
+    inputs = packing.Packed.inputs
+
+    def one_sequence(packed, model):
+        length = packed.input_ids.numel()
+        whole = torch.tensor([0, length], dtype=torch.int32)
+        return inputs(dataclasses.replace(packed, boundaries=whole, longest=length), model)
+
+    monkeypatch.setattr(packing.Packed, "inputs", one_sequence)
+    with pytest.raises(ValueError, match=r"with flash_attention_2 attention must keep sequences"):
+        check_packing(fused)
 
 
 @pytest.mark.gpu

@@ -1,19 +1,24 @@
-"""Make Triton's interpreter convert between fp32 and bf16 as a GPU does.
+"""Make Triton's interpreter compute as a GPU does.
 
 The interpreter truncates fp32 to bf16, where a GPU rounds to nearest.  It widens subnormal bf16
 numbers to wrong values.  Both conversions are replaced by numpy operations on the bits, which are
 faster too.
+
+Liger's programs need two more things.  A ``float`` that a program is launched with is an fp32
+scalar, as in compiled programs, and not Python's number.  ``libdevice.rsqrt`` has a body.
 """
 
 import numpy as np
 
 
-def round_bf16_to_nearest() -> None:
+def compute_as_a_gpu() -> None:
     """Patch the interpreter of this process.
 
     Triton is imported here and not above, because ``TRITON_INTERPRET`` must be set before.
     """
     import triton.language as tl
+    from triton.language.extra import libdevice
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def rounded(handle: TensorHandle) -> TensorHandle:
@@ -38,5 +43,14 @@ def round_bf16_to_nearest() -> None:
         to_bf16 = target.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32
         return rounded(source) if to_bf16 else narrow(self, source, target, rounding)
 
+    convert = interpreter._implicit_cvt
+
+    def with_fp32_scalars(argument):
+        if not isinstance(argument, float):
+            return convert(argument)
+        return tl.tensor(TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32)
+
+    libdevice.rsqrt = lambda value: tl.rsqrt(value)  # looked up late: the interpreter patches tl
+    interpreter._implicit_cvt = with_fp32_scalars
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
