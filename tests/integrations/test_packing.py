@@ -212,7 +212,11 @@ def test_a_batch_of_padding_alone_has_a_loss_of_zero_with_gradients():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
+# the last is what transformers takes for the first where the package kernels has to fetch it
+KERNELS = ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"]
+
+
+@pytest.mark.parametrize("attention", KERNELS)
 def test_flash_attention_is_given_the_boundaries(attention):
     model, packed = tiny_model("Llama"), pack(*ragged())
     assert set(packed.inputs(model)) == {"input_ids", "position_ids"}
