@@ -154,8 +154,8 @@ def make_distillation(folder, **settings):
 def make_method(folder, **settings):
     import method_pairs
 
-    settings = {"max_completion_length": 2, **SETTINGS, **settings}
-    return method_pairs.make("OPSD", folder, student=method_pairs.model(torch.float32), **settings)
+    student = method_pairs.model(torch.float32)
+    return method_pairs.make("OPSD", folder, student=student, **{**SETTINGS, **settings})
 
 
 TRAINERS = [make_sdpo, make_gkd, make_distillation, make_method]
