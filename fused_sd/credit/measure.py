@@ -12,10 +12,9 @@ from torch import Tensor
 
 from fused_sd import Jsd, LMHead, checks, divergence_loss, entry_log_probs, token_log_probs
 from fused_sd.checks import tensors as tensor_checks
-from fused_sd.credit.tokens import CreditMap, CreditRow, TokenCredit, TopToken
+from fused_sd.credit.tokens import INCOMPLETE, CreditMap, CreditRow, TokenCredit, TopToken
 
 Decode = Callable[[list[int]], str]
-INCOMPLETE = "\ufffd"  # decoders return this for bytes that are not a character yet
 MAX_PIECES = 4  # a character has at most four bytes in UTF-8
 
 
@@ -213,28 +212,41 @@ def credit_measures(
 def token_texts(token_ids: Sequence[int], decode: Decode) -> list[str]:
     """Return the text that each token adds to a response.
 
-    Each token is decoded together with the one before it, since decoders drop a leading space.  If
-    one character is spread over several tokens, the last of them has it and the others U+FFFD.
+    Each token is decoded together with the one before it, since decoders drop a leading space.
+    Tokens that share the bytes of one character read "é(1/2)" and "é(2/2)"; bytes that make no
+    character are U+FFFD.
 
     Args:
         token_ids: the response.
         decode: turns token ids into text.
     """
     texts: list[str] = []
-    known: list[int] = []  # the tokens of the last complete text
-    pending: list[int] = []  # the tokens of the character that is not complete
+    known: list[int] = []  # the tokens before the pending ones
+    pending: list[int] = []  # the tokens whose bytes are not a character yet
     for token_id in token_ids:
         pending.append(token_id)
         before, after = decode(known), decode(known + pending)
         piece = after[len(before) :] if after.startswith(before) else decode(pending)
-        if piece.endswith(INCOMPLETE) and len(pending) < MAX_PIECES:
-            texts.append(INCOMPLETE)
-        else:
-            # the tokens before have their U+FFFD already
-            shown = piece.lstrip(INCOMPLETE) if len(pending) > 1 else piece
-            texts.append(shown or INCOMPLETE)
+        if not piece.endswith(INCOMPLETE):
+            texts += _shared_text(pending, piece, decode)
             known, pending = pending, []
-    return texts
+        elif len(pending) == MAX_PIECES:  # then no character begins with the first of them
+            texts.append(decode(pending[:1]))
+            known, pending = pending[:1], pending[1:]
+    return texts + [decode([token_id]) for token_id in pending]
+
+
+def _shared_text(token_ids: list[int], text: str, decode: Decode) -> list[str]:
+    """Return the texts of tokens that end with a character; only the last may have parts in it."""
+    if len(token_ids) == 1:
+        return [text]
+    text = text.lstrip(INCOMPLETE)
+    start = len(token_ids) - 1
+    while start and decode(token_ids[start:]).lstrip() != text.lstrip():
+        start -= 1
+    count = len(token_ids) - start
+    parts = [text] if count == 1 else [f"{text}({n}/{count})" for n in range(1, count + 1)]
+    return [decode([token_id]) for token_id in token_ids[:start]] + parts
 
 
 def _top_tokens(

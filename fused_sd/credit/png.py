@@ -9,7 +9,7 @@ from typing import Any
 
 from fused_sd.checks import check_one_of
 from fused_sd.checks.extras import require
-from fused_sd.credit.scale import EXPLANATIONS, nats, rgb, visible
+from fused_sd.credit.scale import EXPLANATIONS, label, nats, rgb
 from fused_sd.credit.tokens import VALUES, CreditMap, TokenCredit
 
 COLUMN, LINE = 0.09, 0.22  # width and height in inches of a monospaced character of 10 points
@@ -123,7 +123,7 @@ def _layout(credit: CreditMap, value: str, columns: int) -> tuple[list[Placed], 
 def _label(token: TokenCredit, value: str) -> str:
     """Return a token's visible text, with its number where no colour can show it."""
     number = token.value(value)
-    text = visible(token.text)
+    text = label(token)
     return text if math.isfinite(number) else f"{text}[{nats(number)}]"
 
 

@@ -1,10 +1,10 @@
-"""Turn a number of nats into a colour and a text."""
+"""Turn numbers of nats into colours and texts, and tokens into signs that can be seen."""
 
 import math
 import unicodedata
 
 from fused_sd.checks import check_positive
-from fused_sd.credit.tokens import TokenCredit
+from fused_sd.credit.tokens import INCOMPLETE, TokenCredit, TopToken
 
 Rgb = tuple[int, int, int]
 
@@ -17,10 +17,17 @@ EXPLANATIONS = {
     "reverse_kl": "KL(student || teacher): how much the student says that the teacher would not",
     "student_entropy": "entropy of the student: how undecided it was",
 }
+# The full colours.  Text on them has a contrast of at least 4.5 (black, a page's ink, and white on
+# a dark page), and they have one of at least 3 with the page.
 SIDES: dict[str, Rgb] = {
-    "approve": (125, 179, 238),
-    "object": (242, 163, 92),
-    "amount": (190, 150, 222),
+    "approve": (79, 148, 220),
+    "object": (210, 123, 46),
+    "amount": (169, 127, 212),
+}
+DARK_SIDES: dict[str, Rgb] = {
+    "approve": (53, 119, 189),
+    "object": (173, 99, 31),
+    "amount": (141, 94, 184),
 }
 PAPER: Rgb = (255, 255, 255)
 
@@ -60,16 +67,28 @@ def nats(value: float, *, signed: bool = False) -> str:
     return f"{value:+.2f}" if signed else f"{value:.3f}"
 
 
+def label(token: TokenCredit | TopToken) -> str:
+    """Return a token's visible text; bytes that make no character are named by the token's id."""
+    if token.text and not token.text.strip(INCOMPLETE):
+        return f"\u2039bytes #{token.token_id}\u203a"
+    return visible(token.text)
+
+
 def visible(text: str) -> str:
     """Replace spaces, line ends and other invisible characters by signs that can be seen."""
-    return "".join(_visible(character) for character in text) or "\u2205"
+    if len(text) > 1:  # inside words of some scripts, and between the parts of an emoji
+        return "".join(char if char in JOINERS else _visible(char) for char in text)
+    return _visible(text) if text else "\u2205"
+
+
+JOINERS = "\u200c\u200d"
+SIGNS = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
 
 
 def _visible(character: str) -> str:
-    signs = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
-    if character in signs:
-        return signs[character]
+    if character in SIGNS:
+        return SIGNS[character]
     # control characters could start a terminal sequence, format characters reverse the line
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-        return "\ufffd"
+        return f"\u2039U+{ord(character):04X}\u203a"
     return character

@@ -10,7 +10,7 @@ from typing import Any
 
 from fused_sd.checks import check_one_of
 from fused_sd.checks.extras import require
-from fused_sd.credit.scale import EXPLANATIONS, SIDES, nats, rgb, strength, visible
+from fused_sd.credit.scale import EXPLANATIONS, SIDES, label, nats, rgb, strength
 from fused_sd.credit.tokens import VALUES, CreditMap, TokenCredit
 
 WORTH_A_NUMBER = 0.2  # strength below which a token carries no number in plain text
@@ -96,7 +96,7 @@ def plain_text(credit: CreditMap, *, value: str = "delta", full_at: float | None
 
 def _shown(token: TokenCredit) -> str:
     """Return a token's visible text, with plain spaces unless it is nothing but white space."""
-    return visible(token.text).replace("\u00b7", " ") if token.text.strip() else visible(token.text)
+    return label(token).replace("\u00b7", " ") if token.text.strip() else label(token)
 
 
 def _style(background: tuple[int, int, int]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from fused_sd.checks import check_one_of, fail
 
 FORMAT = "fused_sd credit map"
+INCOMPLETE = "\ufffd"  # decoders return this for bytes that make no character
 VALUES = ("delta", "forward_kl", "reverse_kl", "student_entropy")
 """Names of the numbers that can colour a token; of these only delta has a sign."""
 
@@ -28,8 +29,8 @@ class TokenCredit:
 
     Attributes:
         token_id: the token.
-        text: its text.  If several tokens share one character, the last of them has it and the
-            others have U+FFFD.
+        text: its text.  Tokens that share the bytes of one character read "é(1/2)" and
+            "é(2/2)"; bytes that make no character are U+FFFD.
         student_log_prob: the student's log-probability of the token; -inf if its vocabulary lacks
             the token.
         teacher_log_prob: the teacher's log-probability of the token, with the same rule.

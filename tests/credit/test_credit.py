@@ -1,7 +1,6 @@
 """Test credit maps' numbers against explicit logits, their pages and pictures, and the scores."""
 
 import dataclasses
-import html.parser
 import json
 import math
 import subprocess
@@ -27,8 +26,7 @@ from fused_sd.credit import (
     save_png,
     token_texts,
 )
-from fused_sd.credit.html import notebook_frame
-from fused_sd.credit.scale import FULL_AT, rgb, strength, visible
+from fused_sd.credit.scale import SIDES, label, rgb, strength, visible
 
 B, T, D, V = 2, 5, 8, 23
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -184,14 +182,35 @@ def test_texts_keep_spaces_and_join_split_characters():
     assert token_texts([0, 1, 2, 3, 4, 5, 6], decode) == [
         "a",
         " b",
-        "\ufffd",
-        "é",
+        "é(1/2)",
+        "é(2/2)",
         "\ufffd",
         "c",
         "€",
     ]
     assert token_texts([4] * 6, decode) == ["\ufffd"] * 6
     assert token_texts([], decode) == []
+
+
+@pytest.mark.parametrize(
+    "pieces, texts",
+    [
+        # a leading space is in the first token, and the emoji's bytes in all three
+        (
+            [b"a", b" \xf0", b"\x9f\x98", b"\x80", b"b"],
+            ["a", *(f" \U0001f600({n}/3)" for n in (1, 2, 3)), "b"],
+        ),
+        ([b"\xf0", b"\x9f", b"\x98", b"a"], ["\ufffd"] * 3 + ["a"]),  # it was never completed
+        ([b"\xff"] * 3 + [b"\xc3", b"\xa9"], ["\ufffd"] * 3 + ["é(1/2)", "é(2/2)"]),
+        ([b"a", b" \xf0", b"\x9f"], ["a", " \ufffd", "\ufffd"]),  # the response was cut off
+        ([b"a", b"", b"b"], ["a", "", "b"]),  # a special token that decoding leaves out
+    ],
+)
+def test_no_byte_is_lost(pieces, texts):
+    def decode(ids):
+        return b"".join(pieces[n] for n in ids).decode(errors="replace")
+
+    assert token_texts(list(range(len(pieces))), decode) == texts
 
 
 def test_decode_names_tokens_and_top_tokens():
@@ -215,73 +234,6 @@ def test_other_json_is_refused(text):
         CreditMap.from_json(text)
 
 
-class Page(html.parser.HTMLParser):
-    """Parse a page: its tags, those that were not closed, its texts and its chips."""
-
-    VOID = frozenset({"meta", "br", "input"})
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.tags, self.texts, self.chips = [], [], [], []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        found = dict(attributes)
-        if tag == "span" and "tabindex" in found:
-            self.chips.append(found)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-
-@pytest.mark.parametrize("value", VALUES)
-def test_the_page_parses_and_asks_nobody(value):
-    text = html_page(STRANGE, value=value)
-    page = Page(text)
-    assert page.open == []
-    assert not {"script", "link", "img", "i"} & set(page.tags)
-    for request in ("http", "src=", "@import", "url("):
-        assert request not in text, request
-    assert 'name="viewport"' in text
-    assert "prefers-color-scheme:dark" in text
-    assert f'id="by-{value}" checked' in text
-    assert text.count(" checked>") == 1
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
-    assert len(page.chips) == 5
-    for shown in ("<i>step</i> 3, reward 1.0", "answer & question", "A <title>", "-inf nat"):
-        assert any(shown in data for data in page.texts), shown
-
-
-def test_chips_tell_sign_and_strength():
-    half = FULL_AT["delta"] / 2
-    shown = CreditMap((row(-half, half, -100.0, 0.0, -math.inf),))
-    chips = Page(html_page(shown)).chips
-    assert [chip["class"] for chip in chips] == [
-        "chip object",
-        "chip approve",
-        "chip object",
-        "chip approve",
-        "chip object",
-    ]
-    shares = [chip["style"].split(";")[0] for chip in chips]
-    assert shares == [f"--delta:{share}%" for share in (50, 50, 100, 0, 100)]
-    wider = Page(html_page(shown, full_at=2 * FULL_AT["delta"])).chips
-    assert wider[0]["style"].startswith("--delta:25%;--forward_kl:25%")
-
-
-def test_a_notebook_gets_the_page_in_a_frame():
-    frame = Page(STRANGE._repr_html_())
-    assert frame.tags == ["iframe"]
-    assert notebook_frame(STRANGE) == STRANGE._repr_html_()
-
-
 @pytest.mark.parametrize("value", VALUES)
 def test_colours_are_colours_whatever_the_value(value):
     for credit in STRANGE.rows[0].tokens:
@@ -299,8 +251,19 @@ def test_an_unknown_value_is_refused_everywhere():
 def test_what_cannot_be_seen_gets_a_sign():
     assert visible(" a\n\t") == "\u00b7a\u21b5\u21e5"
     assert visible("") == "\u2205"
-    assert "\x1b" not in visible("\x1b[31m")
-    assert "\u202e" not in visible("\u202e")
+    assert visible("\x1b[31m") == "\u2039U+001B\u203a[31m"
+    assert visible("\u202e") == "\u2039U+202E\u203a"
+    assert visible("\ud800") == "\u2039U+D800\u203a"  # UTF-8 has no bytes for it
+    assert visible("\u200d") == "\u2039U+200D\u203a"
+    family = "\U0001f469\u200d\U0001f467"
+    assert visible(family) == family  # one emoji
+
+
+def test_bytes_without_a_character_are_named_by_their_token():
+    assert label(token("\ufffd")) == label(token("\ufffd\ufffd")) == "\u2039bytes #7\u203a"
+    assert label(TopToken(12, "\ufffd", 0.5)) == "\u2039bytes #12\u203a"
+    assert label(token("a\ufffd")) == "a\ufffd"
+    assert label(token("")) == "\u2205"
 
 
 def test_plain_text_gives_numbers_to_strong_tokens():
@@ -319,7 +282,8 @@ def test_the_terminal_is_coloured_where_it_can_be():
         return capture.get()
 
     coloured = printed(force_terminal=True, color_system="truecolor")
-    assert "\x1b[30;48;2;242;163;92m<script>alert(1)</script>" in coloured
+    objects = ";".join(map(str, SIDES["object"]))
+    assert f"\x1b[30;48;2;{objects}m<script>alert(1)</script>" in coloured
     assert printed(force_terminal=False) == plain_text(STRANGE) + "\n"
     assert printed(no_color=True, force_terminal=True) == plain_text(STRANGE) + "\n"
 
@@ -346,7 +310,7 @@ def test_the_picture_holds_every_token_inside_its_width():
     assert max(box.get_x() + box.get_width() for box in boxes) <= 40
     assert len({(box.get_x(), box.get_y()) for box in boxes}) == 90
     assert [box.get_facecolor()[0] for box in boxes[:2]] == pytest.approx(
-        [246 / 255, 1.0], abs=0.01
+        [(255 + 2 * SIDES["object"][0]) / 3 / 255, 1.0], abs=0.01
     )
 
 
