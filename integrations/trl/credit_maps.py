@@ -5,6 +5,7 @@ Dimension key:  B sequences, T completion tokens, D hidden size
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
 
 from fused_sd import LMHead
 from fused_sd.checks import check_one_of, check_positive_int
@@ -21,15 +21,14 @@ from fused_sd.credit import (
     VALUES,
     CreditMap,
     CreditMeasures,
-    credit_figure,
     credit_measures,
-    html_page,
-    plain_text,
+    save_html,
     save_png,
 )
 from fused_sd.integrations.shared.completion_scores import CompletionForward, with_head
 from fused_sd.integrations.shared.probing import evaluating
 from fused_sd.integrations.transformers import attach
+from fused_sd.integrations.trl.credit_reports import REPORTERS, CreditReport
 from fused_sd.integrations.trl.fused_grpo import images_of, model_inputs
 from fused_sd.integrations.trl.teachers import teacher_head_is_resharded
 
@@ -47,8 +46,8 @@ class CreditMapCallback(TrainerCallback):
     """Writes a credit map of fresh rollouts every few steps.
 
     ``step_000050.html`` shows rollouts of the student after 50 steps; ``step_000050.json`` holds
-    the same for ``python -m fused_sd credit``.  Where the trainer reports to Weights & Biases or
-    TensorBoard, the maps go there too.
+    the same for ``python -m fused_sd credit``.  Where the trainer reports to MLflow, SwanLab,
+    TensorBoard, Trackio or Weights & Biases, the maps go there too.
 
     Args:
         trainer: a self-distillation trainer of TRL or of ``fused_sd.integrations.trl``.
@@ -87,6 +86,16 @@ class CreditMapCallback(TrainerCallback):
         self.folder = None if folder is None else Path(folder)
         self.value, self.png = value, png
         self._due: int | None = None  # the first step whose rollouts the next map may show
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say which of the trainer's trackers get no maps."""
+        others = [name for name in args.report_to if name not in REPORTERS]
+        if others and state.is_world_process_zero:
+            warnings.warn(
+                f"credit maps go to {', '.join(REPORTERS)}, not to {', '.join(others)}; "
+                "read them in the folder of CreditMapCallback",
+                stacklevel=2,
+            )
 
     def on_generation_batch_built(self, args: Any, state: Any, **kwargs: Any) -> None:
         """Make a map, if one is due, when rollouts and their teacher's contexts are ready.
@@ -207,27 +216,17 @@ class CreditMapCallback(TrainerCallback):
         folder = output_dir / "credit_maps" if self.folder is None else self.folder
         folder.mkdir(parents=True, exist_ok=True)
         stem = folder / f"step_{step:06d}"
-        page = html_page(shown, value=self.value)
-        stem.with_suffix(".html").write_text(page, encoding="utf-8")
+        save_html(shown, stem.with_suffix(".html"), value=self.value)
         stem.with_suffix(".json").write_text(shown.to_json(), encoding="utf-8")
         if self.png:
             save_png(shown, stem.with_suffix(".png"), value=self.value)
 
     def _report(self, shown: CreditMap, args: Any, step: int) -> None:
-        if "wandb" in args.report_to:
-            import wandb
-
-            page = wandb.Html(html_page(shown, value=self.value), inject=False)
-            wandb.log({"credit_map": page, "train/global_step": step})
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                text = plain_text(shown, value=self.value)
-                # TensorBoard renders Markdown, in which indented lines are shown as they are
-                block = "\n".join(f"    {line}" for line in text.split("\n"))
-                callback.tb_writer.add_text("credit_map", block, step)
-                if self.png:
-                    figure = credit_figure(shown, value=self.value)
-                    callback.tb_writer.add_figure("credit_map", figure, step)
+        callbacks = self.trainer.callback_handler.callbacks
+        report = CreditReport(shown, self.value, self.png, step, callbacks)
+        for name in args.report_to:
+            if name in REPORTERS:
+                REPORTERS[name](report)
 
 
 def _texts(ids: Tensor, mask: Tensor, decode: Any) -> list[str]:

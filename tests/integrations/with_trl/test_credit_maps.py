@@ -2,20 +2,18 @@
 
 import contextlib
 import copy
-import sys
 import types
 
 import pytest
 import torch
 from tiny_models import tiny_model
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
 from trl.experimental.sdft import SDFTTrainer
 from trl.experimental.sdpo import SDPOTrainer
 from trl_pairs import TEACHERS, VOCAB, make, perturb
 
-from fused_sd.credit import CreditMap, html_page
-from fused_sd.integrations.trl import FusedSDFTTrainer, FusedSDPOTrainer
+from fused_sd.credit import CreditMap
+from fused_sd.integrations.trl import FusedSDFTTrainer, FusedSDPOTrainer, credit_reports
 from fused_sd.integrations.trl.credit_maps import CreditMapCallback
 
 pytestmark = [
@@ -239,48 +237,33 @@ def test_folder_value_and_picture_are_chosen(home, tmp_path):
     assert not (tmp_path / "credit_maps").exists()
 
 
-class Writer:
-    """What a TensorBoard writer was asked to write."""
-
-    def __init__(self):
-        self.texts, self.figures = [], []
-
-    def add_text(self, tag, text, step):
-        self.texts.append((tag, text, step))
-
-    def add_figure(self, tag, figure, step):
-        self.figures.append((tag, figure, step))
-
-
-def test_reports_go_where_the_trainer_reports(home, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    logged = []
-    fake = types.ModuleType("wandb")
-    fake.Html = lambda text, inject: types.SimpleNamespace(text=text, inject=inject)
-    fake.log = logged.append
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+def test_maps_go_where_the_trainer_reports(home, tmp_path, monkeypatch):
     trainer = make(FusedSDPOTrainer, home, max_steps=1, output_dir=str(tmp_path), **FEEDBACK)
     callback = CreditMapCallback(trainer, png=True)
     trainer.train()
-    board = TensorBoardCallback.__new__(TensorBoardCallback)
-    board.tb_writer = Writer()
-    trainer.add_callback(board)
+    sent = []
+    monkeypatch.setitem(credit_reports.REPORTERS, "wandb", sent.append)
     state = types.SimpleNamespace(global_step=50, is_world_process_zero=True)
-
     callback.on_generation_batch_built(args=trainer.args, state=state)
-    assert logged == []  # report_to is "none"
-    trainer.args.report_to = ["wandb"]
+    assert sent == []  # report_to is "none"
+    trainer.args.report_to = ["wandb", "codecarbon"]
     state.global_step = 100
     callback.on_generation_batch_built(args=trainer.args, state=state)
-    (entry,) = logged
-    assert entry["train/global_step"] == 100
-    assert entry["credit_map"].text == html_page(read(tmp_path, 100))
-    assert [(tag, step) for tag, _, step in board.tb_writer.texts] == [
-        ("credit_map", 50),
-        ("credit_map", 100),
-    ]
-    assert all(line.startswith("    ") for line in board.tb_writer.texts[0][1].split("\n"))
-    assert [step for _, _, step in board.tb_writer.figures] == [50, 100]
+    (report,) = sent
+    assert report.page == (tmp_path / "credit_maps" / "step_000100.html").read_text()
+    assert (report.value, report.png, report.step) == ("delta", True, 100)
+    assert report.callbacks is trainer.callback_handler.callbacks
+
+
+def test_trackers_that_get_no_maps_are_named_when_training_begins(recwarn):
+    callback = CreditMapCallback(types.SimpleNamespace())
+    args = types.SimpleNamespace(report_to=["wandb", "codecarbon", "comet_ml"])
+    state = types.SimpleNamespace(is_world_process_zero=False)
+    callback.on_train_begin(args, state, None)
+    assert not recwarn.list
+    state.is_world_process_zero = True
+    with pytest.warns(UserWarning, match="wandb, not to codecarbon, comet_ml; read them in"):
+        callback.on_train_begin(args, state, None)
 
 
 @pytest.mark.parametrize(
