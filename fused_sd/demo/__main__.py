@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import torch  # here and below: after quiet_and_offline, and not for --help
 
     from fused_sd.demo.live import Live
-    from fused_sd.demo.memory import measure_in_subprocess
+    from fused_sd.demo.memory import measure_in_turns
     from fused_sd.demo.report import render
     from fused_sd.demo.train import Settings, train
 
@@ -92,9 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 runs.append(train(directory, Path(scratch), settings, live.progress))
         memory = []
         if not chosen.no_memory:
-            for kind in ("stock", "fused"):
-                live.say(f"measuring the memory of one step, {kind} trainer")
-                memory.append(measure_in_subprocess(kind, directory, device))
+            live.say("measuring memory and time of one step, TRL's trainer and this one in turns")
+            memory = measure_in_turns(directory, device)
 
     report = chosen.output.resolve()
     report.write_text(render(runs, memory, environment(device)), encoding="utf-8")

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 30
+WIDTH, HEIGHT = 360, 240
+LEFT, RIGHT, TOP, BOTTOM = 74, 14, 10, 52
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,15 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(n * step, 12) for n in range(first, last + 1)]
 
 
-def line_chart(title: str, lines: Sequence[Line], *, is_share: bool = False) -> str:
+def line_chart(
+    title: str, lines: Sequence[Line], *, y_label: str = "", is_share: bool = False
+) -> str:
     """Return a figure with a caption, a legend and an SVG; pointing at a dot shows its value.
 
     Args:
         title: the caption.
-        lines: the curves; those without points are left out.
+        lines: the curves by training steps; those without points are left out.
+        y_label: what y is, and its unit.
         is_share: y is shown in percent, on an axis up to 100 %.  The axis always starts at 0.
 
     Raises:
@@ -70,9 +73,16 @@ def line_chart(title: str, lines: Sequence[Line], *, is_share: bool = False) -> 
         for y in y_ticks
     ]
     parts += [
-        f'<text class="tick" text-anchor="middle" x="{at_x(x):.1f}" y="{HEIGHT - 10}">'
+        f'<text class="tick" text-anchor="middle" x="{at_x(x):.1f}" y="{HEIGHT - BOTTOM + 18}">'
         f"{x:.3g}</text>"
         for x in x_ticks
+    ]
+    across, up = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
+    parts += [
+        f'<text class="axis" text-anchor="middle" x="{across}" y="{HEIGHT - 8}">'
+        "training step</text>",
+        f'<text class="axis" text-anchor="middle" transform="translate(14 {up}) rotate(-90)">'
+        f"{escape(y_label)}</text>",
     ]
     parts += [_curve(line, at_x, at_y, form) for line in drawn]
     legend = "".join(

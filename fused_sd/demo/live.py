@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fused_sd.demo.memory import StepMemory
+from fused_sd.demo.memory import StepMemory, time_name
 from fused_sd.demo.train import Run
 
 
@@ -79,6 +79,7 @@ class Live:
         for step in memory:
             self.console.print(
                 f"{step.trainer} trainer: peak {step.peak_mib:.0f} MiB in one step of "
-                f"{step.num_tokens} tokens, loss {step.loss:.6f}, {step.seconds:.1f} s"
+                f"{step.num_tokens} tokens, loss {step.loss:.6f}, {step.seconds:.1f} "
+                f"{time_name(runs[0].settings.device)}"
             )
         self.console.print(f"report: {report} ({seconds:.0f} s in all)")

@@ -6,6 +6,7 @@ float32, because TRL builds a frozen teacher from the directory that the student
 
 import importlib.util
 import os
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ DEFAULT_CACHE = Path("~/.cache/fused_sd")
 
 
 def quiet_and_offline() -> None:
-    """Keep the libraries off the network and the terminal; call this before importing them."""
+    """Keep the libraries off the network and the terminal.
+
+    Call this before importing them.
+    """
     os.environ.update(
         HF_HUB_OFFLINE="1",
         TRANSFORMERS_OFFLINE="1",
@@ -23,8 +27,12 @@ def quiet_and_offline() -> None:
         HF_HUB_DISABLE_PROGRESS_BARS="1",
         TRL_EXPERIMENTAL_SILENCE="1",
         TOKENIZERS_PARALLELISM="false",
-        TQDM_DISABLE="1",
+        TQDM_DISABLE="1",  # for processes that start from here
     )
+    from tqdm import tqdm
+
+    # importing torch has imported tqdm, which reads its variable then and never again
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
 
 def gguf_directory() -> Path:

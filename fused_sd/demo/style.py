@@ -17,7 +17,8 @@ border-radius:8px}
 figcaption{font-weight:600;font-size:.92rem;margin-bottom:.4rem}
 svg{display:block;width:100%;height:auto}
 .grid{stroke:var(--rule)}
-.tick{fill:var(--quiet);font-size:11px}
+.tick,.axis{fill:var(--quiet);font-size:14px}
+.axis{fill:var(--ink)}
 polyline{fill:none;stroke-width:2;stroke-linejoin:round}
 .s0{stroke:var(--c0)}.s1{stroke:var(--c1)}.s2{stroke:var(--c2)}.s3{stroke:var(--c3)}
 .s4{stroke:var(--c4)}

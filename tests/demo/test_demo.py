@@ -2,18 +2,21 @@
 
 import random
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from page_colours import Colours, contrast, parsed
 
 from fused_sd.credit import CreditRow, TokenCredit, TopToken
 from fused_sd.demo import task
 from fused_sd.demo.__main__ import parse
 from fused_sd.demo.answers import completion_credit
-from fused_sd.demo.charts import Line, line_chart, ticks
-from fused_sd.demo.memory import StepMemory, random_batch
+from fused_sd.demo.charts import HEIGHT, WIDTH, Line, line_chart, ticks
+from fused_sd.demo.memory import StepMemory, best, random_batch
 from fused_sd.demo.report import render, table
 from fused_sd.demo.train import Run, Settings
 from fused_sd.demo.words import NOUNS, plural
@@ -186,12 +189,15 @@ def test_ticks_cover_the_range_evenly(low: float, high: float) -> None:
 
 def test_a_chart_draws_every_point_inside_its_box() -> None:
     points = [(0, 0.0), (10, 0.5), (20, 1.0)]
-    svg = line_chart("accuracy", [Line("student", points, "s0")], is_share=True)
+    lines = [Line("student", points, "s0")]
+    svg = line_chart("accuracy", lines, y_label="right <answers>", is_share=True)
     places = re.search(r'points="([^"]+)"', svg)
     assert places is not None
     pairs = [tuple(map(float, place.split(","))) for place in places[1].split()]
     assert len(pairs) == svg.count("<circle") == 3
-    assert all(0 <= x <= 360 and 0 <= y <= 220 for x, y in pairs)
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in pairs)
+    assert ">training step</text>" in svg
+    assert ">right &lt;answers&gt;</text>" in svg
     assert pairs[0][1] > pairs[1][1] > pairs[2][1]  # higher is drawn higher
 
 
@@ -224,6 +230,65 @@ def test_the_report_shows_what_was_measured() -> None:
 
 def test_the_report_without_a_memory_measurement_leaves_it_out() -> None:
     assert "Memory of one step" not in render([fake_run(0, (0.0, 0.8))], [], {})
+
+
+def test_the_report_says_no_more_than_was_measured() -> None:
+    def said(before: float, after: float) -> list[str]:
+        page = render([fake_run(0, (before, after))], [], {})
+        return re.findall(r"10 steps, ([^.]+)\.", page)
+
+    assert said(0.1, 0.85) == ["it answers without them"]  # the teacher's accuracy is 0.9
+    assert said(0.1, 0.8) == [
+        "it answers more words without them than before, and fewer than with them"
+    ]
+    for before in (0.1, 0.95):
+        assert said(before, 0.1) == ["it answers no more words without them than before"]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_text_of_the_report_is_readable(dark: bool) -> None:
+    runs = [fake_run(seed, (0.0, 0.8)) for seed in range(5)]
+    colours = Colours(render(runs, fake_memory(), {"torch": "2"}), dark=dark)
+    found = colours.pairs()
+    assert len(found) > 5
+    assert not {text: pair for pair, text in found.items() if contrast(*pair) < 4.5}
+    lines = [line for tag in ("polyline", "circle") for line in colours.root.all(tag)]
+    assert len(lines) > 20
+    for line in lines:
+        style = colours.style(line)
+        assert contrast(colours.colour(style["stroke"], style), colours.background(line)) >= 3
+
+
+def test_the_report_has_a_way_for_readers_without_a_screen() -> None:
+    tree = parsed(render([fake_run(0, (0.0, 0.8))], fake_memory(), {"torch": "2"}))
+    assert [html.attributes["lang"] for html in tree.all("html")] == ["en"]
+    assert [body.children[0].tag for body in tree.all("body")] == ["main"]
+    assert len(tree.all("h1")) == 1
+    for cell in tree.all("th"):
+        assert cell.attributes["scope"] in ("col", "row")
+        assert cell.text
+    for chart in tree.all("svg"):
+        assert chart.attributes["role"] == "img"
+        assert chart.attributes["aria-label"]
+    scrolling = [box for box in tree.all("div") if "wide" in box.classes]
+    assert len(scrolling) == len(tree.all("table"))
+    assert {box.attributes["tabindex"] for box in scrolling} == {"0"}
+
+
+def test_the_fastest_step_counts_with_the_highest_peak() -> None:
+    first = StepMemory("fused", 250.0, 9.0, 0.5, 1024, 192.0)
+    later = StepMemory("fused", 10.0, 7.0, 0.5, 1024, 192.0)
+    assert best([first, later]) == StepMemory("fused", 250.0, 7.0, 0.5, 1024, 192.0)
+
+
+def test_no_progress_bar_is_drawn_although_torch_has_imported_tqdm() -> None:
+    pytest.importorskip("tqdm")
+    code = (
+        "import fused_sd; from fused_sd.demo.model import quiet_and_offline; quiet_and_offline();"
+        "from tqdm.auto import tqdm; list(tqdm(range(3), desc='bar'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
 def test_a_report_of_no_run_is_refused() -> None:
@@ -268,4 +333,5 @@ def test_the_terminal_shows_the_latest_numbers() -> None:
     live.summary([run], fake_memory(), Path("report.html"), 12.0)
     text = console.export_text()
     assert "held-out 80 %" in text
+    assert "loss 0.500000, 2.0 CPU seconds" in text
     assert "report.html" in text

@@ -12,7 +12,7 @@ from trl.experimental.sdft import SDFTTrainer
 from trl.experimental.sdpo import SDPOTrainer
 from trl_pairs import TEACHERS, VOCAB, make, perturb
 
-from fused_sd.credit import CreditMap
+from fused_sd.credit import CreditMap, html_page
 from fused_sd.integrations.trl import FusedSDFTTrainer, FusedSDPOTrainer, credit_reports
 from fused_sd.integrations.trl.credit_maps import CreditMapCallback
 
