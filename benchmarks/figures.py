@@ -4,14 +4,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plotting import GREY, figure_at
+from benchmarks.plotting import GREY, INK, Name, figure_at, plain_logarithmic, write_names
 from benchmarks.sparse_table import PART, times_4u
 from benchmarks.storage import file_slug
 from fused_sd.bench.providers import PROVIDERS
-from fused_sd.bench.table import US
+from fused_sd.bench.providers.eager import EAGER
+from fused_sd.bench.table import US, is_ours
 
 NAMES = [provider.name for provider in PROVIDERS]
 MARKERS = "os^vD<>phXP*"
+BLUE = "#1f6fc4"
 Cell = dict[str, Any]
 Row = dict[str, Any]
 
@@ -33,24 +35,23 @@ def scaling(parts: dict[str, Any], path: Path) -> bool:
     cells = _scaled(parts)
     if len({cell["tokens"] for cell in cells}) < 2:
         return False
-    with figure_at(path, 2, figsize=(10, 3.6)) as (figure, axes):
-        _curves(axes[0], cells, "tokens", lambda _, row: row["times"]["p50"])
-        _curves(axes[1], cells, "tokens", lambda _, row: row["peak_bytes"] / 2**20)
-        floors = sorted((c["tokens"], c["floor"]["milliseconds"]) for c in cells if c["floor"])
-        axes[0].plot(*zip(*floors), color=GREY, ls="--", lw=1, label="bare GEMMs")
-        tokens = sorted({cell["tokens"] for cell in cells})
+    tokens = sorted({cell["tokens"] for cell in cells})
+    with figure_at(path, 2, figsize=(10, 3.8)) as (_, axes):
         for axis in axes:
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.set_xticks(tokens, [str(count) for count in tokens])
             axis.set_xlabel("tokens")
+            plain_logarithmic(axis.yaxis)
         title = f"{cells[0]['objective']}, {cells[0]['shape']}, forward and backward"
         _title(axes[0], f"{title}, ms")
         _title(axes[1], "peak memory above the operands, MiB")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside right center", frameon=False, labelcolor="linecolor"
-        )
+        times = _curves(axes[0], cells, "tokens", lambda _, row: row["times"]["p50"])
+        memory = _curves(axes[1], cells, "tokens", lambda _, row: row["peak_bytes"] / 2**20)
+        floors = sorted((c["tokens"], c["floor"]["milliseconds"]) for c in cells if c["floor"])
+        axes[0].plot(*zip(*floors), color=GREY, ls="--", lw=1)
+        write_names(axes[0], [*times, Name("bare GEMMs", *floors[-1], GREY)])
+        write_names(axes[1], memory)
     return True
 
 
@@ -60,21 +61,26 @@ def plane(parts: dict[str, Any], path: Path) -> bool:
     cell = next((c for c in cells if any(row["times"] for row in c["rows"])), None)
     if cell is None:
         return False
-    with figure_at(path, 1, figsize=(6.5, 3.6)) as (figure, axis):
+    with figure_at(path, 1, figsize=(7, 3.8)) as (_, axis):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        plain_logarithmic(axis.xaxis)
+        plain_logarithmic(axis.yaxis)
+        names = []
         for row in cell["rows"]:
             if row["times"] is None:
                 continue
             x, y = row["times"]["p50"], 100 * row["errors"]["dhidden"]
-            size = 90 if row["provider"] == US else 36
-            axis.scatter(x, y, s=size, label=row["provider"], **_style(row["provider"]))
-        if cell["floor"]:
-            axis.axvline(cell["floor"]["milliseconds"], color=GREY, ls="--", lw=1)
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+            style = _style(row["provider"])
+            axis.scatter(x, y, s=60, color=style["color"], marker=style["marker"])
+            names.append(Name(row["provider"], x, y, style["color"]))
+        axis.margins(y=0.15)
         axis.set_xlabel("ms; dashed: the bare GEMMs")
         problem = f"{cell['objective']}, {cell['shape']}, {cell['tokens']} tokens"
         _title(axis, f"{problem}: error of dH, %")
-        figure.legend(loc="outside right center", frameon=False, fontsize=8)
+        if cell["floor"]:
+            axis.axvline(cell["floor"]["milliseconds"], color=GREY, ls="--", lw=1)
+        write_names(axis, names)
     return True
 
 
@@ -84,13 +90,14 @@ def by_entropy(parts: dict[str, Any], path: Path) -> bool:
     timed = sorted((c for c in cells if c["floor"]), key=lambda cell: cell["entropy"])
     if len(timed) < 2:
         return False
-    with figure_at(path, 1, figsize=(6.5, 3.6)) as (figure, axis):
-        _curves(axis, timed, "entropy", times_4u, least_points=1)
+    with figure_at(path, 1, figsize=(7, 3.8)) as (_, axis):
+        names = _curves(axis, timed, "entropy", times_4u, least_points=1)
         axis.axhline(1, color=GREY, ls="--", lw=1)
+        axis.set_ylim(bottom=0)
         axis.set_xlabel("mean entropy of the student, nat")
         problem = f"reverse_kl, {timed[0]['shape']}, {timed[0]['tokens']} tokens"
         _title(axis, f"{problem}: time over that of four GEMMs")
-        figure.legend(loc="outside right center", frameon=False, fontsize=8)
+        write_names(axis, [*names, Name("four GEMMs", timed[-1]["entropy"], 1, GREY)])
     return True
 
 
@@ -113,8 +120,9 @@ def _curves(
     x: str,
     y: Callable[[Cell, Row], float | None],
     least_points: int = 2,
-) -> None:
-    """Draw one line for each provider; it ends where the provider runs out of memory."""
+) -> list[Name]:
+    """Draw one line for each provider, to where it runs out of memory; return the ends' names."""
+    names = []
     for name in NAMES:
         points = [
             (cell[x], y(cell, row))
@@ -123,15 +131,24 @@ def _curves(
             if row["provider"] == name and row["times"]
         ]
         if len(points) >= least_points:
-            axis.plot(*zip(*points), label=name, **_style(name))
+            style = _style(name)
+            axis.plot(*zip(*points), **style)
+            names.append(Name(name, *points[-1], style["color"]))
+    return names
 
 
 def _title(axis: Any, text: str) -> None:
-    axis.set_title(text, fontsize=9, loc="left")
+    axis.set_title(text, fontsize=10, loc="left")
     axis.grid(alpha=0.25)
 
 
 def _style(name: str) -> dict[str, Any]:
-    """Return a provider's colour and marker, the same in every plot."""
-    index = NAMES.index(name) if name in NAMES else len(NAMES)
-    return {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
+    """Return a provider's colour and marker, the same in every plot.
+
+    This library is blue, dashed where gradients are sparse, and eager PyTorch black.  All others
+    are grey: their names stand at their lines, and twenty colours could not be told apart.
+    """
+    marker = MARKERS[NAMES.index(name) % len(MARKERS)] if name in NAMES else "o"
+    color = BLUE if is_ours(name) else INK if name == EAGER.name else GREY
+    width, dash = (2.2 if name == US else 1.4), ("--" if is_ours(name) and name != US else "-")
+    return {"color": color, "marker": marker, "linewidth": width, "linestyle": dash}
