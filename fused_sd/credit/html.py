@@ -206,6 +206,7 @@ def _legend(value: str, full_at: float | None) -> str:
 
 def _scale(name: str, full_at: float) -> str:
     """Return the bar of a value's colours, with numbers below it."""
+    marks: tuple[float, ...]
     if name == "delta":
         marks, words = (-1.0, -0.5, 0.0, 0.5, 1.0), ("objects", "nat", "wants more")
     else:
