@@ -86,6 +86,8 @@ label{display:inline-block;margin-right:1rem;white-space:nowrap}
 background:linear-gradient(to right,var(--panel),var(--amount))}
 .about-delta .bar{background:linear-gradient(to right,var(--object),var(--panel),var(--approve))}
 .ticks{display:flex;justify-content:space-between;font-size:.88rem}
+.ticks span{display:flex;justify-content:center;width:0;white-space:nowrap}
+.ticks span:first-child{justify-content:flex-start}.ticks span:last-child{justify-content:flex-end}
 figcaption,details{color:var(--quiet);font-size:.88rem}
 .response{margin:0;line-height:1.9}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0;padding:.5rem;
