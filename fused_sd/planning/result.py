@@ -63,6 +63,14 @@ class Plan:
         prediction: this library's time, from rates; None: a rate is unknown, or the gradient is
             sparse.
         estimates: memory and time of each implementation, this library's first.
+
+    Examples:
+        >>> import fused_sd
+        >>> found = fused_sd.plan(hidden_size=4096, vocab=151936, tokens=16384, device="H200")
+        >>> found.compared
+        'Jsd(beta=0.5) on StudentTopK(k=100), remainder tail'
+        >>> found.chunk < found.group < found.tokens  # logits and gradients at a time
+        True
     """
 
     model: str

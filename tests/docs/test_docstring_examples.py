@@ -12,11 +12,7 @@ import pkgutil
 import pytest
 from manual import MODEL, entries
 
-import fused_sd
-
 MOST_LINES = 12
-TOOLS = {f"fused_sd.planning.{name}" for name in fused_sd._TOOLS}  # their command is their example
-ENTRIES = [entry for entry in entries() if entry not in TOOLS]
 
 
 def docstring(entry):
@@ -38,7 +34,7 @@ def is_complete(source):
     return True
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", entries())
 def test_an_example_is_short_and_runs(entry, request):
     home = ""
     if entry.startswith("integrations."):

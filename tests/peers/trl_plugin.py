@@ -2,6 +2,7 @@
 
 FUSED_SD_SWAP      "1": the classes of SWAPS replace TRL's before any test module is imported
 FUSED_SD_RECORD    the file that gets a line of JSON for each test
+FUSED_SD_MODE      a distillation_mode for every configuration that has one
 FUSED_SD_SCALE     a factor on every loss of ours: a comparison that does not see 1.02 is worthless
 """
 
@@ -43,7 +44,7 @@ _now = Watch()
 def pytest_configure(config: pytest.Config) -> None:
     _answer_for_other_versions()
     _record_logs()
-    _train_in_fp32()
+    _set_arguments(os.environ.get("FUSED_SD_MODE", ""))
     _count_logits()
     _count_fused()
     if os.environ.get("FUSED_SD_SWAP") == "1":
@@ -99,12 +100,16 @@ def _record_logs() -> None:
     transformers.Trainer.log = log
 
 
-def _train_in_fp32() -> None:
-    """Turn bf16 off, in which rounding hides a wrong loss."""
+def _set_arguments(mode: str) -> None:
+    """Train in fp32, in which no rounding hides a wrong loss, and log every step."""
     stock = transformers.TrainingArguments.__post_init__
 
     def post_init(self: Any) -> None:
         self.bf16 = False
+        self.logging_steps = 1
+        if mode and hasattr(self, "distillation_mode"):
+            self.distillation_mode = mode
+            self.distillation_topk = 20 if mode == "topk_logits" else None
         stock(self)
 
     transformers.TrainingArguments.__post_init__ = post_init

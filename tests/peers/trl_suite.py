@@ -1,6 +1,6 @@
 """TRL's own tests with its trainers and with ours in their place.
 
-    python tests/peers/trl_suite.py CHECKOUT [FILE ...] [--only EXPRESSION]
+    python tests/peers/trl_suite.py CHECKOUT [FILE ...] [--only EXPRESSION] [--mode MODE]
 
 CHECKOUT is a folder with TRL's package ``tests``, of any version: it runs against the installed
 TRL.  FILEs are relative to it; without any, those of FILES run.  Nothing is downloaded: models and
@@ -62,7 +62,15 @@ class Comparison:
     differ: list[str] = field(default_factory=list)
 
 
-def run(file: str, folder: Path, *, swap: bool, more: Sequence[str] = (), scale: float = 1) -> Any:
+def run(
+    file: str,
+    folder: Path,
+    *,
+    swap: bool,
+    more: Sequence[str] = (),
+    mode: str = "",
+    scale: float = 1,
+) -> Any:
     """Run one file of tests; return what the plugin recorded of each, by name.
 
     Args:
@@ -70,6 +78,7 @@ def run(file: str, folder: Path, *, swap: bool, more: Sequence[str] = (), scale:
         folder: The working directory, which holds the tests and the stand-ins.
         swap: Whether our trainers take the place of TRL's.
         more: Arguments of pytest.
+        mode: A distillation_mode that every configuration gets; empty: its own.
         scale: A factor on our losses.
     """
     record = folder / f"record-{swap}.jsonl"
@@ -77,6 +86,7 @@ def run(file: str, folder: Path, *, swap: bool, more: Sequence[str] = (), scale:
     environment = os.environ | {
         "FUSED_SD_SWAP": str(int(swap)),
         "FUSED_SD_RECORD": str(record),
+        "FUSED_SD_MODE": mode,
         "FUSED_SD_SCALE": str(scale),
         "PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT, HERE))),
         "HF_HUB_OFFLINE": "1",
@@ -153,6 +163,7 @@ def main() -> int:
     parser.add_argument("checkout", type=Path, help="folder with TRL's package tests")
     parser.add_argument("files", nargs="*", default=FILES, help="test files, relative to it")
     parser.add_argument("--only", help="pytest's -k")
+    parser.add_argument("--mode", default="", help="distillation_mode of all self-distillation")
     parser.add_argument("--scale", type=float, default=1, help="a factor on our losses, to be seen")
     options = parser.parse_args()
     more = ["-k", options.only] if options.only else []
@@ -165,8 +176,9 @@ def main() -> int:
         folder = Path(name)
         prepared(options.checkout, folder)
         for file in options.files:
-            stock = run(file, folder, swap=False, more=more)
-            ours = run(file, folder, swap=True, more=more, scale=options.scale)
+            how = {"more": more, "mode": options.mode}
+            stock = run(file, folder, swap=False, **how)
+            ours = run(file, folder, swap=True, scale=options.scale, **how)
             result = compare(file, stock, ours)
             print("\n".join(lines_of(result)), flush=True)
             wrong += len(result.lost) + len(result.differ)
