@@ -31,6 +31,7 @@ FILES = (
     "tests/test_grpo_trainer.py",
 )
 RELATIVE, ABSOLUTE = 1e-4, 1e-5  # of a logged value, in fp32
+NUM_LOGS = 10  # of each test: after more steps rounding has led two equal trainings apart
 
 
 @dataclass
@@ -128,7 +129,7 @@ def compare(file: str, stock: dict[str, Any], ours: dict[str, Any]) -> Compariso
             continue
         if len(before["logged"]) != len(after["logged"]):
             result.differ.append(f"{name}: logged {len(after['logged'])} times")
-        for number, (one, two) in enumerate(zip(before["logged"], after["logged"])):
+        for number, (one, two) in enumerate(zip(before["logged"][:NUM_LOGS], after["logged"])):
             for key, value in one.items():
                 result.values += 1
                 if key not in two:
