@@ -1,9 +1,12 @@
 """Draw line charts as inline SVG, coloured by the page's style sheet."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup
+
+from fused_sd.credit.html import fragment
 
 WIDTH, HEIGHT = 360, 240
 LEFT, RIGHT, TOP, BOTTOM = 74, 14, 10, 52
@@ -36,7 +39,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 def line_chart(
     title: str, lines: Sequence[Line], *, y_label: str = "", is_share: bool = False
-) -> str:
+) -> Markup:
     """Return a figure with a caption, a legend and an SVG; pointing at a dot shows its value.
 
     Args:
@@ -60,52 +63,23 @@ def line_chart(
 
     def at_x(x: float) -> float:
         share = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
+        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
 
     def at_y(y: float) -> float:
         share = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
-    parts = [
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" '
-        f'y2="{at_y(y):.1f}"/><text class="tick" text-anchor="end" x="{LEFT - 6}" '
-        f'y="{at_y(y) + 4:.1f}">{form(y)}</text>'
-        for y in y_ticks
-    ]
-    parts += [
-        f'<text class="tick" text-anchor="middle" x="{at_x(x):.1f}" y="{HEIGHT - BOTTOM + 18}">'
-        f"{x:.3g}</text>"
-        for x in x_ticks
-    ]
-    across, up = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
-    parts += [
-        f'<text class="axis" text-anchor="middle" x="{across}" y="{HEIGHT - 8}">'
-        "training step</text>",
-        f'<text class="axis" text-anchor="middle" transform="translate(14 {up}) rotate(-90)">'
-        f"{escape(y_label)}</text>",
-    ]
-    parts += [_curve(line, at_x, at_y, form) for line in drawn]
-    legend = "".join(
-        f'<span class="key"><i class="{escape(line.css_class)}"></i>{escape(line.name)}</span>'
-        for line in drawn
+    return fragment(
+        "chart.html",
+        "fused_sd.demo",
+        width=WIDTH,
+        height=HEIGHT,
+        title=title,
+        lines=drawn,
+        y_label=y_label,
+        x_ticks=x_ticks,
+        y_ticks=y_ticks,
+        at_x=at_x,
+        at_y=at_y,
+        form=form,
     )
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f"{''.join(parts)}</svg><div>{legend}</div></figure>"
-    )
-
-
-def _curve(
-    line: Line,
-    at_x: Callable[[float], float],
-    at_y: Callable[[float], float],
-    form: Callable[[float], str],
-) -> str:
-    places = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line.points)
-    dots = "".join(
-        f'<circle class="{escape(line.css_class)}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="2.5">'
-        f"<title>{escape(line.name)}, step {x:.3g}: {form(y)}</title></circle>"
-        for x, y in line.points
-    )
-    return f'<polyline class="{escape(line.css_class)}" points="{places}"/>{dots}'

@@ -84,6 +84,8 @@ def test_the_wheel_holds_every_file_of_the_library_and_no_other(built, tree):
     )
     assert packaged >= {
         "fused_sd/py.typed",
+        "fused_sd/credit/templates/map.html",
+        "fused_sd/demo/templates/report.html",
         "fused_sd/kernels/tuned.json",
         "fused_sd/kernels/programs/rows.py",
         "fused_sd/integrations/trl/sdpo.py",
