@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import random
 import subprocess
 import sys
 
@@ -387,6 +388,21 @@ def test_scores_by_hand():
 def test_ties_count_as_their_mean():
     scores = planted_error_scores([row(0.0, 0.0, 0.0, 0.0)], [[True, False, False, False]])
     assert dataclasses.astuple(scores)[:5] == (0.25, 0.25, 0.25, 0.25, 0.5)
+
+
+def test_the_auroc_is_that_of_the_rank_sum_test():
+    stats = pytest.importorskip("scipy.stats")
+    draw = random.Random(0)
+    for _ in range(300):
+        # so few values that most are ties
+        planted, others = (
+            draw.choices((-math.inf, -2.0, -1.0, 0.0, 1.5), k=draw.randint(1, 20)) for _ in "ab"
+        )
+        mask = [True] * len(planted) + [False] * len(others)
+        scores = planted_error_scores([row(*planted, *others)], [mask])
+        # SciPy counts the pairs in which the first is larger: a planted error has a low delta
+        wrong = stats.mannwhitneyu(planted, others, method="asymptotic").statistic
+        assert scores.auroc == pytest.approx(1 - wrong / (len(planted) * len(others)))
 
 
 def test_an_excluded_token_is_blamed_most():

@@ -1,5 +1,6 @@
 """Plans: the peak that is promised is the peak that is counted, and what is said of wrong use."""
 
+import inspect
 import json
 from functools import lru_cache
 
@@ -12,11 +13,12 @@ from fused_sd import StudentTopK, TeacherTopK, TokenIds, UnionTopK
 from fused_sd.bench.measure import peak_bytes
 from fused_sd.bench.problem import Shape, make_problem, variant
 from fused_sd.bench.providers import PROVIDERS
-from fused_sd.cli import main
+from fused_sd.cli import build_parser, main
 from fused_sd.engine import layout as chunking
 from fused_sd.engine import workspace
 from fused_sd.measuring import head_sizes
 from fused_sd.measuring.head_sizes import MODELS, head_size
+from fused_sd.planning import command
 from fused_sd.planning.devices import CARDS
 from fused_sd.planning.objectives import OBJECTIVES
 
@@ -635,6 +637,13 @@ def test_the_command_prints_json(capsys):
     first = json.loads(capsys.readouterr().out)["estimates"][0]
     assert first["provider"] == "fused_sd, sparse"
     assert first["parts"]["entries"] == 8 * 100 * round(0.9 * 16384)
+
+
+def test_the_command_hands_over_every_parameter_of_a_plan(monkeypatch):
+    given = {}
+    monkeypatch.setattr(command, "plan", lambda model, **others: given.update(others))
+    command.planned(build_parser().parse_args(COMMAND), "gkd")
+    assert {"model", *given} == set(inspect.signature(fused_sd.plan).parameters)
 
 
 @pytest.mark.parametrize(
