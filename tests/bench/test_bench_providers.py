@@ -18,6 +18,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
     # fla, when it is imported without a GPU
     pytest.mark.filterwarnings("ignore:Triton is not supported on current platform:UserWarning"),
+    # fla looks for FlashAttention when it is imported
+    pytest.mark.filterwarnings("ignore:Flash Attention is not installed:ImportWarning"),
 ]
 NAMES = [provider.name for provider in PROVIDERS]
 COMPILED = [name for name in NAMES if "compile" in name]
