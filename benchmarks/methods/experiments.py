@@ -11,8 +11,8 @@ more; the page says how many units each experiment would need.
 
 The learning rate of every arm is chosen by one rule: the best mean accuracy over the selection
 units, on validation questions, from one grid; the smaller of equally good rates.  No final run uses
-a selection unit.  At first there were two of them everywhere.  On sums two units chose RLSD's rate by
-a difference of three points, which is noise, so that there are six where runs are cheap.
+a selection unit.  At first there were two of them everywhere.  On sums two units chose RLSD's rate
+by a difference of three points, which is noise, so that there are six where runs are cheap.
 """
 
 from dataclasses import dataclass, replace
@@ -75,8 +75,8 @@ class Unit:
 
 def bases(count: int, seeds: int = 1, first: int = 0) -> tuple[Unit, ...]:
     """Return units that are base models of their own, each with so many seeds."""
-    numbers = range(first, first + count)
-    return tuple(Unit(number, number + 1000 * again) for again in range(seeds) for number in numbers)
+    again = [1000 * number for number in range(seeds)]
+    return tuple(Unit(base, base + more) for more in again for base in range(first, first + count))
 
 
 TWO = bases(2, first=100)

@@ -18,6 +18,7 @@ def distillation(problem: Problem) -> Loss:
     variant, beta = VARIANTS[problem.objective]
     # chosen here because its default falls back to the logits of all tokens with a warning
     backend = "triton" if problem.hidden.is_cuda else "torch"
+    teacher: TiedTeacher | SeparateTeacher
     if problem.teacher_weight is problem.weight:
         teacher = TiedTeacher(hidden=problem.teacher_hidden, mode="frozen")
     else:
