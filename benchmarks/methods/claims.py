@@ -103,7 +103,7 @@ CLAIMS = (
         "sdpo-size",
         SDPO,
         "SDPO's lead over GRPO grows with the model",
-        "size-3M",
+        "size-0.4M",
         (
             Contrast("accuracy", "sdpo", "grpo"),
             Contrast("accuracy", "sdpo", "grpo", beyond="addition"),
