@@ -110,6 +110,8 @@ def _set_arguments(mode: str) -> None:
         if mode and hasattr(self, "distillation_mode"):
             self.distillation_mode = mode
             self.distillation_topk = 20 if mode == "topk_logits" else None
+            if mode == "sampled_token":
+                self.distillation_alpha = 1.0  # the only divergence that it can estimate
         stock(self)
 
     transformers.TrainingArguments.__post_init__ = post_init

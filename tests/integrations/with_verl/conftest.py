@@ -1,6 +1,7 @@
 """Tests that need verl: not collected where it is absent."""
 
 import importlib.util
+import os
 
 import pytest
 
@@ -15,6 +16,8 @@ START_RAY = (
     "test_trainer",
     "test_vision_trainer",
 )
+# Ray gives way to every other process, and would starve beside the other tests.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112, its spelling
 
 
 def pytest_configure(config: pytest.Config) -> None:

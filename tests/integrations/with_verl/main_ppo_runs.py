@@ -120,7 +120,7 @@ class Run:
         found = [json.loads(line) for line in lines if line.endswith("}")]
         return {line["step"]: line["data"] for line in found}
 
-    def wait(self, timeout: float = 400) -> dict[int, dict[str, Any]]:
+    def wait(self, timeout: float = 600) -> dict[int, dict[str, Any]]:
         """Return the metrics of a run that ended well."""
         try:
             code = self.process.wait(timeout)
@@ -129,7 +129,7 @@ class Run:
         assert code == 0, self.log.read_text(errors="replace")[-6000:]
         return self.metrics()
 
-    def kill_after(self, step: int, timeout: float = 400) -> dict[int, dict[str, Any]]:
+    def kill_after(self, step: int, timeout: float = 600) -> dict[int, dict[str, Any]]:
         """Kill the driver, without a warning, once a step is logged; return the metrics."""
         limit = time.monotonic() + timeout
         while step not in self.metrics():
