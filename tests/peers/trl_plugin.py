@@ -101,12 +101,17 @@ def _record_logs() -> None:
 
 
 def _set_arguments(mode: str) -> None:
-    """Train in fp32, in which no rounding hides a wrong loss, and log every step."""
+    """Log every step of trainings in which rounding stays rounding.
+
+    fp32 hides no wrong loss, and AdamW would make a whole step of a gradient that is 0 but for
+    rounding.
+    """
     stock = transformers.TrainingArguments.__post_init__
 
     def post_init(self: Any) -> None:
         self.bf16 = False
         self.logging_steps = 1
+        self.optim = "sgd"
         if mode and hasattr(self, "distillation_mode"):
             self.distillation_mode = mode
             self.distillation_topk = 20 if mode == "topk_logits" else None
