@@ -30,6 +30,7 @@ FILES = (
     "tests/experimental/test_gkd_trainer.py",
     "tests/test_grpo_trainer.py",
 )
+MODES = ("", "sampled_token", "topk_logits", "full_logits")
 RELATIVE, ABSOLUTE = 1e-4, 1e-5  # of a logged value, in fp32
 NUM_LOGS = 10  # of each test: after more steps rounding has led two equal trainings apart
 
@@ -164,7 +165,7 @@ def main() -> int:
     parser.add_argument("checkout", type=Path, help="folder with TRL's package tests")
     parser.add_argument("files", nargs="*", default=FILES, help="test files, relative to it")
     parser.add_argument("--only", help="pytest's -k")
-    parser.add_argument("--mode", default="", help="distillation_mode of all self-distillation")
+    parser.add_argument("--mode", choices=MODES, default="", help="of all self-distillation")
     parser.add_argument("--scale", type=float, default=1, help="a factor on our losses, to be seen")
     options = parser.parse_args()
     more = ["-k", options.only] if options.only else []
