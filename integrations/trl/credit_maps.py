@@ -28,7 +28,12 @@ from fused_sd.credit import (
 from fused_sd.integrations.shared.completion_scores import CompletionForward, with_head
 from fused_sd.integrations.shared.probing import evaluating
 from fused_sd.integrations.transformers import attach
-from fused_sd.integrations.trl.credit_reports import REPORTERS, CreditReport
+from fused_sd.integrations.trl.credit_reports import (
+    REPORTERS,
+    CreditReport,
+    send,
+    without_maps,
+)
 from fused_sd.integrations.trl.fused_grpo import images_of, model_inputs
 from fused_sd.integrations.trl.teachers import teacher_head_is_resharded
 
@@ -89,7 +94,7 @@ class CreditMapCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say which of the trainer's trackers get no maps."""
-        others = [name for name in args.report_to if name not in REPORTERS]
+        others = without_maps(self.trainer.callback_handler.callbacks)
         if others and state.is_world_process_zero:
             warnings.warn(
                 f"credit maps go to {', '.join(REPORTERS)}, not to {', '.join(others)}; "
@@ -114,7 +119,8 @@ class CreditMapCallback(TrainerCallback):
         shown = self._map(self.trainer._buffered_inputs[0], step)
         if state.is_world_process_zero and shown.rows:
             self._write(shown, Path(args.output_dir), step)
-            self._report(shown, args, step)
+            callbacks = self.trainer.callback_handler.callbacks
+            send(CreditReport(shown, self.value, self.png, step, callbacks))
 
     def _map(self, inputs: dict[str, Tensor], step: int) -> CreditMap:
         """Make the map of the first rollouts that have a teacher's context."""
@@ -220,13 +226,6 @@ class CreditMapCallback(TrainerCallback):
         stem.with_suffix(".json").write_text(shown.to_json(), encoding="utf-8")
         if self.png:
             save_png(shown, stem.with_suffix(".png"), value=self.value)
-
-    def _report(self, shown: CreditMap, args: Any, step: int) -> None:
-        callbacks = self.trainer.callback_handler.callbacks
-        report = CreditReport(shown, self.value, self.png, step, callbacks)
-        for name in args.report_to:
-            if name in REPORTERS:
-                REPORTERS[name](report)
 
 
 def _texts(ids: Tensor, mask: Tensor, decode: Any) -> list[str]:

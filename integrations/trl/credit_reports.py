@@ -1,6 +1,7 @@
 """Send credit maps to the trackers that a trainer reports to.
 
 ``REPORTERS`` has a function for each name of ``report_to`` whose tracker can show a page or a text.
+A trainer's trackers are found by their callbacks, so that one which was added by hand counts, too.
 The trackers' own modules are imported when the first map is sent: transformers' callbacks have
 imported them before and have begun the run that the maps go to.
 """
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
 from fused_sd.credit import CreditMap, credit_figure, html_page, plain_text
 
@@ -90,3 +91,22 @@ REPORTERS: dict[str, Callable[[CreditReport], None]] = {
     "wandb": to_wandb,
 }
 """What sends a map, by the names of transformers' ``report_to``."""
+
+
+def send(report: CreditReport) -> None:
+    """Send a map to all of the trainer's trackers that can show it."""
+    names = {name for callback in report.callbacks for name in trackers(callback)}
+    for name, reporter in REPORTERS.items():
+        if name in names:
+            reporter(report)
+
+
+def without_maps(callbacks: Iterable[Any]) -> list[str]:
+    """Return the names of the trackers to which no map goes."""
+    found = [trackers(callback) for callback in callbacks]
+    return [name for names in found if not REPORTERS.keys() & names for name in names]
+
+
+def trackers(callback: Any) -> list[str]:
+    """Return the names of a callback's tracker in ``report_to``; none: it reports to no tracker."""
+    return [name for name, kind in INTEGRATION_TO_CALLBACK.items() if isinstance(callback, kind)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from transformers import TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 from trl.experimental.sdft import SDFTTrainer
 from trl.experimental.sdpo import SDPOTrainer
 from trl_pairs import TEACHERS, VOCAB, make, perturb
@@ -237,6 +238,12 @@ def test_folder_value_and_picture_are_chosen(home, tmp_path):
     assert not (tmp_path / "credit_maps").exists()
 
 
+def tracker(name):
+    """A tracker's callback, not set up: its package need not be here."""
+    kind = INTEGRATION_TO_CALLBACK[name]
+    return kind.__new__(kind)
+
+
 def test_maps_go_where_the_trainer_reports(home, tmp_path, monkeypatch):
     trainer = make(FusedSDPOTrainer, home, max_steps=1, output_dir=str(tmp_path), **FEEDBACK)
     callback = CreditMapCallback(trainer, png=True)
@@ -246,7 +253,8 @@ def test_maps_go_where_the_trainer_reports(home, tmp_path, monkeypatch):
     state = types.SimpleNamespace(global_step=50, is_world_process_zero=True)
     callback.on_generation_batch_built(args=trainer.args, state=state)
     assert sent == []  # report_to is "none"
-    trainer.args.report_to = ["wandb", "codecarbon"]
+    trainer.add_callback(tracker("wandb"))  # by hand, as report_to would
+    trainer.add_callback(tracker("codecarbon"))
     state.global_step = 100
     callback.on_generation_batch_built(args=trainer.args, state=state)
     (report,) = sent
@@ -256,8 +264,10 @@ def test_maps_go_where_the_trainer_reports(home, tmp_path, monkeypatch):
 
 
 def test_trackers_that_get_no_maps_are_named_when_training_begins(recwarn):
-    callback = CreditMapCallback(types.SimpleNamespace())
-    args = types.SimpleNamespace(report_to=["wandb", "codecarbon", "comet_ml"])
+    names = ("wandb", "codecarbon", "dagshub", "comet_ml")  # DagsHub's callback is MLflow's
+    handler = types.SimpleNamespace(callbacks=[object(), *map(tracker, names)])
+    callback = CreditMapCallback(types.SimpleNamespace(callback_handler=handler))
+    args = types.SimpleNamespace()
     state = types.SimpleNamespace(is_world_process_zero=False)
     callback.on_train_begin(args, state, None)
     assert not recwarn.list
