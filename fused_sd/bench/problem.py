@@ -34,6 +34,7 @@ OBJECTIVE_OF = {
     "sd_zero_paper": "reverse_kl",
     "sdft": "forward_kl",
     "gkd": "jsd",
+    "sampled_kl": "rlsd",
     "rlcsd": "grpo",  # the contrast is arithmetic on given log-probabilities
 }
 MEAN_KL = 0.05  # nat: KL(t||s)

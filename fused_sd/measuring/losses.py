@@ -19,6 +19,7 @@ LOSSES = {
     "gkd": "JSD 0.5 over the vocabulary",
     "rlsd": "GRPO's, each advantage weighted by what the teacher says of the sampled token",
     "rlcsd": "GRPO's, a contrast of right and wrong hints added to the advantages",
+    "sampled_kl": "KL(s || t) estimated from the sampled token: k1",
     "grpo": "the clipped surrogate of the sampled token",
     "cross_entropy": "-log s of given tokens",
     "token_log_probs": "log s of given tokens, which other losses are made of",

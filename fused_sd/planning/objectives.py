@@ -72,6 +72,7 @@ OBJECTIVES: dict[str, PlannedObjective] = {
     ),
     "rlsd": PlannedObjective("rlsd"),
     "rlcsd": PlannedObjective("rlcsd", has_teacher=False),  # takes teachers' log-probabilities
+    "sampled_kl": PlannedObjective("sampled_kl"),
     "grpo": PlannedObjective("grpo", has_teacher=False),
     "cross_entropy": PlannedObjective("cross_entropy", has_teacher=False),
     "token_log_probs": PlannedObjective("token_log_probs", has_teacher=False, is_per_token=True),

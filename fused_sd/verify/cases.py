@@ -89,6 +89,15 @@ def _sampled(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     return operands.hidden, operands.weight, operands.token_ids
 
 
+def _sides_log_probs(logits: Logits, operands: Operands) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the sampled tokens: student's and teacher's."""
+    student, teacher = (
+        reference.token_log_prob(side, operands.token_ids)
+        for side in (logits.student, logits.teacher)
+    )
+    return student, teacher
+
+
 def _generic(name: str, divergence: Divergence, definition: str) -> Case:
     """Return the case of a divergence over the whole vocabulary, without a method's settings."""
     return Case(
@@ -142,10 +151,7 @@ def _rlsd(operands: Operands, run: LossOptions) -> LossOutput:
 
 
 def _rlsd_definition(logits: Logits, operands: Operands) -> Tensor:
-    student, teacher = (
-        reference.token_log_prob(side, operands.token_ids)
-        for side in (logits.student, logits.teacher)
-    )
+    student, teacher = _sides_log_probs(logits, operands)
     return reference.rlsd(student, teacher, operands.advantages, operands.old_log_probs)
 
 
@@ -162,6 +168,17 @@ def _rlcsd(operands: Operands, run: LossOptions) -> LossOutput:
 def _rlcsd_definition(logits: Logits, operands: Operands) -> Tensor:
     log_prob = reference.token_log_prob(logits.student, operands.token_ids)
     return reference.rlcsd(log_prob, *_hints(operands), operands.old_log_probs)
+
+
+def _sampled_kl(operands: Operands, run: LossOptions) -> LossOutput:
+    head = operands.weight.detach()
+    teacher: Any = {"teacher_hidden": operands.teacher, "teacher_head": head}
+    return fused_sd.sampled_kl_loss(*_sampled(operands), **teacher, **run)
+
+
+def _sampled_kl_definition(logits: Logits, operands: Operands) -> Tensor:
+    student, teacher = _sides_log_probs(logits, operands)
+    return reference.sampled_k1(student, teacher)
 
 
 def _grpo(operands: Operands, run: LossOptions) -> LossOutput:
@@ -215,6 +232,7 @@ _ALL = (
     ),
     Case("rlsd", _rlsd, _rlsd_definition, against="evidence"),
     Case("rlcsd", _rlcsd, _rlcsd_definition, against="nothing"),
+    Case("sampled_kl", _sampled_kl, _sampled_kl_definition, against="evidence"),
     Case("grpo", _grpo, _grpo_definition, against="nothing"),
     Case(
         "cross_entropy",
