@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("trl")
 
+import suites
 import trl_suite
 
 SAMPLE = """
@@ -51,33 +52,36 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stock(folder):
-    return trl_suite.run("tests/test_sample.py", folder, swap=False)
+    return suites.run(trl_suite.SUITE, "tests/test_sample.py", folder, swap=False)
 
 
 def test_our_trainer_logs_what_trls_does(folder, stock):
-    ours = trl_suite.run("tests/test_sample.py", folder, swap=True)
-    found = trl_suite.compare("tests/test_sample.py", stock, ours)
+    ours = suites.run(trl_suite.SUITE, "tests/test_sample.py", folder, swap=True)
+    found = suites.compare("tests/test_sample.py", stock, ours)
     assert found.stock == found.ours == {"passed": 1, "failed": 1}
     assert found.values > 10
     assert found.worst <= 1
     assert not found.lost + found.differ
     assert found.failing == ["test_fails: E   RuntimeError: here as there"]
-    assert found.fused >= 4  # student and teacher in two steps
-    assert found.logits[0] >= 4
-    assert found.logits[1] == 0
+    assert found.answered >= 4  # student and teacher in two steps
+    assert found.counts[0]["logits"] >= 4
+    assert found.counts[1]["logits"] == 0
 
 
 def test_a_wrong_loss_is_seen(folder, stock):
-    wrong = trl_suite.run("tests/test_sample.py", folder, swap=True, scale=1.02)
-    found = trl_suite.compare("tests/test_sample.py", stock, wrong)
+    wrong = suites.run(trl_suite.SUITE, "tests/test_sample.py", folder, swap=True, scale=1.02)
+    found = suites.compare("tests/test_sample.py", stock, wrong)
     assert found.ours["passed"] == 1  # a test that asks for no value passes
-    assert any(" loss[0]" in line for line in found.differ)
+    assert any(" loss[" in line for line in found.differ)
+    assert any(" compute_loss[0]" in line for line in found.differ)
+    assert any(" gradient[" in line for line in found.differ)
 
 
 def test_a_lost_test_and_a_missing_value_are_told():
-    line = {"outcome": "passed", "fused": 0, "logits": 0, "logged": [{"loss": 1.0}]}
+    line = {"outcome": "passed", "logged": [{"loss": 1.0}], "values": 0, "worst": 0.0}
+    line |= {"ours": 1, "counts": {}}
     stock = {"f::a": line, "f::b": line}
     ours = {"f::a": line | {"logged": [{}]}, "f::b": line | {"outcome": "failed", "why": "no"}}
-    found = trl_suite.compare("f", stock, ours)
+    found = suites.compare("f", stock, ours)
     assert found.differ == ["a: loss is not logged"]
     assert found.lost == ["b: no"]

@@ -1,23 +1,19 @@
-"""A pytest plugin for TRL's own tests: our trainers in place of TRL's, and what each test logged.
+"""A pytest plugin for TRL's own tests: our trainers in place of TRL's, and what they train on.
 
-FUSED_SD_SWAP      "1": the classes of SWAPS replace TRL's before any test module is imported
-FUSED_SD_RECORD    the file that gets a line of JSON for each test
 FUSED_SD_MODE      a distillation_mode for every configuration that has one
-FUSED_SD_SCALE     a factor on every loss of ours: a comparison that does not see 1.02 is worthless
 """
 
+import functools
 import importlib
-import json
 import math
 import os
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from recording import SCALE, SWAPPED, watch
 
 # package of the stock class: our class
 SWAPS = {
@@ -30,45 +26,20 @@ SWAPS = {
 UNSTABLE = ("runtime", "per_second", "time", "memory", "mem_")
 
 
-class Watch:
-    """What happens in one test: logged values, fused calls and forwards that made logits."""
-
-    def __init__(self) -> None:
-        self.logged: list[dict[str, float]] = []
-        self.fused = self.logits = 0
-
-
-_now = Watch()
-
-
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     _answer_for_other_versions()
+    _leave_models_without_triton()
     _record_logs()
+    _record_gradients()
     _set_arguments(os.environ.get("FUSED_SD_MODE", ""))
     _count_logits()
     _count_fused()
-    if os.environ.get("FUSED_SD_SWAP") == "1":
-        _swap(float(os.environ.get("FUSED_SD_SCALE", "1")))
+    _put_trainers()
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    global _now
-    _now = Watch()
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
     transformers.set_seed(0)
-    yield
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when != "call" and report.outcome == "passed":
-        return
-    line = {"test": report.nodeid, "outcome": report.outcome, **vars(_now)}
-    if report.outcome == "failed":
-        line["why"] = str(report.longrepr).splitlines()[-1][:200]
-    elif report.outcome == "skipped":
-        line["why"] = str(report.longrepr[-1])[:200]
-    with Path(os.environ["FUSED_SD_RECORD"]).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def _answer_for_other_versions() -> None:
@@ -83,6 +54,16 @@ def _answer_for_other_versions() -> None:
     known.__getattr__ = missing
 
 
+def _leave_models_without_triton() -> None:
+    """Without a GPU, use_liger_kernel means Liger's loss alone, which is PyTorch.
+
+    It would also replace norms by Triton kernels: in their classes, and so in all later tests.
+    """
+    if not torch.cuda.is_available():
+        trainer = importlib.import_module("transformers.trainer")
+        trainer.apply_liger_kernel = lambda model, config: None
+
+
 def _record_logs() -> None:
     stock = transformers.Trainer.log
 
@@ -94,14 +75,53 @@ def _record_logs() -> None:
             and math.isfinite(value)
             and not any(word in name for word in UNSTABLE)
         }
-        _now.logged.append(kept)
+        watch.logged.append(kept)
         stock(self, logs, *args, **kwargs)
 
     transformers.Trainer.log = log
 
 
+def _record_gradients() -> None:
+    """Record the norm of the gradient after each backward: a right loss may have a wrong one."""
+    stock = transformers.Trainer.training_step
+
+    def training_step(self: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        loss = stock(self, model, *args, **kwargs)
+        norms = [p.grad.float().norm() for p in model.parameters() if p.grad is not None]
+        if norms:
+            _record("gradient", torch.stack(norms).norm())
+        return loss
+
+    transformers.Trainer.training_step = training_step
+
+
+def _record_losses(cls: type) -> None:
+    """Record what compute_loss returns, in training, in evaluation and to a test that calls it."""
+    stock = cls.compute_loss
+
+    @functools.wraps(stock)
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outer = not vars(self).get("_is_recorded", False)
+        self._is_recorded = True
+        try:
+            found = stock(self, *args, **kwargs)
+        finally:
+            if outer:
+                self._is_recorded = False
+        if outer:
+            _record("compute_loss", found[0] if isinstance(found, tuple) else found)
+        return found
+
+    cls.compute_loss = compute_loss
+
+
+def _record(name: str, value: Any) -> None:
+    value = float(value)
+    watch.logged.append({name: value} if math.isfinite(value) else {})
+
+
 def _set_arguments(mode: str) -> None:
-    """Log every step of trainings in which rounding stays rounding.
+    """Make trainings in which rounding stays rounding.
 
     fp32 hides no wrong loss, and AdamW would make a whole step of a gradient that is 0 but for
     rounding.
@@ -110,7 +130,6 @@ def _set_arguments(mode: str) -> None:
 
     def post_init(self: Any) -> None:
         self.bf16 = False
-        self.logging_steps = 1
         self.optim = "sgd"
         if mode and hasattr(self, "distillation_mode"):
             self.distillation_mode = mode
@@ -129,7 +148,7 @@ def _count_logits() -> None:
         head = isinstance(module, torch.nn.Linear) and module.out_features >= 256
         head = head and isinstance(output, torch.Tensor)
         if head and output.dim() == 3 and output.size(1) > 1:
-            _now.logits += 1
+            watch.counts["logits"] += 1
 
     torch.nn.modules.module.register_module_forward_hook(hook)
 
@@ -141,7 +160,7 @@ def _count_fused() -> None:
     stock = adapter.answer
 
     def answer(*args: Any, **kwargs: Any) -> Any:
-        _now.fused += 1
+        watch.ours += 1
         return stock(*args, **kwargs)
 
     adapter.answer = answer
@@ -154,22 +173,26 @@ def _uncounted(module: ModuleType, name: str) -> None:
     stock = getattr(module, name)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        before = _now.logits
+        before = watch.counts["logits"]
         found = stock(*args, **kwargs)
-        _now.logits = before
+        watch.counts["logits"] = before
         return found
 
     setattr(module, name, run)
 
 
-def _swap(scale: float) -> None:
+def _put_trainers() -> None:
     from fused_sd.integrations import trl as ours
 
     for package, name in SWAPS.items():
-        cls = getattr(ours, name)
-        if scale != 1:
-            cls = _scaled(cls, scale)
-        setattr(importlib.import_module(package), name.removeprefix("Fused"), cls)
+        module, stock = importlib.import_module(package), name.removeprefix("Fused")
+        cls = getattr(module, stock)
+        if SWAPPED:
+            cls = getattr(ours, name)
+            if SCALE != 1:
+                cls = _scaled(cls, SCALE)
+            setattr(module, stock, cls)
+        _record_losses(cls)
 
 
 def _scaled(cls: type, scale: float) -> type:
