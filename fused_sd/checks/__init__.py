@@ -7,15 +7,21 @@ Every message says the rule, the value and the remedy.  This module checks numbe
 import math
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence, Set
 from typing import NoReturn
 
 import torch
 
+LONGEST_VALUE = 400  # characters of a value in a message: a model's repr has pages
+LARGEST_INT = 2**63 - 1  # the largest that an operator takes
+
 
 def fail(argument: str, rule: str, got: object, remedy: str) -> NoReturn:
-    """Raise the one kind of error that a caller sees."""
-    raise ValueError(f"{argument} must {rule}, got {got}; {remedy}")
+    """Raise the one kind of error that a caller sees: one line, however long the value is."""
+    value = " ".join(str(got).split())
+    if len(value) > LONGEST_VALUE:
+        value = f"{value[:LONGEST_VALUE]}..."
+    raise ValueError(f"{argument} must {rule}, got {value}; {remedy}")
 
 
 def deprecated(message: str) -> None:
@@ -47,6 +53,14 @@ def check_number(argument: str, value: object, rule: str, ok: bool, remedy: str)
     """Refuse what is no number, or a number for which the rule does not hold."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not ok:
         fail(argument, rule, repr(value), remedy)
+    if isinstance(value, int):
+        check_int_size(argument, value)
+
+
+def check_int_size(argument: str, value: int) -> None:
+    """Refuse an integer that fits no int64."""
+    if abs(value) > LARGEST_INT:
+        fail(argument, "lie within 64 bits", repr(value), "pass a smaller number")
 
 
 def check_positive(argument: str, value: object, remedy: str = "pass 1.0 to leave it out") -> None:
@@ -77,6 +91,13 @@ def check_open_interval(argument: str, value: object, remedy: str) -> None:
 def check_positive_int(argument: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         fail(argument, "be an integer of at least 1", repr(value), "pass a whole number")
+    check_int_size(argument, value)
+
+
+def check_whole(argument: str, value: object, remedy: str) -> None:
+    """Refuse what is not an integer of at least 0."""
+    ok = isinstance(value, int) and value >= 0
+    check_number(argument, value, "be an integer of at least 0", ok, remedy)
 
 
 def check_bool(argument: str, value: object) -> None:
@@ -92,7 +113,7 @@ def check_instance(argument: str, value: object, kind: type) -> None:
 
 
 def check_one_of(argument: str, value: object, legal: Collection[str]) -> None:
-    if value not in legal:
+    if not isinstance(value, str) or value not in legal:
         fail(
             argument, f"be one of {', '.join(map(repr, legal))}", repr(value), "choose one of them"
         )
@@ -102,7 +123,7 @@ def check_clip_pair(argument: str, pair: object) -> None:
     ok = (
         isinstance(pair, Sequence)
         and len(pair) == 2
-        and all(isinstance(c, int | float) and c >= 0 for c in pair)
+        and all(isinstance(c, int | float) and not isinstance(c, bool) and c >= 0 for c in pair)
         and pair[0] <= 1
     )
     if not ok:
@@ -114,6 +135,17 @@ def check_clip_pair(argument: str, pair: object) -> None:
         )
 
 
+def check_bounds(argument: str, pair: object, remedy: str) -> None:
+    """Refuse what is not (lowest, highest), two finite numbers in this order."""
+    rule = "be (lowest, highest), two finite numbers"
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        fail(argument, rule, repr(pair), remedy)
+    for bound in pair:
+        check_finite(argument, bound, remedy)
+    if pair[0] >= pair[1]:
+        fail(argument, rule, repr(pair), remedy)
+
+
 def check_backend_choice(backend: object) -> None:
     check_one_of("backend", backend, ("auto", "triton", "torch"))
 
@@ -123,6 +155,8 @@ def check_reduction(reduction: object) -> None:
 
 
 def check_names(argument: str, names: object) -> None:
-    """Check that names are a sequence; a single string is refused."""
-    if isinstance(names, str) or not isinstance(names, Iterable):
+    """Check that names are several; one string is refused, and what can be read only once."""
+    if isinstance(names, str):
         fail(argument, "be a sequence of names", repr(names), f"pass ({names!r},)")
+    if not isinstance(names, Sequence | Set) or not all(isinstance(name, str) for name in names):
+        fail(argument, "be a sequence of names", repr(names), "pass a tuple of strings")

@@ -3,7 +3,6 @@
 Values are read on the CPU alone, where reading does not wait for a device.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -15,6 +14,14 @@ from fused_sd import checks
 LARGEST_LOG_PROB = 1e-3  # of a server's; what is above 0 by more than its rounding is an error
 LEAVE_OUT = "give a token that does not count the value 0"
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REAL = (*FLOATING, *INTEGER, torch.bool)
+DTYPE_RULES = {
+    FLOATING: "be float64, float32, bfloat16 or float16",
+    INTEGER: "be integers",
+    REAL: "be real numbers",
+    (torch.bool,): "be booleans",
+}
 
 
 def check_tensor(argument: str, value: object) -> None:
@@ -31,6 +38,22 @@ def check_tensor(argument: str, value: object) -> None:
             "call the loss inside the forward of the module that owns it, where FSDP2 has gathered "
             "it, or pass full_tensor(); of a head that ranks share, to_local() and process_group",
         )
+    if value.is_nested or value.is_quantized or value.layout is not torch.strided:
+        got = "nested" if value.is_nested else f"{value.layout} {value.dtype}"
+        remedy = "dequantise it" if value.is_quantized else "pass a padded or dense one"
+        checks.fail(argument, "be a dense tensor", f"a {got} one", remedy)
+
+
+def check_dtype(argument: str, tensor: Tensor, legal: tuple[torch.dtype, ...], remedy: str) -> None:
+    """Refuse a dtype that is none of a row of ``DTYPE_RULES``."""
+    if tensor.dtype not in legal:
+        checks.fail(argument, DTYPE_RULES[legal], tensor.dtype, remedy)
+
+
+def check_integers(argument: str, tensor: Tensor) -> None:
+    """Refuse what cannot be token ids or places."""
+    if tensor.dtype not in INTEGER:
+        checks.fail(argument, "be integer token ids", tensor.dtype, "pass int64 ids")
 
 
 def is_readable(tensor: Tensor) -> bool:
@@ -38,26 +61,23 @@ def is_readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_head(weight: object, bias: object) -> None:
-    """Check a head's weight (V, D) and bias (V,)."""
-    check_tensor("weight", weight)
+def check_head(weight: object, bias: object = None, argument: str = "weight") -> None:
+    """Check a head's weight (V, D), under the name that the caller gave it, and bias (V,)."""
+    check_tensor(argument, weight)
     assert isinstance(weight, Tensor)
     if not weight.is_floating_point():
         checks.fail(
-            "weight",
+            argument,
             "be floating point",
             weight.dtype,
             "a quantised head has no gradient here: dequantise it, or keep lm_head unquantised",
         )
-    if weight.dtype not in FLOATING:
-        checks.fail(
-            "weight", "be float64, float32, bfloat16 or float16", weight.dtype, "convert it"
-        )
+    check_dtype(argument, weight, FLOATING, "convert it")
     if weight.dim() != 2:
-        checks.fail("weight", "be (V, D)", tuple(weight.shape), "pass lm_head.weight")
+        checks.fail(argument, "be (V, D)", tuple(weight.shape), "pass lm_head.weight")
     if weight.numel() == 0:
         checks.fail(
-            "weight",
+            argument,
             "have at least one row and column",
             tuple(weight.shape),
             "under ZeRO-3 or FSDP call the loss where the weight is gathered",
@@ -75,20 +95,35 @@ def check_head(weight: object, bias: object) -> None:
         check_same(bias, "bias", weight, "weight")
 
 
+def check_shards(shard_sizes: object) -> None:
+    """Check the numbers of rows of the ranks that share a head; a rank may hold none."""
+    if shard_sizes is None:
+        return
+    remedy = "list the rows that each rank holds, in rank order"
+    if not isinstance(shard_sizes, tuple | list) or not shard_sizes:
+        checks.fail("shard_sizes", "be a tuple of integers", repr(shard_sizes), remedy)
+    for size in shard_sizes:
+        checks.check_whole("shard_sizes", size, remedy)
+
+
 def check_shaping(vocab: int, logit_scale: object, softcap: object, valid_vocab: object) -> None:
     """Check what a head does to its logits."""
     checks.check_positive("logit_scale", logit_scale)
     if softcap is not None:
         checks.check_positive("softcap", softcap, "pass None for no soft-cap")
-    if valid_vocab is not None and (
-        not isinstance(valid_vocab, int) or not 0 < valid_vocab <= vocab
-    ):
+    if valid_vocab is not None and (type(valid_vocab) is not int or not 0 < valid_vocab <= vocab):
         checks.fail(
             "valid_vocab",
             f"be an integer from 1 to V = {vocab}",
             repr(valid_vocab),
             "pass the tokenizer's size, or None; with a rank's rows of the head shard_sizes too",
         )
+
+
+def check_device(argument: str, tensor: Tensor, device: torch.device, owner: str) -> None:
+    """Check that a tensor is on the device of what it belongs to."""
+    if tensor.device != device:
+        checks.fail(argument, f"be on {device} as {owner}", tensor.device, f"move it to {device}")
 
 
 def check_same(a: Tensor, name_a: str, b: Tensor, name_b: str) -> None:
@@ -123,8 +158,7 @@ def check_hidden(hidden: object, name: str, weight: Tensor, head_name: str) -> N
             tuple(hidden.shape),
             remedy,
         )
-    if hidden.dtype not in FLOATING:
-        checks.fail(name, "be float64, float32, bfloat16 or float16", hidden.dtype, "convert it")
+    check_dtype(name, hidden, FLOATING, "convert it")
     check_same(hidden, name, weight, head_name)
 
 
@@ -181,10 +215,10 @@ def check_per_token(
     if tensor is None:
         return
     check_leading(argument, tensor, shape, owner)
-    if tensor.is_complex():
-        checks.fail(argument, "be real", tensor.dtype, "pass floats")
-    if tensor.device != device:
-        checks.fail(argument, f"be on {device} as {owner}", tensor.device, f"move it to {device}")
+    is_log = argument.endswith("log_probs")
+    remedy = "pass natural logarithms" if is_log else "pass floats"
+    check_dtype(argument, tensor, FLOATING if is_log else REAL, remedy)
+    check_device(argument, tensor, device, owner)
     if tensor.requires_grad and torch.is_grad_enabled():
         checks.fail(
             argument,
@@ -192,6 +226,20 @@ def check_per_token(
             "requires_grad=True",
             f"pass {argument}.detach()",
         )
+
+
+def check_hints(
+    argument: str, tensor: object, legal: tuple[torch.dtype, ...], advantages: Tensor
+) -> None:
+    """Check K values for each token of the advantages, of a legal dtype."""
+    check_tensor(argument, tensor)
+    assert isinstance(tensor, Tensor)
+    check_dtype(argument, tensor, legal, "convert it")
+    shape = advantages.shape
+    if tensor.dim() != len(shape) + 1 or tensor.shape[:-1] != shape:
+        rule, got = f"be (..., K) with the tokens {tuple(shape)}", tuple(tensor.shape)
+        checks.fail(argument, rule, got, "give K values for each token of advantages")
+    check_device(argument, tensor, advantages.device, "advantages")
 
 
 def check_token_weights(
@@ -208,21 +256,24 @@ def check_token_weights(
 
 
 def check_token_values(name: str, values: Tensor, weights: Tensor | None) -> None:
-    """On the CPU, refuse NaN of a token that counts, and probabilities in place of logarithms.
+    """On the CPU, refuse values of a token that counts which are not numbers of their kind.
 
     Args:
-        name: of the argument; one that ends in "log_probs" holds natural logarithms.
+        name: of the argument; one that ends in "log_probs" holds natural logarithms, "mix" shares.
         values: (...) one for each token.
         weights: (...) of the tokens; None: all count.
     """
     if not is_readable(values):
         return
-    largest, rule = math.inf, "not be NaN wherever the token has a weight"
+    values = values.detach()
+    is_legal, rule = values.isfinite(), "be finite wherever the token has a weight"
     remedy = "give positions that carry no token the weight 0"
     if name.endswith("log_probs"):
-        largest, rule = LARGEST_LOG_PROB, "be natural logarithms of probabilities, at most 0"
+        is_legal = values <= LARGEST_LOG_PROB  # not of NaN
+        rule = "be natural logarithms of probabilities, at most 0"
         remedy = "take the log of probabilities, the log_softmax of logits"
-    is_legal = values.detach() <= largest
+    elif name == "mix":
+        is_legal, rule = (values >= 0) & (values <= 1), "lie in [0, 1] wherever the token counts"
     if weights is not None:
         is_legal |= weights == 0
     _check_values(name, values, is_legal, rule, remedy)
@@ -232,6 +283,7 @@ def check_mask(argument: str, mask: object) -> None:
     """Check a mask; on the CPU also that its values are finite and at least 0."""
     check_tensor(argument, mask)
     assert isinstance(mask, Tensor)
+    check_dtype(argument, mask, REAL, "pass booleans, integers or floats")
     if is_readable(mask):
         is_legal = mask.isfinite() & (mask >= 0)
         _check_values(argument, mask, is_legal, "be finite and at least 0", LEAVE_OUT)
@@ -254,10 +306,8 @@ def check_ids(
     """Check token ids; on the CPU also that ids of tokens with a weight are in the vocabulary."""
     check_leading(argument, ids, shape, owner)
     assert isinstance(ids, Tensor)
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        checks.fail(argument, "be integer token ids", ids.dtype, "pass int64 ids")
-    if ids.device != device:
-        checks.fail(argument, f"be on {device} as {owner}", ids.device, f"move it to {device}")
+    check_integers(argument, ids)
+    check_device(argument, ids, device, owner)
     if is_readable(ids):
         outside = (ids < 0) | (ids >= vocab)
         if weights is not None:
@@ -272,28 +322,28 @@ def check_ids(
 
 
 def check_entry_ids(
+    argument: str,
     ids: object,
     shape: Sequence[int],
     device: torch.device,
     vocab: int,
+    owner: str,
     remedy: str = "mark padding with a negative id",
 ) -> None:
     """Check sets of token ids (..., K), of which negative ids are padding."""
-    check_tensor("token ids", ids)
+    check_tensor(argument, ids)
     assert isinstance(ids, Tensor)
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        checks.fail("token ids", "be integers", ids.dtype, "pass int64 ids")
+    check_integers(argument, ids)
     if ids.dim() != len(shape) + 1 or ids.shape[:-1] != torch.Size(shape) or ids.shape[-1] < 1:
         checks.fail(
-            "token ids",
-            f"be (..., K) with leading shape {tuple(shape)} and K >= 1",
+            argument,
+            f"be (..., K) with leading shape {tuple(shape)} as {owner} and K >= 1",
             tuple(ids.shape),
             "give one set of ids for each token",
         )
-    if ids.device != device:
-        checks.fail("token ids", f"be on {device}", ids.device, f"move them to {device}")
+    check_device(argument, ids, device, owner)
     if is_readable(ids) and ids.numel() and int(ids.max()) >= vocab:
-        checks.fail("token ids", f"lie below V = {vocab}", int(ids.max()), remedy)
+        checks.fail(argument, f"lie below V = {vocab}", int(ids.max()), remedy)
 
 
 def check_teacher_entries(ids: Tensor, log_probs: object, weights: Tensor | None) -> None:
@@ -310,10 +360,8 @@ def check_teacher_entries(ids: Tensor, log_probs: object, weights: Tensor | None
             tuple(log_probs.shape),
             "give one log-probability for each id",
         )
-    if log_probs.dtype not in FLOATING:
-        checks.fail(
-            "teacher_log_probs", "be floating point", log_probs.dtype, "pass natural logarithms"
-        )
+    check_dtype("teacher_log_probs", log_probs, FLOATING, "pass natural logarithms")
+    check_device("teacher_log_probs", log_probs, ids.device, "teacher_token_ids")
     check_teacher("teacher_log_probs", log_probs)
     if is_readable(log_probs):
         wrong = ~(log_probs.detach() <= LARGEST_LOG_PROB) & (ids >= 0)  # NaN is wrong, too

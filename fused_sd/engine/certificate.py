@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import checks
+from fused_sd.checks import tensors as tensor_checks
 from fused_sd.head.lm_head import LMHead, as_head
 from fused_sd.head.projection import accumulation_dtype
 from fused_sd.torch_kernels.slices import slices
@@ -88,7 +89,8 @@ class GradientCertificate(NamedTuple):
                 read once.  Where ranks share it: this rank's rows, without padding; the error of
                 the sum is at most the bounds' sum.
         """
-        head = as_head(head)
+        head = as_head(head, "head")
+        tensor_checks.check_device("head", head.weight, self.norm.device, "the certificate")
         farthest, longest = radius(head)
         bound = self.dropped * farthest + self.norm * (longest * rounding(head))
         return bound + (self.norm != 0) * underflow(head, longest)

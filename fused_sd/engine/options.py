@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_sd import checks
+from fused_sd.checks import tensors as tensor_checks
 from fused_sd.engine.certificate import GradientKind, checked_tolerance
 
 Reduction = Literal["sum", "mean", "none"]
@@ -141,6 +142,18 @@ class Options:
         checked_tolerance(self.gradient, self.tolerance)
         checks.check_bool("compact", self.compact)
         checks.check_bool("reduce_dhidden", self.reduce_dhidden)
+        checks.check_names("metrics", self.metrics)
+        if self.token_weights is not None:
+            tensor_checks.check_tensor("token_weights", self.token_weights)
+            legal = tensor_checks.REAL
+            tensor_checks.check_dtype("token_weights", self.token_weights, legal, "pass floats")
+        if self.process_group is not None and not isinstance(self.process_group, dist.ProcessGroup):
+            checks.fail(
+                "process_group",
+                "be a torch.distributed.ProcessGroup that this rank belongs to, or None",
+                repr(self.process_group),
+                "pass the tensor-parallel group, such as mesh.get_group('tp')",
+            )
 
     @classmethod
     def of(cls, call: str, passed: Mapping[str, Any], legal: type = LossOptions) -> "Options":

@@ -57,6 +57,7 @@ class LMHead:
 
     def __post_init__(self) -> None:
         tensor_checks.check_head(self.weight, self.bias)
+        tensor_checks.check_shards(self.shard_sizes)
         tensor_checks.check_shaping(self.num_rows, self.logit_scale, self.softcap, self.valid_vocab)
 
     @classmethod
@@ -153,18 +154,28 @@ def is_same(one: Tensor | None, other: Tensor | None) -> bool:
     )
 
 
-def as_head(head: "Tensor | LMHead") -> LMHead:
-    """The head that a caller means by a weight alone."""
-    return head if isinstance(head, LMHead) else LMHead(head)
+def as_head(head: "Tensor | LMHead", argument: str) -> LMHead:
+    """The head that a caller means by a weight alone, in the argument that is named."""
+    if isinstance(head, LMHead):
+        return head
+    tensor_checks.check_head(head, argument=argument)
+    return LMHead(head)
 
 
-def placed_head(head: "Tensor | LMHead", process_group: "dist.ProcessGroup | None") -> LMHead:
+def placed_head(
+    head: "Tensor | LMHead", argument: str, process_group: "dist.ProcessGroup | None"
+) -> LMHead:
     """The head that a caller means, with the ranks' shard sizes where a group shares it.
+
+    Args:
+        head: what the caller gave.
+        argument: how the caller calls it.
+        process_group: ranks that share the vocabulary; None: the head is whole.
 
     Raises:
         ValueError: when the head and the group do not fit each other.
     """
-    head = as_head(head)
+    head = as_head(head, argument)
     if process_group is None:
         if head.shard_sizes is not None:
             checks.fail(
@@ -174,13 +185,6 @@ def placed_head(head: "Tensor | LMHead", process_group: "dist.ProcessGroup | Non
                 "pass the ranks' group, or a whole head without shard_sizes",
             )
         return head
-    if not isinstance(process_group, dist.ProcessGroup):
-        checks.fail(
-            "process_group",
-            "be a torch.distributed.ProcessGroup that this rank belongs to, or None",
-            repr(process_group),
-            "pass the tensor-parallel group, such as mesh.get_group('tp')",
-        )
     rows, rank, num_ranks = head.weight.shape[0], process_group.rank(), process_group.size()
     if head.shard_sizes is None:
         check_even_shards(head.weight, process_group)

@@ -118,8 +118,8 @@ def divergence_loss(
         True
     """
     chosen = Options.of("divergence_loss", options)
-    student = placed_head(student_head, chosen.process_group)
-    teacher = placed_head(teacher_head, chosen.process_group)
+    student = placed_head(student_head, "student_head", chosen.process_group)
+    teacher = placed_head(teacher_head, "teacher_head", chosen.process_group)
     tensor_checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
     given = student_hidden, student, "student_hidden"
     check_teacher_states(teacher_hidden, teacher, *given)
@@ -130,7 +130,8 @@ def divergence_loss(
     if isinstance(support, TokenIds):
         shape = student_hidden.shape[:-1]
         vocab = comparison.num_given(student.num_tokens, teacher.num_tokens)
-        tensor_checks.check_entry_ids(support.ids, shape, student_hidden.device, vocab)
+        given_ids = "ids", support.ids, shape, student_hidden.device, vocab
+        tensor_checks.check_entry_ids(*given_ids, "student_hidden")
         inputs["entry_ids"] = support.ids
     sides = (student_hidden, student), (teacher_hidden, teacher)
     return _compare(*sides, inputs, comparison, Sampled(token_ids, importance, with_grad), chosen)
@@ -193,10 +194,11 @@ def topk_divergence_loss(
         True
     """
     chosen = Options.of("topk_divergence_loss", options)
-    student = placed_head(student_head, chosen.process_group)
+    student = placed_head(student_head, "student_head", chosen.process_group)
     tensor_checks.check_hidden(student_hidden, "student_hidden", student.weight, "student_head")
     shape, device = student_hidden.shape[:-1], student_hidden.device
-    tensor_checks.check_entry_ids(teacher_token_ids, shape, device, student.num_tokens)
+    given = "teacher_token_ids", teacher_token_ids, shape, device
+    tensor_checks.check_entry_ids(*given, student.num_tokens, "student_hidden")
     clips = tail_floor, log_prob_floor, entry_clip, token_clip
     comparison = Comparison(divergence, TokenIds(teacher_token_ids), remainder, *clips)
     inputs = {"entry_ids": teacher_token_ids, "teacher_log_probs": teacher_log_probs}

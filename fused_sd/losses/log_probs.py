@@ -106,8 +106,9 @@ def token_log_probs(
         >>> found.entropy.exp().round()  # as undecided as between 100 tokens
         tensor([100., 100.])
     """
+    checks.check_bool("entropy", entropy)
     chosen = _options("token_log_probs", options)
-    lm_head = placed_head(head, chosen.process_group)
+    lm_head = placed_head(head, "head", chosen.process_group)
     shape = check_tokens(hidden, lm_head, token_ids, chosen)
     objective = LogProbObjective(k=1, is_top_k=False, tail=False, entropy=bool(entropy))
     side, inputs = (hidden, lm_head), [token_ids[..., None]]
@@ -151,9 +152,10 @@ def entry_log_probs(
         >>> torch.allclose(total, torch.ones(5))
         True
     """
+    checks.check_bool("tail", tail)
     chosen = _options("entry_log_probs", options)
     token_weights = chosen.token_weights
-    lm_head = placed_head(head, chosen.process_group)
+    lm_head = placed_head(head, "head", chosen.process_group)
     tensor_checks.check_hidden(hidden, "hidden", lm_head.weight, "head")
     shape = hidden.shape[:-1]
     owner = shape, hidden.device, "hidden"
@@ -161,7 +163,7 @@ def entry_log_probs(
     inputs = []
     if isinstance(entries, Tensor):
         given = shape, hidden.device, lm_head.num_tokens
-        tensor_checks.check_entry_ids(entries, *given, remedy="leave such ids out")
+        tensor_checks.check_entry_ids("entries", entries, *given, "hidden", "leave such ids out")
         tensor_checks.check_distinct("entries", entries, token_weights)
         inputs = [entries.long()]
         k = entries.shape[-1]
@@ -171,7 +173,7 @@ def entry_log_probs(
             rule = f"be at most the vocabulary's {lm_head.num_tokens}"
             checks.fail("entries", rule, entries, "ask for fewer entries")
         k = int(entries)
-    objective = LogProbObjective(k, is_top_k=not inputs, tail=bool(tail), entropy=False)
+    objective = LogProbObjective(k, is_top_k=not inputs, tail=tail, entropy=False)
     side = hidden, lm_head
     applied = apply_objective(objective, side, None, inputs, token_weights, chosen)
     ids = inputs[0] if inputs else applied.extras[0]

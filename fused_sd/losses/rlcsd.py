@@ -10,12 +10,15 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_sd import checks
-from fused_sd.engine.options import LossOptions
+from fused_sd.checks import tensors as tensor_checks
+from fused_sd.engine.options import LossOptions, check_keywords
 from fused_sd.head.lm_head import Head
 from fused_sd.head.projection import accumulation_dtype
 from fused_sd.losses.output import LossOutput
 from fused_sd.losses.policy import policy_loss
 from fused_sd.terms.advantages import rlcsd_advantages
+
+CONTRAST = {"temperature", "scale", "mix", "threshold", "clip"}  # of rlcsd_advantages
 
 
 def rlcsd_loss(
@@ -73,10 +76,22 @@ def rlcsd_loss(
     if options.get("reduction", "sum") != "sum":
         rule, got = "be left out: the loss is the sum of two means", repr(options["reduction"])
         checks.fail("reduction", rule, got, "weigh the means by token_weights and selected_weight")
+    check_keywords("rlcsd_loss", options, LossOptions)
+    checks.check_finite("selected_weight", selected_weight, "1.0 weighs both means equally")
+    contrast = {} if contrast is None else contrast
+    if not isinstance(contrast, dict) or not CONTRAST.issuperset(contrast):
+        rule = f"be a dict of {', '.join(sorted(CONTRAST))}"
+        checks.fail("contrast", rule, repr(contrast), "pass keywords of rlcsd_advantages")
+    tensor_checks.check_tensor("hidden", hidden)
     shaped = rlcsd_advantages(
-        advantages, correct_log_probs, wrong_log_probs, wrong_mask=wrong_mask, **(contrast or {})
+        advantages, correct_log_probs, wrong_log_probs, wrong_mask=wrong_mask, **contrast
     )
     given = options.get("token_weights")
+    owner = advantages.shape, advantages.device, "advantages"
+    tensor_checks.check_token_weights(given, *owner, "sum")
+    if correction is not None:
+        tensor_checks.check_mask("correction", correction)
+        tensor_checks.check_per_token("correction", correction, *owner)
     mask = torch.ones_like(shaped.advantages) if given is None else given
     dtype = accumulation_dtype(hidden.dtype)
     weights = torch.zeros_like(mask, dtype=dtype)
@@ -85,6 +100,8 @@ def rlcsd_loss(
         weights = weights + scale * counted / (counted != 0).sum().clamp(min=1)
     if correction is not None:
         weights = weights * correction
+    hints = {"correct_log_probs": correct_log_probs, "wrong_log_probs": wrong_log_probs}
+    _check_hints(hints, wrong_mask, weights)
     weighted: Any = {**options, "token_weights": weights, "reduction": "sum"}
     return policy_loss(
         hidden,
@@ -95,3 +112,14 @@ def rlcsd_loss(
         ratio_clip=ratio_clip,
         **weighted,
     )
+
+
+def _check_hints(
+    hints: dict[str, Tensor], wrong_mask: Tensor | None, token_weights: Tensor
+) -> None:
+    """Check the values of the log-probabilities that count; NaN would select no token."""
+    wrong_weights = token_weights[..., None].expand_as(hints["wrong_log_probs"])
+    if wrong_mask is not None:
+        wrong_weights = wrong_weights * wrong_mask
+    for name, weights in zip(hints, (token_weights, wrong_weights), strict=True):
+        tensor_checks.check_token_values(name, hints[name], weights)

@@ -11,6 +11,7 @@ Dimension key:  (...) tokens, D and D' hidden sizes, V and V' vocabularies
 from torch import Tensor
 from typing_extensions import Unpack
 
+from fused_sd import checks
 from fused_sd.engine.options import LossOptions, passed_on
 from fused_sd.head.lm_head import Head
 from fused_sd.losses.divergence import divergence_loss
@@ -76,6 +77,9 @@ def sdpo_loss(
         >>> output.token_loss.shape, hidden.grad.shape
         (torch.Size([6]), torch.Size([6, 16]))
     """
+    checks.check_bool("add_tail", add_tail)
+    if importance_cap is not None:
+        checks.check_positive("importance_cap", importance_cap, "pass None for no importance ratio")
     support: Support = FULL_VOCABULARY if top_k is None else StudentTopK(top_k)
     remainder: Remainder = "tail" if add_tail or top_k is None else "renormalize"
     importance = None

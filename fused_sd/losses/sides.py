@@ -27,9 +27,7 @@ def check_teacher_states(
             tuple(teacher_hidden.shape[:-1]),
             "select the response positions on both sides",
         )
-    if teacher_hidden.device != hidden.device:
-        rule, got = f"be on {hidden.device} as {owner}", teacher_hidden.device
-        checks.fail("teacher_hidden", rule, got, "move it there")
+    tensor_checks.check_device("teacher_hidden", teacher_hidden, hidden.device, owner)
     tensor_checks.check_teacher("teacher_hidden", teacher_hidden, hidden)
     tensor_checks.check_teacher("teacher_head", teacher.weight, student.weight)
     tensor_checks.check_teacher("teacher_head.bias", teacher.bias, student.bias)

@@ -67,17 +67,21 @@ def cross_entropy_loss(
         >>> torch.allclose(output.loss, eager)
         True
     """
-    tensor_checks.check_tensor("token_ids", token_ids)
-    if not isinstance(ignore_index, int):
-        checks.fail("ignore_index", "be an integer", repr(ignore_index), "-100 is the usual one")
+    tensor_checks.check_tensor("hidden", hidden)
+    tensor_checks.check_leading("token_ids", token_ids, hidden.shape[:-1], "hidden")
+    tensor_checks.check_integers("token_ids", token_ids)
+    is_whole = isinstance(ignore_index, int)
+    remedy = "-100 is the usual one"
+    checks.check_number("ignore_index", ignore_index, "be an integer", is_whole, remedy)
+    tensor_checks.check_device("token_ids", token_ids, hidden.device, "hidden")
     counted = token_ids != ignore_index
     chosen = Options.of("cross_entropy_loss", options)
     token_weights = chosen.token_weights
     if token_weights is None:
-        tensor_checks.check_tensor("hidden", hidden)
         token_weights = counted.to(torch.float32)
     else:
-        tensor_checks.check_leading("token_weights", token_weights, token_ids.shape, "token_ids")
+        owner = token_ids.shape, token_ids.device, "token_ids"
+        tensor_checks.check_per_token("token_weights", token_weights, *owner)
         token_weights = torch.where(counted, token_weights, 0)
     loss = TokenLoss(None, {"token_ids": token_ids}, ("student_log_prob", "student_entropy"))
     weighted = dataclasses.replace(chosen, token_weights=token_weights)
@@ -92,7 +96,7 @@ def apply_token_loss(
     options: Options,
 ) -> LossOutput:
     """Check what the losses of the sampled token have in common, and apply the objective."""
-    lm_head = placed_head(head, options.process_group)
+    lm_head = placed_head(head, "head", options.process_group)
     shape = check_tokens(hidden, lm_head, loss.inputs["token_ids"], options)
     for name, tensor in loss.inputs.items():
         if name != "token_ids":
@@ -101,7 +105,7 @@ def apply_token_loss(
     metrics = current_names("metrics", options.metrics, loss.metrics)
     side: States | None = None
     if teacher is not None:
-        side = teacher[0], placed_head(teacher[1], options.process_group)
+        side = teacher[0], placed_head(teacher[1], "teacher_head", options.process_group)
         check_teacher_states(*side, hidden, lm_head, "hidden")
     applied = apply_objective(
         TokenLossObjective(loss.surrogate, tuple(loss.inputs), tuple(metrics.values())),

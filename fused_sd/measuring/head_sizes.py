@@ -50,6 +50,7 @@ def head_size(
     model: str | PathLike[str] | Mapping[str, Any] | object | None,
     hidden_size: int | None = None,
     vocab: int | None = None,
+    argument: str = "model",
 ) -> HeadSize:
     """Return the size of the head that the arguments name.
 
@@ -59,6 +60,7 @@ def head_size(
             its cache or on the hub, a transformers configuration, or its dict; None: the sizes are
             given.
         hidden_size, vocab: the sizes, instead of a model.
+        argument: how the caller calls the model.
 
     Raises:
         ValueError: the model is unknown, or comes with a size, or nothing is given.
@@ -66,7 +68,7 @@ def head_size(
     if model is None:
         if hidden_size is None or vocab is None:
             checks.fail(
-                "model",
+                argument,
                 "be given, or hidden_size and vocab both",
                 f"hidden_size={hidden_size}, vocab={vocab}",
                 "pass a name, a config.json, a configuration, or both sizes",
@@ -76,17 +78,17 @@ def head_size(
         return _checked(hidden_size, vocab)
     if hidden_size is not None or vocab is not None:
         checks.fail(
-            "model",
+            argument,
             "come without hidden_size and vocab, which it sets",
             repr(model),
             "leave out one or the other",
         )
     if isinstance(model, str | PathLike):
-        return _by_text(str(model))
-    return _by_config(model)
+        return _by_text(argument, str(model))
+    return _by_config(argument, model)
 
 
-def _by_text(text: str) -> HeadSize:
+def _by_text(argument: str, text: str) -> HeadSize:
     """The size of a known model, or of the configuration at a path."""
     name = text.rstrip("/").rpartition("/")[2].lower()
     stripped = _strip(name)
@@ -101,18 +103,18 @@ def _by_text(text: str) -> HeadSize:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             checks.fail(
-                "model",
+                argument,
                 "be a readable config.json",
                 f"{text!r} ({error})",
                 "check the name, or pass hidden_size and vocab",
             )
         if None not in _sizes(config):
-            return _by_config(config)
+            return _by_config(argument, config)
     # what a config.json leaves out has a default in transformers
-    return _by_config(_by_transformers(text))
+    return _by_config(argument, _by_transformers(argument, text))
 
 
-def _by_transformers(text: str) -> object:
+def _by_transformers(argument: str, text: str) -> object:
     """The configuration that transformers has of a model: in its cache, or on the hub."""
     why = "transformers is not installed"
     if find_spec("transformers") is not None:
@@ -130,7 +132,7 @@ def _by_transformers(text: str) -> object:
                 except Exception as error:  # no such model, no access, code of its own
                     why = f"the hub: {_first_line(error)}"
     checks.fail(
-        "model",
+        argument,
         "be a config.json, a model in transformers' cache or on the hub, or one that --help lists",
         f"{text!r} ({why})",
         "check the name, or pass hidden_size and vocab",
@@ -165,12 +167,12 @@ def _strip(name: str) -> str:
             return name
 
 
-def _by_config(config: object) -> HeadSize:
+def _by_config(argument: str, config: object) -> HeadSize:
     """The size in a configuration, or in the text model's inside a multimodal one."""
     found = _sizes(config)
     if None in found:
         checks.fail(
-            "model",
+            argument,
             "be a configuration with hidden_size and vocab_size",
             type(config).__name__,
             "pass hidden_size and vocab themselves",
@@ -189,8 +191,5 @@ def _entry(config: object, name: str) -> Any:
 
 def _checked(hidden_size: Any, vocab: Any) -> HeadSize:
     for name, value in (("hidden_size", hidden_size), ("vocab", vocab)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            checks.fail(
-                name, "be an integer of at least 1", repr(value), "pass the head's own size"
-            )
+        checks.check_positive_int(name, value)
     return HeadSize(hidden_size, vocab)

@@ -23,8 +23,7 @@ def check_sizes(
     """Check numbers of tokens and ranks, the reduction, the masked share and the chunk size."""
     counts = {"tokens": tokens, "tensor_parallel": tensor_parallel, "world_size": world_size}
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            checks.fail(name, "be an integer of at least 1", repr(value), "pass their number")
+        checks.check_positive_int(name, value)
     if world_size % tensor_parallel:
         checks.fail(
             "world_size",
@@ -63,7 +62,7 @@ def check_gradient(
 def dtype_name(dtype: torch.dtype | str) -> str:
     """Return the name of a dtype that is given by its name or itself."""
     for name in PLANNED_DTYPES:
-        if dtype in (name, DTYPES[name]):
+        if isinstance(dtype, str | torch.dtype) and dtype in (name, DTYPES[name]):
             return name
     checks.fail("dtype", "be bf16, fp16 or fp32", repr(dtype), "plan for the operands' dtype")
     raise AssertionError

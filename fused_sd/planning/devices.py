@@ -104,6 +104,9 @@ def find_device(
     for name, value in (("rate", rate), ("link", link)):
         if value is not None:
             checks.check_positive(name, value, "leave it out for the known one")
+    if device is not None and not isinstance(device, str | torch.device):
+        rule, remedy = "be a name or a torch.device", f"name one of {', '.join(CARDS)}, or 'cuda'"
+        checks.fail("device", rule, repr(device), remedy)
     card = CARDS.get(device.upper()) if isinstance(device, str) else None
     if card is not None:
         known = int(card.memory if free_bytes is None else free_bytes)

@@ -112,11 +112,14 @@ def plan(
         fused_sd: 4.8 GiB
         eager: 37.2 GiB
     """
+    checks.check_bool("train_head", train_head)
+    if shared_head is not None:
+        checks.check_bool("shared_head", shared_head)
     head = head_size(model, hidden_size, vocab)
     world_size = tensor_parallel if world_size is None else world_size
     checking.check_sizes(tokens, world_size, tensor_parallel, reduction, masked, chunk_size)
     dtype_name = checking.dtype_name(dtype)
-    other = head if teacher is None else head_size(teacher)
+    other = head if teacher is None else head_size(teacher, argument="teacher")
     shared = teacher is None if shared_head is None else shared_head
     if shared and other != head:
         checks.fail(

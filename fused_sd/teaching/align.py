@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_sd.checks import fail
+from fused_sd.checks import check_instance, check_positive, fail
+from fused_sd.checks.tensors import REAL, check_dtype, check_integers, check_tensor
 from fused_sd.teaching.sequences import Sequences
 
 
@@ -49,6 +50,18 @@ class Alignment:
     teacher_positions: Tensor
     token_ids: Tensor
     weights: Tensor
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check_tensor(name, value)
+            if value.dim() != 1 or value.shape != self.student_positions.shape:
+                counts = {field: tuple(values.shape) for field, values in vars(self).items()}
+                remedy = "select the same tokens on both"
+                fail("alignment", "hold N values in each field", counts, remedy)
+            if name == "weights":
+                check_dtype(name, value, REAL, "pass floats")
+            else:
+                check_integers(name, value)
 
 
 def align_responses(
@@ -145,6 +158,10 @@ def check_alignment(
         Traceback (most recent call last):
         ValueError: ...
     """
+    check_positive("temperature", temperature)
+    if teacher_temperature is not None:
+        check_positive("teacher_temperature", teacher_temperature)
+    check_instance("alignment", alignment, Alignment)
     if teacher_temperature is not None and teacher_temperature != temperature:
         fail(
             "teacher_temperature",
@@ -152,9 +169,6 @@ def check_alignment(
             teacher_temperature,
             "two temperatures differ where both sides agree: pass one",
         )
-    counts = {tuple(value.shape) for value in vars(alignment).values()}
-    if len(counts) != 1:
-        fail("alignment", "hold N values in each field", counts, "select the same tokens on both")
     student = Sequences.of("student", student_ids, student_mask, student_sequence_ids)
     teacher = Sequences.of("teacher", teacher_ids, teacher_mask, teacher_sequence_ids)
     student.check_predictions(alignment.student_positions, alignment.token_ids)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_sd.checks import fail
-from fused_sd.checks.tensors import check_mask, check_tensor
+from fused_sd.checks.tensors import INTEGER, check_dtype, check_integers, check_mask, check_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +29,9 @@ class Sequences:
     def of(cls, name: str, ids: Tensor, mask: Tensor, sequence_ids: Tensor | None) -> "Sequences":
         """Flatten a batch (B, L); without ``sequence_ids`` each row is one sequence."""
         check_tensor(f"{name}_ids", ids)
-        if ids.is_floating_point() or ids.dtype == torch.bool:
-            fail(f"{name}_ids", "be integer token ids", ids.dtype, "pass int64 ids")
+        check_integers(f"{name}_ids", ids)
+        if ids.is_meta:
+            fail(f"{name}_ids", "have values", "a tensor on the meta device", "pass real ids")
         if ids.dim() != 2:
             fail(f"{name}_ids", "be (B, L)", tuple(ids.shape), "give one row for one sequence")
         if sequence_ids is None:
@@ -40,6 +41,10 @@ class Sequences:
             if value.shape != ids.shape:
                 rule = f"be {tuple(ids.shape)} as {name}_ids"
                 fail(f"{name}_{what}", rule, tuple(value.shape), "pass one value for each id")
+            if value.device != ids.device:
+                rule = f"be on {ids.device} as {name}_ids"
+                fail(f"{name}_{what}", rule, value.device, f"move it to {ids.device}")
+        check_dtype(f"{name}_sequence_ids", sequence_ids, INTEGER, "pass int64 numbers")
         check_mask(f"{name}_mask", mask)
         places = mask.flatten().nonzero()[:, 0]
         numbers = sequence_ids.flatten()[places].long()
@@ -61,6 +66,9 @@ class Sequences:
         if mask.shape != self.shape:
             got = tuple(mask.shape)
             fail(f"{self.name}_response_mask", f"be {self.shape} as ids", got, "mark each id")
+        if mask.device != self.ids.device:
+            rule = f"be on {self.ids.device} as {self.name}_ids"
+            fail(f"{self.name}_response_mask", rule, mask.device, f"move it to {self.ids.device}")
         marked = mask.flatten() != 0
         tokens = marked[self.places].nonzero()[:, 0]
         if int(marked.sum()) != tokens.numel():

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_sd.checks import fail
-from fused_sd.head.lm_head import LMHead
+from fused_sd.checks import check_instance, check_positive, fail
+from fused_sd.checks.tensors import check_hidden
+from fused_sd.head.lm_head import LMHead, as_head
 from fused_sd.losses.log_probs import token_log_probs
 from fused_sd.teaching.align import Alignment
 
@@ -89,9 +90,16 @@ def detect_shift(
         >>> fused_sd.detect_shift(hidden[:7], head, hidden[1:], head, places).shift  # one too late
         1
     """
-    if not isinstance(alignment, Alignment):
-        got, remedy = type(alignment).__name__, "pass what align_responses returned"
-        fail("alignment", "be an Alignment", got, remedy)
+    check_instance("alignment", alignment, Alignment)
+    check_positive("temperature", temperature)
+    sides = {"student": (student_hidden, student_head), "teacher": (teacher_hidden, teacher_head)}
+    for name, (hidden, head) in sides.items():
+        lm_head = as_head(head, f"{name}_head")
+        check_hidden(hidden, f"{name}_hidden", lm_head.weight, f"{name}_head")
+        if hidden.shape[:-1] != alignment.token_ids.shape:
+            rule = f"be (N, D) with N = {alignment.token_ids.numel()} as the alignment"
+            remedy = f"take them at its {name}_positions"
+            fail(f"{name}_hidden", rule, tuple(hidden.shape), remedy)
     adjacent = alignment.student_positions.diff() == 1
     # compare the three on the same tokens: those with a response token on either side
     middle = (adjacent[:-1] & adjacent[1:]).nonzero()[:, 0] + 1

@@ -7,7 +7,7 @@ optimizer.step()
 teacher.update(finite=gradients_were_finite)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -85,6 +85,9 @@ class Teacher:
         checks.check_one_of("kind", kind, get_args(Kind))
         checks.check_unit_interval("rate", rate)
         checks.check_positive_int("every", every)
+        for name, module in (("student", student), ("weights", weights)):
+            if not isinstance(module, nn.Module) and (name == "student" or module is not None):
+                fail(name, "be a torch.nn.Module", repr(module), "pass a model that is loaded")
         self.kind, self.rate, self.every = kind, rate, every
         self.age = 0
         """Optimiser steps since the teacher's weights last changed."""
@@ -135,8 +138,8 @@ class Teacher:
         Call it once after each optimiser step.
 
         Args:
-            finite: whether the step's gradients were finite.  If not, trainers skip the step,
-                and so does the teacher.
+            finite: whether the step's gradients were finite, as a bool or a tensor of one.  If not,
+                trainers skip the step, and so does the teacher.
 
         Returns:
             Whether the teacher's weights changed.
@@ -144,6 +147,9 @@ class Teacher:
         Raises:
             ValueError: the weights are not on this rank, or the model's structure changed.
         """
+        if isinstance(finite, Tensor) and finite.numel() == 1 and finite.dtype == torch.bool:
+            finite = bool(finite)
+        checks.check_bool("finite", finite)
         if not finite:
             return False
         if self.kind == "live":
@@ -227,20 +233,31 @@ class Teacher:
         for name, teacher in self._weights()[1].items():
             yield name, whole(held[name], teacher)
 
-    @torch.no_grad()
-    def _check_kind(self, state: dict[str, Any]) -> None:
+    def _check_state(self, state: Any) -> None:
         """Refuse the state of another kind of teacher, or of a module."""
+        if not isinstance(state, Mapping):
+            fail("state", "be a dict", type(state).__name__, "pass what state_dict returned")
         kind = state.get("kind")
         if kind != self.kind:
             fail("state", f"be of kind {self.kind!r}", repr(kind), "make that teacher")
+        checks.check_whole("state['age']", state.get("age"), "pass what state_dict returned")
+        weights = state.get("weights")
+        if not isinstance(weights, Mapping):
+            got = type(weights).__name__
+            fail("state['weights']", "be a dict of tensors", got, "pass what state_dict returned")
+        for name, value in weights.items():
+            if not isinstance(value, Tensor):
+                got = f"{name}: {type(value).__name__}"
+                fail("state['weights']", "hold tensors", got, "pass what state_dict returned")
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what ``state_dict`` returned, or from the same with whole weights.
 
         Raises:
             ValueError: the state is of another kind, model or sharding.
         """
-        self._check_kind(state)
+        self._check_state(state)
         teachers = self._weights()[1]
         weights = {
             name: shard_like(value, teachers[name]) if name in teachers else value

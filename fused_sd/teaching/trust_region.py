@@ -66,7 +66,8 @@ def trust_region_states(
         True
     """
     checks.check_unit_interval("rate", rate)
-    sides = (reference_hidden, as_head(reference_head)), (student_hidden, as_head(student_head))
+    reference_side = reference_hidden, as_head(reference_head, "reference_head")
+    sides = reference_side, (student_hidden, as_head(student_head, "student_head"))
     _check_sides(*sides)
     if rate in (0, 1):
         hidden, head = sides[int(rate)]
@@ -108,13 +109,16 @@ def _check_sides(reference: StatesAndHead, student: StatesAndHead) -> None:
     vocabularies = [(head.weight.shape[0], head.num_tokens) for head in (before, now)]
     if vocabularies[0] != vocabularies[1]:
         got = f"{vocabularies[0]} and {vocabularies[1]} rows and tokens"
-        fail("reference_head", "have the student's vocabulary", got, "cut both to the same rows")
+        rule = "have the vocabulary of student_head"
+        fail("reference_head", rule, got, "cut both to the same rows")
     if states.shape[:-1] != student_states.shape[:-1]:
         got = f"{tuple(states.shape)} and {tuple(student_states.shape)}"
-        fail("reference_hidden", "be (..., R) at the student's tokens", got, "select the same ones")
+        rule = "be (..., R) at the tokens of student_hidden"
+        fail("reference_hidden", rule, got, "select the same ones")
     if states.dtype != student_states.dtype or before.weight.dtype != now.weight.dtype:
         got = f"{states.dtype} and {student_states.dtype}"
-        fail("reference_hidden", "have the student's dtype, and its head too", got, "cast one side")
+        rule = "have the dtype of student_hidden, and its head too"
+        fail("reference_hidden", rule, got, "cast one side")
 
 
 def _is_shared(before: LMHead, now: LMHead) -> bool:

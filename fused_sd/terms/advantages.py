@@ -72,19 +72,22 @@ def rlcsd_advantages(
         tensor([ True, False,  True])
     """
     checks.check_positive("temperature", temperature)
-    if not isinstance(clip, tuple | list) or len(clip) != 2:
-        checks.fail("clip", "be (lowest, highest)", repr(clip), "pass the residual's two bounds")
+    for setting, number in (("scale", scale), ("mix", mix), ("threshold", threshold)):
+        checks.check_finite(setting, number, "pass the configuration's number")
+    checks.check_bounds("clip", clip, "pass the residual's lowest and highest value")
     tensor_checks.check_tensor("advantages", advantages)
-    shape = advantages.shape
-    tensor_checks.check_leading("correct_log_probs", correct_log_probs, shape, "advantages")
-    for name, tensor in (("wrong_log_probs", wrong_log_probs), ("wrong_mask", wrong_mask)):
-        if tensor is None:
-            continue
-        tensor_checks.check_tensor(name, tensor)
-        if tensor.dim() != len(shape) + 1 or tensor.shape[:-1] != shape:
-            rule, got = f"be (..., K) with the tokens {tuple(shape)}", tuple(tensor.shape)
-            checks.fail(name, rule, got, "give K values for each token of advantages")
-    if wrong_mask is None:
+    owner = advantages.shape, advantages.device, "advantages"
+    tensor_checks.check_per_token("advantages", advantages, *owner)
+    tensor_checks.check_tensor("correct_log_probs", correct_log_probs)
+    tensor_checks.check_per_token("correct_log_probs", correct_log_probs.detach(), *owner)
+    floats = tensor_checks.FLOATING
+    tensor_checks.check_hints("wrong_log_probs", wrong_log_probs, floats, advantages)
+    if wrong_mask is not None:
+        tensor_checks.check_hints("wrong_mask", wrong_mask, (torch.bool,), advantages)
+        if wrong_mask.shape != wrong_log_probs.shape:
+            rule, got = f"be {tuple(wrong_log_probs.shape)}", tuple(wrong_mask.shape)
+            checks.fail("wrong_mask", rule, got, "mark each wrong_log_probs")
+    else:
         wrong_mask = torch.ones_like(wrong_log_probs, dtype=torch.bool)
     num_wrong = wrong_mask.sum(-1)
     pooled = wrong_log_probs.detach().masked_fill(~wrong_mask, -torch.inf).logsumexp(-1)
@@ -135,16 +138,18 @@ def iw_opd_advantages(
     checks.check_non_negative("gamma", gamma, "0.5 is the paper's")
     tensor_checks.check_mask("mask", mask)
     for name, tensor in (("teacher", teacher_log_probs), ("rollout", rollout_log_probs)):
-        tensor_checks.check_leading(f"{name}_log_probs", tensor, mask.shape, "mask")
+        tensor_checks.check_tensor(f"{name}_log_probs", tensor)
+        owner = mask.shape, mask.device, "mask"
+        tensor_checks.check_per_token(f"{name}_log_probs", tensor.detach(), *owner)
+        if tensor_checks.is_readable(tensor) and not tensor.isfinite()[mask != 0].all():
+            checks.fail(
+                f"{name}_log_probs",
+                "be finite wherever the mask is set",
+                "a value that is not",
+                "mask the token, or ask for the log-probability of that id",
+            )
     counted = mask.to(torch.bool)
     gap = torch.where(counted, teacher_log_probs.detach() - rollout_log_probs.detach(), 0)
-    if tensor_checks.is_readable(gap) and not bool(torch.isfinite(gap).all()):
-        checks.fail(
-            "teacher_log_probs",
-            "be finite wherever the mask is set",
-            "a value that is not",
-            "mask the token, or ask the teacher for that id",
-        )
     size = gap.abs()
     before = size.cumsum(-1) - size
     whole = size.sum(-1, keepdim=True).clamp(min=1e-8)

@@ -160,7 +160,7 @@ class Comparison:
             if size < larger and is_compared and lacking in self.term.definition.infinite_without:
                 checks.fail(
                     f"{other}_head",
-                    f"have no tokens beyond the {lacking}'s {size} for a KL from the {other}",
+                    f"have no tokens beyond the {size} of {lacking}_head for a KL from the {other}",
                     larger,
                     f"the KL is infinite on them: pass LMHead(weight, valid_vocab={size}) there",
                 )

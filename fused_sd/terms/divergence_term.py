@@ -65,7 +65,7 @@ def divergence_term(divergence: Divergence, argument: str = "divergence") -> Div
     """
     for name, definition in DIVERGENCES.items():
         if definition.setting is None:
-            if divergence == name:
+            if isinstance(divergence, str) and divergence == name:
                 return DivergenceTerm(name, 0.0)
         elif isinstance(divergence, definition.setting):
             return DivergenceTerm(name, getattr(divergence, definition.parameter_name))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import checks
+from fused_sd.checks import tensors as tensor_checks
 from fused_sd.terms.weighting import log_ratio
 
 
@@ -53,7 +54,10 @@ class Evidence:
 
     def __post_init__(self) -> None:
         checks.check_clip_pair("clip", self.clip)
-        if not isinstance(self.mix, Tensor):
+        if isinstance(self.mix, Tensor):
+            tensor_checks.check_tensor("mix", self.mix)
+            tensor_checks.check_dtype("mix", self.mix, tensor_checks.REAL, "pass floats")
+        else:
             checks.check_unit_interval("mix", self.mix)
         checks.check_one_of("log_prob", self.log_prob, ("current", "old"))
 
@@ -117,7 +121,7 @@ class EvidenceSchedule:
             ("decay_steps", decay_steps),
             ("first_step", first_step),
         ):
-            checks.check_non_negative(name, steps, "pass a number of steps")
+            checks.check_whole(name, steps, "pass a number of steps")
         self.peak, self.warmup_steps = peak, warmup_steps
         self.hold_steps, self.decay_steps = hold_steps, decay_steps
         self.first_step, self.num_steps = first_step, 0

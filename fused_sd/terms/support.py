@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import checks
+from fused_sd.checks import tensors as tensor_checks
 from fused_sd.settings import setting
 from fused_sd.terms.ids import first_occurrence
 
@@ -297,6 +298,10 @@ class TokenIds(Support):
     ids: Tensor
 
     name: ClassVar[str] = "ids"
+
+    def __post_init__(self) -> None:
+        tensor_checks.check_tensor("ids", self.ids)
+        tensor_checks.check_integers("ids", self.ids)
 
     @property
     def num_entries(self) -> int:

@@ -61,7 +61,7 @@ class Surrogate:
 
 def check_estimator(argument: str, estimator: object) -> None:
     """Check the name of an estimator of a KL."""
-    if estimator in ("kl", "k1_direct", "direct"):
+    if isinstance(estimator, str) and estimator in ("kl", "k1_direct", "direct"):
         checks.fail(
             argument,
             "not differentiate log_prob - reference directly: its gradient does not depend on the "

@@ -7,7 +7,7 @@ Dimension key:  B sequences, T tokens of a sequence
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -48,6 +48,9 @@ class ImportanceCap:
     cap: float = 2.0
 
     def __post_init__(self) -> None:
+        old, floats = self.old_log_probs, tensor_checks.FLOATING
+        tensor_checks.check_tensor("old_log_probs", old)
+        tensor_checks.check_dtype("old_log_probs", old, floats, "pass natural logarithms")
         checks.check_positive("cap", self.cap, "pass importance=None for no importance ratio")
 
 
@@ -115,9 +118,12 @@ def aggregation_weights(
         tensor([[0.1250, 0.1250, 0.1250, 0.1250],
                 [0.5000, 0.0000, 0.0000, 0.0000]])
     """
-    tensor_checks.check_mask("mask", mask)
-    if mask.dim() != 2:
-        checks.fail("mask", "be (B, T)", tuple(mask.shape), "give one row for each sequence")
+    checks.check_one_of("mode", mode, get_args(Aggregation))
+    _check_sequences(mask)
+    if not isinstance(dtype, torch.dtype) or dtype not in tensor_checks.FLOATING:
+        checks.fail("dtype", "be a torch.dtype of floats", repr(dtype), "pass torch.float32")
+    _check_divisor("num_tokens", num_tokens, mode == "token_mean", "token_mean")
+    _check_divisor("length", length, mode == "constant_length", "constant_length")
     weights = mask.to(dtype)
     per_sequence = weights.sum(-1, keepdim=True)
     num_nonempty = (per_sequence > 0).sum().clamp(min=1)
@@ -126,10 +132,6 @@ def aggregation_weights(
     if mode == "token_mean":
         if num_tokens is None:
             return weights / weights.sum().clamp(min=1)
-        if not isinstance(num_tokens, Tensor):
-            checks.check_positive(
-                "num_tokens", num_tokens, "pass the number of tokens to divide by"
-            )
         return weights / num_tokens
     if mode == "sequence_mean_token_sum":
         return weights / num_nonempty
@@ -137,13 +139,34 @@ def aggregation_weights(
         return weights / per_sequence.clamp(min=1) / num_nonempty
     if mode == "all_sequences_mean_token_mean":
         return weights / per_sequence.clamp(min=1) / max(mask.shape[0], 1)
-    if mode == "constant_length":
-        checks.check_positive("length", length, "pass the completion length to divide by")
-        assert length is not None
-        return weights / (length * max(mask.shape[0], 1))
-    modes = Aggregation.__args__
-    checks.check_one_of("mode", mode, modes)
-    raise AssertionError(mode)
+    if length is None:
+        remedy = "pass the completion length to divide by"
+        checks.fail("length", 'come with "constant_length"', "None", remedy)
+    return weights / (length * max(mask.shape[0], 1))
+
+
+def _check_sequences(mask: object) -> None:
+    """Check a mask of sequences."""
+    tensor_checks.check_mask("mask", mask)
+    assert isinstance(mask, Tensor)
+    if mask.dim() != 2:
+        checks.fail("mask", "be (B, T)", tuple(mask.shape), "give one row for each sequence")
+
+
+def _check_divisor(argument: str, divisor: object, is_read: bool, mode: str) -> None:
+    """Check a divisor of a sum, and that the mode reads it."""
+    if divisor is None:
+        return
+    if not is_read:
+        remedy = "leave it out, or name that mode"
+        checks.fail(argument, f'come with "{mode}"', repr(divisor), remedy)
+    if not isinstance(divisor, Tensor):
+        checks.check_positive(argument, divisor, "pass the number of tokens to divide by")
+        return
+    tensor_checks.check_tensor(argument, divisor)
+    tensor_checks.check_dtype(argument, divisor, tensor_checks.REAL, "pass one number")
+    if divisor.numel() != 1:
+        checks.fail(argument, "be one number", tuple(divisor.shape), "sum the mask")
 
 
 def skip_first_tokens(mask: Tensor, num_tokens: int) -> Tensor:
@@ -156,9 +179,7 @@ def skip_first_tokens(mask: Tensor, num_tokens: int) -> Tensor:
         tensor([[0, 0, 0, 1, 1],
                 [0, 0, 0, 0, 1]])
     """
-    tensor_checks.check_mask("mask", mask)
-    remedy = "pass a whole number; 0 skips none"
-    is_whole = isinstance(num_tokens, int) and num_tokens >= 0
-    checks.check_number("num_tokens", num_tokens, "be an integer of at least 0", is_whole, remedy)
+    _check_sequences(mask)
+    checks.check_whole("num_tokens", num_tokens, "pass a whole number; 0 skips none")
     counted = mask != 0
     return torch.where(counted & (counted.cumsum(-1) > num_tokens), mask, 0)

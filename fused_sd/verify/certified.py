@@ -51,7 +51,7 @@ def broken_certificate(
     dhidden = hidden_gradient(dlogits, operands.weight).norm()
     dweight = ((dlogits @ dlogits.T) * (states @ states.T)).sum().sqrt()
     true_norm = dlogits.abs().sum(-1)
-    farthest, _ = radius(as_head(operands.weight))
+    farthest, _ = radius(as_head(operands.weight, "weight"))
     by_hidden = (dropped * farthest.double()).norm()  # whose rounding is the bound's other part
     by_weight = (dropped * states.norm(dim=-1)).sum()
     promised = {  # a number and its bound

@@ -117,10 +117,17 @@ class AdapterTeacher(Teacher):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a ``state_dict``; add or delete the teacher's adapter, if the state says so."""
-        self._check_kind(state)
+        self._check_state(state)
         if self.uses_base and state["weights"]:
             self._own = copy_adapter(self._peft, self._name, ADAPTER)
-        elif self.kind == "frozen" and self._own is not None and not state["weights"]:
+            try:
+                super().load_state_dict(state)
+            except ValueError:  # of another model: the student is left as it was
+                self._peft.delete_adapter(self._own)
+                self._own = None
+                raise
+            return
+        if self.kind == "frozen" and self._own is not None and not state["weights"]:
             self._peft.delete_adapter(self._own)
             self._own = None
         super().load_state_dict(state)

@@ -234,19 +234,19 @@ BAD = {
     ),
     "entry ids shape": (
         lambda c: distill(c, support=fused_sd.TokenIds(torch.zeros(N, dtype=torch.int64))),
-        r"token ids must be \(..., K\) with leading shape \(7,\)",
+        r"ids must be \(..., K\) with leading shape \(7,\) as student_hidden",
     ),
     "entry ids range": (
         lambda c: distill(c, support=fused_sd.TokenIds(torch.full((N, 2), 70))),
-        "token ids must lie below V = 67, got 70; mark padding with a negative id",
+        "ids must lie below V = 67, got 70; mark padding with a negative id",
     ),
     "vocabularies": (
         lambda c: distill(c, divergence="forward_kl", teacher_head=torch.zeros(70, D).double()),
-        r"teacher_head must have no tokens beyond the student's 67.*got 70.*valid_vocab=67",
+        r"teacher_head must have no tokens beyond the 67 of student_head.*got 70.*valid_vocab=67",
     ),
     "student vocabulary": (
         lambda c: distill(c, teacher_head=torch.zeros(60, D).double()),
-        r"student_head must have no tokens beyond the teacher's 60.*valid_vocab=60",
+        r"student_head must have no tokens beyond the 60 of teacher_head.*valid_vocab=60",
     ),
     "server shape": (
         lambda c: served(c, log_probs=torch.zeros(N, 2)),
@@ -262,7 +262,7 @@ BAD = {
     ),
     "server integers": (
         lambda c: served(c, log_probs=torch.zeros(N, 3, dtype=torch.int64)),
-        "teacher_log_probs must be floating point",
+        "teacher_log_probs must be float64, float32",
     ),
     "entries repeat": (
         lambda c: fused_sd.entry_log_probs(
@@ -384,7 +384,7 @@ BAD = {
     ),
     "length": (
         lambda c: fused_sd.aggregation_weights(torch.ones(2, 3), "constant_length"),
-        "length must be .*above 0, got None",
+        'length must come with "constant_length", got None',
     ),
     "alpha above 1": (
         lambda c: fused_sd.sdpo_loss(*sides(c), alpha=2.0, top_k=5),
@@ -400,7 +400,7 @@ BAD = {
     ),
     "a layer as head": (
         lambda c: distill(c, student_head=torch.nn.Linear(D, V)),
-        r"weight must be a tensor, got the module Linear; pass LMHead.of\(model\), or its weight",
+        r"student_head must be a tensor, got the module Linear; pass LMHead.of\(model\)",
     ),
     "a layer in a head": (
         lambda c: LMHead(torch.nn.Linear(D, V)),
@@ -452,7 +452,7 @@ BAD = {
     ),
     "a shift of no alignment": (
         lambda c: fused_sd.detect_shift(c.hidden, c.weight, c.teacher_hidden, c.weight, [1]),
-        "alignment must be an Alignment, got list",
+        r"alignment must be a fused_sd.Alignment, got \[1\]",
     ),
     "ids of floats to align": (
         lambda c: fused_sd.align_responses(
@@ -464,7 +464,7 @@ BAD = {
         lambda c: fused_sd.rlcsd_advantages(
             c.old_log_probs, c.old_log_probs, c.old_log_probs[:, None], clip=2.0
         ),
-        r"clip must be \(lowest, highest\), got 2.0",
+        r"clip must be \(lowest, highest\), two finite numbers, got 2.0",
     ),
     "a mask of other tokens": (
         lambda c: fused_sd.iw_opd_advantages(-torch.ones(2, 3), -torch.ones(2, 3), torch.ones(3)),
@@ -492,7 +492,7 @@ BAD = {
     ),
     "NaN as advantage": (
         lambda c: policy(c, advantages=torch.full((N,), torch.nan)),
-        "advantages must not be NaN wherever the token has a weight, got nan",
+        "advantages must be finite wherever the token has a weight, got nan",
     ),
     "old probabilities": (
         lambda c: policy(c, old_log_probs=torch.full((N,), 0.5)),
@@ -506,11 +506,11 @@ BAD = {
     ),
     "a teacher's top-k beyond the student's vocabulary": (
         lambda c: fused_sd.sd_zero_loss(*sides(c, rows=70), top_k=4),
-        r"teacher_head must have no tokens beyond the student's 67.*got 70.*valid_vocab=67",
+        r"teacher_head must have no tokens beyond the 67 of student_head.*got 70.*valid_vocab=67",
     ),
     "a student's top-k beyond the teacher's vocabulary": (
         lambda c: fused_sd.sdpo_loss(*sides(c, rows=60), top_k=4, alpha=1.0),
-        r"student_head must have no tokens beyond the teacher's 60.*valid_vocab=60",
+        r"student_head must have no tokens beyond the 60 of teacher_head.*valid_vocab=60",
     ),
     "an entry that the student lacks": (
         lambda c: distill(
@@ -519,7 +519,7 @@ BAD = {
             divergence="forward_kl",
             support=fused_sd.TokenIds(torch.full((N, 1), 68)),
         ),
-        "token ids must lie below V = 67, got 68",
+        "ids must lie below V = 67, got 68",
     ),
 }
 

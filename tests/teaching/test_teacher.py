@@ -633,14 +633,14 @@ def test_trust_regions_that_are_not_linear_or_do_not_fit_are_refused():
         trust_region_states(reference, before, student, capped, 0.1)
     with pytest.raises(ValueError, match="reference_head must have no soft-cap"):
         trust_region_states(reference, capped, student, now, 0)
-    with pytest.raises(ValueError, match="the student's vocabulary"):
+    with pytest.raises(ValueError, match="the vocabulary of student_head"):
         trust_region_states(reference, before.weight[:10], student, now, 0.1)
     smaller = LMHead(before.weight, valid_vocab=10)
-    with pytest.raises(ValueError, match="the student's vocabulary"):
+    with pytest.raises(ValueError, match="the vocabulary of student_head"):
         trust_region_states(reference, smaller, student, now, 0.1)
-    with pytest.raises(ValueError, match="the student's dtype"):
+    with pytest.raises(ValueError, match="the dtype of student_hidden"):
         trust_region_states(reference.float(), before.weight.float(), student, now, 0.1)
-    with pytest.raises(ValueError, match="at the student's tokens"):
+    with pytest.raises(ValueError, match="at the tokens of student_hidden"):
         trust_region_states(reference[:1], before, student, now, 0.1)
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]"):
         trust_region_states(reference, before, student, now, 1.1)
