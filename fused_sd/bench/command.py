@@ -17,7 +17,7 @@ import torch
 import fused_sd
 from fused_sd import checks
 from fused_sd.bench.cell import Cell
-from fused_sd.bench.measure import Effort, is_out_of_memory
+from fused_sd.bench.measure import Effort
 from fused_sd.bench.problem import MEAN_KL, OBJECTIVE_OF, Shape, make_problem, variant
 from fused_sd.bench.progress import (
     Progress,
@@ -30,14 +30,21 @@ from fused_sd.bench.progress import (
 from fused_sd.bench.providers import PROVIDERS
 from fused_sd.bench.rounds import measure_cell
 from fused_sd.bench.table import LEGEND, LINE, US, report_lines
-from fused_sd.measuring.arguments import add_head_size, chosen_device, chosen_head_size
+from fused_sd.measuring.arguments import (
+    add_head_size,
+    check_count,
+    chosen_device,
+    chosen_head_size,
+)
 from fused_sd.measuring.dtypes import DTYPES
 from fused_sd.measuring.environment import device_name, environment
+from fused_sd.measuring.failures import is_out_of_memory
 from fused_sd.measuring.head_sizes import head_size
 from fused_sd.measuring.losses import LOSSES, add_losses, loss_names
 
 DEFAULT_LOSSES = "sdpo,gkd"
 LEAST_TOKENS, LEAST_HIDDEN, LEAST_VOCAB = 2, 4, 128  # SDPO compares 100 entries
+MOST_RUNS = 10_000
 BENCH_DTYPES = ("bf16", "fp32")  # an fp16 gradient needs a scaled loss, which no provider has here
 
 
@@ -118,10 +125,11 @@ def resolve(arguments: argparse.Namespace) -> Choices:
         ("--tokens", tokens, LEAST_TOKENS),
         ("--hidden", hidden_size, LEAST_HIDDEN),
         ("--vocab", vocab, LEAST_VOCAB),
-        ("--runs", 1 if arguments.runs is None else arguments.runs, 1),
     ):
-        if value < least:
-            checks.fail(option, f"be at least {least}", value, "leave it out for the default")
+        check_count(option, value, least)
+    if arguments.runs is not None:
+        check_count("--runs", arguments.runs, 1, MOST_RUNS)
+    checks.check_int_size("--seed", arguments.seed)
     if not 0 <= arguments.mask < 1 or round(arguments.mask * tokens) >= tokens:
         checks.fail("--mask", "leave a token that counts", arguments.mask, "pass 0.5 for half")
     if not 1e-4 <= arguments.kl <= 1:

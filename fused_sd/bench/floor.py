@@ -21,13 +21,13 @@ from fused_sd.bench.measure import (
     Effort,
     Run,
     affordable,
-    is_out_of_memory,
     quantile,
     timed,
     warm_up,
 )
 from fused_sd.bench.problem import Problem
 from fused_sd.head.projection import accumulation_dtype, matmul, matmul_add_
+from fused_sd.measuring.failures import is_out_of_memory
 from fused_sd.measuring.realistic import slabs
 
 FLOOR_RUNS = 10  # at most

@@ -126,7 +126,7 @@ class CreditMap:
             fail("text", "be a credit map in JSON", _short(data), remedy)
         try:
             rows = tuple(_read_row(row) for row in data["rows"])
-            return cls(rows, data["title"])
+            return cls(rows, _text(data["title"]))
         except (KeyError, TypeError, ValueError) as error:
             fail("text", "hold every field of a credit map", repr(error), remedy)
             raise
@@ -151,7 +151,14 @@ def _writable(value: Any) -> Any:
 
 def _read_row(row: Mapping[str, Any]) -> CreditRow:
     tokens = tuple(_read(TokenCredit, token) for token in row["tokens"])
-    return CreditRow(tokens, row["caption"], row["student_prompt"], row["teacher_prompt"])
+    texts = (row[name] for name in ("caption", "student_prompt", "teacher_prompt"))
+    return CreditRow(tokens, *map(_text, texts))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def _read(kind: type[Any], found: Mapping[str, Any]) -> Any:
@@ -160,6 +167,8 @@ def _read(kind: type[Any], found: Mapping[str, Any]) -> Any:
     for field in fields(kind):
         if field.type in (int, float):
             values[field.name] = field.type(values[field.name])
+        elif field.type is str:
+            _text(values[field.name])
         elif field.name.endswith("_top"):
             values[field.name] = tuple(_read(TopToken, top) for top in values[field.name])
     return kind(**values)

@@ -1,6 +1,7 @@
 """Run the demo from the command line: train, measure, write one HTML file."""
 
 import argparse
+import os
 import platform
 import tempfile
 import time
@@ -43,7 +44,24 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(chosen, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}; leave it out for the default")
+    if chosen.device not in ("auto", "cpu", "cuda"):
+        parser.error(f"--device must be auto, cpu or cuda, got {chosen.device}; leave it out")
+    if not 0 <= chosen.seed < 2**32 - chosen.seeds:  # what TRL's seeds allow
+        parser.error(f"--seed must be at least 0 and below 2**32, got {chosen.seed}; leave it out")
+    # before minutes of training, not after
+    for name, folder in (("output", chosen.output.resolve().parent), ("cache", chosen.cache)):
+        if not _is_writable(folder.expanduser()):
+            parser.error(f"--{name} must be in a folder that can be written, got {folder}")
+    if chosen.output.is_dir():
+        parser.error(f"--output must be a file to write, got the folder {chosen.output}")
     return chosen
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether a folder can be written, or made."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def environment(device: str) -> dict[str, str]:
@@ -77,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = chosen.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise SystemExit(f"--device must be auto, cpu or cuda, got {device}; pass auto to choose")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device must be auto or cpu where PyTorch sees no GPU, got cuda")
 
     with Live() as live:
         live.say("loading SmolLM2-135M-Instruct (the first time it is converted, about a minute)")
@@ -96,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             memory = measure_in_turns(directory, device)
 
     report = chosen.output.resolve()
+    report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(render(runs, memory, environment(device)), encoding="utf-8")
     live.summary(runs, memory, report, time.perf_counter() - started)
     if chosen.open:

@@ -8,6 +8,8 @@ from fused_sd import checks
 from fused_sd.measuring.environment import default_device
 from fused_sd.measuring.head_sizes import MODELS, HeadSize, head_size
 
+LARGEST_SIZE = 2**31 - 1  # of an axis that GEMMs take
+
 
 def add_head_size(
     command: argparse.ArgumentParser,
@@ -36,6 +38,14 @@ def chosen_head_size(arguments: argparse.Namespace, default: tuple[int, int]) ->
     return HeadSize(
         default[0] if hidden is None else hidden, default[1] if vocab is None else vocab
     )
+
+
+def check_count(option: str, value: int, least: int, most: int = LARGEST_SIZE) -> None:
+    """Refuse a number of tokens, rows or runs that is too small, or that nothing could hold."""
+    if value < least:
+        checks.fail(option, f"be at least {least}", value, "leave it out for the default")
+    if value > most:
+        checks.fail(option, f"be at most {most}", value, "leave it out for the default")
 
 
 def chosen_device(name: str) -> torch.device:

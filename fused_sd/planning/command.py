@@ -143,6 +143,6 @@ def parse_bytes(text: str) -> int:
     unit = text[len(number) :].strip().upper()
     try:
         return int(float(number) * SUFFIXES[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):  # the last of inf
         checks.fail("--free", "be a number of bytes", repr(text), "write 60GB or 56GiB")
         raise

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fused_sd import checks
-from fused_sd.measuring.arguments import chosen_device, chosen_head_size
+from fused_sd.measuring.arguments import check_count, chosen_device, chosen_head_size
 from fused_sd.measuring.dtypes import DTYPES
 from fused_sd.measuring.environment import chosen_backend
 from fused_sd.measuring.losses import loss_names
@@ -55,8 +55,8 @@ def resolve(arguments: argparse.Namespace) -> Choices:
         ("--hidden", hidden_size, MIN_HIDDEN),
         ("--vocab", vocab, MIN_VOCAB),
     ):
-        if value < least:
-            checks.fail(name, f"be at least {least}", value, "leave it out for the default")
+        check_count(name, value, least)
+    checks.check_int_size("--seed", arguments.seed)
     return Choices(
         losses,
         kls,

@@ -13,6 +13,7 @@ from typing import Any
 from fused_sd.measuring.arguments import add_head_size
 from fused_sd.measuring.dtypes import DTYPES
 from fused_sd.measuring.environment import environment
+from fused_sd.measuring.failures import is_out_of_memory
 from fused_sd.measuring.losses import add_losses
 from fused_sd.measuring.markdown_block import Block
 from fused_sd.verify import report
@@ -72,7 +73,18 @@ def run_verify(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"fused_sd verify: {error}", file=sys.stderr)
         return 2
-    verifier = Verifier(choices)
+    try:
+        verifier = Verifier(choices)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        sizes = f"{choices.num_tokens} tokens x {choices.hidden_size} x {choices.vocab}"
+        print(
+            "fused_sd verify: --tokens, --hidden and --vocab must leave room for the operands, got "
+            f"{sizes}; pass smaller ones",
+            file=sys.stderr,
+        )
+        return 2
     setting = report.setting_lines(choices, verifier.top_logit, verifier.entropy)
     as_table = not (arguments.json or arguments.markdown or block)
     if as_table:

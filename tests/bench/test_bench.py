@@ -20,7 +20,6 @@ from fused_sd.bench.measure import (
     Effort,
     Times,
     affordable,
-    is_out_of_memory,
     peak_bytes,
     quantile,
     timed,
@@ -32,6 +31,7 @@ from fused_sd.bench.providers import PROVIDERS, Provider
 from fused_sd.bench.rounds import measure_cell
 from fused_sd.bench.table import report_lines, table_lines, verdict_lines
 from fused_sd.cli import main
+from fused_sd.measuring.failures import is_out_of_memory
 from fused_sd.verify.promises import Sparsity
 
 CPU = torch.device("cpu")
