@@ -151,6 +151,9 @@ def attach(model: nn.Module, *, autocast: Autocast | None = None) -> nn.Module:
         torch.Size([2, 3])
     """
     inner = unwrap(model)
+    if autocast is not None and not callable(autocast):
+        rule, remedy = "be a function that makes a context", "pass accelerator.autocast"
+        fail("autocast", rule, repr(autocast), remedy)
     if is_attached(model):
         return model
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
@@ -255,7 +258,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
             inner = inner.get_base_model()
             continue
         wrapped = [getattr(inner, name) for name in ("module", "_orig_mod") if hasattr(inner, name)]
-        if not wrapped:
+        if not wrapped or not isinstance(inner, nn.Module):
             fail("model", "be or hold a PreTrainedModel", type(inner).__name__, "pass the model")
         inner = wrapped[0]
     return inner
@@ -276,6 +279,9 @@ def _answering(forward: Callable[..., Any]) -> Callable[..., Any]:
         state: Attachment = self.__dict__[ATTACHMENT]
         if fused_sd is None:
             return state.forward(self, *args, **kwargs)
+        if not isinstance(fused_sd, Request):
+            remedy = "pass Request(compute, positions)"
+            fail("fused_sd", "be a Request or None", repr(fused_sd), remedy)
         inputs = checked_arguments(_by_name(forward, self, args, kwargs))
         run = functools.partial(state.forward, self)
         with state.autocast():

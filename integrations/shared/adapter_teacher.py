@@ -65,7 +65,7 @@ class AdapterTeacher(Teacher):
     def __init__(
         self, student: nn.Module, *, kind: Kind = "ema", rate: float = 0.05, every: int = 1
     ) -> None:
-        peft_model = find_peft_model(student)
+        peft_model = find_peft_model(student) if isinstance(student, nn.Module) else None
         if peft_model is None:
             fail("student", "hold a PeftModel", type(student).__name__, "use Teacher")
         assert peft_model is not None

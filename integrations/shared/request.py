@@ -12,7 +12,11 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from fused_sd import LMHead
+from fused_sd.checks import check_positive_int, fail
+from fused_sd.checks.tensors import INTEGER, is_readable
 from fused_sd.integrations.shared.output_head import Compute
+
+POSITIONS = "be a slice, a bool mask (B, L), a tensor of places, a pair of rows and columns or None"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +48,24 @@ class Request:
     compute: Compute
     positions: slice | Tensor | tuple[Tensor, Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        if not callable(self.compute):
+            rule, remedy = "be a function of hidden states and head", "pass hidden_states, or yours"
+            fail("compute", rule, repr(self.compute), remedy)
+        places = self.positions
+        if places is None or isinstance(places, slice):
+            return
+        pair = places if isinstance(places, tuple) else (places,)
+        is_pair = len(pair) == 2 or not isinstance(places, tuple)
+        if not is_pair or not all(isinstance(part, Tensor) for part in pair):
+            fail("positions", POSITIONS, repr(places), "see Request")
+        for part in pair:
+            is_mask = part.dtype == torch.bool and not isinstance(places, tuple)
+            if not is_mask and part.dtype not in INTEGER:
+                fail("positions", POSITIONS, part.dtype, "pass a bool mask or int64 places")
+
     def select(self, hidden: Tensor) -> Tensor:
+        self._check_fit(hidden.shape[:2])
         if self.positions is None:
             return hidden
         if isinstance(self.positions, slice):
@@ -56,6 +77,25 @@ class Request:
         if positions.dtype == torch.bool:
             return hidden[positions]
         return hidden.flatten(0, 1)[positions]
+
+    def _check_fit(self, shape: torch.Size) -> None:
+        """Refuse a mask of another shape, and on the CPU places outside of the batch (B, L)."""
+        if self.positions is None or isinstance(self.positions, slice):
+            return
+        rows, length = shape[0], shape[1]
+        if isinstance(self.positions, tuple):
+            bounds = [(self.positions[0], rows), (self.positions[1], length)]
+        elif self.positions.dtype == torch.bool:
+            if self.positions.shape != shape:
+                rule, got = f"be a mask of {tuple(shape)}", tuple(self.positions.shape)
+                fail("positions", rule, got, "mark each position of the inputs")
+            return
+        else:
+            bounds = [(self.positions, rows * length)]
+        for places, limit in bounds:
+            if is_readable(places) and bool(((places < -end) | (places >= limit)).any()):
+                rule, got = f"be places below {limit}", int(places.abs().max())
+                fail("positions", rule, got, "select places of the inputs")
 
 
 @dataclass
@@ -108,4 +148,5 @@ def completion_positions(length: int) -> slice:
         >>> ids[:, completion_positions(2)]  # whose states predict the last two, 8 and 9
         tensor([[7, 8]])
     """
+    check_positive_int("length", length)
     return slice(-length - 1, -1)

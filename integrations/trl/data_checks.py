@@ -151,10 +151,14 @@ def check_columns(
 
 
 def _check_prompt(role: str, prompt: Any, row: str) -> None:
+    rule = "have prompts of text or chat messages"
     if not prompt:
-        fail(
-            role, "have prompts of text or chat messages", f"{prompt!r} in {row}", "remove the row"
-        )
+        fail(role, rule, f"{prompt!r} in {row}", "remove the row")
+    if isinstance(prompt, str):
+        return
+    if not isinstance(prompt, list) or not all(isinstance(turn, Mapping) for turn in prompt):
+        remedy = 'write a text, or [{"role": "user", "content": text}]'
+        fail(role, rule, f"{prompt!r} in {row}", remedy)
 
 
 def _check_contexts(role: str, dataset: Dataset) -> bool:

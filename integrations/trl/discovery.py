@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fused_sd.checks import check_positive_int, fail
+from fused_sd.integrations.shared.as_it_was import left_as_it_was
 from fused_sd.integrations.trl.sdpo import SDPOConfig, SDPOTrainer
 
 ATTEMPTS_FILE = "attempts.json"  # in a checkpoint
@@ -89,17 +90,18 @@ class DiscoveryTrainer(SDPOTrainer):
         self.rewards: list[float] = []
         self.first_success: int | None = None
         self.solution: str | None = None
-        super().__init__(*args, **kwargs)
-        size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
-        if size != 1:
-            got = "a stream" if size is None else f"{size} rows"
-            fail("train_dataset", "be one question", got, "make a trainer for each")
-        # TRL fills a generation batch with different rows: one that holds several groups needs as
-        # many copies of the question.
-        copies = self.args.generation_batch_size // self.num_generations
-        self.train_dataset = Dataset.from_list(list(self.train_dataset) * copies)
-        if self.args.stop_at_success:
-            self.add_callback(_StopAtSuccess(self))
+        with left_as_it_was(*args, **kwargs):
+            super().__init__(*args, **kwargs)
+            size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+            if size != 1:
+                got = "a stream" if size is None else f"{size} rows"
+                fail("train_dataset", "be one question", got, "make a trainer for each")
+            # TRL fills a generation batch with different rows: one that holds several groups needs
+            # as many copies of the question.
+            copies = self.args.generation_batch_size // self.num_generations
+            self.train_dataset = Dataset.from_list(list(self.train_dataset) * copies)
+            if self.args.stop_at_success:
+                self.add_callback(_StopAtSuccess(self))
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """Record the attempts; rewards come back gathered, and texts are gathered to match.

@@ -25,6 +25,7 @@ from trl.experimental.sdft import SDFTTrainer
 from trl.experimental.sdpo import SDPOTrainer
 
 from fused_sd.checks import fail
+from fused_sd.integrations.shared.as_it_was import left_as_it_was
 from fused_sd.integrations.shared.completion_scores import CompletionForward
 from fused_sd.integrations.trl.config import SelfDistillationConfig
 from fused_sd.integrations.trl.objectives import DistillationObjectives
@@ -61,10 +62,11 @@ class FusedSelfDistillationMixin(TeacherServerLoss, DistillationObjectives):
                 kind = f"{type(config).__module__}.{type(config).__qualname__}"
                 remedy = "pass TRL's, or train with fused_sd's trainer of that name"
                 fail("args", f"be TRL's configuration for {type(self).__name__}", kind, remedy)
-        super().__init__(*args, **kwargs)
-        check_prompts(self)
-        # After TRL's __init__, which makes the teacher.
-        self._fused = attach_or_warn(self, (self.model, self.teacher_model))
+        with left_as_it_was(*args, **kwargs):
+            super().__init__(*args, **kwargs)
+            check_prompts(self)
+            # After TRL's __init__, which makes the teacher.
+            self._fused = attach_or_warn(self, (self.model, self.teacher_model))
 
     def _forward_logits(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int

@@ -18,6 +18,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from fused_sd import LMHead, TokenLogProbs, token_log_probs
+from fused_sd.integrations.shared.as_it_was import left_as_it_was
 from fused_sd.integrations.shared.completion_scores import CompletionForward
 from fused_sd.integrations.shared.padding import TOKEN_TYPES, check_padding_behind
 from fused_sd.integrations.transformers import attach, unwrap
@@ -57,22 +58,23 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         forward = None if self.is_swap else _own_forward(*args[:1], **kwargs)
-        super().__init__(*args, **kwargs)
-        model: Any = self.model
-        # After TRL's __init__, which may have prepared the reference model.
-        models = [model] if self.ref_model is None else [model, self.ref_model]
-        if self.is_swap:
-            check_prompts(self)
-            self._fused = attach_or_warn(self, models)
-            return
-        # TRL's loss head, which no method reads, keeps the model's forward in a closure: a deep
-        # copy of the model would run the weights of the original.
-        vars(unwrap(model)).pop("forward", None)
-        if forward is not None:
-            vars(unwrap(model))["forward"] = forward
-        for one in models:
-            check_padding_behind(attach(one, autocast=self.accelerator.autocast))
-        self._fused = True
+        with left_as_it_was(*args, **kwargs):
+            super().__init__(*args, **kwargs)
+            model: Any = self.model
+            # After TRL's __init__, which may have prepared the reference model.
+            models = [model] if self.ref_model is None else [model, self.ref_model]
+            if self.is_swap:
+                check_prompts(self)
+                self._fused = attach_or_warn(self, models)
+                return
+            # TRL's loss head, which no method reads, keeps the model's forward in a closure: a deep
+            # copy of the model would run the weights of the original.
+            vars(unwrap(model)).pop("forward", None)
+            if forward is not None:
+                vars(unwrap(model))["forward"] = forward
+            for one in models:
+                check_padding_behind(attach(one, autocast=self.accelerator.autocast))
+            self._fused = True
 
     def _get_per_token_logps_and_entropies(
         self,

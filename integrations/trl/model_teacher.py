@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_sd import LMHead, LossOutput, gkd_loss
+from fused_sd.integrations.shared.as_it_was import left_as_it_was
 from fused_sd.integrations.shared.completion_scores import CompletionForward, with_head
 from fused_sd.integrations.trl.swaps import attach_or_warn
 from fused_sd.integrations.trl.teachers import teacher_head_is_resharded
@@ -28,8 +29,9 @@ class ModelTeacherMixin:
     _fused = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._fused = attach_or_warn(self, (self.model, self.teacher_model))
+        with left_as_it_was(*args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._fused = attach_or_warn(self, (self.model, self.teacher_model))
 
     def _divergence(
         self,

@@ -113,7 +113,8 @@ class RLCSDConfig(TokenCorrection, TeacherSettings, PolicyConfig):
         check_positive_int("max_wrong_hints", self.max_wrong_hints)
         check_pair("contrast_clip", self.contrast_clip)
         check_one_of("loss_type", self.loss_type, ("bnpo",))
-        check_one_of("delta", self.delta, (None,))  # type: ignore[arg-type]
+        if self.delta is not None:
+            fail("delta", "be None", repr(self.delta), "RLCSD has no dual clip")
 
 
 class RLCSDTrainer(PrivilegedPrompt, PolicyTrainer):

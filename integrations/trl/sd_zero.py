@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_sd import LossOutput, sd_zero_loss
 from fused_sd.checks import check_bool, check_one_of, check_unit_interval, fail
+from fused_sd.integrations.shared.as_it_was import left_as_it_was
 from fused_sd.integrations.shared.chat_format import check_chat_format, recorded_chat_format
 from fused_sd.integrations.shared.revision_phrases import phrase_ids, phrases_for, without_end
 from fused_sd.integrations.shared.rollouts import Rollout
@@ -145,14 +146,15 @@ class SDZeroTrainer(DivergenceTrainer):
     _name = "SD-Zero"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        given = self.args.correct_phrase, self.args.wrong_phrase
-        self.phrases = phrases_for(self.model.config, *given)
-        used: Any = self.chat_template_kwargs  # a dict, once the configuration is made
-        if used:
-            check_chat_format(self.processing_class, used)
-        else:
-            self.chat_template_kwargs = recorded_chat_format(self.processing_class) or {}
+        with left_as_it_was(*args, **kwargs):
+            super().__init__(*args, **kwargs)
+            given = self.args.correct_phrase, self.args.wrong_phrase
+            self.phrases = phrases_for(self.model.config, *given)
+            used: Any = self.chat_template_kwargs  # a dict, once the configuration is made
+            if used:
+                check_chat_format(self.processing_class, used)
+            else:
+                self.chat_template_kwargs = recorded_chat_format(self.processing_class) or {}
 
     def teacher_prompts(self, rollout: Rollout) -> list[int] | None:
         response = rollout.completion_ids[: self._longest(rollout)]

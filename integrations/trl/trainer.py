@@ -28,6 +28,7 @@ from transformers import ProcessorMixin
 from fused_sd import LMHead, LossOutput
 from fused_sd.checks import fail
 from fused_sd.integrations.shared import completion_scores as completion
+from fused_sd.integrations.shared.as_it_was import left_as_it_was
 from fused_sd.integrations.shared.rollouts import Rollout
 from fused_sd.integrations.trl import observe
 from fused_sd.integrations.trl.batches import FEEDBACK_METHOD, FeedbackFunction, RolloutBatches
@@ -109,16 +110,17 @@ class SelfDistillationTrainer(DataChecks, RolloutBatches, TeacherOwner, FusedGRP
         self.feedback_func = feedback_func
         # GRPOTrainer refuses to have no reward; this one is taken out again below.
         given = functions if functions or self.needs_rewards else [_no_reward]
-        super().__init__(model, given, args, train_dataset, *others, **kwargs)
-        if args.padding_free and isinstance(self.processing_class, ProcessorMixin):
-            got = f"True with a {type(self.processing_class).__name__}"
-            fail("padding_free", "be False for a model with images", got, "leave it out")
-        self._drop_absent_rewards()
-        self._hide_feedback_from_tools()
-        self._make_teacher()
-        if self.has_teacher and self.args.credit_map_steps:
-            self.add_callback(CreditMapCallback(self, every=self.args.credit_map_steps))
-        self.teacher_contexts = TeacherContexts(self)
+        with left_as_it_was(model):
+            super().__init__(model, given, args, train_dataset, *others, **kwargs)
+            if args.padding_free and isinstance(self.processing_class, ProcessorMixin):
+                got = f"True with a {type(self.processing_class).__name__}"
+                fail("padding_free", "be False for a model with images", got, "leave it out")
+            self._drop_absent_rewards()
+            self._hide_feedback_from_tools()
+            self._make_teacher()
+            if self.has_teacher and self.args.credit_map_steps:
+                self.add_callback(CreditMapCallback(self, every=self.args.credit_map_steps))
+            self.teacher_contexts = TeacherContexts(self)
 
     # What a method chooses
 
