@@ -93,9 +93,9 @@ class Request:
         else:
             bounds = [(self.positions, rows * length)]
         for places, limit in bounds:
-            if is_readable(places) and bool(((places < -end) | (places >= limit)).any()):
-                rule, got = f"be places below {limit}", int(places.abs().max())
-                fail("positions", rule, got, "select places of the inputs")
+            if is_readable(places) and bool(((places < -limit) | (places >= limit)).any()):
+                rule, largest = f"be places below {limit}", int(places.abs().max())
+                fail("positions", rule, largest, "select places of the inputs")
 
 
 @dataclass
