@@ -25,6 +25,7 @@ from fused_sd.integrations.transformers import (
 SETTINGS = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no"}
 SMALL = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4}
 METHODS = ("SDPO", "SDZero", "RLSD", "RLCSD", "OPSD", "SDFT", "GRPO", "RFT", "IWOPD", "SDPG")
+OF_METHOD = {"SDPG": {"beta": 0.0}}  # whose reference TRL would load by the model's name
 REWARDED = ("SDPO", "SDZero", "RLSD", "RLCSD", "GRPO", "RFT", "SDPG")
 
 
@@ -62,7 +63,7 @@ def config(folder, method, **settings):
 def trainer(method, folder, *, student, settings=None, data=DATA, reward=rewards, **more):
     given = [reward] if method in REWARDED else [None]
     more = {"processing_class": TOKENIZER, **more}
-    args = config(folder, method, **(settings or {}))
+    args = config(folder, method, **{**OF_METHOD.get(method, {}), **(settings or {})})
     return getattr(ours, f"{method}Trainer")(student, *given, args, data, **more)
 
 
