@@ -338,8 +338,11 @@ def sampled_k2(log_prob: Tensor, teacher_log_prob: Tensor) -> Tensor:
 
 
 def sampled_k3(log_prob: Tensor, teacher_log_prob: Tensor) -> Tensor:
-    """e^(b - a) - (b - a) - 1: its mean is KL(s || t), its mean gradient KL(t || s)'s."""
-    d = teacher_log_prob.detach().double() - log_prob.double()
+    """e^(b - a) - (b - a) - 1: its mean is KL(s || t), its mean gradient KL(t || s)'s.
+
+    Above b - a = 20 it stays constant, which keeps exp finite.
+    """
+    d = (teacher_log_prob.detach().double() - log_prob.double()).clamp(max=20.0)
     return d.exp() - d - 1
 
 

@@ -141,7 +141,8 @@ def sampled_kl(log_prob: Tensor, reference: Tensor, estimator: str) -> tuple[Ten
 
     ``"k1"`` is ``sg(d) log_prob`` and ``"k2"`` is ``d^2 / 2``.  The gradient of both is ``d`` times
     the gradient of log_prob, in expectation the gradient of KL(s||reference).  ``"k3"`` is
-    ``exp(-d) + d - 1``, whose gradient is in expectation that of KL(reference||s).
+    ``exp(-d) + d - 1``, whose gradient is in expectation that of KL(reference||s); below d = -20
+    it stays constant.
 
     Returns:
         The estimate (C,) and its derivative w.r.t. log_prob (C,).
@@ -151,5 +152,7 @@ def sampled_kl(log_prob: Tensor, reference: Tensor, estimator: str) -> tuple[Ten
         return gap * log_prob, gap
     if estimator == "k2":
         return gap.square() / 2, gap
-    back = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).neg()
-    return torch.expm1(back) - back, torch.where(gap.abs() <= MAX_LOG_RATIO, -torch.expm1(back), 0)
+    # exp() overflows on one side alone: on the other the penalty must grow and keep its gradient
+    back = gap.neg().clamp(max=MAX_LOG_RATIO)
+    follows = gap >= -MAX_LOG_RATIO
+    return torch.expm1(back) - back, torch.where(follows, -torch.expm1(back), 0)
