@@ -96,12 +96,6 @@ def log1p_ratio(x):
 
 
 @triton.jit
-def log1p(x):
-    """``log(1 + x)`` for ``-1 < x <= 0`` without cancellation."""
-    return tl.where(x > -0.25, x * log1p_ratio(x), tl.log(1 + x))
-
-
-@triton.jit
 def times_log(prob, log_ratio):
     """``prob * log_ratio``, 0 where ``prob`` is 0 and the ratio is infinite or none."""
     return tl.where(prob == 0, 0.0, prob * log_ratio)
@@ -123,7 +117,10 @@ def mixture_ratios(r, teacher_weight):
     """
     larger_s = r >= 0
     weight = tl.where(larger_s, teacher_weight, 1 - teacher_weight)
-    step = log1p(weight * expm1(-tl.abs(r)))
+    change = weight * expm1(-tl.abs(r))
+    # 1 + change would cancel where the mixture is almost the smaller side
+    far = tl.log((1 - weight) + weight * exp(-tl.abs(r)))
+    step = tl.where(change > -0.25, change * log1p_ratio(change), far)
     return tl.where(larger_s, step, step - r), tl.where(larger_s, step + r, step)
 
 

@@ -143,7 +143,7 @@ def _row_bytes(work: Workload, size: RunSize, chunk: int) -> int:
     if work.kind == "cuda":
         block = 0
     if objective.is_full and objective.comparison is not None:
-        return near.num_buffers(objective.comparison.term.name) * block
+        return near.num_buffers(objective.comparison.term) * block
     softmax = _SOFTMAX_BUFFERS * block if size.has_dlogits else 0
     support = objective.truncated
     if support is None:

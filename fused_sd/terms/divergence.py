@@ -148,7 +148,10 @@ def mixture_ratios(r: Tensor, teacher_weight: float) -> tuple[Tensor, Tensor]:
     """
     larger_s = r >= 0
     weight = torch.where(larger_s, torch.full_like(r, teacher_weight), 1 - teacher_weight)
-    step = torch.log1p(weight * torch.expm1(-r.abs()))
+    change = weight * torch.expm1(-r.abs())
+    # 1 + change would cancel where the mixture is almost the smaller side
+    far = torch.log((1 - weight) + weight * torch.exp(-r.abs()))
+    step = torch.where(change > -0.5, torch.log1p(change), far)
     return torch.where(larger_s, step, step - r), torch.where(larger_s, step + r, step)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fused_sd import checks
 from fused_sd.settings import setting
-from fused_sd.terms.divergence import DIVERGENCES, Definition, Divergence, Jsd, Term
+from fused_sd.terms.divergence import DIVERGENCES, Definition, Divergence, Jsd, MixedKl, Term
 
 
 @setting
@@ -63,6 +63,9 @@ def divergence_term(divergence: Divergence, argument: str = "divergence") -> Div
     Raises:
         ValueError: when it is neither a name without a parameter nor one of the table's classes.
     """
+    if isinstance(divergence, MixedKl) and divergence.forward_weight in (0, 1):
+        # one KL alone: where the other is infinite, 0 times it would be NaN
+        return DivergenceTerm("forward_kl" if divergence.forward_weight else "reverse_kl", 0.0)
     for name, definition in DIVERGENCES.items():
         if definition.setting is None:
             if isinstance(divergence, str) and divergence == name:

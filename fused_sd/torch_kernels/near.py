@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_sd.terms.divergence_term import DivergenceTerm
+
 LARGEST = 60.0  # of a log-ratio: its exponential is far from overflow in fp32
 
 
@@ -105,21 +107,28 @@ class FastForm(NamedTuple):
 
     evaluate: Form
     num_buffers: int  # matrices (R, W) held at once: the five of the block and those it allocates
+    largest: float = 1.0  # parameter up to which a mixture keeps its digits
 
 
 FORMS: dict[str, FastForm] = {
     "forward_kl": FastForm(forward_kl, 5),
     "reverse_kl": FastForm(reverse_kl, 5),
-    "jsd": FastForm(jsd, 6),
+    "jsd": FastForm(jsd, 6, largest=0.98),
     "mixed_kl": FastForm(mixed_kl, 7),
-    "skew_kl": FastForm(skew_kl, 5),
+    "skew_kl": FastForm(skew_kl, 5, largest=0.98),
 }
 GENERAL_BUFFERS = 16  # of a general function of ``terms/divergence.py``, roughly
 
 
-def num_buffers(name: str) -> int:
+def has_form(term: DivergenceTerm) -> bool:
+    """Whether a divergence with its parameter has a form here."""
+    form = FORMS.get(term.name)
+    return form is not None and term.parameter <= form.largest
+
+
+def num_buffers(term: DivergenceTerm) -> int:
     """How many matrices (R, W) of a block's rows a divergence holds at once on a CPU."""
-    return FORMS[name].num_buffers if name in FORMS else GENERAL_BUFFERS
+    return FORMS[term.name].num_buffers if has_form(term) else GENERAL_BUFFERS
 
 
 def clip_(

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fused_sd.head.vocab_shard import WHOLE, VocabShard
 from fused_sd.terms.divergence_term import DivergenceTerm
-from fused_sd.torch_kernels.near import FORMS, Block, clip_
+from fused_sd.torch_kernels.near import FORMS, Block, clip_, has_form
 from fused_sd.torch_kernels.row_blocks import for_row_blocks
 
 READS_PADDING = False  # a column that is -inf on both sides has a log-ratio of NaN
@@ -224,7 +224,7 @@ def _compare(
     sums = {name: student.new_empty(student.shape[0]) for name in wanted}
     metrics = {name: term for name, term in ROW_METRIC_TERMS.items() if name in sums}
     terms = [*metrics.values()] if loss is None else [*metrics.values(), loss.term]
-    have_forms = all(term.name in FORMS for term in terms)
+    have_forms = all(map(has_form, terms))
 
     def compare(at: slice, *buffers: Tensor) -> None:
         block = Block(*buffers)
