@@ -1,6 +1,7 @@
 """Teacher prompts: the student's prompt with a new last user turn that holds a context."""
 
 import re
+import secrets
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -10,8 +11,10 @@ from fused_sd.integrations.shared.templates import ANSWER_INSTRUCTION, PROBLEM_P
 from fused_sd.integrations.shared.texts import as_text
 from fused_sd.integrations.shared.thinking import Tags, check_thinking_tags
 
-# Where a turn's part that is no text stands while the turn is handled as one text.
-_MARK = re.compile("\0<part ([0-9]+)>\0")
+# Where a turn's part that is no text stands while the turn is handled as one text.  It holds a
+# number that nobody knows, because a prompt may hold any text.
+_SECRET = secrets.token_hex(8)
+_MARK = re.compile(f"\0<{_SECRET} ([0-9]+)>\0")
 _LEADING = re.compile(f"^(?:{_MARK.pattern})+")
 
 
@@ -47,7 +50,7 @@ def bare_problem(text: str) -> str:
 
 
 def _mark(index: int) -> str:
-    return f"\0<part {index}>\0"
+    return f"\0<{_SECRET} {index}>\0"
 
 
 def _marked_text(prompt: Any) -> str:
