@@ -110,7 +110,7 @@ def token_log_probs(
     chosen = _options("token_log_probs", options)
     lm_head = placed_head(head, "head", chosen.process_group)
     shape = check_tokens(hidden, lm_head, token_ids, chosen)
-    objective = LogProbObjective(k=1, is_top_k=False, tail=False, entropy=bool(entropy))
+    objective = LogProbObjective(k=1, is_top_k=False, tail=False, entropy=entropy)
     side, inputs = (hidden, lm_head), [token_ids[..., None]]
     applied = apply_objective(objective, side, None, inputs, chosen.token_weights, chosen)
     values = applied.values

@@ -62,7 +62,7 @@ def reduce_loss(
         weight = token_weights.sum(dtype=applied.total.dtype)
         # without any weight the loss is 0 and not NaN
         loss = applied.total / torch.where(weight == 0, 1, weight)
-    metrics = {name: values.reshape(*shape, *values.shape[1:]) for name, values in metrics.items()}
+    metrics = {name: values.reshape(shape + values.shape[1:]) for name, values in metrics.items()}
     certificate = applied.certificate
     if certificate is not None:
         certificate = GradientCertificate(*(tensor.reshape(shape) for tensor in certificate))

@@ -176,6 +176,8 @@ def _check_bounds(token_clip: TokenClip) -> None:
     if token_clip is None:
         return
     bounds = token_clip if isinstance(token_clip, tuple) else (None, token_clip)
+    if len(bounds) != 2:
+        checks.fail("token_clip", "be (lower, upper)", token_clip, "pass None for a missing one")
     for bound in bounds:
         if bound is not None:
             checks.check_finite("token_clip", bound, "pass a bound or (lower, upper)")
