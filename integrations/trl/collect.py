@@ -108,20 +108,32 @@ def collect_traces(
     done = {line["question"] for line in records}
     left = [index for index in range(len(dataset)) if index not in done]
     reviser = Reviser(generate, reward_func, processing_class, config)
-    with path.open("a", encoding="utf-8") as file:
-        for start in range(0, len(left), questions_per_batch):
-            if max_traces is not None and counts.kept >= max_traces:
-                break
-            batch = left[start : start + questions_per_batch]
-            for line in reviser.revise({index: dataset[index] for index in batch}):
-                file.write(json.dumps(line) + "\n")
-                counts += counts_of(line)
-            # The batch is on the disk before the next one costs time.
+    for start in range(0, len(left), questions_per_batch):
+        if max_traces is not None and counts.kept >= max_traces:
+            break
+        batch = left[start : start + questions_per_batch]
+        lines = list(reviser.revise({index: dataset[index] for index in batch}))
+        _append(path, lines)
+        counts += sum(map(counts_of, lines), TraceCounts())
+        if report is not None:
+            report(counts)
+    return load_traces(path)
+
+
+def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write lines to the disk, before the next ones cost time.
+
+    Raises:
+        OSError: there is no room; what was written before stays, and an unfinished line is ignored.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
-            if report is not None:
-                report(counts)
-    return load_traces(path)
+    except OSError as error:
+        said = f"{error.strerror}; its earlier traces stay, and the same call goes on from them"
+        raise OSError(error.errno, said, str(path)) from error
 
 
 def _fingerprint(value: Iterable[Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
 from fused_sd.checks import check_positive_int, fail
@@ -116,13 +116,12 @@ class DiscoveryTrainer(SDPOTrainer):
                 self.first_success, self.solution = len(self.rewards), text
         return per_function
 
-    def _save_checkpoint(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def _save_beside(self, folder: str) -> None:
         """Save the attempts too: without them a resumed run would count from 1 again."""
-        super()._save_checkpoint(model, *args, **kwargs)
+        super()._save_beside(folder)
         if self.args.should_save:
             attempts = self.rewards, self.first_success, self.solution
-            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            (folder / ATTEMPTS_FILE).write_text(json.dumps(attempts), encoding="utf-8")
+            Path(folder, ATTEMPTS_FILE).write_text(json.dumps(attempts), encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the attempts too, where Trainer resumes."""

@@ -24,6 +24,7 @@ from fused_sd import LMHead, LossOutput, cross_entropy_loss
 from fused_sd.checks import fail
 from fused_sd.integrations.shared.chat_format import record_chat_format
 from fused_sd.integrations.transformers import Request, attach
+from fused_sd.integrations.trl.checkpoints import WholeCheckpoints
 from fused_sd.integrations.trl.data_checks import check_config
 from fused_sd.integrations.trl.sparse_gradients import certificate_means, certificate_sums
 from fused_sd.integrations.trl.srt_config import SRTConfig
@@ -37,7 +38,7 @@ from fused_sd.integrations.trl.srt_data import (
 from fused_sd.integrations.trl.traces import Trace
 
 
-class SRTTrainer(SFTTrainer):
+class SRTTrainer(WholeCheckpoints, SFTTrainer):
     """Self-Revision Training on traces, without logits.
 
     Each term is a mean over its tokens in all micro-batches and processes of an optimizer step.

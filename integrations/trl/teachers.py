@@ -5,6 +5,7 @@
 
 import math
 import os
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from fused_sd.checks import fail
 from fused_sd.integrations.shared.adapter_teacher import make_teacher
 from fused_sd.integrations.shared.completion_scores import CompletionForward
 from fused_sd.integrations.transformers import ATTACHMENT, attach, unwrap
+from fused_sd.integrations.trl.checkpoints import WholeCheckpoints
 from fused_sd.integrations.trl.fused_grpo import model_inputs
 from fused_sd.teaching.teacher import Kind
 
@@ -140,14 +142,22 @@ def save_teacher(teacher: Teacher, folder: str, *, writes: bool) -> None:
 def load_teacher(teacher: Teacher, folder: str) -> None:
     """Load the state that ``save_teacher`` wrote.
 
-    A checkpoint without one, as TRL's own trainers write, leaves the teacher as it is.
+    Checkpoints of TRL's own trainers have none.  A teacher that follows the student then starts as
+    a copy of it, as in the verl integration.
     """
     path = os.path.join(folder, TEACHER_FILE)
     if os.path.exists(path):
         teacher.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    elif teacher.kind in ("ema", "synced"):
+        warnings.warn(
+            f"the checkpoint {folder} holds no teacher: the teacher starts as its student is, and "
+            "not where the saved run's teacher was",
+            stacklevel=2,
+        )
+        teacher.sync()
 
 
-class TeacherOwner:
+class TeacherOwner(WholeCheckpoints):
     """The part of ``SelfDistillationTrainer`` that makes, runs, saves and loads its teacher."""
 
     has_teacher: ClassVar[bool] = True
@@ -198,10 +208,9 @@ class TeacherOwner:
         self._teacher_callback = TeacherCallback(self, skip=args.skip_nonfinite_gradients)
         self.add_callback(self._teacher_callback)
 
-    def _save_checkpoint(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def _save_beside(self, folder: str) -> None:
         """Save the teacher too: without it a resumed run would teach with the wrong weights."""
-        super()._save_checkpoint(model, *args, **kwargs)
-        folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        super()._save_beside(folder)
         if self.teacher is not None:
             save_teacher(self.teacher, folder, writes=self.args.should_save)
 
