@@ -45,7 +45,7 @@ class TeacherServerLoss:
         # ``_forward_logits`` returns without running them.  Only the student's is run below.
         aligned = super()._compute_teacher_student_logits(model, model, inputs)
         ids, mask = aligned.completion_ids, aligned.loss_mask
-        teacher = self._get_teacher_token_logprobs_from_server(inputs, ids.size(1))
+        teacher = self._ask_server(inputs, ids.size(1))
         required, sampled_teacher = mask.bool(), teacher["actual_logprobs"]
         if (required & ~torch.isfinite(sampled_teacher)).any():
             raise ValueError("Teacher server returned no logprob for a required completion token.")
@@ -76,3 +76,18 @@ class TeacherServerLoss:
         loss = self._importance_weighted(loss, sampled, inputs)
         self._log_scores(model, Scores(loss, sampled, None, metrics), mask)
         return (loss * sequence_mean_weights(mask)).sum()
+
+    def _ask_server(self, inputs: dict[str, Any], length: int) -> dict[str, Tensor]:
+        """Return the server's scores; an error names the server.
+
+        TRL's client tries a request again 3 times after an answer of 500, 502 or 503, and 5 times
+        where the connection breaks.  It waits for an answer without limit.
+        """
+        try:
+            return self._get_teacher_token_logprobs_from_server(inputs, length)
+        except Exception as error:  # TRL raises bare ones, beside those of requests
+            raise RuntimeError(
+                f"the teacher server at {self.teacher_client.base_url} gave no scores: {error!r}.  "
+                "No step was made of this batch: look at the server's log, and resume from the "
+                "last checkpoint"
+            ) from error
