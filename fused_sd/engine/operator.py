@@ -30,6 +30,7 @@ from fused_sd.engine.chunk import Chunk, Objective
 from fused_sd.engine.gradients import CertifiedGradients, DenseGradients, SparseGradients
 from fused_sd.engine.kept_tokens import KeptTokens
 from fused_sd.engine.layout import Room, room_on
+from fused_sd.engine.out_of_memory import explained
 from fused_sd.engine.saved import Dense, Sparse, Wanted
 from fused_sd.engine.workspace import Needs, Workspace
 from fused_sd.head.lm_head import Shaping
@@ -163,34 +164,35 @@ def chunked_run(
         settings.chunk_size,
     )
     workspace = Workspace(student, teacher, needs, functions.sparse.entry_logits, shard)
-    shape = num_tokens, objective.num_sparse_values
-    gradients = _gradients(plan, settings, workspace, functions, shape)
-    start, stop = 0, hidden.shape[0]
-    found = [_by_token(objective, hidden, 0)]  # values and extras of every chunk
-    while start < stop:
-        group = slice(start, min(start + gradients.tokens_that_fit(), stop))
-        for at in slices(group.start, group.stop, workspace.layout.chunk):
-            chunk = Chunk(
-                *workspace.fill(at, gradients.first_row + at.start - group.start),
-                sparse=gradients.sparse_buffers(at),
-                columns=workspace.width if functions.rows.READS_PADDING else workspace.vocab,
-                width=workspace.width,
-                inputs=[tensor[at] for tensor in inputs],
-                row_weights=None if plan.kind == "nothing" else scaled[at],
-                cap=settings.student.cap,
-                functions=functions,
-                shard=shard,
-                known_top_k={},
-            )
-            values, extras = objective(chunk)
-            found.append([values, *extras])
-        gradients.accumulate(group)
-        start = group.stop
+    with explained(workspace.size, workspace.layout):
+        shape = num_tokens, objective.num_sparse_values
+        gradients = _gradients(plan, settings, workspace, functions, shape)
+        start, stop = 0, hidden.shape[0]
+        found = [_by_token(objective, hidden, 0)]  # values and extras of every chunk
+        while start < stop:
+            group = slice(start, min(start + gradients.tokens_that_fit(), stop))
+            for at in slices(group.start, group.stop, workspace.layout.chunk):
+                chunk = Chunk(
+                    *workspace.fill(at, gradients.first_row + at.start - group.start),
+                    sparse=gradients.sparse_buffers(at),
+                    columns=workspace.width if functions.rows.READS_PADDING else workspace.vocab,
+                    width=workspace.width,
+                    inputs=[tensor[at] for tensor in inputs],
+                    row_weights=None if plan.kind == "nothing" else scaled[at],
+                    cap=settings.student.cap,
+                    functions=functions,
+                    shard=shard,
+                    known_top_k={},
+                )
+                values, extras = objective(chunk)
+                found.append([values, *extras])
+            gradients.accumulate(group)
+            start = group.stop
 
-    values, *extras = (torch.cat(parts) for parts in zip(*found, strict=True))
-    kept.clear_(values)
-    total = (row_weights * values).sum()
-    dense, sparse = gradients.finish(kept)
+        values, *extras = (torch.cat(parts) for parts in zip(*found, strict=True))
+        kept.clear_(values)
+        total = (row_weights * values).sum()
+        dense, sparse = gradients.finish(kept)
     if weight_scale is not None:
         of_sparse = sparse.values, sparse.dropped_mass, sparse.norm, sparse.dropped
         for gradient in (*dense, *of_sparse):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_sd.engine.chunk import Side
 from fused_sd.engine.layout import Layout, Room, RunSize, choose_layout
+from fused_sd.engine.out_of_memory import explained
 from fused_sd.head.projection import (
     DotProducts,
     Projection,
@@ -52,7 +53,7 @@ class Workspace:
         self.dot_products = dot_products
         self.shard = shard
         self.vocab = max(student.vocab, teacher.vocab if teacher is not None else 0)
-        size = RunSize(
+        self.size = size = RunSize(
             max(shard.sizes),  # of all ranks, whose chunks must be equally long
             self.whole_student + self.whole_teacher,
             wide.itemsize,
@@ -63,12 +64,13 @@ class Workspace:
         self.width, num_tokens = size.width, hidden.shape[0]
         self.layout: Layout = choose_layout(size, num_tokens, needs.room, needs.chunk_size)
         chunk, group = min(self.layout.chunk, num_tokens), min(self.layout.group, num_tokens)
-        self.dlogits = None  # (G, W)
-        if needs.has_dlogits:
-            self.dlogits = hidden.new_empty((group, size.width), dtype=student.dtype)
         self.in_place = size.in_place
-        sides = size.sides - size.in_place
-        self.logits = hidden.new_empty((sides, chunk, size.width), dtype=wide)
+        self.dlogits = None  # (G, W)
+        with explained(size, self.layout):
+            if needs.has_dlogits:
+                self.dlogits = hidden.new_empty((group, size.width), dtype=student.dtype)
+            sides = size.sides - size.in_place
+            self.logits = hidden.new_empty((sides, chunk, size.width), dtype=wide)
         made = [student] * (self.whole_student and not size.in_place)
         if self.whole_teacher and teacher is not None:
             made.append(teacher)

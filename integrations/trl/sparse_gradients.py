@@ -1,4 +1,4 @@
-"""The settings of sparse gradients, and the metrics that are logged about them.
+"""How a trainer's loss is run: its chunks, and sparse gradients with what is logged about them.
 
 Dimension key:  (...) tokens
 """
@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 
 from fused_sd import GradientCertificate
-from fused_sd.checks import check_number, check_one_of, fail
+from fused_sd.checks import check_number, check_one_of, check_positive_int, fail
 
 
 @dataclass
 class GradientSettings:
-    """Mixin before one of TRL's configurations: how a loss represents its gradient.
+    """Mixin before one of TRL's configurations: a loss's chunks, and the form of its gradient.
 
     Raises:
         ValueError: a value is out of its range, or a tolerance is given for a dense gradient.
     """
 
+    chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens whose logits the loss holds at a time; None: by memory."},
+    )
     gradient: Literal["dense", "sparse", "auto"] = field(
         default="dense",
         metadata={
@@ -39,6 +43,8 @@ class GradientSettings:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # of TRL's configuration, which is next in the method order
+        if self.chunk_size is not None:
+            check_positive_int("chunk_size", self.chunk_size)
         check_one_of("gradient", self.gradient, ("dense", "sparse", "auto"))
         tolerance = self.gradient_tolerance
         if tolerance is None:
@@ -54,7 +60,11 @@ class GradientSettings:
     @property
     def gradient_options(self) -> dict[str, Any]:
         """The keywords of a loss function."""
-        return {"gradient": self.gradient, "tolerance": self.gradient_tolerance}
+        return {
+            "gradient": self.gradient,
+            "tolerance": self.gradient_tolerance,
+            "chunk_size": self.chunk_size,
+        }
 
 
 def mixed_certificate(
