@@ -6,6 +6,7 @@ and then takes the report of what became of the program.
 
 import _thread
 import builtins
+import importlib.util
 import json
 import linecache
 import os
@@ -32,9 +33,20 @@ REFUSED = (
     "sqlite3.connect",
     "_thread.",
     "sys.remote_exec",
+    "gc.",  # finds every object of the process
+    "cpython.PyInterpreterState_New",  # an interpreter without this hook
 )
 # modules of native code that do the same without an event
-REFUSED_MODULES = {"_ctypes", "_posixsubprocess", "_multiprocessing", "_posixshmem", "_testcapi"}
+REFUSED_MODULES = {
+    "_ctypes",
+    "_interpreters",
+    "_multiprocessing",
+    "_posixshmem",
+    "_posixsubprocess",
+    "_testcapi",
+    "_testinternalcapi",
+    "_xxsubinterpreters",
+}
 HARMLESS = {"os.putenv", "os.unsetenv", "os.fwalk", "os.walk"}
 # events whose arguments that are texts or bytes are paths, to be inside the folder
 CHANGES_FILES = {
@@ -89,12 +101,16 @@ def audit_hook(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = args
-            if isinstance(path, int) or os.fsdecode(path) in STREAMS:
+            if isinstance(path, int):
+                return
+            if not isinstance(path, str | bytes):  # io.FileIO asks it for the path a second time
+                raise PermissionError("open takes a path that is a text here")
+            if os.fsdecode(path) in STREAMS:
                 return
             writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
             check_path(event, path, [private] if writes else [private, *library])
         elif event == "import":
-            if args[0] in REFUSED_MODULES:
+            if str.__str__(args[0]) in REFUSED_MODULES:  # a subclass may compare as it likes
                 raise PermissionError(f"the module {args[0]} is not allowed")
         elif event in READS_FILES:
             check_path(event, args[0], [private, *library])
@@ -131,11 +147,12 @@ def run(program: str, snippet: str | None) -> dict[str, Any]:
     not run, since the snippet calls what it needs.
     """
     space: dict[str, Any] = {"__name__": "__main__" if snippet is None else "solution"}
+    execute, translate = exec, compile  # the program may put others into builtins
     try:
         for name, text in ((SOURCE, program), (TESTS, snippet)):
             if text is not None:
                 linecache.cache[name] = (len(text), None, text.splitlines(True), name)
-                exec(compile(text, name, "exec"), space)
+                execute(translate(text, name, "exec"), space)
         sys.stdout.flush()
     except SystemExit as error:
         if snippet is None and error.code in (None, 0):
@@ -146,6 +163,19 @@ def run(program: str, snippet: str | None) -> dict[str, Any]:
     except BaseException as error:
         return {"status": "raised", "message": solution_traceback(error)}
     return {"status": "finished"}
+
+
+def seal_process() -> None:
+    """Let the kernel hold what it can; ``ctypes``, which asks it, cannot be imported again."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sealing.py")
+    spec = importlib.util.spec_from_file_location("sealing", path)
+    assert spec is not None
+    assert spec.loader is not None
+    sealing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sealing)
+    sealing.seal(os.getcwd(), [found for found in sys.path if found], streams=(0, 1))
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("ctypes", "_ctypes")]:
+        del sys.modules[name]
 
 
 def main() -> None:
@@ -159,9 +189,11 @@ def main() -> None:
         setattr(_thread, name, refuse_thread)
     sys.argv = [SOURCE]
     set_limits(job["limits"])
+    seal_process()
     sys.addaudithook(audit_hook(os.getcwd()))
+    write, as_json = os.pwrite, json.JSONEncoder().encode  # as they are before the program runs
     report = run(job["program"], job["snippet"])
-    os.pwrite(exchange, json.dumps({**report, "token": job["token"]}).encode(), 0)
+    write(exchange, as_json({**report, "token": job["token"]}).encode(), 0)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,26 @@ What holds it:
   also on further processes
 * ``python -I -S`` with an empty environment: only the standard library can be imported
 * an empty working directory, deleted afterwards
-* an audit hook, which refuses sockets, processes, threads, signals to others, ``ctypes``, writing
-  outside the working directory, and reading outside it and Python's library
+* on Linux with Landlock and seccomp, the kernel: no other process, program, signal to others or
+  socket; files are read in the working directory, Python's library and the system's shared
+  libraries alone, and written in the working directory alone (``sealing`` has the whole list, and
+  ``python -m fused_sd.integrations.verdicts.sealing`` says what a machine's kernel holds)
+* everywhere an audit hook, which refuses the same with a message that the model can read
 * on Linux, where users may make namespaces, a network namespace without a network
 * the end of the process's whole group once the program has ended or its time is over
 
-What that is not: a security boundary.  The hook lives in the process that it watches, and code that
-sets out to get around it can.  It stops what models write by mistake or by habit; train in a
-container that holds nothing that a program may not read or break.
+What they do not hold:
+
+* The hook lives in the process that it watches, and code that sets out to get around it can.  Where
+  the kernel is not asked, nothing else stops such code.
+* Statements that test a program run in its process.  A program can read them there, define objects
+  that equal everything, or report a success of its own.  A test by input and output has what it
+  expects in the trainer's process, where no program reaches it.
+* Size and modification times of files outside can be read, and where the hook is got around, modes
+  and times of the user's own files be changed.
+* The number of files in the working directory has no limit but time.
+
+So train in a container that holds nothing that a program may not read or break.
 
 macOS has no working limit on memory and no namespaces; there only time bounds the memory.
 """
@@ -31,9 +43,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fused_sd.checks import check_positive, fail
+from fused_sd.integrations.verdicts.folder import temporary_folder
 
 SCRIPT = str(Path(__file__).with_name("confined.py"))
 OPTIONS = ("-I", "-S", "-B", "-X", "utf8")
@@ -122,7 +135,7 @@ def run_program(
     job = {"program": program, "snippet": snippet, "limits": limits.resources()}
     token = secrets.token_hex(16)  # that a report is the script's and no print of the program's
     with (
-        tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as folder,
+        temporary_folder() as folder,
         tempfile.TemporaryFile() as exchange,
         tempfile.TemporaryFile() as given,
         tempfile.TemporaryFile() as printed,
@@ -197,16 +210,21 @@ def _read_report(exchange: Any, token: str) -> dict[str, str]:
     exchange.seek(0)
     try:
         report = json.loads(exchange.read())
-    except ValueError:
+    except (ValueError, RecursionError):  # the program can write what it likes
         return {}
-    if not isinstance(report, dict) or report.pop("token", None) != token:
+    if not isinstance(report, dict) or report.get("token") != token:
         return {}
-    return report
+    status, message = str(report.get("status")), report.get("message", "")
+    if status not in get_args(Status) or not isinstance(message, str):
+        return {}
+    return {"status": status, "message": message} if message else {"status": status}
 
 
 def _outcome(code: int, report: dict[str, Any], text: str, *, must_report: bool) -> Outcome:
     if code < 0:
-        return Outcome("killed", text, f"killed by {signal.Signals(-code).name}")
+        named = -code in {known.value for known in signal.Signals}  # real-time signals have none
+        what = signal.Signals(-code).name if named else f"signal {-code}"
+        return Outcome("killed", text, f"killed by {what}")
     status = report.get("status", "exited" if must_report or code else "finished")
     if status == "finished" and code and not must_report:
         status = "exited"
