@@ -171,7 +171,7 @@ def check_teacher(name: str, tensor: Tensor | None, student: Tensor | None = Non
             name,
             "not require a gradient: the teacher is a constant of the loss",
             "requires_grad=True",
-            f"run the teacher under torch.no_grad(), or pass {name}.detach()",
+            "run the teacher under torch.no_grad(), or detach its tensors",
         )
 
 

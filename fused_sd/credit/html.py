@@ -17,6 +17,7 @@ from fused_sd.credit.scale import (
     FULL_AT,
     SIDES,
     label,
+    legible,
     nats,
     side,
     strength,
@@ -56,7 +57,9 @@ def _environment(package: str) -> "Environment":
     )
     colours = {"SIDES": SIDES, "DARK_SIDES": DARK_SIDES}
     environment.globals |= {**colours, "VALUES": VALUES, "EXPLANATIONS": EXPLANATIONS}
-    environment.globals |= {f.__name__: f for f in (label, likeliest, nats, side, strength)}
+    environment.globals |= {
+        f.__name__: f for f in (label, legible, likeliest, nats, side, strength)
+    }
     return environment
 
 

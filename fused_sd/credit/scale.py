@@ -81,6 +81,12 @@ def visible(text: str) -> str:
     return _visible(text) if text else "\u2205"
 
 
+def legible(text: str) -> str:
+    """Replace invisible characters of a longer text by signs, but not its spaces and line ends."""
+    return "".join(char if char in LAYOUT else _visible(char) for char in text)
+
+
+LAYOUT = " \n\t\u200c\u200d"
 JOINERS = "\u200c\u200d"
 SIGNS = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
 

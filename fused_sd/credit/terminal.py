@@ -10,7 +10,7 @@ from typing import Any
 
 from fused_sd.checks import check_one_of
 from fused_sd.checks.extras import require
-from fused_sd.credit.scale import EXPLANATIONS, SIDES, label, nats, rgb, strength
+from fused_sd.credit.scale import EXPLANATIONS, SIDES, label, legible, nats, rgb, strength
 from fused_sd.credit.tokens import VALUES, CreditMap, TokenCredit
 
 WORTH_A_NUMBER = 0.2  # strength below which a token carries no number in plain text
@@ -45,7 +45,7 @@ def print_map(
     if console.color_system is None or console.no_color:
         console.out(plain_text(credit, value=value, full_at=full_at), highlight=False)
         return
-    console.print(Text(credit.title, style="bold"))
+    console.print(Text(legible(credit.title), style="bold"))
     legend = Text()
     if value == "delta":
         legend.append(" objects ", _style(SIDES["object"])).append(" ")
@@ -56,7 +56,7 @@ def print_map(
     for row in credit.rows:
         text = Text("\n")
         if row.caption:
-            text.append(f"{row.caption}\n", "bold")
+            text.append(f"{legible(row.caption)}\n", "bold")
         for token in row.tokens:
             is_coloured = strength(value, token.value(value), full_at) > 0
             style = _style(rgb(token, value, full_at)) if is_coloured else ""
@@ -79,9 +79,9 @@ def plain_text(credit: CreditMap, *, value: str = "delta", full_at: float | None
         ValueError: ``value`` or ``full_at`` is not legal.
     """
     check_one_of("value", value, VALUES)
-    lines = [credit.title, f"[nat]: {EXPLANATIONS[value]}"]
+    lines = [legible(credit.title), f"[nat]: {EXPLANATIONS[value]}"]
     for row in credit.rows:
-        lines += ["", row.caption] if row.caption else [""]
+        lines += ["", legible(row.caption)] if row.caption else [""]
         text = ""
         for token in row.tokens:
             number = token.value(value)

@@ -115,19 +115,20 @@ class CreditMap:
         """Read a map that ``to_json`` wrote.
 
         Raises:
-            ValueError: the text is not JSON, not a credit map, or lacks a field.
+            ValueError: the text is not JSON, not a credit map, or lacks a field, or one has another
+            type.
         """
         remedy = "pass the text that CreditMap.to_json wrote"
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             data = error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             fail("text", "be a credit map in JSON", _short(data), remedy)
         try:
             rows = tuple(_read_row(row) for row in data["rows"])
-            return cls(rows, _text(data["title"]))
-        except (KeyError, TypeError, ValueError) as error:
+            return cls(rows, _text(data, "title"))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             fail("text", "hold every field of a credit map", repr(error), remedy)
             raise
 
@@ -151,14 +152,8 @@ def _writable(value: Any) -> Any:
 
 def _read_row(row: Mapping[str, Any]) -> CreditRow:
     tokens = tuple(_read(TokenCredit, token) for token in row["tokens"])
-    texts = (row[name] for name in ("caption", "student_prompt", "teacher_prompt"))
-    return CreditRow(tokens, *map(_text, texts))
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
+    texts = [_text(row, name) for name in ("caption", "student_prompt", "teacher_prompt")]
+    return CreditRow(tokens, *texts)
 
 
 def _read(kind: type[Any], found: Mapping[str, Any]) -> Any:
@@ -167,11 +162,18 @@ def _read(kind: type[Any], found: Mapping[str, Any]) -> Any:
     for field in fields(kind):
         if field.type in (int, float):
             values[field.name] = field.type(values[field.name])
-        elif field.type is str:
-            _text(values[field.name])
         elif field.name.endswith("_top"):
             values[field.name] = tuple(_read(TopToken, top) for top in values[field.name])
+        else:
+            values[field.name] = _text(found, field.name)
     return kind(**values)
+
+
+def _text(found: Mapping[str, Any], name: str) -> str:
+    value = found[name]
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is no text: {_short(value)}")
+    return value
 
 
 def _short(data: object) -> str:

@@ -101,7 +101,7 @@ def _by_text(argument: str, text: str) -> HeadSize:
     if path.is_file():
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             checks.fail(
                 argument,
                 "be a readable config.json",

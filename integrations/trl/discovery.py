@@ -132,8 +132,20 @@ class DiscoveryTrainer(SDPOTrainer):
         if not path.exists():
             rule, remedy = f"hold {ATTEMPTS_FILE}", "resume from a checkpoint of DiscoveryTrainer"
             fail("resume_from_checkpoint", rule, f"{checkpoint} without it", remedy)
-        attempts = json.loads(path.read_text(encoding="utf-8"))
-        self.rewards, self.first_success, self.solution = attempts
+        self.rewards, self.first_success, self.solution = _read_attempts(path)
+
+
+def _read_attempts(path: Path) -> tuple[list[float], int | None, str | None]:
+    """Return what ``DiscoveryTrainer`` has written beside a checkpoint."""
+    try:
+        rewards, first, solution = json.loads(path.read_text(encoding="utf-8"))
+        rewards = [float(reward) for reward in rewards]
+        if not isinstance(first, int | None) or not isinstance(solution, str | None):
+            raise TypeError("the first success is no number, or the solution no text")
+    except (TypeError, ValueError, RecursionError) as error:
+        rule, remedy = "hold the attempts of a run", "resume from a whole checkpoint"
+        fail(ATTEMPTS_FILE, rule, f"{path.parent} ({error!r})", remedy)
+    return rewards, first, solution
 
 
 class _StopAtSuccess(TrainerCallback):

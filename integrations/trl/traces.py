@@ -12,7 +12,8 @@ Reference:
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from fused_sd.checks import fail
 
 Tokens = tuple[int, ...]
 FORMAT = "fused_sd traces 1"
+MOST_TOKENS = 2**31  # in any vocabulary
 
 
 @dataclass(frozen=True)
@@ -148,9 +150,11 @@ def load_traces(path: str | os.PathLike[str]) -> Collected:
         True
     """
     records = read_records(Path(path))
-    chat_format = _header(Path(path))["config"]["chat_template_kwargs"]
-    traces = [_trace(kept, chat_format) for record in records for kept in record["traces"]]
-    return Collected(traces, sum((counts_of(record) for record in records), TraceCounts()))
+    with _as_written(path):
+        chat_format = _header(Path(path))["config"]["chat_template_kwargs"]
+        traces = [_trace(kept, chat_format) for record in records for kept in record["traces"]]
+        counts = sum((counts_of(record) for record in records), TraceCounts())
+    return Collected(traces, counts)
 
 
 def record(question: int, traces: Iterable[Trace], counts: TraceCounts) -> dict[str, Any]:
@@ -163,7 +167,10 @@ def record(question: int, traces: Iterable[Trace], counts: TraceCounts) -> dict[
 
 def counts_of(line: Mapping[str, Any]) -> TraceCounts:
     """Return the counts in a question's line."""
-    return TraceCounts(**line["counts"])
+    counts = line["counts"]
+    if any(type(count) is not int or count < 0 for count in counts.values()):
+        raise TypeError(f"counts of question {line['question']!r} are no numbers")
+    return TraceCounts(**counts)
 
 
 def chat_format_of(prompt: Any, chat_template_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -175,6 +182,11 @@ def _trace(kept: Mapping[str, Any], chat_template_kwargs: Mapping[str, Any]) -> 
     values: dict[str, Any] = {
         name: tuple(value) if name.endswith("_ids") else value for name, value in kept.items()
     }
+    for name, value in values.items():
+        if name.endswith("_ids") and not all(
+            type(n) is int and 0 <= n < MOST_TOKENS for n in value
+        ):
+            raise TypeError(f"{name} of question {values.get('question')!r} are no tokens")
     chat_format = chat_format_of(values["prompt"], chat_template_kwargs)
     return Trace(**values, chat_template_kwargs=chat_format)
 
@@ -220,11 +232,11 @@ def _differences(found: Any, wanted: Any) -> list[tuple[str, Any, Any]]:
 
 def _header(path: Path) -> dict[str, Any]:
     """Return a file's header; refuse a file of another format."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         line = file.readline()
     try:
         header = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         fail("path", f"be a file of {FORMAT!r}", str(path), "pass one that collect_traces wrote")
@@ -235,9 +247,23 @@ def _header(path: Path) -> dict[str, Any]:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the questions of a file, without an unfinished last line."""
     _header(path)
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         lines = file.readlines()[1:]
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    with _as_written(path):
+        records = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        for found in records:
+            counts_of(found)
+            found["question"], found["traces"]
+    return records
+
+
+@contextmanager
+def _as_written(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Refuse a file whose lines have not what ``record`` writes."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        fail("path", "hold what collect_traces wrote", f"{path} ({error!r})", "collect it again")
 
 
 def _ratio(part: int, whole: int) -> float:
