@@ -51,6 +51,9 @@ class Sequences:
         if (numbers.diff() < 0).any():
             remedy = "number them from left to right"
             fail(f"{name}_sequence_ids", "ascend", numbers.unique_consecutive().tolist(), remedy)
+        if (numbers < 0).any():
+            remedy = "count sequences from 0; only padding may have other numbers"
+            fail(f"{name}_sequence_ids", "be at least 0", int(numbers.min()), remedy)
         return cls(
             name, (ids.shape[0], ids.shape[1]), places, ids.flatten()[places].long(), numbers
         )

@@ -118,6 +118,10 @@ class Slope:
     def low(self):
         return self.value - self.half_width
 
+    @property
+    def high(self):
+        return self.value + self.half_width
+
     def __str__(self):
         return f"{self.value:+.3f} +- {self.half_width:.3f}"
 
