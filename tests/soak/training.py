@@ -3,7 +3,7 @@
 import torch
 from footprint import Course, footprint, only_new_objects
 from method_pairs import DATA, GROUP, make, model, rewards
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl_pairs import TOKENIZER
 
@@ -69,6 +69,7 @@ def settings(steps):
 
 
 def course(name, trainer, watch):
+    trainer.remove_callback(PrinterCallback)
     with only_new_objects():
         trainer.train()
     return Course(name, watch.at, watch.prints)
