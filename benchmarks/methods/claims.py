@@ -103,10 +103,11 @@ CLAIMS = (
         "sdpo-size",
         SDPO,
         "SDPO's lead over GRPO grows with the model",
-        "size-0.4M",
+        "size-3M",
         (
             Contrast("accuracy", "sdpo", "grpo"),
             Contrast("accuracy", "sdpo", "grpo", beyond="addition"),
+            Contrast("accuracy", "sdpo", "grpo", beyond="size-0.4M"),
         ),
     ),
     Claim(
