@@ -64,8 +64,9 @@ ADAPTERS = {
 CHANGE_BASE = {
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
-    "kasa": {"kasa_config": peft.KasaConfig()},
 }
+if hasattr(peft, "KasaConfig"):  # not in older versions of PEFT
+    CHANGE_BASE["kasa"] = {"kasa_config": peft.KasaConfig()}
 
 
 def adapted(

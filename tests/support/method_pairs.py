@@ -10,7 +10,7 @@ import transformers
 from datasets import Dataset
 from official_batches import Batch
 from tiny_models import tiny_model
-from trl_pairs import TOKENIZER
+from trl_pairs import CHECKPOINTING, TOKENIZER
 
 from fused_sd.integrations import trl as ours
 
@@ -96,7 +96,7 @@ def make(method, folder, *, student=None, data=DATA, processor=TOKENIZER, **sett
         "logging_steps": 1,
         "use_cpu": True,
         "bf16": False,
-        "activation_checkpointing": False,
+        CHECKPOINTING: False,
         "per_device_train_batch_size": GROUP,
         "num_generations": GROUP,
         "max_completion_length": 6,

@@ -1,5 +1,6 @@
 """TRL's trainers and ours on the same tiny model, and a comparison of their losses."""
 
+import dataclasses
 import functools
 import os
 
@@ -11,7 +12,7 @@ import pytest
 import tokenizers
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 from trl.experimental.sdft import SDFTConfig
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
@@ -19,6 +20,11 @@ from fused_sd.integrations.trl import FusedSDPOTrainer
 
 PROMPT, TEACHER_PROMPT, COMPLETION = 5, 8, 6
 TOLERANCE = 1e-5  # fp32; of the largest gradient, and of the loss
+_NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
+# transformers 5.23 renamed the setting
+CHECKPOINTING = next(
+    n for n in ("activation_checkpointing", "gradient_checkpointing") if n in _NAMES
+)
 
 
 def byte_tokenizer():

@@ -11,7 +11,7 @@ from largest import Largest
 from tiny_vlm import FAMILIES, image, tiny_vlm
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer
-from trl_pairs import TOKENIZER, assert_same_metrics, rewards
+from trl_pairs import CHECKPOINTING, TOKENIZER, assert_same_metrics, rewards
 
 from fused_sd.integrations.trl import FusedGRPOTrainer
 
@@ -38,7 +38,7 @@ def make(cls, folder, *, model=None, data=TEXTS, processor=TOKENIZER, adapter=No
         "num_generations": 2,
         "max_completion_length": 6,
         "disable_tqdm": True,
-        "activation_checkpointing": False,
+        CHECKPOINTING: False,
         "seed": 1,
     }
     torch.manual_seed(1)

@@ -16,7 +16,7 @@ from method_pairs import GROUP, loss_and_gradients, make, sample, states
 from tiny_models import tiny_model
 from tiny_vlm import FAMILIES, image, tiny_vlm
 from transformers import Olmo2Config, Olmo2ForCausalLM
-from trl_pairs import TOKENIZER
+from trl_pairs import CHECKPOINTING, TOKENIZER
 
 from fused_sd.integrations.trl import SDZeroConfig, SDZeroTrainer
 from fused_sd.integrations.trl.collect import collect_traces
@@ -338,8 +338,8 @@ def test_a_model_with_images_learns_as_plain_pytorch_does(family, tmp_path):
         distillation_topk=5,
         use_cpu=True,
         bf16=False,
-        activation_checkpointing=False,
         report_to="none",
+        **{CHECKPOINTING: False},
     )
 
     def every_second(prompts, **_):

@@ -25,7 +25,7 @@ from method_pairs import (
 from transformers import TrainerCallback, TrainingArguments
 from trl import GRPOTrainer as StockGRPOTrainer
 from trl.trainer.utils import split_tensor_dict
-from trl_pairs import TOKENIZER
+from trl_pairs import CHECKPOINTING, TOKENIZER
 
 from fused_sd.integrations import trl as ours
 
@@ -289,10 +289,10 @@ def test_training_with_sparse_gradients_logs_what_they_keep(tmp_path):
         peft_config=peft.LoraConfig(r=4, **LORA),
         gradient="sparse",
         bf16=True,
-        activation_checkpointing=True,
         per_device_train_batch_size=GROUP // 2,
         gradient_accumulation_steps=2,
         per_device_eval_batch_size=GROUP,
+        **{CHECKPOINTING: True},
     )
     trainer.eval_dataset = DATA.select(range(2))
     trainer.train()
