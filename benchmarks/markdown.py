@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from fused_sd.bench.providers import PROVIDERS
-
-ABSENT = "not installed"
+from fused_sd.measuring.environment import ABSENT
 
 
 def line(cells: Sequence[str]) -> str:

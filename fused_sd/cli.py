@@ -1,6 +1,6 @@
 """The command line of the library.
 
-``fused_sd env``      versions and devices, for bug reports
+``fused_sd env``      versions and devices, for bug reports, and whether the versions were tried
 ``fused_sd verify``   errors of every loss on this machine, and whether the promises are kept
 ``fused_sd bench``    time, memory and errors of a shape on this machine, beside other libraries'
 ``fused_sd plan``     memory, chunk size and time of a loss, without running it
@@ -20,7 +20,8 @@ from pathlib import Path
 import fused_sd
 from fused_sd.bench.command import add_bench
 from fused_sd.credit import VALUES, CreditMap, print_map, save_html, save_png
-from fused_sd.measuring.environment import environment, environment_text
+from fused_sd.measuring import tried
+from fused_sd.measuring.environment import ABSENT, environment, environment_text
 from fused_sd.planning.command import add_plan
 from fused_sd.verify.command import add_verify
 
@@ -63,8 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_env(arguments: argparse.Namespace) -> int:
-    """Print the environment."""
+    """Print the environment, and whether its versions were tried together."""
     facts = environment()
+    versions = {name: facts[name] for name in ("python", *tried.PACKAGES)}
+    there = {name: version for name, version in versions.items() if version != ABSENT}
+    facts["versions tried"] = tried.verdict(there, tried.load())
     print(json.dumps(facts, indent=2) if arguments.json else environment_text(facts))
     return 0
 

@@ -21,6 +21,7 @@ DISTRIBUTIONS = (
     "flash-attn",
     "numpy",
 )
+ABSENT = "not installed"
 
 
 def installed(distribution: str) -> str:
@@ -28,7 +29,7 @@ def installed(distribution: str) -> str:
     try:
         return version(distribution)
     except PackageNotFoundError:
-        return "not installed"
+        return ABSENT
 
 
 def default_device() -> torch.device:
