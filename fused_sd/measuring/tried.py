@@ -29,8 +29,8 @@ class Tried(NamedTuple):
     tests: dict[str, dict[str, int]]
 
     def failed(self) -> int:
-        """Return how many tests failed."""
-        return sum(counts["failed"] for counts in self.tests.values())
+        """Return how many tests that compute failed; those that compile also refuse slow code."""
+        return sum(counts["failed"] for name, counts in self.tests.items() if name != "compile")
 
 
 def load(path: Path = STORED) -> list[Tried]:

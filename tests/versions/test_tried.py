@@ -48,6 +48,12 @@ def test_of_equal_sets_the_one_that_passed_counts():
     assert verdict(versions, [broken, NEW]) == "together"
 
 
+def test_kernels_that_compile_to_slow_code_are_no_failure():
+    slow = NEW._replace(tests=NEW.tests | row(1, "compile").tests)
+    assert slow.failed() == 0
+    assert verdict(NEW.versions, [slow]) == "together"
+
+
 def test_a_set_is_stored_once_with_all_that_was_run_newest_first(tmp_path):
     path = tmp_path / "tried.jsonl"
     assert load(path) == []
