@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainerCallback
 
-from fused_sd.bench.measure import is_out_of_memory
 from fused_sd.demo.memory import Peak
+from fused_sd.measuring.failures import is_out_of_memory
 
 Batch = dict[str, Any]
 NO_WORKSPACE = "CUBLAS_STATUS_ALLOC_FAILED"  # cuBLAS's message when memory runs out

@@ -228,6 +228,15 @@ def check_per_token(
         )
 
 
+def broadcast(argument: str, tensor: Tensor, shape: Sequence[int], owner: str) -> Tensor:
+    """Return a tensor of one number for each token, or for several tokens, as one for each."""
+    try:
+        return tensor.broadcast_to(tuple(shape))
+    except RuntimeError:
+        rule = f"broadcast to {tuple(shape)}, the tokens of {owner}"
+        checks.fail(argument, rule, tuple(tensor.shape), "give one number a token or a sequence")
+
+
 def check_hints(
     argument: str, tensor: object, legal: tuple[torch.dtype, ...], advantages: Tensor
 ) -> None:

@@ -91,6 +91,7 @@ def rlcsd_loss(
     tensor_checks.check_token_weights(given, *owner, "sum")
     if correction is not None:
         tensor_checks.check_mask("correction", correction)
+        correction = tensor_checks.broadcast("correction", correction, owner[0], owner[2])
         tensor_checks.check_per_token("correction", correction, *owner)
     mask = torch.ones_like(shaped.advantages) if given is None else given
     dtype = accumulation_dtype(hidden.dtype)

@@ -67,7 +67,7 @@ LEGAL = {
     **dict.fromkeys(("correct_log_probs", "wrong_log_probs"), LOG_PROBS | {"with gradient"}),
     "old_log_probs": LOG_PROBS | NOTHING,
     "advantages": LOG_PROBS | INTEGERS | {"bool"},
-    "correction": MASK - {"with gradient"} | NOTHING,
+    "correction": MASK - {"with gradient"} | NOTHING | {"tensor number", "0-d", "one axis less"},
     "token_weights": MASK - {"with gradient"} | {"negative", "None"},
     "num_tokens": {"0", "1", "0.5", "None", "tensor number"},
     "length": {"1", "0.5", "None", "tensor number"},

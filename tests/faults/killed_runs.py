@@ -22,6 +22,7 @@ from method_pairs import make, model, rewards
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SAVED, STEPS = 2, 6  # steps between checkpoints, and of a whole run
 RUNS = {
     "SDPO, EMA": ("SDPO", {"teacher_model_kind": "ema", "teacher_update_rate": 0.3}),
@@ -215,8 +216,11 @@ def start(work, folder, *given, **named):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killed_runs"])
     process = context.Process(target=_recorded, args=(work, folder, *given), kwargs=named)
-    # the server is started by the first process, and imports by this path alone
+    # the server is started by the first process, and imports by this path alone; a process has the
+    # number of a rank only where ``run_rank`` gives it one
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        for name in OF_RANKS:
+            os.environ.pop(name, None)
         process.start()
     return process
 

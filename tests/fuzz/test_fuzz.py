@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+pytest.importorskip("trl")
 
 import fuzz_junk
 import fuzz_losses

@@ -224,13 +224,13 @@ REFUSALS = {
     "the group's name": "process_group must be a torch.distributed.ProcessGroup",
     "the group's name, log-probs": "process_group must be a torch.distributed.ProcessGroup",
     "a group of others": "process_group must be a torch.distributed.ProcessGroup that this rank",
-    "a DTensor": "weight must be a plain tensor, got a DTensor",
+    "a DTensor": "student_head must be a plain tensor, got a DTensor",
     "more entries than there are": "StudentTopK",
     "more log-probs than there are": "entries",
     "an id behind the last": r"token_ids must lie in \[0, 41\)",
     "more tokens than rows": "valid_vocab must be an integer from 1 to V = 41",
     "more tokens than rows here": "valid_vocab must be an integer from 1 to V = .*shard_sizes",
-    "a tail of a served id behind the last": "token ids must lie below V = 41",
+    "a tail of a served id behind the last": "token_ids must lie below V = 41",
 }
 
 

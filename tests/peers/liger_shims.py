@@ -130,6 +130,11 @@ def chunked_grpo(*args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, ...]]
     ratio = given.vllm_is_ratio
     if ratio is not None:  # positive, so that it passes through the minimum of GRPO's two terms
         advantages = advantages * (ratio[:, None] if ratio.dim() == 1 else ratio)
+    mode = AGGREGATIONS[given.loss_type]
+    divisors = {
+        "token_mean": {"num_tokens": given.num_items_in_batch},
+        "constant_length": {"length": given.max_completion_length},
+    }
     output = fused_sd.policy_loss(
         *states,
         given.selected_token_ids,
@@ -140,12 +145,7 @@ def chunked_grpo(*args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, ...]]
         kl_coefficient=given.beta,
         reference_log_probs=_reference(given, states) if given.beta else None,
         temperature=float(given.temperature),  # one of Liger's tests passes True
-        token_weights=fused_sd.aggregation_weights(
-            mask,
-            AGGREGATIONS[given.loss_type],
-            num_tokens=given.num_items_in_batch,
-            length=given.max_completion_length,
-        ),
+        token_weights=fused_sd.aggregation_weights(mask, mode, **divisors.get(mode, {})),
         reduction="sum",
         metrics=("reference_kl",) * bool(given.beta) + ("ratio_clip_fraction",),
     )
