@@ -156,7 +156,7 @@ def test_evidence_is_the_librarys():
         ({**RLSD, "clip_ratio": 0.1}, "clip_ratio must be left as it is"),
         ({**RLSD, "clip_ratio_low": 2.0}, "ratio_clip must be"),
         ({**RLSD, "rlsd_mix": 2.0}, "mix must lie in"),
-        ({**RLSD, "rlsd_mix_decay_steps": -1}, "decay_steps must be a finite number of at least 0"),
+        ({**RLSD, "rlsd_mix_decay_steps": -1}, "decay_steps must be an integer of at least 0"),
         ({**RLSD, "rlsd_log_prob": "new"}, "log_prob must be one of"),
         ({**RLSD, "rlsd_dual_clip": 1.0}, "dual_clip must be above 1"),
         ({**RLSD, "divergence": "jsd"}, "divergence must be left as it is with loss_mode="),
