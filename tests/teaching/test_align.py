@@ -199,6 +199,17 @@ def test_another_token_is_named(given):
         align_responses(*batch, student_response_mask=response, **masks)
 
 
+@pytest.mark.parametrize("number", range(len(STUDENTS)))
+def test_another_first_token_is_named(number):
+    """No token that comes before the response is compared, and the first of the response is."""
+    batch, response, _ = batch_of()
+    at = int(batch[3][number].sum()) - sum(map(len, STUDENTS[number][1:]))
+    place = batch[2].shape[1] - int(batch[3][number].sum()) + at
+    batch[2][number, place] = 77
+    with pytest.raises(ValueError, match=rf"got token 77 \(sequence {number}, position {place}\)"):
+        align_responses(*batch, student_response_mask=response)
+
+
 def test_another_tool_output_is_no_suffix_but_may_be_masked():
     teachers = [[list(part) for part in parts] for parts in TEACHERS]
     teachers[2][2] = [8, 9]
@@ -216,6 +227,11 @@ def test_a_teacher_that_is_cut_is_named():
     batch[3][0, :-3] = 0
     with pytest.raises(ValueError, match=r"student's response, got 3 tokens in sequence 0"):
         align_responses(*batch, student_response_mask=response)
+    batch, response, _ = batch_of()
+    batch[3][2, :-4] = 0
+    with pytest.raises(ValueError, match=r"student's response, got 4 tokens in sequence 2"):
+        align_responses(*batch, student_response_mask=response)
+    batch, response, _ = batch_of()
     batch[3][0, :-4] = 0
     batch[3][0, -4:] = 1
     with pytest.raises(ValueError, match=r"prompt before the response.*sequence 0, position"):
@@ -227,6 +243,9 @@ def test_response_masks_that_disagree_are_named():
     teacher_response[3, -1] = 0
     masks = {"student_response_mask": response, "teacher_response_mask": teacher_response}
     with pytest.raises(ValueError, match=r"mark the student's 5 tokens in sequence 3, got 4"):
+        align_responses(*batch, **masks)
+    teacher_response[3] = 0
+    with pytest.raises(ValueError, match=r"mark the student's 5 tokens in sequence 3, got 0"):
         align_responses(*batch, **masks)
     response[0, 0] = 1
     with pytest.raises(ValueError, match="student_response_mask must be 0 where the attention"):
