@@ -69,13 +69,20 @@ class Mutant:
 
     path: str
     line: int
+    column: int
+    source: str  # the line
     before: str
     after: str
     node: int
     replacement: ast.AST
 
+    @property
+    def lasting_name(self) -> str:
+        """A name that other changes of the file leave as it is."""
+        return f"{self.path}: {self.before} -> {self.after}, in: {self.source}"
+
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.before} -> {self.after}"
+        return f"{self.path}:{self.line}:{self.column}: {self.before} -> {self.after}"
 
 
 def _edited(node: ast.AST, **fields: object) -> ast.AST:
@@ -129,7 +136,8 @@ def _other_calls(node: ast.Call) -> Iterator[ast.Call]:
 
 def mutants_of(root: pathlib.Path, path: str) -> list[Mutant]:
     """Return all mutants of a file, in the order of its tree."""
-    tree = ast.parse((root / path).read_text())
+    text = (root / path).read_text()
+    tree, lines = ast.parse(text), [line.strip() for line in text.splitlines()]
     run = set()  # the nodes in functions' bodies
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef | ast.Lambda):
@@ -145,11 +153,15 @@ def mutants_of(root: pathlib.Path, path: str) -> list[Mutant]:
             inside = [node.args, *([node.returns] if node.returns else [])]
         unread.update(child for top in inside for child in ast.walk(top))
     return [
-        Mutant(path, node.lineno, _shown(node), _shown(other), n, other)
+        Mutant(path, *_place(node, lines), _shown(node), _shown(other), n, other)
         for n, node in enumerate(ast.walk(tree))
         if node in run and node not in unread
         for other in replacements(node)
     ]
+
+
+def _place(node: ast.AST, lines: list[str]) -> tuple[int, int, str]:
+    return node.lineno, node.col_offset, lines[node.lineno - 1]
 
 
 def _shown(node: ast.AST) -> str:

@@ -1,11 +1,12 @@
 """Do the tests notice a fault?  Small faults are put into the core, one at a time.
 
     python tests/mutation/run.py terms engine --sample 40 --seed 0
-    python tests/mutation/run.py terms --again outputs/mutants.json --seconds 120 --cases 0
+    python tests/mutation/run.py terms engine --again --seconds 60 --cases 0
 
 The score of a module is killed / (tried - equivalent), with Wilson's interval of 95 %: the mutants
 are drawn at random.  ``equivalent.txt`` lists, with reasons, those that no test could notice.
-``--again`` tries the survivors of an earlier run once more.
+A sample is tried in two rounds: by a few cases of each test, and ``--again``, which tries what
+survived once more, by all.  A run that was stopped goes on with what ``--out`` does not have yet.
 """
 
 import os
@@ -51,11 +52,15 @@ LOSS_TESTS = [
     "tests/losses/test_official_edges.py",
     "tests/losses/test_official_policies.py",
     "tests/losses/test_reference.py",
+    "tests/losses/test_served_teachers.py",
     "tests/losses/test_tokens.py",
     "tests/losses/test_with_grad.py",
 ]
 ENGINE_TESTS = [
     "tests/engine/test_auto_gradients.py",
+    "tests/engine/test_backend.py",
+    "tests/engine/test_budget.py",
+    "tests/engine/test_certificate.py",
     "tests/engine/test_chunked_run.py",
     "tests/engine/test_layout_of_a_run.py",
     "tests/engine/test_operator.py",
@@ -69,14 +74,14 @@ TESTS = {
     "engine": [*ENGINE_TESTS, *LOSS_TESTS],
     "align": ["tests/teaching/test_align.py"],
     "prompts": [
+        "tests/integrations/test_sibling_prompts.py",
         "tests/integrations/test_texts.py",
         "tests/integrations/test_thinking.py",
         "tests/integrations/test_official_prompts.py",
     ],
 }
-# What torch.compile traces, and what processes of their own import, is no fork's; the others take
-# long for what they find.
-UNFIT = "compile or opcheck or inductor or forked or allocated or gradcheck or threads or violated"
+# These take long for what they find; and what processes of their own import is as it was.
+SLOW = "compile or inductor or forked or allocated or gradcheck or threads or violated or shards"
 
 
 def drawn(module: str, sample: int, seed: int) -> list[Mutant]:
@@ -101,27 +106,24 @@ def interval(killed: int, total: int) -> tuple[float, float]:
 
 
 def equivalents() -> set[str]:
-    """Return the mutants that ``equivalent.txt`` lists: lines without an indent, less the number."""
+    """Return the mutants in ``equivalent.txt``: the lines that are not indented."""
     text = (pathlib.Path(__file__).parent / "equivalent.txt").read_text()
     return {line for line in text.splitlines() if line and line[0] not in " #"}
 
 
-def without_line(name: str) -> str:
-    """Return a mutant's name without its line's number, which other changes move."""
-    path, _, change = name.split(":", 2)
-    return f"{path}:{change}"
-
-
-def table(results: dict[str, dict[str, str]]) -> str:
+def table(sample: dict[str, list[Mutant]], ends: dict[str, str]) -> str:
     """Return the scores as a Markdown table."""
     known = equivalents()
-    rows = ["| module | tried | equivalent | killed | score | interval |", "|---|--:|--:|--:|--:|--:|"]
+    rows = [
+        "| module | tried | equivalent | killed | score | interval |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     sums = [0, 0, 0]
     counts = []
-    for module, outcomes in results.items():
-        tried = {name: end for name, end in outcomes.items() if end != "not built"}
-        lived = [name for name, end in tried.items() if end in LIVES]
-        equivalent = sum(without_line(name) in known for name in lived)
+    for module, mutants in sample.items():
+        tried = [mutant for mutant in mutants if ends.get(str(mutant), "not built") != "not built"]
+        lived = [mutant for mutant in tried if ends[str(mutant)] in LIVES]
+        equivalent = sum(mutant.lasting_name in known for mutant in lived)
         counts.append((module, len(tried), equivalent, len(tried) - len(lived)))
         sums = [a + b for a, b in zip(sums, counts[-1][1:])]
     for module, tried, equivalent, killed in [*counts, ("all", *sums)]:
@@ -141,31 +143,30 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=6, help="cases of one test; 0: all")
     parser.add_argument("--seconds", type=float, default=20.0, help="of tests for one mutant")
     parser.add_argument("--tests", nargs="*", help="files of tests, in place of the module's own")
+    parser.add_argument("--without", default=SLOW, help="tests by name, as pytest -k takes it")
     parser.add_argument("--again", action="store_true", help="the survivors in --out once more")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "outputs" / "mutants.json")
     options = parser.parse_args()
     modules = list(MODULES) if "all" in options.modules else options.modules
-    results = json.loads(options.out.read_text()) if options.again else {}
-    pairs = [
-        (n, module, mutant)
-        for module in modules
-        for n, mutant in enumerate(drawn(module, options.sample, options.seed))
-        if not options.again or results[module].get(str(mutant)) in LIVES
-    ]
+    ends = json.loads(options.out.read_text()) if options.out.exists() else {}
+    sample = {module: drawn(module, options.sample, options.seed) for module in modules}
+    pairs = [(n, mutant) for mutants in sample.values() for n, mutant in enumerate(mutants)]
     pairs.sort(key=lambda pair: pair[0])  # a run that is cut short has a sample of each module
-    mutants = {mutant: module for _, module, mutant in pairs}
+    tried_again = (*LIVES, "not built") if options.again else (None,)
+    mutants = [mutant for _, mutant in pairs if ends.get(str(mutant)) in tried_again]
 
     def done(mutant: Mutant, end: str) -> None:
         print(f"{mutant}\n    {end}", flush=True)
-        results.setdefault(mutants[mutant], {})[str(mutant)] = end
+        ends[str(mutant)] = end
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1))
+        options.out.write_text(json.dumps(ends, indent=1))
 
-    trials = Trials(ROOT, list(mutants), options.seconds, options.cases, options.seed, done)
+    trials = Trials(ROOT, mutants, options.seconds, options.cases, options.seed, done)
     tests = options.tests or sorted({test for module in modules for test in TESTS[module]})
     os.chdir(ROOT)
-    code = pytest.main(["-q", "-s", "--no-header", "-k", f"not ({UNFIT})", *tests], [trials])
-    print(table(results))
+    how = ["-q", "-s", "--no-header", "--tb=native", "-k", f"not ({options.without})"]
+    code = pytest.main([*how, *tests], [trials])
+    print(table(sample, ends))
     raise SystemExit(0 if code == pytest.ExitCode.NO_TESTS_COLLECTED else code)
 
 

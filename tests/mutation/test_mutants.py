@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 from mutants import functions_of, mutants_of, put_in_place
-from run import interval, without_line
+from run import interval
 
 SOURCE = '''
 def bounded(value, low=0):
@@ -83,5 +83,10 @@ def test_a_score_has_wilsons_interval():
     assert interval(40, 40)[1] == 1
 
 
-def test_a_judged_mutant_is_known_whatever_its_line():
-    assert without_line("a/b.py:12: x[1:] -> x[2:]") == "a/b.py: x[1:] -> x[2:]"
+def test_a_judged_mutant_is_known_wherever_its_line_stands(tmp_path):
+    names = []
+    for above in ("", "\n# a comment\n"):
+        (tmp_path / "patient.py").write_text(above + SOURCE)
+        names.append([mutant.lasting_name for mutant in mutants_of(tmp_path, "patient.py")])
+    assert names[0] == names[1]
+    assert "patient.py: 2 -> 3, in: return value * 2 + 1" in names[0]
