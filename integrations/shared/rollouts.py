@@ -78,7 +78,7 @@ class Rollout:
     def row(self) -> str:
         """The dataset's row by its prompt's end, for errors."""
         said = self.prompt if isinstance(self.prompt, str) else self.prompt[-1:]
-        return f"the row of the prompt that ends in {' '.join(str(said).split())[-80:]!r}"
+        return f"the row of the prompt {' '.join(str(said).split())[-80:]!r}"
 
     def siblings(self, *, threshold: float, successful: bool, itself: bool) -> list[Sibling]:
         """Return the group's rollouts on one side of a reward threshold, in the order of sampling.

@@ -67,3 +67,17 @@ def test_wide_operands_keep_gradients_where_the_logits_are():
     chosen = choose_layout(size, 10**6, room_beside(60 * 2**30))
     assert chosen.group > 2 * chosen.chunk
     assert workspace_bytes(size, chosen) <= HEAD
+
+
+def test_a_group_takes_what_logits_of_a_chunk_leave_to_the_last_byte():
+    """Two sides' logits of 10 tokens take 80 numbers of 4 bytes a column, 30 dlogits 60."""
+    size = RunSize(15, 2, 4, 2, True, 16 * (80 + 60))
+    room = Room(GPU_BUDGET, 10**9)
+
+    def group(more):
+        wide = size._replace(dweight_bytes=size.dweight_bytes + more)
+        return choose_layout(wide, 10**6, room._replace(workspaces=16 * (80 + 2 * 40))).group
+
+    assert choose_layout(size, 10**6, room._replace(workspaces=16 * 160)).chunk == 10
+    assert group(0) == 40  # of at least four chunks
+    assert group(16 * 40) == group(16 * 40 - 1) + 10 == 50

@@ -43,9 +43,7 @@ def rollout(index=0, rewards=REWARDS, texts=TEXTS, prompt="Q", answers=None):
     [group] = grouped(texts, rewards, len(texts), answers)
     own = group[index]
     answer = None if answers is None else answers[index]
-    return Rollout(
-        prompt, [1], [2], own.text, own.reward, None, None, index, group, answer=answer
-    )
+    return Rollout(prompt, [1], [2], own.text, own.reward, None, None, index, group, answer=answer)
 
 
 def test_groups_are_consecutive_rollouts():
@@ -69,6 +67,10 @@ def test_siblings_are_on_one_side_of_the_threshold():
     assert found(False, True) == found(False, False) == [0]
 
 
+FEEDBACK_ALONE = {"use_successful_as_teacher": False}
+FEEDBACK_WITHOUT_SOLUTION = {"environment_feedback_only_without_solution": True}
+
+
 @pytest.mark.parametrize(
     "settings, index, feedback, made",
     [
@@ -80,23 +82,21 @@ def test_siblings_are_on_one_side_of_the_threshold():
         ({"dont_reprompt_on_self_success": False}, 3, None, "P:Q S:<<think>a</think> right> F:"),
         ({}, 0, "no", "P:Q S:<<think>a</think> right> F:[no]"),
         ({"include_environment_feedback": False}, 0, "no", "P:Q S:<<think>a</think> right> F:"),
+        (FEEDBACK_WITHOUT_SOLUTION, 0, "no", "P:Q S:<<think>a</think> right> F:"),
+        (FEEDBACK_ALONE, 0, "no", "P:Q S: F:[no]"),
         (
-            {"environment_feedback_only_without_solution": True},
-            0,
-            "no",
-            "P:Q S:<<think>a</think> right> F:",
-        ),
-        ({"use_successful_as_teacher": False}, 0, "no", "P:Q S: F:[no]"),
-        (
-            {"use_successful_as_teacher": False, "environment_feedback_only_without_solution": True},
+            {
+                "use_successful_as_teacher": False,
+                "environment_feedback_only_without_solution": True,
+            },
             0,
             "no",
             "P:Q S: F:[no]",
         ),
         ({"include_own_attempt": True}, 0, "no", "P:Q S:<<think>a</think> right> F:(wrong)[no]"),
         ({"include_own_attempt": True}, 2, None, "P:Q S:<<think>a</think> right> F:"),
-        ({"use_successful_as_teacher": False}, 0, None, None),
-        ({"use_successful_as_teacher": False, "include_own_attempt": True}, 0, " \n", None),
+        (FEEDBACK_ALONE, 0, None, None),
+        (FEEDBACK_ALONE | {"include_own_attempt": True}, 0, " \n", None),
         ({"success_reward_threshold": 2.0}, 0, None, None),
     ],
 )
@@ -124,11 +124,11 @@ def test_an_error_names_the_row_by_its_prompts_end():
     """In languages without spaces, too."""
     for prompt in ("many words before \n the end", "二加二等于几" * 60 + "the end"):
         said = dataclasses.replace(rollout(prompt=prompt), privileged=object())
-        with pytest.raises(ValueError, match="privileged_context must be text.*the end'"):
+        with pytest.raises(ValueError, match=r"privileged_context must be text.*the end'"):
             _ = said.hint
     turns = [{"role": "user", "content": "first"}, {"role": "user", "content": "last"}]
     said = dataclasses.replace(rollout(prompt=turns), privileged=object())
-    with pytest.raises(ValueError, match="ends in .*'content': 'last'"):
+    with pytest.raises(ValueError, match=r"the prompt .*'content': 'last'"):
         _ = said.hint
     assert dataclasses.replace(said, privileged="").hint is None
     assert dataclasses.replace(said, privileged=4).hint == "4"

@@ -61,6 +61,8 @@ OTHERS = [
     [[]],
     [{"role": "user", "content": [{"type": "image"}]}],
     [{"role": "user", "content": {}}],
+    [{"role": "user"}],
+    [["4"], ["5", "6"]],
     b"4",
     torch.ones(2),
     datetime.date(2026, 1, 1),

@@ -108,3 +108,12 @@ def test_weights_of_tokens_that_do_not_count_may_hold_anything():
     ids[1], weights[1] = -100, torch.nan
     given = {"token_weights": weights, "reduction": "mean"}
     assert fused_sd.cross_entropy_loss(case.hidden, case.head, ids, **given).loss.isfinite()
+
+
+def test_an_unknown_keyword_is_refused_by_the_loss_that_was_called():
+    case = make_case()
+    sides = case.hidden, case.head, case.teacher_hidden, case.teacher_head
+    for name in ("gkd_loss", "sdft_loss", "opsd_loss", "divergence_loss"):
+        message = rf"^{name}\(\) got an unknown keyword 'weights': beside its own it takes token_w"
+        with pytest.raises(TypeError, match=message):
+            getattr(fused_sd, name)(*sides, weights=None)

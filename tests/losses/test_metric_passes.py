@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import torch
 from cases import make_case
 
 import fused_sd
@@ -80,3 +81,26 @@ def test_an_importance_ratio_reads_nothing_more(count):
     cap = fused_sd.ImportanceCap(case.old_log_probs)
     assert count(importance=cap, **TAIL) == count(**TAIL)
     assert count(importance=cap) == count()
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_the_share_of_clipped_entries_is_counted_over_the_vocabulary(far):
+    """Where both sides are near, and where a log-ratio is too large for the fast form."""
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.25, 0.25, 0.25, 0.25]]))
+    teacher = logits.flip(1)
+    if far:
+        logits, teacher = (torch.cat([side, side[:, :1] - 90], 1) for side in (logits, teacher))
+        teacher[0, -1] += 80
+    head = torch.eye(logits.shape[1])
+    output = fused_sd.divergence_loss(
+        logits,
+        head,
+        teacher,
+        head,
+        divergence="reverse_kl",
+        entry_clip=0.2,
+        metrics=("entry_clip_fraction",),
+        reduction="sum",
+    )
+    # the plain terms s (log s - log t) are 0.5 ln 4, 0.25 ln 2, -0.125 ln 2 and -0.125 ln 4
+    assert output.metrics["entry_clip_fraction"].tolist() == pytest.approx([1 / len(head), 0])

@@ -222,6 +222,16 @@ def test_another_tool_output_is_no_suffix_but_may_be_masked():
     check_alignment(found, *batch)
 
 
+def test_another_tool_output_is_named_behind_the_shortest_prompt_and_response():
+    students = [[[1], [2], [3, 3], [4]]] * 2
+    for number in range(2):
+        teachers = [[[5, 6], [2], [3, 3], [4]] for _ in students]
+        teachers[number][2] = [8, 3]
+        batch, response, _ = batch_of(students, teachers)
+        with pytest.raises(ValueError, match=rf"hold token 3 .* got token 8 \(sequence {number}"):
+            align_responses(*batch, student_response_mask=response)
+
+
 def test_a_teacher_that_is_cut_is_named():
     batch, response, _ = batch_of()
     batch[3][0, :-3] = 0
@@ -429,3 +439,13 @@ def test_aligned_states_give_the_models_log_probs(model):
     for states in (student, teacher):
         log_probs = token_log_probs(states, head, places.token_ids).log_probs
         assert float(log_probs.detach().mean()) > -0.5  # it has learnt the pattern
+
+
+def test_the_first_of_two_tokens_that_lie_in_other_sequences_is_named():
+    sequences = [[[1, 2], [3]], [[1, 2], [3]], [[1, 2], [3]]]
+    ids, mask, response = rows(sequences)
+    right = align_responses(ids, mask, ids, mask, student_response_mask=response)
+    swapped = dataclasses.replace(right, teacher_positions=right.teacher_positions[[0, 2, 1]])
+    message = r"teacher_positions\[1\] must lie in sequence 1 as the student's, got sequence 2"
+    with pytest.raises(ValueError, match=message):
+        check_alignment(swapped, ids, mask, ids, mask)

@@ -8,7 +8,7 @@ from divergences import EACH
 
 import fused_sd
 from fused_sd import reference
-from fused_sd.terms.divergence_term import divergence_term
+from fused_sd.terms.divergence_term import divergence_term, named_divergence
 from fused_sd.torch_kernels import near
 
 DIVERGENCES = {
@@ -139,3 +139,30 @@ def test_a_sure_skew_kl_is_finite_where_the_student_misses_the_teachers_mass():
     value, dlog_s = term.function(log_s, log_t, term.parameter)
     assert_close(value.sum(), torch.tensor(0.25).double().log().neg(), torch.float64)
     assert dlog_s.isfinite().all()
+
+
+def test_a_divergence_by_its_name_has_the_parameter_that_it_needs():
+    assert named_divergence("reverse_kl") == "reverse_kl"
+    assert named_divergence("jsd", 0.25) == fused_sd.Jsd(0.25)
+    assert named_divergence("skew_kl", 1 / 4) == fused_sd.SkewKl(0.25)
+    for name, parameter, rule in [
+        ("kl", None, "divergence must be one of"),
+        ("reverse_kl", 0.5, "divergence 'reverse_kl' must have no parameter, got 0.5"),
+        ("jsd", None, r"divergence 'jsd' must have its beta, got none; pass it, as Jsd\(beta\)"),
+    ]:
+        with pytest.raises(ValueError, match=rule):
+            named_divergence(name, parameter)
+
+
+@each_divergence
+def test_a_metric_is_of_all_terms_where_the_loss_clips_them(name):
+    """The loss's own sum is the metric of the same name only where no entry is cut."""
+    case, (divergence, _) = make_case(), DIVERGENCES[name]
+    sides = case.hidden, case.head, case.teacher_hidden, case.teacher_head
+    metrics = ("forward_kl", "reverse_kl", "jsd")
+    how = {"divergence": divergence, "reduction": "sum", "metrics": metrics}
+    whole = fused_sd.divergence_loss(*sides, **how)
+    cut = fused_sd.divergence_loss(*sides, entry_clip=1e-3, **how)
+    assert cut.loss < whole.loss
+    for metric in metrics:
+        assert_close(cut.metrics[metric], whole.metrics[metric].double(), torch.float32)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_sd.torch_kernels import sparse
+from fused_sd.torch_kernels.selection import has_short_list
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WIDE = {torch.float64: torch.float64}  # of the others fp32
@@ -244,3 +245,46 @@ def test_a_choice_is_the_same_bits_every_time():
     runs = [(*sparse.select(rows, 2**-8, 100), sparse.top_k(rows, 50)) for _ in range(3)]
     for again in runs[1:]:
         assert all(torch.equal(*pair) for pair in zip(runs[0], again, strict=True))
+
+
+def test_few_entries_by_hand():
+    """The norm is 16, a share of it may be dropped, and equal magnitudes stay or go together."""
+    row = torch.tensor([[0.5, -8.0, 0.0, 2.0, -2.0, 3.0, -0.5]])
+    for share, columns, values in [
+        (0.0, [0, 1, 3, 4, 5, 6], [0.5, -8.0, 2.0, -2.0, 3.0, -0.5]),
+        (1 / 16, [1, 3, 4, 5, 7, 7], [-8.0, 2.0, -2.0, 3.0, 0, 0]),
+        (2 / 16, [1, 3, 4, 5, 7, 7], [-8.0, 2.0, -2.0, 3.0, 0, 0]),  # both of 2, or none
+        (5 / 16, [1, 5, 7, 7, 7, 7], [-8.0, 3.0, 0, 0, 0, 0]),
+        (8 / 16, [1, 7, 7, 7, 7, 7], [-8.0, 0, 0, 0, 0, 0]),
+        (1.0, [7] * 6, [0.0] * 6),
+    ]:
+        found = sparse.select(row, share, 6)
+        assert found.columns.tolist() == [columns], share
+        assert found.values.tolist() == [values], share
+        assert found.count.tolist() == [sum(column < 7 for column in columns)]
+        assert found.norm.tolist() == [16.0]
+        assert found.dropped.tolist() == [16.0 - sum(map(abs, values))]
+        assert found.dropped_mass.tolist() == [-5.0 - sum(values)]
+
+
+def test_where_more_entries_are_as_large_none_of_them_is_a_candidate():
+    """Of five entries between 1 and 2 three may be kept: those from 2 on alone are candidates."""
+    row = torch.tensor([[1.5, 1.0, -1.0, 4.0, 1.25, 1.75]])
+    found = sparse.select(row, 0.0, 3)
+    assert found.columns.tolist() == [[3, 6, 6]]
+    assert found.count.tolist() == [1]
+    assert found.dropped.tolist() == [6.5]
+    assert found.dropped_mass.tolist() == [4.5]
+
+
+def test_the_columns_behind_a_long_rows_last_are_not_among_its_largest():
+    """A block of 128 columns that a row does not fill is searched as far as the row goes."""
+    width = 1030
+    assert has_short_list(2, width)
+    row = torch.arange(float(width))[None]
+    assert sparse.top_k(row, 2).tolist() == [[width - 1, width - 2]]
+    assert sparse.top_k(-row, 2).tolist() == [[0, 1]]
+    assert sparse.top_k(row * 0, 2).tolist() == [[0, 1]]
+    peak = torch.zeros(1, width)
+    peak[0, -1] = 1
+    assert sparse.top_k(peak, 2).tolist() == [[width - 1, 0]]
