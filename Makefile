@@ -8,7 +8,7 @@ PYTHON_VERL := $(VENV_VERL)/bin/python
 VENV_VLLM := .venv-vllm
 PYTHON_VLLM := $(VENV_VLLM)/bin/python
 
-.PHONY: venv venv-verl venv-vllm test test-full test-gpu test-portable test-verl test-vllm check demo bench docs versions build dist-check clean
+.PHONY: venv venv-verl venv-vllm test test-full test-gpu test-bits test-portable test-verl test-vllm check demo bench docs versions build dist-check clean
 
 # A source distribution holds no links: the tests, mypy and editable installs need these two.
 LINKS := fused_sd/kernels fused_sd/integrations
@@ -45,9 +45,7 @@ $(VENV_VLLM)/.ready: pyproject.toml constraints.txt tests/integrations/with_vllm
 test:
 	$(MAKE) -j 2 venv venv-verl
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
-	$(call other-bits,$(AVX2) $(ONE),$(QUICK) -n 2)
-	$(call other-bits,$(COMPATIBLE) $(TWO),$(QUICK))
-	$(MAKE) test-verl
+	$(MAKE) -j 2 test-bits test-verl  # verl's tests wait for Ray half of their time
 
 # What takes longer: verl's command on every recipe, other CPUs' bits, a real vLLM.
 test-full:
@@ -68,6 +66,10 @@ ONE := OMP_NUM_THREADS=1 FUSED_SD_TEST_THREADS=1
 TWO := OMP_NUM_THREADS=2 FUSED_SD_TEST_THREADS=2 OMP_WAIT_POLICY=passive  # others want the cores too
 QUICK := tests/engine/test_bits.py tests/integrations/test_transformers.py
 other-bits = $(1) $(PYTHON) -m pytest -q -m bits $(2)
+
+test-bits: venv
+	$(call other-bits,$(AVX2) $(ONE),$(QUICK))
+	$(call other-bits,$(COMPATIBLE) $(TWO),$(QUICK))
 
 test-portable: venv
 	$(call other-bits,$(AVX2) $(ONE),-n 2)
