@@ -21,6 +21,7 @@ import fused_sd
 from fused_sd.bench.command import add_bench
 from fused_sd.credit import VALUES, CreditMap, print_map, save_html, save_png
 from fused_sd.measuring import tried
+from fused_sd.measuring.arguments import check_file
 from fused_sd.measuring.environment import ABSENT, environment, environment_text
 from fused_sd.planning.command import add_plan
 from fused_sd.verify.command import add_verify
@@ -78,8 +79,10 @@ def run_credit(arguments: argparse.Namespace) -> int:
     try:
         shown = CreditMap.from_json(arguments.map.read_text(encoding="utf-8"))
         if arguments.html is not None:
+            check_file("--html", arguments.html)
             save_html(shown, arguments.html, value=arguments.value)
         if arguments.png is not None:
+            check_file("--png", arguments.png)
             save_png(shown, arguments.png, value=arguments.value)
         if arguments.html is None and arguments.png is None:
             print_map(shown, value=arguments.value)

@@ -1,6 +1,8 @@
 """Options that several commands have in common: the sizes of the head, and the device."""
 
 import argparse
+import os
+from pathlib import Path
 
 import torch
 
@@ -9,6 +11,7 @@ from fused_sd.measuring.environment import default_device
 from fused_sd.measuring.head_sizes import MODELS, HeadSize, head_size
 
 LARGEST_SIZE = 2**31 - 1  # of an axis that GEMMs take
+LONGEST_NAME = 255  # bytes that file systems take
 
 
 def add_head_size(
@@ -46,6 +49,14 @@ def check_count(option: str, value: int, least: int, most: int = LARGEST_SIZE) -
         checks.fail(option, f"be at least {least}", value, "leave it out for the default")
     if value > most:
         checks.fail(option, f"be at most {most}", value, "leave it out for the default")
+
+
+def check_file(option: str, path: Path) -> None:
+    """Refuse what cannot be the name of a new file, or of one to write over."""
+    named = os.path.isdir(path.parent) and not os.path.isdir(path) and "\0" not in path.name
+    if not named or len(os.fsencode(path.name)) > LONGEST_NAME:
+        rule = "be a file in a folder that there is"
+        checks.fail(option, rule, repr(str(path)), "make the folder, or choose another name")
 
 
 def chosen_device(name: str) -> torch.device:

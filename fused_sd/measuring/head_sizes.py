@@ -1,6 +1,7 @@
 """The size of a model's output head, by the model's name, configuration or given sizes."""
 
 import json
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from os import PathLike
@@ -95,10 +96,9 @@ def _by_text(argument: str, text: str) -> HeadSize:
     for known, size in MODELS.items():
         if stripped == _strip(known.rpartition("/")[2].lower()):
             return size
-    path = Path(text)
-    path = path / "config.json" if path.is_dir() else path
+    path = Path(text, "config.json") if os.path.isdir(text) else Path(text)
     config: object = None
-    if path.is_file():
+    if os.path.isfile(path):  # which is no error where a text can be no path
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -124,7 +124,7 @@ def _by_transformers(argument: str, text: str) -> object:
             return AutoConfig.from_pretrained(text, local_files_only=True)
         except Exception as error:
             why = f"transformers: {_first_line(error)}"
-        if not Path(text).exists():
+        if not os.path.exists(text):
             why = _why_no_hub(text)
             if not why:
                 try:
