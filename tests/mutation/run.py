@@ -46,6 +46,7 @@ MODULES = {
 LIVES = ("survived", "not executed")
 LOSS_TESTS = [
     "tests/checks/test_checks.py",
+    "tests/checks/test_wrong_calls.py",
     "tests/losses/test_losses.py",
     "tests/losses/test_metric_passes.py",
     "tests/losses/test_official_divergences.py",
@@ -72,7 +73,7 @@ TESTS = {
     "torch_kernels": ["tests/torch_kernels", "tests/terms", *LOSS_TESTS],
     "objectives": [*ENGINE_TESTS, *LOSS_TESTS],
     "engine": [*ENGINE_TESTS, *LOSS_TESTS],
-    "align": ["tests/teaching/test_align.py"],
+    "align": ["tests/teaching/test_align.py", "tests/checks/test_wrong_calls.py"],
     "prompts": [
         "tests/integrations/test_sibling_prompts.py",
         "tests/integrations/test_texts.py",
