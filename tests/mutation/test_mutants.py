@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 from mutants import functions_of, mutants_of, put_in_place
-from run import interval
+from try_mutants import interval
 
 SOURCE = '''
 def bounded(value, low=0):

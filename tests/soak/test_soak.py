@@ -1,4 +1,4 @@
-"""The short form of ``run.py``, and that it would see what grows."""
+"""The short form of ``soak.py``, and that it would see what grows."""
 
 import os
 
@@ -10,7 +10,7 @@ if not os.path.isdir("/proc/self/fd"):
     pytest.skip("no /proc here", allow_module_level=True)
 
 from footprint import Course, caches, footprint, only_new_objects, slope
-from run import findings
+from soak import findings
 from workloads import Draw, call_losses, calls
 
 import fused_sd.settings

@@ -1,7 +1,7 @@
 """Do the tests notice a fault?  Small faults are put into the core, one at a time.
 
-    python tests/mutation/run.py terms engine --sample 40 --seed 0
-    python tests/mutation/run.py terms engine --again --seconds 60 --cases 0
+    python tests/mutation/try_mutants.py terms engine --sample 40 --seed 0
+    python tests/mutation/try_mutants.py terms engine --again --seconds 60 --cases 0
 
 The score of a module is killed / (tried - equivalent), with Wilson's interval of 95 %: the mutants
 are drawn at random.  ``equivalent.txt`` lists, with reasons, those that no test could notice.

@@ -1,6 +1,6 @@
 """Repeat a trainer's steps and the losses' calls, and refuse what grows.
 
-    python tests/soak/run.py --steps 2000 --calls 50000
+    python tests/soak/soak.py --steps 2000 --calls 50000
 
 It prints what the process held, and ends with an error where memory rises for certain, or where
 there are more tensors, objects, cached entries, files or threads at the end than before.  A trainer
