@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from fused_sd.demo.memory import Peak
-from fused_sd.measuring.failures import is_out_of_memory
+from fused_sd.engine.out_of_memory import is_out_of_memory
 
 Batch = dict[str, Any]
 NO_WORKSPACE = "CUBLAS_STATUS_ALLOC_FAILED"  # cuBLAS's message when memory runs out

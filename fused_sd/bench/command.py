@@ -30,6 +30,7 @@ from fused_sd.bench.progress import (
 from fused_sd.bench.providers import PROVIDERS
 from fused_sd.bench.rounds import measure_cell
 from fused_sd.bench.table import LEGEND, LINE, US, report_lines
+from fused_sd.engine.out_of_memory import is_out_of_memory
 from fused_sd.measuring.arguments import (
     add_head_size,
     check_count,
@@ -38,7 +39,6 @@ from fused_sd.measuring.arguments import (
 )
 from fused_sd.measuring.dtypes import DTYPES
 from fused_sd.measuring.environment import device_name, environment
-from fused_sd.measuring.failures import is_out_of_memory
 from fused_sd.measuring.head_sizes import head_size
 from fused_sd.measuring.losses import LOSSES, add_losses, loss_names
 

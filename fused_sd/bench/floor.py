@@ -26,8 +26,8 @@ from fused_sd.bench.measure import (
     warm_up,
 )
 from fused_sd.bench.problem import Problem
+from fused_sd.engine.out_of_memory import is_out_of_memory
 from fused_sd.head.projection import accumulation_dtype, matmul, matmul_add_
-from fused_sd.measuring.failures import is_out_of_memory
 from fused_sd.measuring.realistic import slabs
 
 FLOOR_RUNS = 10  # at most

@@ -29,8 +29,8 @@ from fused_sd.bench.measure import (
 )
 from fused_sd.bench.problem import Loss, Problem, refill_
 from fused_sd.bench.providers import Provider
+from fused_sd.engine.out_of_memory import is_out_of_memory
 from fused_sd.measuring.environment import installed
-from fused_sd.measuring.failures import is_out_of_memory
 from fused_sd.verify.promises import Sparsity
 
 REASON = 200  # characters that are kept of a provider's error message

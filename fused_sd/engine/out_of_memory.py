@@ -11,7 +11,16 @@ import torch
 
 from fused_sd.engine.layout import Layout, RunSize, workspace_bytes
 
-CPU_WORDS = ("can't allocate memory", "not enough memory")  # of PyTorch's allocator for CPUs
+# of other allocators, PyTorch's for CPUs among them, on Linux and on Windows
+WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means out of memory, by its type or, for other allocators, its message."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in WORDS)
 
 
 @contextmanager
@@ -24,9 +33,9 @@ def explained(size: RunSize, layout: Layout) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one, too
-        is_device = isinstance(error, torch.OutOfMemoryError)
-        if not is_device and not any(words in str(error) for words in CPU_WORDS):
+        if not is_out_of_memory(error):
             raise
+        is_device = isinstance(error, torch.OutOfMemoryError)
         kind = torch.OutOfMemoryError if is_device else RuntimeError
         raise kind(f"{error}\n{_advice(size, layout)}") from error
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fused_sd.engine.out_of_memory import is_out_of_memory
 from fused_sd.measuring.arguments import add_head_size
 from fused_sd.measuring.dtypes import DTYPES
 from fused_sd.measuring.environment import environment
-from fused_sd.measuring.failures import is_out_of_memory
 from fused_sd.measuring.losses import add_losses
 from fused_sd.measuring.markdown_block import Block
 from fused_sd.verify import report

@@ -31,7 +31,7 @@ from fused_sd.bench.providers import PROVIDERS, Provider
 from fused_sd.bench.rounds import measure_cell
 from fused_sd.bench.table import report_lines, table_lines, verdict_lines
 from fused_sd.cli import main
-from fused_sd.measuring.failures import is_out_of_memory
+from fused_sd.engine.out_of_memory import is_out_of_memory
 from fused_sd.verify.promises import Sparsity
 
 CPU = torch.device("cpu")
@@ -316,7 +316,10 @@ def test_a_cell_on_a_gpu():
 
 def test_running_out_of_memory_is_told_from_other_errors():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory"))  # Windows
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(real.value)
     assert not is_out_of_memory(RuntimeError("illegal memory access"))
     assert not is_out_of_memory(ValueError("out of memory"))
 
