@@ -18,7 +18,7 @@ from fused_sd.losses.output import LossOutput
 from fused_sd.losses.policy import policy_loss
 from fused_sd.terms.advantages import rlcsd_advantages
 
-CONTRAST = {"temperature", "scale", "mix", "threshold", "clip"}  # of rlcsd_advantages
+CONTRAST = set(rlcsd_advantages.__kwdefaults__ or ()) - {"wrong_mask"}
 
 
 def rlcsd_loss(
@@ -119,6 +119,8 @@ def _check_hints(
     hints: dict[str, Tensor], wrong_mask: Tensor | None, token_weights: Tensor
 ) -> None:
     """Check the values of the log-probabilities that count; NaN would select no token."""
+    if not tensor_checks.is_readable(token_weights):
+        return
     wrong_weights = token_weights[..., None].expand_as(hints["wrong_log_probs"])
     if wrong_mask is not None:
         wrong_weights = wrong_weights * wrong_mask
